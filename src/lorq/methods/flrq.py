@@ -1,0 +1,186 @@
+"""FLRQ: flexible low rank by sketches, clipping, and alternation between the two (arXiv:2601.05684)."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorq.linalg import cholesky, damp, shrink
+from lorq.methods.common import assemble, check_choice, check_grid, check_range, layer_grid, needed
+from lorq.ranks import MEASURES, choose_rank, rank_cap
+from lorq.rounding import ROUNDINGS, RangeSearch, Rounded
+from lorq.sketch import FORMS, sketch
+from lorq.stats import InputStats, output_energy
+from lorq.weight import LayerFormat, LowRank, QuantizedWeight, store_factors
+
+# Range searches of the authors' code: a wide one on the first residual, a narrow one when alternating.
+_WIDE = {
+    "clip": RangeSearch(steps=40, depth=0.8, mode="saturate"),
+    "gptq": RangeSearch(steps=20, depth=0.5, mode="scale"),
+    "nearest": None,
+}
+_NARROW = {
+    "clip": RangeSearch(steps=20, depth=0.5, mode="saturate"),
+    "gptq": RangeSearch(steps=20, depth=0.5, mode="scale"),
+    "nearest": None,
+}
+
+
+@dataclass(frozen=True)
+class FLRQ:
+    """A flexible low-rank part from sketches of the scaled weight, the residual quantized under clipping.
+
+    Attributes:
+        bits: width of a code, 2 to 8.
+        group_size: input columns that share a scale; -1 for one group per row.
+        symmetric: no zero points (the paper's text); asymmetric is what the authors' code does.
+        rounding: how the residual is rounded: "clip" searches ranges and rounds to nearest (the paper),
+            "nearest" takes full ranges, "gptq" passes errors on.
+        order: which part is fitted first in each pass; the paper's takes the low rank out of the weight.
+        metric: what the low-rank part serves: "activation" scales columns by a power of their mean
+            magnitude (the paper), "hessian" whitens with the Cholesky factor of the Hessian.
+        exponent: of the activation scale: 2.4 in the code, 2.5 in the paper, 1 is LQER's.
+        sketch: "block" sketches all candidates at once, "rank1" one after the other (the paper).
+        iterations: power iterations of the sketch.
+        budget: how much the factors may add to the size of the codes, as a share (x in the paper).
+        range_measure: what a component must lower: "amax" of the matrix (the paper) or "group" ranges.
+        slope_window: ranks over which the slope of the range curve is taken.
+        slope_threshold: stop when the curve falls by less than this share over the window.
+        min_gain: below this total share the low-rank part is dropped, rank 0.
+        epochs: rounds of refitting both parts; -1 for 20 at 2 bits and 1 above, as the code.
+        factor_bits: 16 for float16 factors, 8 for int8 with one scale per vector.
+        shrinkage: how far the Hessian moves towards its diagonal, 0 to 1.
+        damping: share of the mean diagonal added to the diagonal, where the Hessian is factorised.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    rounding: Literal["clip", "nearest", "gptq"] = "clip"
+    order: Literal["low-rank-then-codes", "codes-then-low-rank"] = "low-rank-then-codes"
+    metric: Literal["activation", "hessian"] = "activation"
+    exponent: float = 2.4
+    sketch: Literal["block", "rank1"] = "block"
+    iterations: int = 2
+    budget: float = 0.2
+    range_measure: Literal["amax", "group"] = "amax"
+    slope_window: int = 8
+    slope_threshold: float = 0.1
+    min_gain: float = 0.1
+    epochs: int = -1
+    factor_bits: int = 16
+    shrinkage: float = 0.2
+    damping: float = 0.01
+
+    scope: ClassVar[str] = "layer"
+    needs_stats: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.group_size)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("order", self.order, ("low-rank-then-codes", "codes-then-low-rank"))
+        check_choice("metric", self.metric, ("activation", "hessian"))
+        check_choice("sketch", self.sketch, FORMS)
+        check_choice("range_measure", self.range_measure, MEASURES)
+        check_range("exponent", self.exponent, 0.0, 8.0)
+        check_range("iterations", self.iterations, 0, 64)
+        check_range("budget", self.budget, 0.0, 8.0)
+        check_range("slope_window", self.slope_window, 1, 1024)
+        check_range("slope_threshold", self.slope_threshold, 0.0, 1.0)
+        check_range("min_gain", self.min_gain, 0.0, 1.0)
+        check_range("epochs", self.epochs, -1, 1000)
+        check_range("shrinkage", self.shrinkage, 0.0, 1.0)
+        check_range("damping", self.damping, 0.0, 10.0)
+        if self.factor_bits not in (8, 16):
+            raise ValueError(f"factor_bits must be 8 or 16, got {self.factor_bits}")
+
+    def solve(
+        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
+    ) -> QuantizedWeight:
+        """BLC: fit the low rank to what the codes miss, the codes to what the low rank misses; keep the best.
+
+            L R  <-  R1-FLR(W - Q),     Q  <-  round(W - L R),     E = tr[(W - Q - L R) H (W - Q - L R)^T]
+
+        starting from ``Q = 0``.
+
+        Args:
+            weight: (out, in), float32.
+            stats: of the layer's inputs.
+            generator: for the sketch's test vectors, on the weight's device.
+
+        Source:
+            Algorithm 2. The paper scores a pair before each update, the code after; here every pair competes,
+            the first one too. The error comes from the Hessian instead of stored tokens.
+        """
+        stats = needed(stats)
+        hessian = shrink(stats.hessian, self.shrinkage)
+        scaling = self._scaling(stats, hessian)
+        grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
+        best: tuple[float, Rounded, LowRank | None, str] | None = None
+        for search in [_WIDE[self.rounding]] + self._epochs() * [_NARROW[self.rounding]]:
+            for step in self.order.split("-then-"):
+                if step == "low-rank":
+                    low_rank, stop = self._fit_low_rank(weight - codes_part, scaling, generator)
+                    low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(weight)
+                else:
+                    rounded = ROUNDINGS[self.rounding](
+                        weight - low_rank_part, hessian, grid, search=search, damping=self.damping
+                    )
+                    codes_part = rounded.dense()
+            error = float(output_energy(weight - codes_part - low_rank_part, hessian))
+            if best is None or error < best[0]:
+                best = (error, rounded, low_rank, stop)
+        assert best is not None
+        _, rounded, low_rank, stop = best
+        return assemble(weight, rounded, low_rank, stop=stop, hessian=stats.hessian)
+
+    def _epochs(self) -> int:
+        if self.epochs >= 0:
+            return self.epochs
+        return 20 if self.bits == 2 else 1
+
+    def _scaling(self, stats: InputStats, hessian: Tensor) -> Tensor:
+        """What the weight is multiplied by before it is sketched: a vector alpha, or a Cholesky factor.
+
+            alpha = mean|x|^exponent / sqrt(max * min)
+
+        Source:
+            Eq. 10-11. The constant cancels; it keeps float32 in range. The floor of 1e-4 is the code's.
+        """
+        if self.metric == "hessian":
+            return cholesky(damp(hessian, self.damping))
+        alpha = stats.mean_abs.clamp(min=1e-4) ** self.exponent
+        return alpha / math.sqrt(float(alpha.max()) * float(alpha.min()))
+
+    def _fit_low_rank(
+        self, target: Float[Tensor, "out in"], scaling: Tensor, generator: torch.Generator
+    ) -> tuple[LowRank | None, str]:
+        """R1-FLR on the scaled matrix, unscaled afterwards, in the precision it is stored in."""
+        out, in_ = target.shape
+        group = in_ if self.group_size == -1 else self.group_size
+        scaled = target @ scaling if scaling.ndim == 2 else target * scaling
+        # One more than the cap, so that running into the budget can be told from running out.
+        candidates = min(rank_cap(out, in_, bits=self.bits, factor_bits=self.factor_bits, budget=self.budget) + 1, out, in_)  # fmt: skip  # noqa: E501
+        left, right = sketch(scaled, rank=candidates, form=self.sketch, iterations=self.iterations, generator=generator)
+        choice = choose_rank(
+            scaled, left, right, bits=self.bits, factor_bits=self.factor_bits, budget=self.budget,
+            slope_window=self.slope_window, slope_threshold=self.slope_threshold, min_gain=self.min_gain,
+            warm_up=self.iterations, measure=self.range_measure,
+            group_size=group if self.range_measure == "group" else None,
+        )  # fmt: skip
+        left, right = left[:, : choice.rank], right[: choice.rank]
+        if scaling.ndim == 2:
+            right = torch.linalg.solve_triangular(scaling, right, upper=False, left=False)
+        else:
+            right = right / scaling
+        return store_factors(left, right, bits=self.factor_bits), choice.stop
+
+    def largest(self, out: int, in_: int) -> LayerFormat:
+        """The format at the rank where the budget ends."""
+        rank = rank_cap(out, in_, bits=self.bits, factor_bits=self.factor_bits, budget=self.budget)
+        group = in_ if self.group_size == -1 else self.group_size
+        return LayerFormat(self.bits, group, self.symmetric, rank, self.factor_bits)

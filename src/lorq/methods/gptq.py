@@ -1,0 +1,57 @@
+"""GPTQ: error feedback with token-weighted, shrunk Hessians and range search; the calibrated baseline."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorq import rounding
+from lorq.linalg import shrink
+from lorq.methods.common import SEARCHES, assemble, check_choice, check_grid, check_range, layer_grid, needed
+from lorq.stats import InputStats
+from lorq.weight import LayerFormat, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Round column by column, later columns making up for the error.
+
+    Attributes:
+        bits: width of a code, 2 to 8.
+        group_size: input columns that share a scale; -1 for one group per row.
+        symmetric: no zero points.
+        range_search: how each group's range is found: "none" is the full range, as in the paper.
+        shrinkage: how far the Hessian moves towards its diagonal, 0 to 1.
+        damping: share of the mean diagonal added to the diagonal.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    range_search: Literal["none", "saturate", "scale"] = "scale"
+    shrinkage: float = 0.2
+    damping: float = 0.01
+
+    scope: ClassVar[str] = "layer"
+    needs_stats: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.group_size)
+        check_choice("range_search", self.range_search, SEARCHES)
+        check_range("shrinkage", self.shrinkage, 0.0, 1.0)
+        check_range("damping", self.damping, 0.0, 10.0)
+
+    def solve(
+        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
+    ) -> QuantizedWeight:
+        """Round ``weight`` under its inputs' Hessian."""
+        grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        hessian = shrink(needed(stats).hessian, self.shrinkage)
+        rounded = rounding.gptq(weight, hessian, grid, search=SEARCHES[self.range_search], damping=self.damping)
+        return assemble(weight, rounded, None, stop="none", hessian=needed(stats).hessian)
+
+    def largest(self, out: int, in_: int) -> LayerFormat:
+        """Every layer gets this format."""
+        return LayerFormat(self.bits, in_ if self.group_size == -1 else self.group_size, self.symmetric)

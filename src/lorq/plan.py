@@ -1,0 +1,240 @@
+"""What a run will do: its options, which layer is quantized how, and every refusal before the work starts."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import torch
+
+from lorq.blocks import StreamedModel, Target
+from lorq.methods import METHODS, Method
+from lorq.report import LayerReport, Report
+from lorq.weight import LayerFormat
+
+# progress(stage, done, total): stages in order are "check", "write calibration text", "quantize", "verify".
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run is done, whatever the method.
+
+    Attributes:
+        calibration: text that the inputs are measured on: "self" (the model writes it, kept for the next run),
+            "python-docs", "wikitext2", "c4", or a text or JSONL file.
+        samples: calibration windows.
+        seq_len: tokens of a window.
+        seed: of every random choice; the same seed gives the same bytes.
+        device: where blocks are run and solved: "auto", "cpu", "cuda", "cuda:1" and so on.
+        token_weights: "equal" counts each calibration token the same, "plain" by its squared length.
+        stream: whose outputs calibrate the next block: the "original" model's or the "quantized" one's.
+        exclude: regular expressions; layers whose name one of them matches stay as they are.
+        override: "REGEX:key=value"; matching layers get another setting of the method.
+        spill_bytes: hidden states larger than this go to a file mapped into memory.
+        dry_run: check everything, report the sizes, write nothing.
+        resume: continue an interrupted run in the same folder.
+        overwrite: replace a folder that lorq wrote.
+    """
+
+    calibration: str = "self"
+    samples: int = 128
+    seq_len: int = 2048
+    seed: int = 0
+    device: str = "auto"
+    token_weights: Literal["equal", "plain"] = "equal"
+    stream: Literal["original", "quantized"] = "original"
+    exclude: tuple[str, ...] = ()
+    override: tuple[str, ...] = ()
+    spill_bytes: int = 2 << 30
+    dry_run: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the stages of one run share."""
+
+    model: StreamedModel
+    folder: Path
+    plan: dict[str, dict[Target, Method]]  # block -> layer -> method, quantized layers only
+    excluded: dict[str, str]
+    method: Method
+    name: str
+    options: Options
+    progress: Progress
+
+    def jobs(self) -> Iterator[tuple[Target, Method]]:
+        for layers in self.plan.values():
+            yield from layers.items()
+
+
+def plan_layers(
+    model: StreamedModel, method: Method, *, exclude: tuple[str, ...] = (), override: tuple[str, ...] = ()
+) -> tuple[dict[str, dict[Target, Method]], dict[str, str]]:
+    """Which layer is quantized by which settings: ``({block: {layer: method}}, {excluded layer: reason})``.
+
+    Raises:
+        ValueError: for patterns that are no regular expressions or match nothing, settings that do not exist,
+            and for group sizes that do not divide; these last all at once.
+    """
+    patterns = [_pattern(text, "exclude") for text in exclude]
+    changes = [_override(text, method) for text in override]
+    used: set[str] = set()
+    plan: dict[str, dict[Target, Method]] = {}
+    excluded: dict[str, str] = {}
+    unfit: list[str] = []
+    for block in model.blocks:
+        plan[block] = {}
+        for target in model.targets(block):
+            hit = next((p for p in patterns if p.search(target.name)), None)
+            if hit:
+                used.add(hit.pattern)
+                excluded[target.name] = f"excluded by {hit.pattern}"
+                continue
+            chosen = method
+            for pattern, change in changes:
+                if pattern.search(target.name):
+                    used.add(pattern.pattern)
+                    chosen = replace(chosen, **change)  # type: ignore[type-var]
+            if chosen.group_size != -1 and target.in_features % chosen.group_size:
+                unfit.append(f"  {target.name}: width {target.in_features}, group_size {chosen.group_size}")
+            plan[block][target] = chosen
+    unused = sorted({p.pattern for p in [*patterns, *(p for p, _ in changes)]} - used)
+    if unused:
+        raise ValueError(f"patterns must match a layer, these match none: {', '.join(map(repr, unused))}")
+    if unfit:
+        shown = "\n".join(unfit[:12]) + (f"\n  and {len(unfit) - 12} more" if len(unfit) > 12 else "")
+        widths = {t.in_features for layers in plan.values() for t, m in layers.items() if m.group_size != -1}
+        fits = [g for g in (256, 128, 96, 64, 48, 32, 16) if all(w % g == 0 for w in widths)]
+        raise ValueError(
+            f"group_size must divide a layer's width; it does not for {len(unfit)} layers:\n{shown}\n"
+            f"choose another --group-size (these divide all widths: {', '.join(map(str, fits)) or 'none'}; -1 is one "
+            "group per row), or --override or --exclude those layers"
+        )
+    if not any(plan.values()):
+        raise ValueError("there must be at least one layer to quantize, got 0: everything is excluded")
+    return plan, excluded
+
+
+def read_options(options: dict[str, Any]) -> Options:
+    known = [field.name for field in fields(Options)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
+    for key in ("exclude", "override"):
+        if isinstance(options.get(key), str):
+            options[key] = (options[key],)
+        elif key in options:
+            options[key] = tuple(options[key])
+    chosen = Options(**options)
+    for name, least in (("samples", 1), ("seq_len", 2), ("spill_bytes", 0)):
+        if getattr(chosen, name) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(chosen, name)}")
+    for name, values in (("token_weights", ("equal", "plain")), ("stream", ("original", "quantized"))):
+        if getattr(chosen, name) not in values:
+            raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(chosen, name)!r}")
+    return chosen
+
+
+def read_method(method: str | Method) -> Method:
+    if not isinstance(method, str):
+        return method
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    return METHODS[method]()
+
+
+def _pattern(text: str, what: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{what} must be a regular expression, got {text!r} ({error})") from None
+
+
+def _override(text: str, method: Method) -> tuple[re.Pattern[str], dict[str, Any]]:
+    """``REGEX:key=value`` as a pattern and a changed setting."""
+    pattern, colon, change = text.rpartition(":")
+    key, equals, value = change.partition("=")
+    if not (colon and equals):
+        raise ValueError(f"an override must read 'REGEX:key=value', got {text!r}")
+    hints = {f.name: get_type_hints(type(method))[f.name] for f in fields(method)}  # type: ignore[arg-type]
+    if key not in hints:
+        raise ValueError(f"{text!r} names an unknown setting {key!r}; known are {', '.join(hints)}")
+    kind = hints[key] if hints[key] in (int, float, bool) else str
+    try:
+        parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+    except (ValueError, KeyError):
+        raise ValueError(f"{text!r}: {key} must be of type {kind.__name__}, got {value!r}") from None
+    replace(method, **{key: parsed})  # type: ignore[type-var]  # the settings check themselves
+    return _pattern(pattern, "override"), {key: parsed}
+
+
+def check_weights(run: Run) -> None:
+    """Refuse weights that are not finite numbers, all layers named at once."""
+    jobs = list(run.jobs())
+    bad = []
+    for done, (target, _) in enumerate(jobs):
+        weight = run.model.weight(target)
+        if not weight.is_floating_point():
+            raise ValueError(f"weights must be floating point, {target.name} is {weight.dtype}; give the original")
+        wrong = int((~torch.isfinite(weight)).sum())
+        if wrong:
+            bad.append(f"{target.name} ({wrong} of {weight.numel()})")
+        run.progress("check", done + 1, len(jobs))
+    if bad:
+        raise ValueError(
+            f"weights must be finite, NaN or infinite values are in {', '.join(bad)}; "
+            "--exclude them or repair the model"
+        )
+
+
+def estimate(run: Run) -> Report:
+    """The largest sizes that can come out, in the shape of a report."""
+    layers = []
+    for target, method in run.jobs():
+        shape = (target.out_features, target.in_features)
+        format = method.largest(*shape)
+        layers.append(
+            LayerReport(target.name, shape, format.bits, format.rank, "largest", 0.0, 0.0, layer_bytes(format, shape))
+        )
+    return make_report(run, layers, kept_bytes=kept_bytes(run), run_info={}, checksums={})
+
+
+def kept_names(run: Run, block: str | None) -> list[str]:
+    """What is copied: everything outside the blocks (None), or what a block has besides quantized weights."""
+    if block is None:
+        return run.model.names_outside()
+    quantized = {target.name + ".weight" for target in run.plan[block]}
+    return [name for name in run.model.names_under(block) if name not in quantized]
+
+
+def kept_bytes(run: Run) -> int:
+    total = 0
+    for block in (None, *run.model.blocks):
+        for name in kept_names(run, block):
+            tensor = run.model.stored_tensor(name)
+            total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def make_report(
+    run: Run, layers: list[LayerReport], *, kept_bytes: int, run_info: dict[str, Any], checksums: dict[str, str]
+) -> Report:
+    unused = {name: "in the checkpoint, but the architecture has no place for it" for name in run.model.unused_tensors}
+    return Report(
+        method=run.name,
+        settings=asdict(run.method),  # type: ignore[call-overload]
+        layers=tuple(layers),
+        bytes=sum(layer.bytes for layer in layers) + kept_bytes,
+        kept=run.excluded | unused,
+        run=run_info,
+        checksums=checksums,
+    )
+
+
+def layer_bytes(format: LayerFormat, shape: tuple[int, int]) -> int:
+    """Bytes of a layer, the pair of integers that tells its shape included."""
+    return -(-format.stored_bits(*shape) // 8) + 16

@@ -1,0 +1,80 @@
+"""InputStats: what calibration knows about the inputs of a layer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+TokenWeights = Literal["equal", "plain"]
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """Second moments and mean magnitudes of one distinct input.
+
+    Attributes:
+        hessian: ``X^T D X / tokens``; squared activation units (dimensionless with "equal" weights).
+        mean_abs: mean of ``sqrt(d_t) |x_tj|`` over the tokens, per input channel.
+        tokens: calibration tokens seen.
+    """
+
+    hessian: Float[Tensor, "in in"]
+    mean_abs: Float[Tensor, "in"]
+    tokens: int
+
+
+class StatsAccumulator:
+    """Sums an input's statistics window by window, in float32.
+
+    ``D`` weighs the tokens. "equal" gives each token the weight ``1 / mean(x_t^2)``, so that each counts the
+    same: language models have a few tokens with enormous activations (attention sinks), and the "plain" sum,
+    ``D = I``, serves only those.
+    """
+
+    def __init__(self, width: int, token_weights: TokenWeights = "equal", device: torch.device | str = "cpu"):
+        self.token_weights = token_weights
+        self.gram = torch.zeros(width, width, device=device)
+        self.magnitude = torch.zeros(width, device=device)
+        self.tokens = 0
+
+    def add(self, inputs: Float[Tensor, "*batch in"]) -> None:
+        """Count ``inputs``; leading dimensions are tokens.
+
+        Raises:
+            FloatingPointError: if an input is not finite.
+        """
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
+        if not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x)).sum())
+            raise FloatingPointError(
+                f"calibration inputs must be finite, got {bad} NaN or infinite values of {x.numel()}; "
+                "the model overflows on this text in this dtype"
+            )
+        if self.token_weights == "equal":
+            # A token of zeros has no direction; the clamp lets it add nothing.
+            x = x * x.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
+        self.gram.addmm_(x.T, x)
+        self.magnitude += x.abs().sum(0)
+        self.tokens += x.shape[0]
+
+    def finish(self) -> InputStats:
+        """The means over all counted tokens.
+
+        Raises:
+            ValueError: if no token was counted.
+        """
+        if not self.tokens:
+            raise ValueError("statistics need at least one token, got 0; was the layer ever run?")
+        return InputStats(self.gram / self.tokens, self.magnitude / self.tokens, self.tokens)
+
+
+def output_energy(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, ""]:
+    """``tr(D H D^T)``: mean squared change of a layer's output if its weight changes by ``delta``.
+
+    Example:
+        >>> output_energy(torch.tensor([[3.0, 4.0]]), torch.eye(2))
+        tensor(25.)
+    """
+    return ((delta @ hessian) * delta).sum()
