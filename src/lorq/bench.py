@@ -1,16 +1,26 @@
-"""How fast and how good the block sketch is, beside full SVD, the rank-1 form and `torch.svd_lowrank`."""
+"""Benchmarks: the block sketch beside other factorisations, and whole quantization runs by method."""
 
+import json
 import math
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .sketch import sketch
+from lorq.demo import demo_model
+from lorq.evaluation import evaluate
+from lorq.sketch import sketch
 
-Result = dict[str, float | int | None]
+Result = dict[str, float | int | str | None]
 
 
 def bench_sketch(size: int = 4096, rank: int = 64, repeats: int = 3, seed: int = 0, svd: bool = True) -> Result:
@@ -102,3 +112,88 @@ def _svd_lowrank(a: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
 def _svd(a: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     u, s, vt = torch.linalg.svd(a, full_matrices=False)
     return u[:, :rank] * s[:rank], vt[:rank]
+
+
+# What `lorq bench quantize` compares: names of methods, and variants of theirs.
+PRESETS: dict[str, list[str]] = {
+    "nearest": ["--method", "nearest"],
+    "gptq": ["--method", "gptq"],
+    "gptq-paper": ["--method", "gptq", "--range-search", "none", "--shrinkage", "0"],
+    "flrq": ["--method", "flrq"],
+    "flrq-paper": ["--method", "flrq-paper"],
+    "flrq-paper-8bit": ["--method", "flrq-paper", "--factor-bits", "8"],
+    "flrq-thrifty": ["--method", "flrq", "--budget", "0.1"],
+    "flrq-thorough": ["--method", "flrq", "--epochs", "3"],
+}
+
+
+def bench_quantize(
+    model: str | None = None,
+    *,
+    bits: Iterable[int] = (3,),
+    methods: Iterable[str] = ("nearest", "gptq", "flrq-paper", "flrq"),
+    flags: Iterable[str] = (),
+    text: str = "python-docs",
+    window: int = 512,
+    windows: int = 8,
+) -> Iterator[Result]:
+    """Quantize a model in each of several ways, every run in a process of its own, and measure the results.
+
+    Args:
+        model: what `lorq quantize` takes; None for the demo's model.
+        bits: widths to try.
+        methods: names in `PRESETS`.
+        flags: further options of `lorq quantize` for every run, such as ``--group-size 64``.
+        text: evaluation text.
+        window: its window length in tokens.
+        windows: how many windows.
+
+    Yields:
+        For each run: method, bits, stored bits per weight, megabytes of weights, KL (mean and 99th percentile),
+        perplexity, top-1 agreement, seconds of the whole process, and its peak memory beyond that of a Python
+        process with torch loaded, in megabytes.
+
+    Raises:
+        ValueError: for an unknown name.
+        RuntimeError: if a run fails; its own message went to standard error.
+    """
+    methods = list(methods)
+    unknown = [name for name in methods if name not in PRESETS]
+    if unknown:
+        raise ValueError(f"methods must be among {', '.join(PRESETS)}, got {', '.join(unknown)}")
+    source = str(demo_model()) if model is None else model
+    _, idle, _ = _run([sys.executable, "-c", "import torch"])
+    with tempfile.TemporaryDirectory(prefix="lorq-bench-") as folder:
+        for width in bits:
+            for name in methods:
+                out = Path(folder) / f"{name}-{width}"
+                command = ["quantize", source, str(out), "--bits", str(width), *PRESETS[name], *flags, "--json"]
+                seconds, peak, printed = _run([sys.executable, "-m", "lorq.cli", *command])
+                report: dict[str, Any] = json.loads(printed)
+                figures = evaluate(out, reference=source, text=text, window=window, windows=windows)
+                yield {
+                    "method": name,
+                    "bits": width,
+                    "bits_per_weight": report["bits_per_weight"],
+                    "megabytes": report["bytes"] / 1e6,
+                    "kl_mean": figures.kl_mean,
+                    "kl_p99": figures.kl_p99,
+                    "perplexity": figures.perplexity,
+                    "top1": figures.top1,
+                    "seconds": seconds,
+                    "peak_megabytes": (peak - idle) / 1e6,
+                }
+
+
+def _run(command: list[str]) -> tuple[float, int, str]:
+    """Seconds, peak resident bytes and standard output of a process of its own."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        # wait4 tells this child's memory alone; getrusage would give the largest of all children so far.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command[:6])} ... ended with status {process.returncode}")
+    return time.perf_counter() - start, usage.ru_maxrss * 1024, printed

@@ -253,58 +253,48 @@ def bench_quantize(
     model: str | None = None,
     *,
     bits: tuple[int, ...] = (3,),
-    methods: tuple[str, ...] = ("nearest", "gptq", "flrq", "flrq-clip"),
+    methods: tuple[str, ...] = ("nearest", "gptq", "flrq-paper", "flrq"),
     group_size: int = 64,
     calibration: str = "self",
-    text: str = "python-docs",
     samples: int = 16,
     seq_len: int = 512,
-    windows: int = 8,
+    text: str = "python-docs",
     window: int = 512,
+    windows: int = 8,
     seed: int = 0,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Quantize a model by several methods in one run: quality, size, seconds and memory of each.
+    """Quantize a model in several ways: quality, size, seconds and memory of each.
 
     Args:
         model: what to quantize; the demo's model if left out.
         bits: widths; give the flag once for each.
-        methods: names of methods; flrq-clip is flrq as published.
+        methods: names of settings, once for each; flrq-paper is FLRQ as published.
         group_size: columns that share a scale.
         calibration: text for the statistics.
-        text: text for the evaluation.
         samples: calibration windows.
-        seq_len: their length.
+        seq_len: tokens of a calibration window.
+        text: text for the evaluation.
+        window: tokens of an evaluation window.
         windows: evaluation windows.
-        window: their length.
         seed: of everything random.
-        json_: print JSON, one object per row.
+        json_: print one JSON object per run.
     """
     from lorq import bench
 
-    options = dict(calibration=calibration, samples=samples, seq_len=seq_len, seed=seed)
-    with _progress() as progress:
-        rows = list(
-            bench.bench_quantize(
-                model,
-                bits=bits,
-                methods=methods,
-                group_size=group_size,
-                options=options,
-                text=text,
-                windows=windows,
-                window=window,
-                progress=progress,
-            )
-        )
-    if json_:
-        for row in rows:
-            print(json.dumps(row))
-        return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
-    console.print(table)
+    options = {"group-size": group_size, "calibration": calibration, "samples": samples, "seq-len": seq_len}
+    flags = [f"--{key}={value}" for key, value in (options | {"seed": seed}).items()]
+    table: Table | None = None
+    for row in bench.bench_quantize(
+        model, bits=bits, methods=methods, flags=flags, text=text, window=window, windows=windows
+    ):
+        if json_:
+            print(json.dumps(row), flush=True)
+            continue
+        table = table or Table(*row)
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    if table:
+        console.print(table)
 
 
 # -- printing -----------------------------------------------------------------------------------------------

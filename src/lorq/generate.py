@@ -46,7 +46,7 @@ def stream_text(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
+        inputs: Any = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:

@@ -41,6 +41,9 @@ class LorqConfig(QuantizationConfigMixin):
         ValueError: for a newer format version, an unknown or missing key, or a value out of range.
     """
 
+    method: str
+    layers: dict[str, Any]
+
     def __init__(self, **keys: Any):
         self.quant_method = keys.pop("quant_method", "lorq")  # type: ignore[assignment]
         version = keys.pop("format_version", None)
@@ -208,7 +211,8 @@ def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str |
         kind: Any = torch.float32 if place.type == "cpu" else "auto"
     else:
         kind = read_dtype(dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=kind).to(place).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    return loaded.to(place).eval()
 
 
 def read_device(name: str | torch.device) -> torch.device:

@@ -83,6 +83,8 @@ class QuantLinear(nn.Module):
         device: "meta" makes room without memory.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, in_features: int, out_features: int, format: LayerFormat, *, bias: bool = False,
         dtype: torch.dtype | None = None, device: torch.device | str | None = None,
@@ -129,10 +131,10 @@ class QuantLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        bias, self.bias = self.bias, None
+        bias = self._parameters.pop("bias")
         super()._apply(keep_dtype, recurse)
-        if bias is not None:
-            self.bias = nn.Parameter(fn(bias.data), requires_grad=bias.requires_grad)
+        moved = None if bias is None else nn.Parameter(fn(bias.data), requires_grad=bias.requires_grad)
+        self.register_parameter("bias", moved)
         return self
 
     def extra_repr(self) -> str:

@@ -100,3 +100,39 @@ def read_report(folder: Path) -> Report:
 def record_of(layer: LayerReport) -> dict[str, Any]:
     """A layer's report as the journal keeps it."""
     return json.loads(json.dumps(asdict(layer)))
+
+
+def html_page(report: Report, *, title: str) -> str:
+    """A page with the totals, a bar for every layer's rank, its errors, and the table; needs no network."""
+    from html import escape
+
+    ranks, before = [layer.rank for layer in report.layers], [layer.error_before for layer in report.layers]
+    after = [layer.error_after for layer in report.layers]
+    rows = "".join(
+        f"<tr><td>{escape(l.name)}</td><td>{l.shape[0]} x {l.shape[1]}</td><td>{l.bits}</td><td>{l.rank}</td>"
+        f"<td>{escape(l.stop)}</td><td>{l.error_before:.4f}</td><td>{l.error_after:.4f}</td><td>{l.bytes:,}</td></tr>"
+        for l in report.layers
+    )
+    heads = "".join(f"<th>{h}</th>" for h in ("layer", "shape", "bits", "rank", "stop", "before", "after", "bytes"))
+    return (
+        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>body{{font:14px sans-serif;"
+        "max-width:70em;margin:2em auto}td,th{text-align:right;padding:0 .7em}td:first-child{text-align:left}</style>"
+        f"<h1>{escape(title)}</h1><p>{escape(report.method)}, {report.bits_per_weight:.3f} bits per weight, "
+        f"{report.bytes / 1e6:.1f} MB, {len(report.layers)} layers</p>"
+        f"<h2>Rank of each layer</h2>{_bars([ranks], ['#36c'])}"
+        "<h2>Relative output error of each layer: rounding to nearest (grey), this folder (blue)</h2>"
+        f"{_bars([before, after], ['#bbb', '#36c'])}<table><tr>{heads}</tr>{rows}</table>"
+    )
+
+
+def _bars(series: list[list[Any]], colours: list[str]) -> str:
+    """An SVG with one bar per layer, later series in front."""
+    height, top = 160, max((max(values, default=0) for values in series), default=0) or 1
+    width = 1000 / max(len(series[0]), 1)
+    bars = "".join(
+        f'<rect x="{i * width:.2f}" y="{height - height * v / top:.2f}" width="{width * 0.9:.2f}" '
+        f'height="{height * v / top:.2f}" fill="{colour}"/>'
+        for values, colour in zip(series, colours, strict=True)
+        for i, v in enumerate(values)
+    )
+    return f'<svg viewBox="0 0 1000 {height}" width="100%">{bars}</svg><p>highest bar: {top:.4g}</p>'

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from lorq.methods.flrq import FLRQ
+from lorq.methods.flrq import FLRQ, FLRQPaper
 from lorq.methods.gptq import GPTQ
 from lorq.methods.nearest import Nearest
 from lorq.stats import InputStats
@@ -23,9 +23,14 @@ class Method(Protocol):
 
     scope: ClassVar[str]
     needs_stats: ClassVar[bool]
-    bits: int
-    group_size: int
-    symmetric: bool
+
+    @property
+    def bits(self) -> int: ...
+
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def symmetric(self) -> bool: ...
 
     def solve(self, weight: Tensor, stats: InputStats | None, *, generator: torch.Generator) -> QuantizedWeight:
         """Quantize one weight (out, in), float32."""
@@ -36,6 +41,6 @@ class Method(Protocol):
         ...
 
 
-METHODS: dict[str, type[Any]] = {"flrq": FLRQ, "gptq": GPTQ, "nearest": Nearest}
+METHODS: dict[str, type[Any]] = {"flrq": FLRQ, "flrq-paper": FLRQPaper, "gptq": GPTQ, "nearest": Nearest}
 
-__all__ = ["FLRQ", "GPTQ", "METHODS", "Method", "Nearest"]
+__all__ = ["FLRQ", "GPTQ", "METHODS", "FLRQPaper", "Method", "Nearest"]

@@ -59,19 +59,19 @@ class FLRQ:
     bits: int = 4
     group_size: int = 128
     symmetric: bool = False
-    rounding: Literal["clip", "nearest", "gptq"] = "clip"
-    order: Literal["low-rank-then-codes", "codes-then-low-rank"] = "low-rank-then-codes"
-    metric: Literal["activation", "hessian"] = "activation"
+    rounding: Literal["clip", "nearest", "gptq"] = "gptq"
+    order: Literal["low-rank-then-codes", "codes-then-low-rank"] = "codes-then-low-rank"
+    metric: Literal["activation", "hessian"] = "hessian"
     exponent: float = 2.4
     sketch: Literal["block", "rank1"] = "block"
     iterations: int = 2
     budget: float = 0.2
     range_measure: Literal["amax", "group"] = "amax"
     slope_window: int = 8
-    slope_threshold: float = 0.1
-    min_gain: float = 0.1
-    epochs: int = -1
-    factor_bits: int = 16
+    slope_threshold: float = 0.0
+    min_gain: float = 0.0
+    epochs: int = 1
+    factor_bits: int = 8
     shrinkage: float = 0.2
     damping: float = 0.01
 
@@ -184,3 +184,20 @@ class FLRQ:
         rank = rank_cap(out, in_, bits=self.bits, factor_bits=self.factor_bits, budget=self.budget)
         group = in_ if self.group_size == -1 else self.group_size
         return LayerFormat(self.bits, group, self.symmetric, rank, self.factor_bits)
+
+
+@dataclass(frozen=True)
+class FLRQPaper(FLRQ):
+    """FLRQ with the settings of its paper and its authors' code; see FLRQ for what each one does.
+
+    The low rank first, from the activation-scaled weight, in 16 bits; the residual clipped and rounded to
+    nearest.
+    """
+
+    rounding: Literal["clip", "nearest", "gptq"] = "clip"
+    order: Literal["low-rank-then-codes", "codes-then-low-rank"] = "low-rank-then-codes"
+    metric: Literal["activation", "hessian"] = "activation"
+    slope_threshold: float = 0.1
+    min_gain: float = 0.1
+    epochs: int = -1
+    factor_bits: int = 16
