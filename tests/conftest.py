@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import BOS, tiny_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from helpers import byte_tokenizer, tiny_folder, tiny_model
+
+from lorq.weight import LowRank, QuantizedWeight
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,15 +19,80 @@ def one_thread():
 @pytest.fixture
 def tokenizer():
     """One token per byte, a model length of 32, and ``<s>`` before a text unless told otherwise."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["<s>"])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", model_max_length=32)
+    return byte_tokenizer(32)
 
 
 @pytest.fixture(scope="session")
 def model():
     return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory):
+    """The folder of a tiny model, by family; made once, not to be changed."""
+    made = {}
+
+    def of(family):
+        if family not in made:
+            made[family] = tiny_folder(tmp_path_factory.mktemp("models") / family, family)
+        return made[family]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """Prose enough for 16 windows of 32 bytes."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    lines = [f"Line {i}: {i * i} is the square of {i}, and {i * 7919 % 1000} is not.\n" for i in range(40)]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def correlated(generator):
+    """Inputs (tokens, width), float32, whose channels are mixed with each other and of unequal size."""
+
+    def make(tokens, width):
+        mix = torch.eye(width) + 0.3 * torch.randn(width, width, generator=generator)
+        loudness = torch.linspace(0.2, 2.0, width)
+        return torch.randn(tokens, width, generator=generator) @ mix * loudness
+
+    return make
+
+
+@pytest.fixture
+def random_weight(generator):
+    """A stored weight of a given shape and format, all parts random."""
+
+    def make(out, in_, format):
+        groups, rank = in_ // format.group_size, format.rank
+
+        def codes(*shape, low=0, high=2**format.bits):
+            return torch.randint(low, high, shape, generator=generator)
+
+        def positive(*shape):
+            return (torch.rand(*shape, generator=generator) * 0.02 + 0.005).to(torch.float16)
+
+        low_rank = None
+        if rank and format.factor_bits == 8:
+            left = codes(out, rank, low=-127, high=128).to(torch.int8)
+            right = codes(rank, in_, low=-127, high=128).to(torch.int8)
+            low_rank = LowRank(left, right, positive(rank) / 16, positive(rank) / 16)
+        elif rank:
+            left, right = (torch.randn(*shape, generator=generator) / 8 for shape in ((out, rank), (rank, in_)))
+            low_rank = LowRank(left.to(torch.float16), right.to(torch.float16))
+        return QuantizedWeight(
+            codes=codes(out, in_).to(torch.uint8),
+            scale=positive(out, groups),
+            zero_point=None if format.symmetric else codes(out, groups).to(torch.uint8),
+            bits=format.bits,
+            low_rank=low_rank,
+        )
+
+    return make

@@ -1,10 +1,26 @@
 """Small models for tests."""
 
+import hashlib
+from pathlib import Path
+
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 BYTES = 256
 BOS = 256
+
+
+def byte_tokenizer(length: int = 32) -> PreTrainedTokenizerFast:
+    """One token per byte, and ``<s>`` before a text unless told otherwise."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", model_max_length=length)
 
 
 def tiny_model(seed: int = 0, **changes):
@@ -21,3 +37,63 @@ def tiny_model(seed: int = 0, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**settings | changes))
+
+
+# ---- folders ----------------------------------------------------------------------------------------------
+
+_GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+# family -> (its config without "Config", what that has besides or instead of the common settings)
+FAMILIES = {
+    "llama": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 2}),
+    "mistral": ("Mistral", {"sliding_window": 8, "num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    "qwen3": ("Qwen3", {**_GROUPED, "tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {**_GROUPED, **_SLIDING, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 8.0}),
+    "gemma3": ("Gemma3Text", {**_GROUPED, **_SLIDING}),
+    "opt": ("OPT", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
+    "phi": ("Phi", {"partial_rotary_factor": 0.5, "tie_word_embeddings": False}),
+    "gpt-neox": ("GPTNeoX", {"rotary_pct": 0.25, "tie_word_embeddings": False}),
+    "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 128}),
+}
+TIED = {"llama", "qwen3", "gemma2", "gemma3", "opt", "gpt2"}
+_COMMON = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+_SPECIAL = {"vocab_size": BYTES + 1, "bos_token_id": BOS, "eos_token_id": None, "pad_token_id": None}
+
+
+def tiny_folder(folder: Path, family: str, *, seed: int = 0, **changes) -> Path:
+    """A random model of one family as a Hugging Face folder with a byte-level tokenizer; `folder` is made."""
+    name, own = FAMILIES[family]
+    common = {} if family == "gpt2" else _COMMON
+    if family == "opt":
+        common = {key: value for key, value in common.items() if key != "intermediate_size"}
+    config = getattr(transformers, f"{name}Config")(**common | _SPECIAL | own | changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            # A fresh model has norms of 1 and biases of 0, which would hide that one is forgotten.
+            if parameter.ndim == 1:
+                parameter.data += 0.2 * torch.randn(parameter.shape)
+            elif "embed" not in name:
+                parameter.data = 0.15 * torch.randn(parameter.shape)
+            else:
+                parameter.data = 0.5 * torch.randn(parameter.shape)
+    return save_folder(model, folder)
+
+
+def save_folder(model, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    byte_tokenizer(128).save_pretrained(folder)
+    return folder
+
+
+def folder_digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a folder, by name: equal digests are equal folders."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorq.checkpoint import SourceCheckpoint
+from lorq.skeleton import find_blocks, get_tensor, put_tensor, read_config, renamed, skeleton
 from lorq.stats import InputStats, StatsAccumulator, TokenWeights
 
 
@@ -85,7 +86,7 @@ class StreamedModel:
 
     def _match_names(self) -> dict[str, str]:
         """Stored name of every parameter and stored buffer, by its name in the model."""
-        stored, prefix = set(self.checkpoint.names), self.model.base_model_prefix + "."
+        stored, prefix = renamed(self.model, self.checkpoint.names), self.model.base_model_prefix + "."
         tied = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         found, missing = {}, []
         for name in self._names:
@@ -93,7 +94,7 @@ class StreamedModel:
             candidates = (name, name.removeprefix(prefix), prefix + name)
             match = next((c for c in candidates if c in stored), None)
             if match:
-                found[name] = match
+                found[name] = stored[match]
             elif name not in tied:
                 missing.append(name)
         for name, origin in tied.items():
@@ -180,12 +181,12 @@ class StreamedModel:
                 # Buffers keep their type: a mask or a count is no activation.
                 keep = not tensor.is_floating_point() or name not in self._parameters
                 loaded[source] = tensor.to(self.device, tensor.dtype if keep else self.dtype)
-            _put(self.model, name, loaded[source])
+            put_tensor(self.model, name, loaded[source])
         try:
             yield
         finally:
             for name in names:
-                _put(self.model, name, _get(self.model, name).to("meta"))
+                put_tensor(self.model, name, get_tensor(self.model, name).to("meta"))
 
     @contextmanager
     def resident_block(self, index: int) -> Iterator[nn.Module]:
@@ -345,78 +346,3 @@ def hidden_states(
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".lorq-hidden-") as file:
         file.truncate(4 * size)
         return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)
-
-
-# -- architecture -------------------------------------------------------------------------------------------
-
-
-def read_config(folder: Path) -> Any:
-    """The folder's transformers config.
-
-    Raises:
-        ValueError: if it cannot be read, needs remote code, or is quantized already.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"the config of {folder} could not be read: {first}") from error
-    existing = getattr(config, "quantization_config", None)
-    if existing is not None:
-        method = existing.get("quant_method") if isinstance(existing, dict) else existing
-        raise ValueError(f"{folder} is already quantized ({method}); give the original model")
-    return config
-
-
-def skeleton(config: Any) -> Any:
-    """The model without memory for its parameters; buffers that are computed, not stored, are real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"MODEL must be a causal language model, got the model type {config.model_type!r}, for which "
-            "transformers has no AutoModelForCausalLM"
-        )
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
-
-
-def find_blocks(model: Any) -> list[str]:
-    """Names of the decoder blocks, in order.
-
-    Raises:
-        ValueError: if no list of decoder blocks is found.
-    """
-    declared = set(getattr(model, "_no_split_modules", None) or ())
-    lists = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            if all(type(item).__name__ in declared for item in module):
-                lists.append((name, module))
-    if len(lists) != 1:
-        raise ValueError(
-            f"{type(model).__name__} is not supported: lorq needs exactly one list of decoder blocks "
-            f"({', '.join(sorted(declared)) or 'none declared'}), found {len(lists)}"
-        )
-    name, module = lists[0]
-    return [f"{name}.{i}" for i in range(len(module))]
-
-
-def _get(model: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    tensor = getattr(model.get_submodule(path), leaf)
-    assert isinstance(tensor, Tensor)
-    return tensor
-
-
-def _put(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._parameters:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    else:
-        module._buffers[leaf] = tensor

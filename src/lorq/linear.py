@@ -113,6 +113,12 @@ class QuantLinear(nn.Module):
         )  # fmt: skip
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, (out, in), decoded anew at every look: for reading, writing to it changes nothing."""
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        return unpack_weight(self.stored(), self.format).dense().to(dtype)
+
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors that this layer has, by local name."""
         return {name: tensor for name in _STORED if (tensor := getattr(self, name)) is not None}
@@ -131,10 +137,14 @@ class QuantLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        bias = self._parameters.pop("bias")
-        super()._apply(keep_dtype, recurse)
+        bias = self._parameters["bias"]
         moved = None if bias is None else nn.Parameter(fn(bias.data), requires_grad=bias.requires_grad)
-        self.register_parameter("bias", moved)
+        self._parameters["bias"] = None
+        try:
+            super()._apply(keep_dtype, recurse)
+            bias = moved
+        finally:
+            self._parameters["bias"] = bias
         return self
 
     def extra_repr(self) -> str:

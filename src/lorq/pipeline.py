@@ -18,9 +18,7 @@ from lorq.blocks import (
     Target,
     hidden_states,
     observed,
-    read_config,
     shared_inputs,
-    skeleton,
 )
 from lorq.calibration import Windows, calibration_windows
 from lorq.checkpoint import CheckpointWriter, SourceCheckpoint, require_space
@@ -42,6 +40,7 @@ from lorq.plan import (
 from lorq.report import REPORT_NAME, LayerReport, Report, record_of
 from lorq.safefile import read_header
 from lorq.selftext import cached_self_windows
+from lorq.skeleton import read_config, skeleton
 from lorq.source import COMPANIONS, resolve_model
 from lorq.stats import InputStats
 from lorq.weight import LayerFormat, QuantizedWeight
@@ -161,7 +160,7 @@ def _require_memory(run: Run) -> None:
 
 def _identity(run: Run, windows: Windows | None) -> dict[str, Any]:
     """Everything that decides the bytes of the folder; resuming with another one is refused."""
-    keep = ("seed", "token_weights", "stream", "exclude", "override")
+    keep = ("samples", "seq_len", "seed", "token_weights", "stream", "exclude", "override")
     return {
         "format_version": FORMAT_VERSION,
         "lorq_version": lorq.__version__,
@@ -353,7 +352,6 @@ def _finish(run: Run, writer: CheckpointWriter, windows: Windows | None) -> Repo
     layers = [LayerReport(**{**l, "shape": tuple(l["shape"])}) for record in records for l in record["layers"]]
     identity = _identity(run, windows)
     run_info = {key: value for key, value in identity.items() if key not in ("method", "settings")}
-    run_info["samples"], run_info["seq_len"] = (0, 0) if windows is None else windows.tokens.shape
     stored = sum(record["bytes"] for record in records)
     report = make_report(run, layers, kept_bytes=0, run_info=run_info, checksums=writer.shard_checksums())
     report = replace(report, bytes=stored)

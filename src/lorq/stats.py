@@ -1,11 +1,14 @@
 """InputStats: what calibration knows about the inputs of a layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from lorq.linalg import cholesky, damp, inverse_factor, shrink
 
 TokenWeights = Literal["equal", "plain"]
 
@@ -23,6 +26,39 @@ class InputStats:
     hessian: Float[Tensor, "in in"]
     mean_abs: Float[Tensor, "in"]
     tokens: int
+    _prepared: dict[tuple[float, float], "PreparedHessian"] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def prepared(self, *, shrinkage: float, damping: float) -> "PreparedHessian":
+        """The Hessian shrunk towards its diagonal, with its factors; made once for all layers that share it."""
+        key = (shrinkage, damping)
+        if key not in self._prepared:
+            self._prepared[key] = PreparedHessian(shrink(self.hessian, shrinkage), damping)
+        return self._prepared[key]
+
+
+@dataclass(frozen=True)
+class PreparedHessian:
+    """A Hessian as a method uses it, and what is expensive to derive from it, derived when first asked for.
+
+    Attributes:
+        matrix: the shrunk Hessian.
+        damping: share of the mean diagonal added to the diagonal before it is factorised.
+    """
+
+    matrix: Float[Tensor, "in in"]
+    damping: float
+
+    @cached_property
+    def factor(self) -> Float[Tensor, "in in"]:
+        """Lower Cholesky factor of the damped matrix."""
+        return cholesky(damp(self.matrix, self.damping))
+
+    @cached_property
+    def inverse_factor(self) -> Float[Tensor, "in in"]:
+        """Upper factor of the damped matrix's inverse, as `lorq.rounding.gptq` reads it."""
+        return inverse_factor(damp(self.matrix, self.damping))
 
 
 class StatsAccumulator:

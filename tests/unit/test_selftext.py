@@ -240,7 +240,7 @@ def test_a_corrupt_cache_is_logged_and_written_again(write, caplog, damage, reas
     else:
         save_file(damage, file)
     assert torch.equal(write(), first) and write.loads == 2
-    (record,) = [record for record in caplog.records if record.name == "lorq.calibration"]
+    (record,) = [record for record in caplog.records if record.name == "lorq.selftext"]
     assert record.levelname == "WARNING" and re.search(f"corrupt.*{reason}", record.getMessage())
     assert torch.equal(load_file(file)["tokens"], first)
 

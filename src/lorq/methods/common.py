@@ -39,7 +39,7 @@ def check_choice(name: str, value: str, known: object) -> None:
         raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(name: str, value: float | int, low: float | int, high: float | int) -> None:
     """Refuse a number outside ``low .. high``.
 
     Raises:

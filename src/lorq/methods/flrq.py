@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.linalg import cholesky, damp, shrink
 from lorq.methods.common import assemble, check_choice, check_grid, check_range, layer_grid, needed
 from lorq.ranks import MEASURES, choose_rank, rank_cap
 from lorq.rounding import ROUNDINGS, RangeSearch, Rounded
@@ -116,8 +115,9 @@ class FLRQ:
             the first one too. The error comes from the Hessian instead of stored tokens.
         """
         stats = needed(stats)
-        hessian = shrink(stats.hessian, self.shrinkage)
-        scaling = self._scaling(stats, hessian)
+        hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping)
+        scaling = hessian.factor if self.metric == "hessian" else self._alpha(stats)
+        given = {"upper": hessian.inverse_factor} if self.rounding == "gptq" else {}
         grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
         best: tuple[float, Rounded, LowRank | None, str] | None = None
@@ -128,10 +128,10 @@ class FLRQ:
                     low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(weight)
                 else:
                     rounded = ROUNDINGS[self.rounding](
-                        weight - low_rank_part, hessian, grid, search=search, damping=self.damping
+                        weight - low_rank_part, hessian.matrix, grid, search=search, **given
                     )
                     codes_part = rounded.dense()
-            error = float(output_energy(weight - codes_part - low_rank_part, hessian))
+            error = float(output_energy(weight - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:
                 best = (error, rounded, low_rank, stop)
         assert best is not None
@@ -143,16 +143,14 @@ class FLRQ:
             return self.epochs
         return 20 if self.bits == 2 else 1
 
-    def _scaling(self, stats: InputStats, hessian: Tensor) -> Tensor:
-        """What the weight is multiplied by before it is sketched: a vector alpha, or a Cholesky factor.
+    def _alpha(self, stats: InputStats) -> Float[Tensor, "in"]:
+        """The activation scale: what the weight's columns are multiplied by before they are sketched.
 
             alpha = mean|x|^exponent / sqrt(max * min)
 
         Source:
             Eq. 10-11. The constant cancels; it keeps float32 in range. The floor of 1e-4 is the code's.
         """
-        if self.metric == "hessian":
-            return cholesky(damp(hessian, self.damping))
         alpha = stats.mean_abs.clamp(min=1e-4) ** self.exponent
         return alpha / math.sqrt(float(alpha.max()) * float(alpha.min()))
 

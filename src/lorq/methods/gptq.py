@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq import rounding
-from lorq.linalg import shrink
 from lorq.methods.common import SEARCHES, assemble, check_choice, check_grid, check_range, layer_grid, needed
 from lorq.stats import InputStats
 from lorq.weight import LayerFormat, QuantizedWeight
@@ -48,9 +47,12 @@ class GPTQ:
     ) -> QuantizedWeight:
         """Round ``weight`` under its inputs' Hessian."""
         grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
-        hessian = shrink(needed(stats).hessian, self.shrinkage)
-        rounded = rounding.gptq(weight, hessian, grid, search=SEARCHES[self.range_search], damping=self.damping)
-        return assemble(weight, rounded, None, stop="none", hessian=needed(stats).hessian)
+        stats = needed(stats)
+        hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping)
+        rounded = rounding.gptq(
+            weight, hessian.matrix, grid, search=SEARCHES[self.range_search], upper=hessian.inverse_factor
+        )
+        return assemble(weight, rounded, None, stop="none", hessian=stats.hessian)
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer gets this format."""

@@ -1,5 +1,6 @@
 """Clipping: search each group's range for the least output error, then round to nearest."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,7 +32,8 @@ class RangeSearch:
 
     def shares(self) -> list[float]:
         """The shares to try, from 1 downwards."""
-        return [1.0 - i / self.steps for i in range(max(1, int(self.depth * self.steps)))]
+        # The allowance keeps 0.8 * 40 from becoming 33 for want of an exact float.
+        return [1.0 - i / self.steps for i in range(max(1, math.ceil(self.depth * self.steps - 1e-9)))]
 
 
 def search_range(

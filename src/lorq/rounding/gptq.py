@@ -23,6 +23,7 @@ def gptq(
     *,
     search: RangeSearch | None = None,
     damping: float = 0.01,
+    upper: Float[Tensor, "in in"] | None = None,
 ) -> Rounded:
     """Codes that keep ``tr[(T - Q) H (T - Q)^T]`` small by passing errors on.
 
@@ -36,6 +37,7 @@ def gptq(
         grid: the kind of grid.
         search: range search for each group; None takes the full range.
         damping: share of the mean diagonal added to the diagonal.
+        upper: ``U``, where it is at hand already.
 
     Returns:
         The codes and their grid.
@@ -48,7 +50,9 @@ def gptq(
         the Hessian.
     """
     width, size = target.shape[1], grid.group_size
-    upper = inverse_factor(damp(hessian, damping))
+    grid.grouped(target)  # refuses a group size that does not divide
+    if upper is None:
+        upper = inverse_factor(damp(hessian, damping))
     columns = target.T.contiguous()  # (in, out): a column of the weight is contiguous
     codes = torch.empty_like(columns)
     scale = columns.new_empty(width // size, columns.shape[1])
@@ -71,9 +75,9 @@ def gptq(
 
 
 def _blocks(width: int, size: int) -> Iterator[tuple[int, int]]:
-    """Blocks of about ``_BLOCK`` columns, none of which ends inside a group that began in it later than its start.
+    """Blocks of at most ``_BLOCK`` columns: several whole groups, or a part of one group.
 
-    Then a group's columns have received every earlier error when its range is fitted.
+    So every group has received all earlier errors when its range is fitted at its first column.
     """
     whole = (_BLOCK // size) * size  # several small groups in one block
     step = whole if whole else size

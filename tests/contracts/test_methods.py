@@ -1,0 +1,264 @@
+"""What every method in the table keeps to, whatever its settings."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import re
+import typing
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lorq.methods import METHODS, Method
+from lorq.stats import StatsAccumulator
+
+OUT, IN = 40, 96
+
+
+def every(**choices):
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+# Stops that a matrix this small reaches only after some ranks.
+EAGER = {"budget": 1.0, "range_measure": "group", "slope_window": 2}
+# Each pair of these three settings, once; every pass over the weight is tried with two of them.
+FORMS = [
+    {"factor_bits": 8, "sketch": "block", "symmetric": False},
+    {"factor_bits": 8, "sketch": "rank1", "symmetric": True},
+    {"factor_bits": 16, "sketch": "block", "symmetric": True},
+    {"factor_bits": 16, "sketch": "rank1", "symmetric": False},
+]
+PASSES = every(
+    rounding=["clip", "nearest", "gptq"],
+    metric=["activation", "hessian"],
+    order=["low-rank-then-codes", "codes-then-low-rank"],
+)
+# Settings beyond bits and group size that a method is tried with, besides its defaults.
+SETTINGS = {
+    "flrq": [passes | FORMS[(i + half) % 4] | EAGER for i, passes in enumerate(PASSES) for half in (0, 2)]
+    + every(iterations=[0, 4], epochs=[0, 2], budget=[0.0, 1.0]),
+    "flrq-paper": every(factor_bits=[8], exponent=[1.0, 2.5], budget=[1.0], min_gain=[0.0]),
+    "gptq": every(range_search=["none", "saturate", "scale"], symmetric=[False, True], shrinkage=[0.0]),
+    "nearest": every(range_search=["saturate", "scale"], symmetric=[False, True]),
+}
+CASES = [(name, settings) for name in METHODS for settings in [{}, *SETTINGS.get(name, [])]]
+cases = pytest.mark.parametrize(
+    "name, settings", CASES, ids=[" ".join([name, *map(str, settings.values())]) for name, settings in CASES]
+)
+methods = pytest.mark.parametrize("name", METHODS)
+
+
+@functools.cache
+def layer():
+    """A weight with two strong directions, and statistics of correlated inputs."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    inputs = normal(400, IN) @ (torch.eye(IN) + 0.1 * normal(IN, IN)) * torch.linspace(0.3, 2.0, IN)
+    sums = StatsAccumulator(IN)
+    sums.add(inputs)
+    return normal(OUT, 2) @ normal(2, IN) * 0.04 + normal(OUT, IN) * 0.02, sums.finish()
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@functools.cache
+def solved(name, settings):
+    """The result for 3 bits and groups of 32, with what it was made from before and after."""
+    method = METHODS[name](bits=3, group_size=32, **dict(settings))
+    weight, stats = layer()
+    copies = [tensor.clone() for tensor in (weight, stats.hessian, stats.mean_abs)]
+    result = method.solve(weight, stats, generator=seeded())
+    unchanged = all(torch.equal(*pair) for pair in zip(copies, (weight, stats.hessian, stats.mean_abs), strict=True))
+    return SimpleNamespace(method=method, weight=weight, stats=stats, result=result, unchanged=unchanged)
+
+
+def case(name, settings):
+    return solved(name, tuple(settings.items()))
+
+
+def parts(result):
+    low_rank = vars(result.low_rank) if result.low_rank else {}
+    return {"codes": result.codes, "scale": result.scale, "zero_point": result.zero_point} | low_rank
+
+
+def same(a, b):
+    a, b = parts(a), parts(b)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[key], b[key]) if a[key] is not None else b[key] is None for key in a
+    )
+
+
+def relative_error(weight, dense, hessian):
+    weight, delta, h = weight.double(), (weight - dense).double(), hessian.double()
+    return float(torch.trace(delta @ h @ delta.T) / torch.trace(weight @ h @ weight.T))
+
+
+def test_the_cases_reach_low_rank_parts_of_both_widths_and_none():
+    ranks = {(c.method.factor_bits, c.result.format.rank > 0) for n, s in CASES if n == "flrq" for c in [case(n, s)]}
+    assert ranks >= {(8, True), (16, True), (8, False)}
+
+
+@methods
+def test_a_method_keeps_the_protocol_and_is_frozen(name):
+    method = METHODS[name]()
+    assert isinstance(method, Method) and method.scope == "layer"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.bits = 3
+
+
+@cases
+def test_parts_are_in_range_and_inputs_unchanged(name, settings):
+    c = case(name, settings)
+    assert c.unchanged
+    assert c.result.shape == (OUT, IN) and c.result.scale.shape == (OUT, IN // 32)
+    assert c.result.codes.dtype == torch.uint8 and int(c.result.codes.max()) <= 7
+    assert (c.result.zero_point is None) == c.method.symmetric
+    assert c.result.zero_point is None or int(c.result.zero_point.max()) <= 7
+    assert c.result.scale.dtype == torch.float16 and float(c.result.scale.min()) > 0
+    assert torch.isfinite(c.result.dense()).all()
+
+
+@cases
+def test_the_recorded_errors_are_those_of_the_result(name, settings):
+    c = case(name, settings)
+    nearest = METHODS["nearest"](bits=3, group_size=32, symmetric=c.method.symmetric)
+    plain = nearest.solve(c.weight, c.stats, generator=seeded())
+    # float32 sums of differences.
+    for dense, recorded in (
+        (c.result.dense(), c.result.record.error_after),
+        (plain.dense(), c.result.record.error_before),
+    ):
+        assert recorded == pytest.approx(relative_error(c.weight, dense, c.stats.hessian), rel=1e-4)
+
+
+@cases
+def test_the_largest_format_bounds_what_is_stored(name, settings):
+    c = case(name, settings)
+    largest = c.method.largest(OUT, IN)
+    assert c.result.stored_bits() <= largest.stored_bits(OUT, IN)
+    assert c.result.format.rank <= largest.rank
+    assert dataclasses.replace(c.result.format, rank=0, factor_bits=16) == dataclasses.replace(
+        largest, rank=0, factor_bits=16
+    )
+
+
+@cases
+def test_the_same_seed_gives_the_same_bits(name, settings):
+    c = case(name, settings)
+    again = c.method.solve(c.weight, c.stats, generator=seeded())
+    assert same(again, c.result) and again.record == c.result.record
+
+
+@cases
+def test_settings_survive_json(name, settings):
+    method = case(name, settings).method
+    assert METHODS[name](**json.loads(json.dumps(dataclasses.asdict(method)))) == method
+
+
+@pytest.mark.parametrize("group_size", [16, -1], ids=["groups", "one group per row"])
+@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
+@methods
+def test_eight_bits_are_close_to_exact(name, symmetric, group_size):
+    weight, stats = layer()
+    result = METHODS[name](bits=8, group_size=group_size, symmetric=symmetric).solve(weight, stats, generator=seeded())
+    # A range of eight standard deviations in 255 steps, each value off by 12^-1/2 of a step, is 40.9 dB; less is wide.
+    assert -10 * math.log10(result.record.error_after) > 40.9
+    assert relative_error(weight, result.dense(), torch.eye(IN)) < 10**-4.0
+
+
+@methods
+def test_errors_fall_with_every_bit(name):
+    weight, stats = layer()
+    errors = [
+        METHODS[name](bits=bits, group_size=32).solve(weight, stats, generator=seeded()).record.error_after
+        for bits in (2, 3, 4, 6, 8)
+    ]
+    assert all(after < 0.6 * before for before, after in itertools.pairwise(errors))
+
+
+@methods
+def test_one_group_per_row_is_the_group_of_the_whole_width(name):
+    weight, stats = layer()
+    whole, minus_one = (
+        METHODS[name](bits=3, group_size=size).solve(weight, stats, generator=seeded()) for size in (IN, -1)
+    )
+    assert minus_one.scale.shape == (OUT, 1)
+    assert same(whole, minus_one)
+    assert METHODS[name](group_size=-1).largest(OUT, IN).group_size == IN
+
+
+@methods
+def test_a_group_size_that_does_not_divide_is_refused_with_both_numbers(name):
+    weight, stats = layer()
+    with pytest.raises(ValueError, match="group_size") as caught:
+        METHODS[name](bits=3, group_size=36).solve(weight, stats, generator=seeded())
+    assert {"36", str(IN)} <= set(re.findall(r"\d+", str(caught.value)))
+
+
+@methods
+def test_missing_statistics_are_refused_where_they_are_needed(name):
+    method = METHODS[name](group_size=32)
+    weight, _ = layer()
+    if method.needs_stats:
+        with pytest.raises(ValueError, match="needs input statistics, got None"):
+            method.solve(weight, None, generator=seeded())
+    else:
+        result = method.solve(weight, None, generator=seeded())
+        assert result.record.error_after == pytest.approx(
+            relative_error(weight, result.dense(), torch.eye(IN)), rel=1e-4
+        )
+
+
+def out_of_range():
+    """For every setting that is a number or a name: values that none can mean."""
+    for name, method in METHODS.items():
+        hints = typing.get_type_hints(method)
+        for field in dataclasses.fields(method):
+            if hints[field.name] is bool:
+                continue
+            if typing.get_origin(hints[field.name]) is typing.Literal:
+                values = ["nonsense", ""]
+            else:
+                values = [-99] if hints[field.name] is int else [-99.0, math.inf, math.nan]
+            yield from (pytest.param(name, field.name, value, id=f"{name} {field.name} {value}") for value in values)
+
+
+def checked(name, **changes):
+    """Only the settings' own checks: in tests the annotations are checked too, and would come first."""
+    method = object.__new__(METHODS[name])
+    for setting, value in (dataclasses.asdict(METHODS[name]()) | changes).items():
+        object.__setattr__(method, setting, value)
+    method.__post_init__()
+
+
+@pytest.mark.parametrize("name, setting, value", list(out_of_range()))
+def test_settings_out_of_range_are_refused_by_name_and_value(name, setting, value):
+    with pytest.raises(ValueError, match=rf"^{setting} must be .*, got {re.escape(repr(value))}$"):
+        checked(name, **{setting: value})
+
+
+@methods
+@pytest.mark.parametrize("setting, value", [("bits", 1), ("bits", 9), ("group_size", 0), ("group_size", -2)])
+def test_widths_and_groups_just_outside_are_refused(name, setting, value):
+    with pytest.raises(ValueError, match=f"^{setting} must be .*, got {value}$"):
+        checked(name, **{setting: value})
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("factor_bits", 12), ("iterations", 65), ("budget", 8.5), ("slope_window", 0), ("slope_threshold", 1.1),
+        ("min_gain", 1.1), ("epochs", -2), ("shrinkage", 1.1), ("damping", 10.5), ("exponent", 8.1),
+    ],
+)  # fmt: skip
+def test_settings_of_flrq_just_outside_are_refused(setting, value):
+    with pytest.raises(ValueError, match=f"^{setting} must be .*, got {re.escape(str(value))}$"):
+        checked("flrq", **{setting: value})
