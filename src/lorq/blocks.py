@@ -1,5 +1,6 @@
 """Walk a causal language model one decoder block at a time, the rest of it without memory."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorq.checkpoint import SourceCheckpoint
+from lorq.safefile import TEMPORARY
 from lorq.skeleton import find_blocks, get_tensor, put_tensor, read_config, renamed, skeleton
 from lorq.stats import InputStats, StatsAccumulator, TokenWeights
 
@@ -55,7 +57,8 @@ class StreamedModel:
         dtype: of the activations and of a resident block's parameters.
 
     Raises:
-        ValueError: if no decoder blocks are found, or tensors that the model needs are missing.
+        ValueError: if no decoder blocks are found, or tensors that the model needs are missing
+            or of another shape, or weights are in fused expert tensors.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class StreamedModel:
 
     def _match_names(self) -> dict[str, str]:
         """Stored name of every parameter and stored buffer, by its name in the model."""
+        self._refuse_experts()
         stored, prefix = renamed(self.model, self.checkpoint.names), self.model.base_model_prefix + "."
         tied = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         found, missing = {}, []
@@ -105,7 +109,27 @@ class StreamedModel:
                 f"{self.checkpoint.folder} lacks {len(missing)} tensors that {type(self.model).__name__} needs, "
                 f"such as {', '.join(missing[:3])}; the checkpoint is incomplete or of another architecture"
             )
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        wrong = [
+            f"{name} is {self.checkpoint.shape(source)}, not {shapes[name]}"
+            for name, source in found.items()
+            if self.checkpoint.shape(source) != shapes[name]
+        ]
+        if wrong:
+            raise ValueError(
+                f"{self.checkpoint.folder}: {len(wrong)} tensors do not fit the config: {'; '.join(wrong[:3])}; "
+                "config.json belongs to another model"
+            )
         return found
+
+    def _refuse_experts(self) -> None:
+        prefixes = tuple(block + "." for block in self.blocks)
+        fused = [n for n, p in self.model.named_parameters() if n.startswith(prefixes) and p.ndim >= 3]
+        if fused:
+            raise ValueError(
+                f"{type(self.model).__name__} keeps weights outside linear layers ({', '.join(fused[:2])}): "
+                "mixture-of-experts models are not supported by this version of lorq"
+            )
 
     def stored_tensor(self, name: str) -> Tensor:
         """A tensor as the checkpoint keeps it, by its name in the model."""
@@ -133,14 +157,10 @@ class StreamedModel:
         return [name for name in self._names if not name.startswith(prefixes) and name not in tied]
 
     def targets(self, block: str) -> list[Target]:
-        """The linear layers of a block, in the order of the architecture.
-
-        Raises:
-            ValueError: if the block keeps weights in fused expert tensors, which have no linear layers.
-        """
+        """The linear layers of a block, in the order of the architecture."""
         from transformers.pytorch_utils import Conv1D
 
-        found, covered = [], set()
+        found = []
         for name, module in self.model.get_submodule(block).named_modules(prefix=block):
             if isinstance(module, nn.Linear | Conv1D):
                 out, in_ = module.weight.shape
@@ -151,16 +171,6 @@ class StreamedModel:
                         module.bias is not None,
                     )
                 )  # fmt: skip
-                covered.add(name + ".weight")
-        fused = [
-            name for name in self.names_under(block)
-            if name not in covered and len(self.checkpoint.shape(self._sources[name])) >= 3
-        ]  # fmt: skip
-        if fused:
-            raise ValueError(
-                f"{type(self.model).__name__} keeps weights outside linear layers ({', '.join(fused[:2])}): "
-                "mixture-of-experts models are not supported by this version of lorq"
-            )
         return found
 
     def weight(self, target: Target) -> Float[Tensor, "out in"]:
@@ -343,6 +353,7 @@ def hidden_states(
     size = windows * length * width
     if 4 * size <= limit_bytes:
         return torch.empty(shape)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".lorq-hidden-") as file:
-        file.truncate(4 * size)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden-", suffix=TEMPORARY) as file:
+        # Not a sparse file: a disk that fills up later would kill the process.
+        os.posix_fallocate(file.fileno(), 0, 4 * size)
         return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)

@@ -27,7 +27,8 @@ from lorq.methods import METHODS
 from lorq.plan import Options
 from lorq.report import Report, read_report
 
-console = Console()
+# In a pipe there is no width to fit into, and cut names are of no use to anyone.
+console = Console(width=None if sys.stdout.isatty() else 160)
 notes = Console(stderr=True)
 
 app = cyclopts.App(
@@ -35,6 +36,7 @@ app = cyclopts.App(
     version=lorq.__version__,
     help="Low-rank quantization of Hugging Face language models at 2, 3 and 4 bits.",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 bench_app = cyclopts.App(name="bench", help="Measure speed on this machine.")
 app.command(bench_app)
@@ -149,7 +151,9 @@ def inspect(
     if json_:
         print(json.dumps(report.as_dict()))
         return
-    table = Table("layer", "shape", "bits", "rank", "stop", "error before", "error after", "bytes")
+    table = Table()
+    for title in ("layer", "shape", "bits", "rank", "stop", "error before", "error after", "bytes"):
+        table.add_column(title, overflow="fold")
     for layer in report.layers:
         table.add_row(
             layer.name, f"{layer.shape[0]}x{layer.shape[1]}", str(layer.bits), str(layer.rank), layer.stop,
@@ -367,13 +371,16 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     chosen = _chosen_method(arguments)
+    if "quantize" in app:
+        del app["quantize"]  # of an earlier call, maybe with another method's settings
     app.command(_quantize_command(METHODS.get(chosen, METHODS["flrq"])), name="quantize")
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        return _fail("interrupted; what is finished is kept, the same command with --resume goes on") or 130
+        _fail("interrupted; what is finished is kept, the same command with --resume goes on")
+        return 130  # as shells report SIGINT
     except (ValueError, TypeError, OSError, ArithmeticError, ImportError) as error:
         if os.environ.get("LORQ_TRACE"):
             raise

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorq.calibration import load_text, token_windows
 from lorq.hf import load
 from lorq.linear import QuantLinear
-from lorq.plan import Progress
+from lorq.plan import Progress, layer_bytes
 from lorq.selftext import eval_mode
 from lorq.source import resolve_model
 
@@ -172,8 +172,8 @@ def bits_per_weight(model: nn.Module, folder: Path) -> float:
     """
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     if layers:
-        stored = sum(layer.format.stored_bits(layer.out_features, layer.in_features) for layer in layers)
-        return stored / sum(layer.out_features * layer.in_features for layer in layers)
+        stored = sum(layer_bytes(layer.format, (layer.out_features, layer.in_features)) for layer in layers)
+        return 8 * stored / sum(layer.out_features * layer.in_features for layer in layers)
     from transformers import AutoConfig
 
     dtype = AutoConfig.from_pretrained(folder).dtype

@@ -33,7 +33,7 @@ def stream_text(
     Raises:
         ValueError: if the prompt is empty or a number is out of range.
     """
-    from transformers import AutoTokenizer, TextIteratorStreamer
+    from transformers import AutoConfig, AutoTokenizer, TextIteratorStreamer
 
     from lorq.hf import load
     from lorq.source import resolve_model
@@ -53,6 +53,12 @@ def stream_text(
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt must have at least one token, got an empty one")
+    limit = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    length = inputs["input_ids"].shape[1]
+    if limit is not None and length + tokens > limit:
+        raise ValueError(
+            f"prompt and answer must fit into the model's {limit} positions, got {length} + {tokens} tokens"
+        )
     loaded: Any = load(folder, device=device, dtype=dtype)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}

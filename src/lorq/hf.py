@@ -112,6 +112,17 @@ class LorqQuantizer(HfQuantizer):
             check_tensors(model, [Path(file) for file in checkpoint_files])
         return model
 
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear) and not module.weight_shape.is_meta:
+                shape = tuple(module.weight_shape.tolist())
+                if shape != (module.out_features, module.in_features):
+                    raise ValueError(
+                        f"{name}.weight_shape must be {(module.out_features, module.in_features)} as the model says, "
+                        f"got {shape}; the folder is damaged, download it again"
+                    )
+        return model
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
@@ -152,6 +163,11 @@ def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:
             in_, out, format, bias=bias is not None, dtype=None if bias is None else bias.dtype, device="meta"
         )
         _replace(model, name, new.requires_grad_(False))
+        parent = model.get_submodule(name.rpartition(".")[0])
+        # Some architectures initialise their children's weights from the parent. There is nothing to initialise
+        # (check_tensors has seen to it), and looking at a packed layer's weight would decode it.
+        if not parent._parameters and not parent._buffers:
+            parent._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def check_tensors(model: Any, files: list[Path]) -> None:
@@ -225,6 +241,8 @@ def read_device(name: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("meta tensors hold nothing")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

@@ -84,6 +84,7 @@ class QuantLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    weight_shape: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, format: LayerFormat, *, bias: bool = False,

@@ -82,7 +82,7 @@ def plan_layers(
     """
     patterns = [_pattern(text, "exclude") for text in exclude]
     changes = [_override(text, method) for text in override]
-    used: set[str] = set()
+    used: set[tuple[str, str]] = set()
     plan: dict[str, dict[Target, Method]] = {}
     excluded: dict[str, str] = {}
     unfit: list[str] = []
@@ -91,20 +91,21 @@ def plan_layers(
         for target in model.targets(block):
             hit = next((p for p in patterns if p.search(target.name)), None)
             if hit:
-                used.add(hit.pattern)
+                used.add(("exclude", hit.pattern))
                 excluded[target.name] = f"excluded by {hit.pattern}"
                 continue
             chosen = method
             for pattern, change in changes:
                 if pattern.search(target.name):
-                    used.add(pattern.pattern)
+                    used.add(("override", pattern.pattern))
                     chosen = replace(chosen, **change)  # type: ignore[type-var]
             if chosen.group_size != -1 and target.in_features % chosen.group_size:
                 unfit.append(f"  {target.name}: width {target.in_features}, group_size {chosen.group_size}")
             plan[block][target] = chosen
-    unused = sorted({p.pattern for p in [*patterns, *(p for p, _ in changes)]} - used)
-    if unused:
-        raise ValueError(f"patterns must match a layer, these match none: {', '.join(map(repr, unused))}")
+    given = {("exclude", p.pattern) for p in patterns} | {("override", p.pattern) for p, _ in changes}
+    if given - used:
+        names = ", ".join(f"{kind} {pattern!r}" for kind, pattern in sorted(given - used))
+        raise ValueError(f"patterns must match a layer that is not excluded, these match none: {names}")
     if unfit:
         shown = "\n".join(unfit[:12]) + (f"\n  and {len(unfit) - 12} more" if len(unfit) > 12 else "")
         widths = {t.in_features for layers in plan.values() for t, m in layers.items() if m.group_size != -1}
@@ -133,6 +134,8 @@ def read_options(options: dict[str, Any]) -> Options:
     for name, least in (("samples", 1), ("seq_len", 2), ("spill_bytes", 0)):
         if getattr(chosen, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(chosen, name)}")
+    if not 0 <= chosen.seed < 2**63:
+        raise ValueError(f"seed must be between 0 and 2^63 - 1, got {chosen.seed}")
     for name, values in (("token_weights", ("equal", "plain")), ("stream", ("original", "quantized"))):
         if getattr(chosen, name) not in values:
             raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(chosen, name)!r}")

@@ -84,10 +84,10 @@ def read_report(folder: Path) -> Report:
         ValueError: if it is damaged.
     """
     path = folder / REPORT_NAME
+    if (folder / "lorq_journal.jsonl").exists():
+        raise FileNotFoundError(f"{folder} is an unfinished run and has no report yet; finish it with --resume")
     if not path.is_file():
-        unfinished = (folder / "lorq_journal.jsonl").exists()
-        why = "the run is unfinished, finish it with --resume" if unfinished else "lorq did not write this folder"
-        raise FileNotFoundError(f"{folder} has no {REPORT_NAME}: {why}")
+        raise FileNotFoundError(f"{folder} has no {REPORT_NAME}: lorq did not write this folder")
     content = parse_json(path.read_bytes(), where=path)
     try:
         content = {key: value for key, value in content.items() if key != "bits_per_weight"}

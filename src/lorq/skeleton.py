@@ -39,6 +39,10 @@ def skeleton(config: Any) -> Any:
             f"MODEL must be a causal language model, got the model type {config.model_type!r}, for which "
             "transformers has no AutoModelForCausalLM"
         )
+    expected, stated = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", ""), config.architectures or []
+    if stated and expected not in stated:
+        # BERT and its like have a causal class too, but these weights were not made for it.
+        raise ValueError(f"MODEL must be a causal language model ({expected}), its config says {', '.join(stated)}")
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
 

@@ -41,7 +41,7 @@ class FLRQ:
         order: which part is fitted first in each pass; the paper's takes the low rank out of the weight.
         metric: what the low-rank part serves: "activation" scales columns by a power of their mean
             magnitude (the paper), "hessian" whitens with the Cholesky factor of the Hessian.
-        exponent: of the activation scale: 2.4 in the code, 2.5 in the paper, 1 is LQER's.
+        exponent: of the activation scale: 2.5 in the paper, 2.4 in the code, 1 is LQER's.
         sketch: "block" sketches all candidates at once, "rank1" one after the other (the paper).
         iterations: power iterations of the sketch.
         budget: how much the factors may add to the size of the codes, as a share (x in the paper).
@@ -61,7 +61,7 @@ class FLRQ:
     rounding: Literal["clip", "nearest", "gptq"] = "gptq"
     order: Literal["low-rank-then-codes", "codes-then-low-rank"] = "codes-then-low-rank"
     metric: Literal["activation", "hessian"] = "hessian"
-    exponent: float = 2.4
+    exponent: float = 2.5
     sketch: Literal["block", "rank1"] = "block"
     iterations: int = 2
     budget: float = 0.2

@@ -1,0 +1,628 @@
+"""The command line: every command once, the same bytes as from Python, and one clear line for every mistake."""
+
+import errno
+import json
+import re
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+import transformers
+from helpers import folder_digests, save_folder, tiny_folder
+from safetensors.torch import load_file, save_file
+
+import lorq
+from lorq import safefile
+from lorq.cli import main
+
+SMALL = ["--samples", "4", "--seq-len", "32"]
+NEAREST = ["--method", "nearest", "--group-size", "32"]
+FLRQ = ["--bits", "3", "--group-size", "32", "--rounding", "nearest", "--epochs", "0", "--min-gain", "0"]
+LAYERS = [
+    f"model.layers.{i}.{name}"
+    for i in range(2)
+    for name in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORQ_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def source(folder_of):
+    return folder_of("llama")
+
+
+@pytest.fixture
+def lorq_command(capsys):
+    """Run a command that must succeed; its standard output."""
+
+    def run(*arguments):
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert status == 0, captured.err
+        return captured.out
+
+    return run
+
+
+@pytest.fixture
+def failing_command(capsys):
+    """Run a command that must fail; its message, which is the end of standard error."""
+
+    def run(*arguments):
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert status == 1
+        assert captured.out == "" and "Traceback" not in captured.err
+        before, found, message = captured.err.rpartition("lorq: ")
+        assert found and (not before or before.endswith("\n"))
+        return message.rstrip("\n")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def flrq_folder(folder_of, text_file, tmp_path_factory):
+    """What the quantize command writes, not to be changed."""
+    out = tmp_path_factory.mktemp("cli") / "out"
+    assert main(["quantize", str(folder_of("llama")), str(out), *FLRQ, "--calibration", str(text_file), *SMALL]) == 0
+    return out
+
+
+# ---- every command ----------------------------------------------------------------------------------------
+
+
+def test_quantizing_from_python_gives_the_same_bytes(flrq_folder, source, text_file, tmp_path):
+    method = lorq.FLRQ(bits=3, group_size=32, rounding="nearest", epochs=0, min_gain=0.0)
+    report = lorq.quantize(source, tmp_path / "out", method, calibration=str(text_file), samples=4, seq_len=32)
+    assert folder_digests(tmp_path / "out") == folder_digests(flrq_folder)
+    assert lorq.read_report(flrq_folder).to_bytes() == report.to_bytes()
+
+
+@pytest.mark.parametrize("method", list(lorq.METHODS))
+def test_every_method_quantizes_from_the_command_line(method, lorq_command, source, text_file, tmp_path):
+    out = tmp_path / "out"
+    options = ["--calibration", text_file, *SMALL, "--group-size=32"]
+    report = json.loads(lorq_command("quantize", source, out, "--method", method, *options, "--json"))
+    assert report == json.loads((out / "lorq_report.json").read_bytes())
+    assert report["method"] == method and len(report["layers"]) == 14
+    settings = vars(lorq.METHODS[method](group_size=32))
+    assert report["settings"] == settings
+
+
+def test_the_documentation_of_python_calibrates_and_evaluates(lorq_command, source, tmp_path):
+    out = tmp_path / "out"
+    table = lorq_command("quantize", source, out, *NEAREST, "--calibration=python-docs", *SMALL)
+    assert "bits per weight" in table and "4.6" in table
+    result = json.loads(lorq_command("evaluate", out, "--window", "16", "--windows", "2", "--json"))
+    assert (result["text"], result["tokens"], result["kl_mean"]) == ("python-docs", 30, None)
+
+
+def test_a_dry_run_tells_the_size_and_writes_nothing(lorq_command, flrq_folder, source, text_file, tmp_path):
+    out = tmp_path / "out"
+    options = [*FLRQ, "--calibration", text_file, *SMALL, "--dry-run"]
+    table = lorq_command("quantize", source, out, *options)
+    assert "at most" in table
+    planned = json.loads(lorq_command("quantize", source, out, *options, "--json"))
+    assert not out.exists() and list(tmp_path.iterdir()) == []
+    real = lorq.read_report(flrq_folder)
+    assert planned["bytes"] >= real.bytes and planned["bits_per_weight"] >= real.bits_per_weight
+    assert [layer["name"] for layer in planned["layers"]] == [layer.name for layer in real.layers]
+    assert all(layer["rank"] >= done.rank for layer, done in zip(planned["layers"], real.layers, strict=True))
+
+
+def test_inspect_shows_every_layer(lorq_command, flrq_folder):
+    table = lorq_command("inspect", flrq_folder)
+    report = lorq.read_report(flrq_folder)
+    for layer in report.layers:
+        row = next((line for line in table.splitlines() if layer.name in line), None)
+        assert row, f"{layer.name} is not readable in\n{table}"
+        shape = f"{layer.shape[0]}x{layer.shape[1]}"
+        for cell in (shape, str(layer.rank), layer.stop, f"{layer.error_after:.4f}", f"{layer.bytes:,}"):
+            assert cell in row, (cell, row)
+    assert f"{report.bits_per_weight:.3f}" in table
+
+
+def test_inspect_json_has_exactly_the_agreed_keys(lorq_command, flrq_folder):
+    report = json.loads(lorq_command("inspect", flrq_folder, "--json"))
+    assert {"bits_per_weight", "bytes", "method", "settings", "layers"} <= set(report)
+    assert [layer["name"] for layer in report["layers"]] == LAYERS
+    for layer in report["layers"]:
+        assert {"name", "shape", "bits", "rank", "stop", "error_before", "error_after", "bytes"} <= set(layer)
+    weights = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
+    stored = sum(layer["bytes"] for layer in report["layers"])
+    assert report["bits_per_weight"] == pytest.approx(8 * stored / weights, rel=1e-12)
+    assert report["bytes"] == sum(
+        load.nbytes for f in flrq_folder.glob("*.safetensors") for load in load_file(f).values()
+    )
+    assert report == json.loads((flrq_folder / "lorq_report.json").read_bytes())
+
+
+def test_inspect_verifies_checksums_and_writes_a_page(lorq_command, failing_command, flrq_folder, tmp_path):
+    lorq_command("inspect", flrq_folder, "--verify", "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert all(name in page for name in LAYERS) and "http" not in page
+    damaged = shutil.copytree(flrq_folder, tmp_path / "damaged")
+    shard = damaged / "lorq-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
+    assert "1 of 3 shards are not as written: lorq-00001-of-00002" in failing_command("inspect", damaged, "--verify")
+
+
+def test_evaluate_json_has_exactly_the_agreed_keys(lorq_command, flrq_folder, source, text_file):
+    options = ["--text", text_file, "--window", "32", "--windows", "3", "--json"]
+    result = json.loads(lorq_command("evaluate", flrq_folder, "--reference", source, *options))
+    assert set(result) == {
+        "perplexity", "kl_mean", "kl_p99", "top1", "bits_per_weight", "tokens", "text", "window", "windows",
+    }  # fmt: skip
+    assert (result["tokens"], result["window"], result["windows"]) == (93, 32, 3)
+    assert 0 < result["kl_mean"] < result["kl_p99"] and 0 < result["top1"] < 1
+    direct = lorq.evaluate(flrq_folder, reference=source, text=str(text_file), window=32, windows=3)
+    assert result == direct.as_dict()
+
+
+def test_evaluate_and_inspect_count_the_same_bits(lorq_command, flrq_folder, text_file):
+    result = json.loads(
+        lorq_command("evaluate", flrq_folder, "--text", text_file, "--window=16", "--windows=1", "--json")
+    )
+    assert result["bits_per_weight"] == lorq.read_report(flrq_folder).bits_per_weight
+
+
+def test_a_model_does_not_diverge_from_itself(lorq_command, source, text_file):
+    options = ["--reference", source, "--text", text_file, "--window", "16", "--windows", "0", "--json"]
+    result = json.loads(lorq_command("evaluate", source, *options))
+    assert (result["kl_mean"], result["top1"], result["bits_per_weight"]) == (0, 1, 32)
+    assert result["windows"] == len(text_file.read_bytes()) // 16
+    table = lorq_command("evaluate", source, "--text", text_file, "--window", "16", "--windows", "2")
+    assert "perplexity" in table and "kl" not in table
+
+
+def test_generate_prints_what_the_model_writes(lorq_command, flrq_folder):
+    printed = lorq_command("generate", flrq_folder, "One, two,", "--tokens", "5", "--no-chat")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(flrq_folder)
+    prompt = tokenizer("One, two,", return_tensors="pt", return_token_type_ids=False)
+    expected = lorq.load(flrq_folder).generate(**prompt, max_new_tokens=5, do_sample=False)[
+        0, prompt.input_ids.shape[1] :
+    ]
+    assert printed == tokenizer.decode(expected, skip_special_tokens=True) + "\n"
+
+
+def test_sampling_follows_the_seed(lorq_command, flrq_folder):
+    options = ["generate", flrq_folder, "x", "--tokens", "8", "--temperature", "1.5"]
+    first, again, other = (lorq_command(*options, "--seed", seed) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_the_version_and_the_help_are_printed(lorq_command):
+    assert lorq_command("--version").strip() == lorq.__version__
+    text = lorq_command("quantize", "--method", "gptq", "--help")
+    assert "--range-search" in text and "--damping" in text and "--slope-window" not in text
+    assert "--slope-window" in lorq_command("quantize", "--help")
+
+
+# ---- settings that reach the layers -----------------------------------------------------------------------
+
+
+def test_overridden_and_excluded_layers_show_in_the_report(lorq_command, source, tmp_path):
+    out = tmp_path / "out"
+    changes = [
+        "--override",
+        "down_proj:bits=8",
+        "--override",
+        r"layers\.1\..*v_proj:group_size=16",
+        "--exclude",
+        "q_proj",
+    ]
+    lorq_command("quantize", source, out, *NEAREST, *changes)
+    report = lorq.read_report(out)
+    bits = {layer.name: layer.bits for layer in report.layers}
+    assert list(bits) == [name for name in LAYERS if "q_proj" not in name]
+    assert {name for name, width in bits.items() if width == 8} == {name for name in LAYERS if "down_proj" in name}
+    assert report.kept == {name: "excluded by q_proj" for name in LAYERS if "q_proj" in name}
+    layers = json.loads((out / "config.json").read_bytes())["quantization_config"]["layers"]
+    assert {name for name, layer in layers.items() if layer["group_size"] == 16} == {LAYERS[9]}
+    weights = load_file(out / "lorq-00001-of-00002.safetensors")
+    assert torch.equal(weights[f"{LAYERS[0]}.weight"], load_file(source / "model.safetensors")[f"{LAYERS[0]}.weight"])
+    shown = lorq_command("inspect", out)
+    assert f"not quantized: {LAYERS[0]}: excluded by q_proj" in shown
+
+
+def test_the_last_matching_override_wins_and_several_add_up(source, tmp_path):
+    changes = ("proj:bits=5", "v_proj:bits=6", "v_proj:symmetric=true")
+    lorq.quantize(source, tmp_path / "out", lorq.Nearest(group_size=32), override=changes)
+    layers = json.loads((tmp_path / "out/config.json").read_bytes())["quantization_config"]["layers"]
+    for name, layer in layers.items():
+        assert (layer["bits"], layer["symmetric"]) == ((6, True) if "v_proj" in name else (5, False))
+
+
+def test_an_override_that_only_hits_excluded_layers_is_not_ignored(failing_command, source, tmp_path):
+    changes = ["--exclude", "v_proj", "--override", "v_proj:bits=8"]
+    assert "v_proj" in failing_command("quantize", source, tmp_path / "out", *NEAREST, *changes)
+
+
+# ---- mistakes ---------------------------------------------------------------------------------------------
+
+MODELS = {}  # name -> function that makes a broken model folder out of a whole one
+
+
+def broken(make):
+    MODELS[make.__name__] = make
+    return make
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def start_anew(folder, model):
+    shutil.rmtree(folder)
+    save_folder(model, folder)
+
+
+@broken
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+@broken
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+@broken
+def no_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@broken
+def config_is_no_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+@broken
+def unknown_model_type(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))
+
+
+@broken
+def truncated(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+@broken
+def malformed(folder):
+    (folder / "model.safetensors").write_bytes((10).to_bytes(8, "little") + b"not json!!")
+
+
+@broken
+def outside(folder):
+    (folder / "model.safetensors").rename(folder.parent / "x.safetensors")
+    weight_map = {"model.norm.weight": "../x.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@broken
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@broken
+def tensor_missing(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+@broken
+def wrong_shape(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(96, 64)}))
+
+
+@broken
+def nan_weight(folder):
+    def spoil(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"][3, 5] = torch.nan
+        tensors["model.layers.1.mlp.down_proj.weight"][0, :2] = torch.inf
+
+    edit_tensors(folder, spoil)
+
+
+@broken
+def nan_norm(folder):
+    edit_tensors(folder, lambda tensors: tensors["model.layers.1.input_layernorm.weight"].fill_(torch.nan))
+
+
+@broken
+def bert(folder):
+    config = transformers.BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=257)
+    start_anew(folder, transformers.BertModel(config))
+
+
+@broken
+def masked_bert(folder):
+    config = transformers.BertConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=257)
+    start_anew(folder, transformers.BertForMaskedLM(config))
+
+
+@broken
+def t5(folder):
+    config = transformers.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, vocab_size=257)
+    start_anew(folder, transformers.T5ForConditionalGeneration(config))
+
+
+@broken
+def mixtral(folder):
+    config = transformers.MixtralConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=2, vocab_size=257,
+    )  # fmt: skip
+    start_anew(folder, transformers.MixtralForCausalLM(config))
+
+
+@broken
+def quantized_already(folder):
+    source = folder.rename(folder.parent / "dense")
+    lorq.quantize(source, folder, lorq.Nearest(group_size=32))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no_config", r"must hold config.json, .*model does not"),
+        ("no_weights", r"has neither model.safetensors nor"),
+        ("config_is_no_json", r"config of .*model could not be read"),
+        ("unknown_model_type", r"nonesuch"),
+        ("truncated", r"model.safetensors: truncated: header says \d+ bytes, file has \d+"),
+        ("malformed", r"model.safetensors: not valid JSON"),
+        ("outside", r"must name a plain file name.*'\.\./x\.safetensors'"),
+        ("pickled", r"pickle weights only \(pytorch_model.bin\).*safetensors"),
+        ("tensor_missing", r"lacks 1 tensors.*model.layers.1.mlp.up_proj.weight"),
+        ("wrong_shape", r"model.layers.1.mlp.up_proj.*96.*128|model.layers.1.mlp.up_proj.*128.*96"),
+        ("nan_weight", r"model.layers.0.mlp.up_proj \(1 of 8192\), model.layers.1.mlp.down_proj \(2 of 8192\)"),
+        ("bert", r"[Bb]ert"),
+        ("masked_bert", r"[Bb]ert"),
+        ("t5", r"causal language model, got the model type 't5'"),
+        ("mixtral", r"Mixtral.*mixture-of-experts"),
+        ("quantized_already", r"is already quantized \(lorq\)"),
+    ],
+)
+def test_a_model_that_cannot_be_quantized_is_refused(model, message, failing_command, source, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "model")
+    MODELS[model](folder)
+    found = failing_command("quantize", folder, tmp_path / "out", *NEAREST)
+    assert re.search(message, found), found
+    assert "\n" not in found
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no_tokenizer", r"tokenizer"),
+        ("nan_norm", r"not finite|finite|NaN"),
+    ],
+)
+def test_a_model_that_cannot_be_calibrated_is_refused(model, message, failing_command, source, text_file, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "model")
+    MODELS[model](folder)
+    found = failing_command("quantize", folder, tmp_path / "out", *FLRQ, "--calibration", text_file, *SMALL)
+    assert re.search(message, found), found
+    assert not (tmp_path / "out/config.json").exists()
+
+
+PLAIN = ["quantize", "{model}", "{out}", *NEAREST]
+BUSY = ["quantize", "{model}", "{out}", *FLRQ]
+EVALUATE = ["evaluate", "{model}", "--text={text}", "--window=64"]
+MISTAKES = {
+    "no such folder": (["quantize", "{tmp}/missing", "{out}"], r"no such model: .*missing"),
+    "no model": (["quantize"], r"[Mm][Oo][Dd][Ee][Ll]"),
+    "no output": (["quantize", "{model}"], r"[Oo][Uu][Tt]"),
+    "a file as model": (["quantize", "{text}", "{out}"], r"folder, a hub id or a .gguf file, got the file .*text.txt"),
+    "unknown command": (["quantise", "{model}", "{out}"], r"quantise"),
+    "unknown option": (["quantize", "{model}", "{out}", "--bitz", "3"], r"--bitz"),
+    "another method's option": ([*PLAIN, "--damping", "0.1"], r"--damping"),
+    "unknown method": (["quantize", "{model}", "{out}", "--method", "awq"], r"awq.*flrq.*gptq.*nearest"),
+    "bits of 9": ([*PLAIN, "--bits", "9"], r"bits must be 2 to 8, got 9"),
+    "bits in words": ([*PLAIN, "--bits", "three"], r"bits.*three|three.*bits"),
+    "group size 0": (
+        ["quantize", "{model}", "{out}", "--method=nearest", "--group-size", "0"], r"group_size must be .*got 0",
+    ),
+    "unknown choice": (
+        [*PLAIN, "--range-search", "wide"], r"wide.*none.*saturate.*scale",
+    ),
+    "unknown stream": ([*PLAIN, "--stream", "both"], r"both.*original.*quantized"),
+    "no samples": ([*PLAIN, "--samples", "0"], r"samples must be at least 1, got 0"),
+    "a window of 1": ([*PLAIN, "--seq-len", "1"], r"seq_len must be at least 2, got 1"),
+    "a seed beyond 64 bits": ([*PLAIN, "--seed", str(2**70)], r"seed.*1180591620717411303424"),
+    "resume and overwrite": (
+        [*PLAIN, "--resume", "--overwrite"], r"--overwrite and --resume exclude",
+    ),
+    "unknown device": ([*PLAIN, "--device", "gpu"], r"device must be .*got 'gpu'"),
+    "absent device": ([*PLAIN, "--device", "cuda:99"], r"device must be .*got 'cuda:99'"),
+    "meta device": ([*PLAIN, "--device", "meta"], r"device must be .*got 'meta'"),
+    "override without value": (
+        [*PLAIN, "--override", "down_proj:bits"], r"'REGEX:key=value', got 'down_proj:bits'",
+    ),
+    "unknown override key": (
+        [*PLAIN, "--override", "down_proj:bit=3"],
+        r"unknown setting 'bit'; known are bits, group_size",
+    ),
+    "bad override value": (
+        [*PLAIN, "--override", "down_proj:bits=99"], r"bits must be 2 to 8, got 99",
+    ),
+    "override of another type": (
+        [*PLAIN, "--override", "down_proj:symmetric=maybe"],
+        r"symmetric must be of type bool, got 'maybe'",
+    ),
+    "bad regex": (
+        [*PLAIN, "--override", "down(:bits=3"], r"override must be a regular expression.*'down\('",
+    ),
+    "bad exclude regex": (
+        [*PLAIN, "--exclude", "*proj"], r"exclude must be a regular expression.*'\*proj'",
+    ),
+    "pattern without a match": (
+        [*PLAIN, "--exclude", "experts", "--override", "fc1:bits=3"],
+        r"match none: exclude 'experts', override 'fc1'",
+    ),
+    "everything excluded": (
+        [*PLAIN, "--exclude", "."], r"at least one layer to quantize, got 0",
+    ),
+    "windows beyond the model": (
+        [*BUSY, "--calibration={text}", "--seq-len=129"], r"at most the model's 128 positions, got 129",
+    ),
+    "text too short": (
+        [*BUSY, "--calibration={text}", "--samples=100", "--seq-len=64"],
+        r"100 windows of 64 tokens need 6400 tokens.*text.txt",
+    ),
+    "text empty": ([*BUSY, "--calibration={empty}", *SMALL], r"empty.txt must hold text, got 0 bytes"),
+    "text missing": (
+        [*BUSY, "--calibration=nowhere.txt", *SMALL], r"text must be one of python-docs.*'nowhere.txt'",
+    ),
+    "the model as output": (["quantize", "{model}", "{model}", *NEAREST], r"must not be the model's own"),
+    "a file as output": (["quantize", "{model}", "{text}", *NEAREST], r"text.txt must be a folder, it is a file"),
+    "inspect a model": (["inspect", "{model}"], r"no lorq_report.json: lorq did not write this folder"),
+    "inspect nothing": (["inspect", "{tmp}/missing"], r"missing"),
+    "evaluate beyond the model": (
+        ["evaluate", "{model}", "--text={text}", "--window=129"],
+        r"window must be at most the model's 128 positions, got 129",
+    ),
+    "evaluate on too little": (
+        [*EVALUATE, "--windows=99"], r"99 windows of 64 tokens need 6336 tokens.*\(enough for \d+\)",
+    ),
+    "evaluate -1 windows": ([*EVALUATE, "--windows=-1"], r"windows must be at least 1, got -1"),
+    "evaluate in a wrong type": (
+        [*EVALUATE, "--windows=2", "--dtype=int4"],
+        r"dtype must be auto, float32, bfloat16, float16, got 'int4'",
+    ),
+    "generate 0 tokens": (["generate", "{model}", "hello", "--tokens", "0"], r"tokens must be at least 1, got 0"),
+    "generate when frozen": (
+        ["generate", "{model}", "hello", "--temperature=-1"], r"temperature must be at least 0, got -1",
+    ),
+    "generate beyond the model": (
+        ["generate", "{model}", "hello " * 40, "--tokens", "8", "--no-chat"], r"128 positions",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_a_mistake_gets_one_clear_line_and_writes_nothing(mistake, failing_command, source, text_file, tmp_path):
+    arguments, message = MISTAKES[mistake]
+    (tmp_path / "empty.txt").touch()
+    before = folder_digests(source)
+    places = dict(tmp=tmp_path, out=tmp_path / "out", model=source, text=text_file, empty=tmp_path / "empty.txt")
+    found = failing_command(*(argument.format(**places) for argument in arguments))
+    assert re.search(message, found), found
+    assert "\n" not in found
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.txt"]
+    assert folder_digests(source) == before
+
+
+def test_all_layers_that_a_group_size_does_not_fit_are_listed_before_any_work(failing_command, folder_of, tmp_path):
+    folder = tiny_folder(tmp_path / "odd", "llama", intermediate_size=96)
+    found = failing_command("quantize", folder, tmp_path / "out", "--method", "nearest", "--group-size", "64")
+    for index in range(2):
+        assert f"model.layers.{index}.mlp.down_proj: width 96, group_size 64" in found
+    assert "does not for 2 layers" in found and found.count(": width 96") == 2
+    assert "these divide all widths: 32, 16;" in found
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(failing_command, source, text_file, tmp_path):
+    run = ["quantize", source, tmp_path / "out", *FLRQ, "--calibration", text_file, "--dry-run"]
+    assert "got 129" in failing_command(*run, "--seq-len", "129")
+    assert "need 6400 tokens" in failing_command(*run, "--seq-len", "64", "--samples", "100")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    assert "not empty (thesis.txt)" in failing_command(*run, *SMALL)
+
+
+def test_an_output_folder_with_other_files_is_left_alone(failing_command, source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        found = failing_command("quantize", source, out, *NEAREST, *flags)
+        assert re.search(r"out is not empty \(thesis.txt\): lorq did not write it", found)
+        assert [path.read_text() for path in out.iterdir()] == ["years of work"]
+
+
+def test_a_finished_folder_is_replaced_only_when_told(lorq_command, failing_command, source, tmp_path):
+    out = tmp_path / "out"
+    lorq_command("quantize", source, out, *NEAREST)
+    before = folder_digests(out)
+    assert "complete lorq checkpoint; replace it with --overwrite" in failing_command(
+        "quantize", source, out, *NEAREST, "--bits=8"
+    )
+    # What is refused is refused before the old folder is touched.
+    assert "got 9" in failing_command("quantize", source, out, *NEAREST, "--bits=9", "--overwrite")
+    assert folder_digests(out) == before
+    lorq_command("quantize", source, out, *NEAREST, "--bits=8", "--overwrite")
+    assert {layer.bits for layer in lorq.read_report(out).layers} == {8}
+
+
+def test_too_little_room_is_noticed_before_the_work(failing_command, source, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
+    found = failing_command("quantize", source, tmp_path / "out", *NEAREST)
+    assert re.search(r"out needs \d{6,} bytes, 1000 are free", found)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_costs_only_the_block_at_hand(
+    lorq_command, failing_command, flrq_folder, source, text_file, tmp_path, monkeypatch
+):
+    out, write = tmp_path / "out", safefile.write_synced
+    command = ["quantize", source, out, *FLRQ, "--calibration", text_file, *SMALL]
+
+    def full(path, data):
+        if path.name == "lorq-00002-of-00002.safetensors":
+            path.with_name(path.name + safefile.TEMPORARY).write_bytes(data[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safefile, "write_synced", full)
+        found = failing_command(*command)
+    assert re.search(
+        r"no space left in .*lorq-00002-of-00002.safetensors needs \d+ bytes, \d+ are free.*--resume", found
+    )
+    assert not list(out.glob("*.tmp")) and not (out / "config.json").exists()
+    lorq_command(*command, "--resume")
+    assert folder_digests(out) == folder_digests(flrq_folder)
+
+
+def test_an_interrupt_says_how_to_go_on_and_exits_as_shells_expect(source, tmp_path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lorq.Nearest, "solve", interrupt)
+    assert main(["quantize", str(source), str(tmp_path / "out"), *NEAREST]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_a_model_of_few_positions_is_quantized_too(lorq_command, tmp_path):
+    folder = tiny_folder(tmp_path / "short", "gpt2", n_positions=32)
+    lorq_command("quantize", folder, tmp_path / "out", *NEAREST)
+    assert lorq.read_report(tmp_path / "out").layers
+
+
+def test_a_name_that_neither_the_disk_nor_the_hub_knows_is_refused(failing_command, tmp_path, monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def unknown(*_, **__):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unknown)
+    found = failing_command("quantize", "nobody/nothing", tmp_path / "out", *NEAREST)
+    assert re.search(r"no such model: .*nobody/nothing.*\(no network\)", found)
+    assert not (tmp_path / "out").exists()
