@@ -91,20 +91,20 @@ class IntGrid:
 
     def encode(
         self,
-        weight: Float[Tensor, "*shape"],
-        scale: Float[Tensor, "*#shape"],
-        zero_point: Float[Tensor, "*#shape"],
-    ) -> Float[Tensor, "*shape"]:
-        """Nearest codes, ``clamp(round(weight / scale + zero_point), 0, 2^bits - 1)``, as floats."""
+        weight: Float[Tensor, "..."],
+        scale: Float[Tensor, "..."],
+        zero_point: Float[Tensor, "..."],
+    ) -> Float[Tensor, "..."]:
+        """Nearest codes, ``clamp(round(weight / scale + zero_point), 0, 2^bits - 1)``, as floats; shapes broadcast."""
         return (weight / scale + zero_point).round_().clamp_(0, self.top)
 
     def decode(
         self,
-        codes: Float[Tensor, "*shape"],
-        scale: Float[Tensor, "*#shape"],
-        zero_point: Float[Tensor, "*#shape"],
-    ) -> Float[Tensor, "*shape"]:
-        """The values behind codes, ``(codes - zero_point) * scale``."""
+        codes: Float[Tensor, "..."],
+        scale: Float[Tensor, "..."],
+        zero_point: Float[Tensor, "..."],
+    ) -> Float[Tensor, "..."]:
+        """The values behind codes, ``(codes - zero_point) * scale``; shapes broadcast."""
         return (codes - zero_point) * scale
 
     def fit(self, weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:

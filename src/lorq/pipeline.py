@@ -81,7 +81,6 @@ def quantize(
         FileNotFoundError, FileExistsError, OSError: for missing models, used folders, full disks.
     """
     started = time.monotonic()
-    _give_memory_back()
     chosen, solver = read_options(options), read_method(method)
     source, out = resolve_model(model), Path(out)
     if out.resolve() == source.resolve():
@@ -109,13 +108,12 @@ def quantize(
 
 
 def _give_memory_back() -> None:
-    """Keep glibc from holding on to the memory of one block while it fetches more for the next.
+    """Hand the last block's memory back to the system.
 
-    Its heap fragments when blocks are freed in between longer-lived tensors: resident memory rose by 6 MB a block
-    of 10 MB. Allocations above 1 MiB as maps of their own go back to the system when they are freed.
+    glibc keeps what is freed between longer-lived tensors: resident memory rose by 6 MB a block of 10 MB.
     """
     try:
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         pass  # not glibc
 
@@ -233,6 +231,7 @@ class _Solver:
                 if run.options.stream == "quantized":
                     self._advance(index)
                 self.probe_hidden[0] = run.model.run(index, self.probe_hidden[0], self.probe_calls).cpu()
+            _give_memory_back()
             run.progress("quantize", index + 1, len(blocks))
         logits = run.model.logits(self.probe, self.probe_hidden[0])
         verify(run, self.writer, self.probe, logits)
@@ -255,17 +254,17 @@ class _Solver:
                 else:
                     for hidden in self.hidden:
                         model.run(index, hidden, self.calls)
-        solved = {}
-        for target, method in jobs.items():
-            weight = model.weight(target).to(model.device, torch.float32)
-            try:
-                solved[target] = method.solve(
-                    weight, stats.get(target.name), generator=layer_generator(options.seed, target.name, model.device)
-                )
-                _check_finite(solved[target])
-            except (ValueError, ArithmeticError, RuntimeError) as error:
-                error.add_note(f"while solving {target.name}")
-                raise
+        return {target: self._solve_layer(target, method, stats.get(target.name)) for target, method in jobs.items()}
+
+    def _solve_layer(self, target: Target, method: Method, stats: InputStats | None) -> QuantizedWeight:
+        device, seed = self.run.model.device, self.run.options.seed
+        weight = self.run.model.weight(target).to(device, torch.float32)
+        try:
+            solved = method.solve(weight, stats, generator=layer_generator(seed, target.name, device))
+            _check_finite(solved)
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            error.add_note(f"while solving {target.name}")
+            raise
         return solved
 
     def _shard(

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from lorq.linalg import cholesky, damp, inverse_factor, shrink
 
+# Rows of the Gram matrix that are summed at a time.
+_STRIP = 256
+
 TokenWeights = Literal["equal", "plain"]
 
 
@@ -34,7 +37,8 @@ class InputStats:
         """The Hessian shrunk towards its diagonal, with its factors; made once for all layers that share it."""
         key = (shrinkage, damping)
         if key not in self._prepared:
-            self._prepared[key] = PreparedHessian(shrink(self.hessian, shrinkage), damping)
+            # setdefault: layers that share an input are solved side by side.
+            self._prepared.setdefault(key, PreparedHessian(shrink(self.hessian, shrinkage), damping))
         return self._prepared[key]
 
 
@@ -91,7 +95,9 @@ class StatsAccumulator:
         if self.token_weights == "equal":
             # A token of zeros has no direction; the clamp lets it add nothing.
             x = x * x.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
-        self.gram.addmm_(x.T, x)
+        for start in range(0, x.shape[1], _STRIP):
+            # Only on and right of the diagonal; a narrow strip keeps what is computed twice small.
+            self.gram[start : start + _STRIP, start:].addmm_(x[:, start : start + _STRIP].T, x[:, start:])
         self.magnitude += x.abs().sum(0)
         self.tokens += x.shape[0]
 
@@ -103,7 +109,8 @@ class StatsAccumulator:
         """
         if not self.tokens:
             raise ValueError("statistics need at least one token, got 0; was the layer ever run?")
-        return InputStats(self.gram / self.tokens, self.magnitude / self.tokens, self.tokens)
+        upper = self.gram.triu() / self.tokens
+        return InputStats(upper + upper.triu(1).T, self.magnitude / self.tokens, self.tokens)
 
 
 def output_energy(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, ""]:

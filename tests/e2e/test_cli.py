@@ -602,7 +602,7 @@ def test_a_disk_that_fills_up_costs_only_the_block_at_hand(
 
 
 def test_an_interrupt_says_how_to_go_on_and_exits_as_shells_expect(source, tmp_path, capsys, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lorq.Nearest, "solve", interrupt)

@@ -11,8 +11,8 @@ from torch import Tensor
 from lorq.grids import IntGrid
 from lorq.rounding.nearest import Rounded, encode_on
 
-# Rows are searched in slices of about this many weights: the temporaries stay in the cache.
-_SLICE = 1 << 19
+# Rows are searched in slices of about this many trial weights: few operations, small temporaries.
+_SLICE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def search_range(
     count, size = groups.shape[1:]
     index = torch.arange(count, device=target.device)
     blocks = hessian.unflatten(0, (count, size)).unflatten(2, (count, size))[index, :, index, :]
-    rows = max(1, _SLICE // target.shape[1])
+    rows = max(1, _SLICE // (target.shape[1] * len(search.shares())))
     found = [_search_rows(part, blocks, grid, search) for part in groups.split(rows)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
@@ -81,21 +81,18 @@ def _search_rows(
 ) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
     groups = groups.transpose(0, 1).contiguous()  # (groups, rows, size)
     low, high = groups.amin(-1), groups.amax(-1)
-    amax = torch.maximum(-low, high)
-    least = torch.full_like(low, torch.inf)
-    scale, zero = grid.span(low, high)
-    for share in search.shares():
-        if search.mode == "saturate":
-            s, z = grid.span(torch.maximum(low, -amax * share), torch.minimum(high, amax * share))
-        else:
-            s, z = grid.span(low * share, high * share)
-        codes = grid.encode(groups, s.unsqueeze(-1), z.unsqueeze(-1))
-        delta = grid.decode(codes, s.unsqueeze(-1), z.unsqueeze(-1)).sub_(groups)
-        cost = (torch.bmm(delta, blocks) * delta).sum(-1)
-        better = cost < least
-        least = torch.where(better, cost, least)
-        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
-    return scale.T, zero.T
+    shares = torch.tensor(search.shares(), dtype=groups.dtype, device=groups.device).view(-1, 1, 1)
+    if search.mode == "saturate":
+        limit = shares * torch.maximum(-low, high)
+        low, high = torch.maximum(low, -limit), torch.minimum(high, limit)
+    else:
+        low, high = shares * low, shares * high
+    scale, zero = grid.span(low, high)  # (shares, groups, rows)
+    s, z = scale.unsqueeze(-1), zero.unsqueeze(-1)
+    delta = grid.decode(grid.encode(groups, s, z), s, z).sub_(groups)  # (shares, groups, rows, size)
+    cost = (torch.matmul(delta, blocks) * delta).sum(-1)
+    best = cost.argmin(0, keepdim=True)  # the widest of equals, since the first
+    return scale.gather(0, best)[0].T, zero.gather(0, best)[0].T
 
 
 def clip(

@@ -57,19 +57,22 @@ def gptq(
     codes = torch.empty_like(columns)
     scale = columns.new_empty(width // size, columns.shape[1])
     zero = torch.empty_like(scale)
+    diagonal = upper.diagonal().tolist()
     for start, end in _blocks(width, size):
         errors = columns.new_empty(end - start, columns.shape[1])
-        for i in range(start, end):
+        rows = columns[start:end].unbind()  # views, cheaper to make at once
+        for i, column in enumerate(rows, start):
             group = i // size
             if i % size == 0:
                 part = columns[i : i + size].T
                 inner = hessian[i : i + size, i : i + size]
                 s, z = search_range(part, inner, grid, search) if search else grid.fit(part)
                 scale[group], zero[group] = s[:, 0], z[:, 0]
-            codes[i] = grid.encode(columns[i], scale[group], zero[group])
-            error = (columns[i] - grid.decode(codes[i], scale[group], zero[group])) / upper[i, i]
+                s, z = scale[group], zero[group]
+            code = grid.encode(column, s, z)
+            error = torch.sub(column, grid.decode(code, s, z), out=errors[i - start]).div_(diagonal[i])
             columns[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
-            errors[i - start] = error
+            codes[i] = code
         columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     return Rounded(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
 
