@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -162,13 +161,13 @@ def bench_quantize(
     if unknown:
         raise ValueError(f"methods must be among {', '.join(PRESETS)}, got {', '.join(unknown)}")
     source = str(demo_model()) if model is None else model
-    _, idle, _ = _run([sys.executable, "-c", "import torch"])
+    _, idle, _ = _run([])
     with tempfile.TemporaryDirectory(prefix="lorq-bench-") as folder:
         for width in bits:
             for name in methods:
                 out = Path(folder) / f"{name}-{width}"
                 command = ["quantize", source, str(out), "--bits", str(width), *PRESETS[name], *flags, "--json"]
-                seconds, peak, printed = _run([sys.executable, "-m", "lorq.cli", *command])
+                seconds, peak, printed = _run(command)
                 report: dict[str, Any] = json.loads(printed)
                 figures = evaluate(out, reference=source, text=text, window=window, windows=windows)
                 yield {
@@ -185,15 +184,24 @@ def bench_quantize(
                 }
 
 
-def _run(command: list[str]) -> tuple[float, int, str]:
-    """Seconds, peak resident bytes and standard output of a process of its own."""
+# Runs its arguments as a lorq command, or only loads torch; the last line is the peak of its resident memory. Not
+# getrusage: that counts what the parent had in memory when it forked.
+_CHILD = """
+import sys, torch
+status = 0
+if sys.argv[1:]:
+    from lorq.cli import main
+    status = main(sys.argv[1:])
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+sys.exit(status)
+"""
+
+
+def _run(arguments: list[str]) -> tuple[float, int, str]:
+    """Seconds, peak resident bytes and standard output of a lorq command in a process of its own."""
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        printed = process.stdout.read()
-        # wait4 tells this child's memory alone; getrusage would give the largest of all children so far.
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command[:6])} ... ended with status {process.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss * 1024, printed
+    done = subprocess.run([sys.executable, "-c", _CHILD, *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"lorq {' '.join(arguments[:6])} ... ended with status {done.returncode}")
+    printed, _, peak = done.stdout.rstrip().rpartition("\n")
+    return time.perf_counter() - start, int(peak) * 1024, printed

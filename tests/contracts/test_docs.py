@@ -1,0 +1,77 @@
+"""What README and docs state is run: the first Python block, the commands, the format's example and its tables."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_folder
+
+from lorq.cli import main
+from lorq.hf import SENTINEL
+from lorq.linear import _STORED
+from lorq.methods import METHODS
+from lorq.packing import pack, unpack
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+FORMAT = (ROOT / "docs" / "format.md").read_text()
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    """A small model at the path that the README uses, and a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LORQ_CACHE", str(tmp_path / "cache"))
+    return tiny_folder(tmp_path / "path" / "to" / "model", "llama", max_position_embeddings=1024)
+
+
+def smaller(text: str) -> str:
+    """The README's sizes, cut down for a test."""
+    for big, small in (
+        ("512", "32"),
+        ("16", "2"),
+        ("group_size=64", "group_size=32"),
+        ("group-size 64", "group-size 32"),
+    ):
+        text = text.replace(big, small)
+    return text
+
+
+def test_the_readmes_python_runs_and_generates(model, capsys):
+    block = re.search(r"```python\n(.*?)```", README, re.S)[1]
+    exec(compile(smaller(block), "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "Evaluation(perplexity=" in printed and "The capital of France is" in printed
+
+
+def test_the_readmes_commands_run_in_their_order(model, capsys):
+    commands = [line.strip() for line in README.splitlines() if line.startswith("    lorq ")]
+    assert [shlex.split(command)[1] for command in commands] == ["quantize", "evaluate", "inspect", "generate"]
+    for command in commands:
+        assert main(shlex.split(smaller(command))[1:]) == 0, command
+
+
+def test_the_first_code_of_the_readme_comes_by_line_20():
+    assert README.splitlines().index("```python") < 20
+
+
+def test_the_readme_lists_every_method_and_every_file():
+    assert set(re.findall(r"^\| `([a-z]+(?:-[a-z]+)*)` \|", README, re.M)) == set(METHODS)
+    listed = set(re.findall(r"`(\w+)\.py`", README)) | {"__init__", "_autoload"}
+    assert {file.stem for file in (ROOT / "src" / "lorq").glob("*.py")} == listed
+
+
+def test_the_formats_example_packs_to_its_bytes():
+    example = dict(re.findall(r"^(codes|bytes|words): +(.*)$", FORMAT, re.M))
+    codes = torch.tensor([[int(code) for code in example["codes"].split()]], dtype=torch.uint8)
+    packed = pack(codes, 3)
+    assert packed.tolist() == [[int(word) for word in example["words"].split()]]
+    assert packed.numpy().astype("<i4").tobytes() == bytes.fromhex(example["bytes"])
+    assert torch.equal(unpack(packed, 3, codes.shape[1]), codes)
+
+
+def test_the_format_names_every_tensor_and_the_guard():
+    assert set(re.findall(r"^\| `NAME\.(\w+)`", FORMAT, re.M)) == {*_STORED, "bias"}
+    assert SENTINEL in FORMAT
