@@ -191,6 +191,7 @@ def generate(
     """
     from lorq.generate import stream_text
 
+    _quiet()
     for piece in stream_text(
         model, prompt, tokens=tokens, chat=chat, temperature=temperature, seed=seed, device=device, dtype=dtype
     ):
@@ -307,6 +308,7 @@ def bench_quantize(
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar per stage on standard error, so that standard output stays clean for results."""
+    _quiet()
     bars: dict[str, Any] = {}
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -320,6 +322,14 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(bars[stage], completed=done, total=total)
 
         yield show
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars and notices out of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 def _print_summary(report: Report, out: Path | None) -> None:
@@ -368,8 +378,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command. One clear line and exit status 1 for what the user can mend; a trace for bugs."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     chosen = _chosen_method(arguments)
     if "quantize" in app:
         del app["quantize"]  # of an earlier call, maybe with another method's settings
