@@ -4,32 +4,20 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import Parameter
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 import lorq
+from lorq.checkpoint import JOURNAL
 from lorq.methods import METHODS
 from lorq.plan import Options
-from lorq.report import Report, read_report
-
-# In a pipe there is no width to fit into, and cut names are of no use to anyone.
-console = Console(width=None if sys.stdout.isatty() else 160)
-notes = Console(stderr=True)
+from lorq.report import REPORT_NAME, read_report
+from lorq.show import console, notes, print_figures, print_summary, progress_bars, quiet
 
 app = cyclopts.App(
     name="lorq",
@@ -62,12 +50,12 @@ def _quantize_command(kind: type[Any]) -> Callable[..., None]:
             method: how; `lorq quantize --method NAME --help` lists a method's own settings.
             json_: print the report as one JSON object.
         """
-        with _progress() as progress:
+        with progress_bars() as progress:
             report = lorq.quantize(model, out, settings, progress=progress, **vars(options))
         if json_:
             print(json.dumps(report.as_dict()))
             return
-        _print_summary(report, None if options.dry_run else out)
+        print_summary(report, None if options.dry_run else out)
 
     quantize.__annotations__ |= {
         "settings": Annotated[kind, Parameter(name="*")],
@@ -107,11 +95,13 @@ def evaluate(
         dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
         json_: print one JSON object.
     """
-    with _progress() as progress:
+    with progress_bars() as progress:
         result = lorq.evaluate(
             model, reference=reference, text=text, window=window, windows=windows or None, device=device,
             dtype=dtype, progress=progress,
         )  # fmt: skip
+    if Path(model, REPORT_NAME).is_file() and read_report(Path(model)).run.get("calibration") == text:
+        notes.print(f"note: {model} was calibrated on {text} itself; these figures flatter it")
     if json_:
         print(json.dumps(result.as_dict()))
         return
@@ -162,7 +152,7 @@ def inspect(
     console.print(table)
     for name, reason in report.kept.items():
         console.print(f"not quantized: {name}: {reason}", highlight=False, markup=False)
-    _print_summary(report, out)
+    print_summary(report, out)
 
 
 @app.command
@@ -191,7 +181,7 @@ def generate(
     """
     from lorq.generate import stream_text
 
-    _quiet()
+    quiet()
     for piece in stream_text(
         model, prompt, tokens=tokens, chat=chat, temperature=temperature, seed=seed, device=device, dtype=dtype
     ):
@@ -213,14 +203,15 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     """
     from lorq.demo import demo_model, demo_settings
 
-    source = demo_model()
+    quiet()
+    source, unfinished = demo_model(), (folder / JOURNAL).exists()
     console.print(f"[bold]1. Quantize[/bold] {source.name} to {bits} bits")
-    with _progress() as progress:
+    with progress_bars() as progress:
         report = lorq.quantize(
-            source, folder, demo_settings(bits), samples=samples, seq_len=512, overwrite=folder.exists(),
-            progress=progress,
+            source, folder, demo_settings(bits), samples=samples, seq_len=512, resume=unfinished,
+            overwrite=folder.exists() and not unfinished, progress=progress,
         )  # fmt: skip
-    _print_summary(report, folder)
+    print_summary(report, folder)
     console.print("[bold]2. Measure[/bold] against the original, on Python's documentation")
     evaluate(str(folder), reference=str(source), window=512, windows=windows)
     console.print("[bold]3. Talk[/bold]: What is the capital of France?")
@@ -250,7 +241,7 @@ def bench_sketch(
     """
     from lorq import bench
 
-    _print_figures(bench.bench_sketch(size=size, rank=rank, repeats=repeats, seed=seed, svd=svd), json_)
+    print_figures(bench.bench_sketch(size=size, rank=rank, repeats=repeats, seed=seed, svd=svd), json_)
 
 
 @bench_app.command(name="quantize")
@@ -300,65 +291,6 @@ def bench_quantize(
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     if table:
         console.print(table)
-
-
-# -- printing -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per stage on standard error, so that standard output stays clean for results."""
-    _quiet()
-    bars: dict[str, Any] = {}
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=notes) as progress:
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=total)
-            progress.update(bars[stage], completed=done, total=total)
-
-        yield show
-
-
-def _quiet() -> None:
-    """Keep transformers' own bars and notices out of ours."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-
-
-def _print_summary(report: Report, out: Path | None) -> None:
-    ranks = [layer.rank for layer in report.layers]
-    size = f"{report.bytes / 1e6:.1f} MB"
-    table = Table(show_header=False)
-    table.add_row("method", report.method)
-    table.add_row("layers", str(len(report.layers)))
-    table.add_row("bits per weight", f"{report.bits_per_weight:.3f}" + ("" if out else " at most"))
-    table.add_row("weights on disk", size + ("" if out else " at most"))
-    table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")
-    if out:
-        before = sum(layer.error_before for layer in report.layers) / len(report.layers)
-        after = sum(layer.error_after for layer in report.layers) / len(report.layers)
-        table.add_row("mean output error", f"{after:.4f} (rounding to nearest: {before:.4f})")
-        table.add_row("folder", str(out))
-    if report.seconds:
-        table.add_row("seconds", f"{report.seconds:.1f}")
-    console.print(table)
-
-
-def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(figures))
-        return
-    table = Table(show_header=False)
-    for key, value in figures.items():
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    console.print(table)
 
 
 # -- entry --------------------------------------------------------------------------------------------------

@@ -85,6 +85,7 @@ def quantize(
     source, out = resolve_model(model), Path(out)
     if out.resolve() == source.resolve():
         raise FileExistsError(f"the output folder must not be the model's own, got {out} for both")
+    CheckpointWriter.check(out, overwrite=chosen.overwrite, resume=chosen.resume)
     device = read_device(chosen.device)
     streamed = StreamedModel.open(source, device=device)
     plan, excluded = plan_layers(streamed, solver, exclude=chosen.exclude, override=chosen.override)
@@ -92,7 +93,6 @@ def quantize(
     run = Run(streamed, source, plan, excluded, solver, name, chosen, progress or (lambda *_: None))
     check_weights(run)
     largest = estimate(run)
-    CheckpointWriter.check(out, overwrite=chosen.overwrite, resume=chosen.resume)
     # What is finished is on the disk already; the head room is for index, report and journal.
     finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if chosen.resume else 0
     require_space(out, max(0, largest.bytes - finished) + (1 << 20))

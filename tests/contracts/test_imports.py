@@ -15,7 +15,7 @@ SOURCE = Path(lorq.__file__).parent
 ORDER = (
     "grids linalg stats sketch ranks rounding packing weight methods "
     "kernels linear safefile checkpoint source calibration selftext skeleton blocks report hf plan pipeline evaluation "
-    "generate demo bench cli"
+    "generate demo bench show cli"
 ).split()
 CORE = ORDER[: ORDER.index("methods") + 1]
 LAZY = ("__init__", "_autoload")  # the package's own door imports on demand

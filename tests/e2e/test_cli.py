@@ -167,6 +167,22 @@ def test_evaluate_json_has_exactly_the_agreed_keys(lorq_command, flrq_folder, so
     assert result == direct.as_dict()
 
 
+def test_evaluating_on_the_calibration_text_says_that_it_flatters(flrq_folder, text_file, tmp_path, capsys):
+    options = ["--window=16", "--windows=1", "--json"]
+    other = tmp_path / "other.txt"
+    other.write_bytes(text_file.read_bytes())
+    for text, flatters in ((text_file, True), (other, False)):
+        assert main(["evaluate", str(flrq_folder), "--text", str(text), *options]) == 0
+        assert ("these figures flatter it" in " ".join(capsys.readouterr().err.split())) == flatters
+
+
+def test_progress_into_a_file_is_a_line_for_every_tenth_of_a_stage(source, text_file, tmp_path, capsys):
+    assert main(["quantize", str(source), str(tmp_path / "out"), *NEAREST]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "quantize: 2 of 2" in lines and "verify: 2 of 2" in lines
+    assert 2 <= len([line for line in lines if line.startswith("check: ")]) <= 11
+
+
 def test_evaluate_and_inspect_count_the_same_bits(lorq_command, flrq_folder, text_file):
     result = json.loads(
         lorq_command("evaluate", flrq_folder, "--text", text_file, "--window=16", "--windows=1", "--json")

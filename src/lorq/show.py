@@ -1,0 +1,83 @@
+"""What the command line shows: bars, summaries, figures."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lorq.report import Report
+
+# In a pipe there is no width to fit into, and cut names are of no use to anyone.
+console = Console(width=None if sys.stdout.isatty() else 160)
+notes = Console(stderr=True)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per stage on standard error, so that standard output stays clean; lines where that is a file."""
+    quiet()
+    bars: dict[str, Any] = {}
+    if not notes.is_terminal:
+        yield _progress_lines
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=notes) as progress:
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bars[stage] = progress.add_task(stage, total=total)
+            progress.update(bars[stage], completed=done, total=total)
+
+        yield show
+
+
+def _progress_lines(stage: str, done: int, total: int) -> None:
+    """A line for every tenth of a stage."""
+    if done == total or 10 * done // total != 10 * (done - 1) // total:
+        notes.print(f"{stage}: {done} of {total}", highlight=False)
+
+
+def quiet() -> None:
+    """Keep transformers' own bars and notices out of ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+def print_summary(report: Report, out: Path | None) -> None:
+    ranks = [layer.rank for layer in report.layers]
+    size = f"{report.bytes / 1e6:.1f} MB"
+    table = Table(show_header=False)
+    table.add_row("method", report.method)
+    table.add_row("layers", str(len(report.layers)))
+    table.add_row("bits per weight", f"{report.bits_per_weight:.3f}" + ("" if out else " at most"))
+    table.add_row("weights on disk", size + ("" if out else " at most"))
+    table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")
+    if out:
+        before = sum(layer.error_before for layer in report.layers) / len(report.layers)
+        after = sum(layer.error_after for layer in report.layers) / len(report.layers)
+        table.add_row("mean output error", f"{after:.4f} (rounding to nearest: {before:.4f})")
+        table.add_row("folder", str(out))
+    if report.seconds:
+        table.add_row("seconds", f"{report.seconds:.1f}")
+    console.print(table)
+
+
+def print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures))
+        return
+    table = Table(show_header=False)
+    for key, value in figures.items():
+        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    console.print(table)
