@@ -4,7 +4,10 @@ import pytest
 import torch
 from helpers import byte_tokenizer, tiny_folder, tiny_model
 
-from lorq.weight import LowRank, QuantizedWeight
+from lorq.basis import Basis
+from lorq.factors import store_factors
+from lorq.grids import Codebook
+from lorq.weight import QuantizedWeight, permutation_dtype
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,26 +76,32 @@ def random_weight(generator):
     def make(out, in_, format):
         groups, rank = in_ // format.group_size, format.rank
 
-        def codes(*shape, low=0, high=2**format.bits):
+        def codes(*shape, low=0, high=2**format.code_bits):
             return torch.randint(low, high, shape, generator=generator)
 
         def positive(*shape):
             return (torch.rand(*shape, generator=generator) * 0.02 + 0.005).to(torch.float16)
 
         low_rank = None
-        if rank and format.factor_bits == 8:
-            left = codes(out, rank, low=-127, high=128).to(torch.int8)
-            right = codes(rank, in_, low=-127, high=128).to(torch.int8)
-            low_rank = LowRank(left, right, positive(rank) / 16, positive(rank) / 16)
-        elif rank:
-            left, right = (torch.randn(*shape, generator=generator) / 8 for shape in ((out, rank), (rank, in_)))
-            low_rank = LowRank(left.to(torch.float16), right.to(torch.float16))
+        if rank:
+            left, right = (torch.randn(*shape, generator=generator) / 12 for shape in ((out, rank), (rank, in_)))
+            low_rank = store_factors(left, right, type=format.factor_type)
+        codebook = basis = None
+        if format.vector > 1:
+            tiles = out // format.codebook_rows, in_ // format.codebook_columns
+            entries = codes(*tiles, 2**format.code_bits, format.vector, low=-127, high=128).to(torch.int8)
+            codebook = Codebook(entries, positive(*tiles))
+        if format.has_basis:
+            order = torch.randperm(in_, generator=generator).to(permutation_dtype(in_)) if format.permuted else None
+            basis = Basis(order, format.rotation_block, format.rotation_skip)
         return QuantizedWeight(
-            codes=codes(out, in_).to(torch.uint8),
+            codes=codes(out, in_ // format.vector).to(torch.uint8),
             scale=positive(out, groups),
-            zero_point=None if format.symmetric else codes(out, groups).to(torch.uint8),
+            zero_point=None if format.symmetric else codes(out, groups, high=2**format.bits).to(torch.uint8),
             bits=format.bits,
             low_rank=low_rank,
+            codebook=codebook,
+            basis=basis,
         )
 
     return make

@@ -56,6 +56,37 @@ FAMILIES = {
     "gpt-neox": ("GPTNeoX", {"rotary_pct": 0.25, "tie_word_embeddings": False}),
     "gpt2": ("GPT2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 128}),
 }
+_EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": False}
+# Mixtures of experts, likewise; each has what the others lack.
+MOE = {
+    "mixtral": ("Mixtral", {**_EXPERTS, **_GROUPED, "num_local_experts": 4, "intermediate_size": 96}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            **_EXPERTS, "num_experts": 5, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
+            "norm_topk_prob": True, "decoder_sparse_step": 2, "num_key_value_heads": 2,
+        },
+    ),
+    "qwen3-moe": ("Qwen3Moe", {**_EXPERTS, **_GROUPED, "num_experts": 4, "moe_intermediate_size": 32}),
+    "olmoe": ("Olmoe", {**_EXPERTS, "num_experts": 4, "intermediate_size": 64}),
+    "deepseek-v3": (
+        "DeepseekV3",
+        {
+            **_EXPERTS, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 4,
+            "topk_group": 2, "moe_intermediate_size": 32, "q_lora_rank": 32, "kv_lora_rank": 32,
+            "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_key_value_heads": 4,
+            "num_mtp_layers": 0,
+        },
+    ),
+    "gpt-oss": (
+        "GptOss",
+        {
+            **_EXPERTS, **_GROUPED, "num_local_experts": 4, "intermediate_size": 32, "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+}  # fmt: skip
 TIED = {"llama", "qwen3", "gemma2", "gemma3", "opt", "gpt2"}
 _COMMON = {
     "hidden_size": 64,
@@ -69,7 +100,7 @@ _SPECIAL = {"vocab_size": BYTES + 1, "bos_token_id": BOS, "eos_token_id": None, 
 
 def tiny_folder(folder: Path, family: str, *, seed: int = 0, **changes) -> Path:
     """A random model of one family as a Hugging Face folder with a byte-level tokenizer; `folder` is made."""
-    name, own = FAMILIES[family]
+    name, own = (FAMILIES | MOE)[family]
     common = {} if family == "gpt2" else _COMMON
     if family == "opt":
         common = {key: value for key, value in common.items() if key != "intermediate_size"}
@@ -85,6 +116,9 @@ def tiny_folder(folder: Path, family: str, *, seed: int = 0, **changes) -> Path:
                 parameter.data = 0.15 * torch.randn(parameter.shape)
             else:
                 parameter.data = 0.5 * torch.randn(parameter.shape)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.2 * torch.randn(buffer.shape)
     return save_folder(model, folder)
 
 

@@ -8,20 +8,21 @@ from lorq import _autoload
 if TYPE_CHECKING:
     from lorq.evaluation import Evaluation, evaluate
     from lorq.hf import load
-    from lorq.methods import FLRQ, GPTQ, METHODS, FLRQPaper, Nearest
+    from lorq.methods import FLRQ, GPTQ, METHODS, FLRQPaper, LoPRo, LoPRoPaper, Nearest, TileQ
     from lorq.pipeline import quantize
     from lorq.report import Report, read_report
 
 __version__ = "0.1.0"
 __all__ = [
-    "FLRQ", "GPTQ", "METHODS", "Evaluation", "FLRQPaper", "Nearest", "Report", "evaluate", "load", "quantize",
-    "read_report",
+    "FLRQ", "GPTQ", "METHODS", "Evaluation", "FLRQPaper", "LoPRo", "LoPRoPaper", "Nearest", "Report", "TileQ",
+    "evaluate", "load", "quantize", "read_report",
 ]  # fmt: skip
 
 # Public names come when they are asked for: `import torch` runs this file (entry point of `_autoload`) and must
 # not pay for transformers.
 _HOME = {
-    "FLRQ": "methods", "FLRQPaper": "methods", "GPTQ": "methods", "METHODS": "methods", "Nearest": "methods",
+    "FLRQ": "methods", "FLRQPaper": "methods", "GPTQ": "methods", "LoPRo": "methods", "LoPRoPaper": "methods",
+    "METHODS": "methods", "Nearest": "methods", "TileQ": "methods",
     "Evaluation": "evaluation", "evaluate": "evaluation", "load": "hf", "quantize": "pipeline",
     "Report": "report", "read_report": "report",
 }  # fmt: skip

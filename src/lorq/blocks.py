@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from lorq.checkpoint import SourceCheckpoint
 from lorq.safefile import TEMPORARY
-from lorq.skeleton import find_blocks, get_tensor, put_tensor, read_config, renamed, skeleton
-from lorq.stats import InputStats, StatsAccumulator, TokenWeights
+from lorq.skeleton import Source, find_blocks, find_sources, get_tensor, put_tensor, read_config, skeleton
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Calls:
 class StreamedModel:
     """A model skeleton whose parameters are read when they are needed and given back afterwards.
 
-    Blocks are found by what transformers declares (``_no_split_modules``), so that a dense architecture needs
-    no code here.
+    Blocks are found by what transformers declares (``_no_split_modules``), so that an architecture needs no
+    code here.
 
     Args:
         model: on the meta device, but for the buffers that are computed (`skeleton`).
@@ -58,7 +57,7 @@ class StreamedModel:
 
     Raises:
         ValueError: if no decoder blocks are found, or tensors that the model needs are missing
-            or of another shape, or weights are in fused expert tensors.
+            or of another shape, or weights are neither in linear layers nor in experts that can be split.
     """
 
     def __init__(
@@ -87,20 +86,13 @@ class StreamedModel:
 
     # -- names ------------------------------------------------------------------------------------------
 
-    def _match_names(self) -> dict[str, str]:
-        """Stored name of every parameter and stored buffer, by its name in the model."""
-        self._refuse_experts()
-        stored, prefix = renamed(self.model, self.checkpoint.names), self.model.base_model_prefix + "."
+    def _match_names(self) -> dict[str, Source]:
+        """Where every parameter and stored buffer lies, by its name in the model."""
+        self._refuse_fused()
+        stored = find_sources(self.model, self.checkpoint)
         tied = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
-        found, missing = {}, []
-        for name in self._names:
-            # Some checkpoints were saved from the bare model, without the head's prefix.
-            candidates = (name, name.removeprefix(prefix), prefix + name)
-            match = next((c for c in candidates if c in stored), None)
-            if match:
-                found[name] = stored[match]
-            elif name not in tied:
-                missing.append(name)
+        found = {name: stored[name] for name in self._names if name in stored}
+        missing = [name for name in self._names if name not in found and name not in tied]
         for name, origin in tied.items():
             if name not in found and origin in found:
                 found[name] = found[origin]
@@ -111,9 +103,9 @@ class StreamedModel:
             )
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
         wrong = [
-            f"{name} is {self.checkpoint.shape(source)}, not {shapes[name]}"
+            f"{name} is {source.shape(self.checkpoint)}, not {shapes[name]}"
             for name, source in found.items()
-            if self.checkpoint.shape(source) != shapes[name]
+            if source.shape(self.checkpoint) != shapes[name]
         ]
         if wrong:
             raise ValueError(
@@ -122,23 +114,26 @@ class StreamedModel:
             )
         return found
 
-    def _refuse_experts(self) -> None:
-        prefixes = tuple(block + "." for block in self.blocks)
-        fused = [n for n, p in self.model.named_parameters() if n.startswith(prefixes) and p.ndim >= 3]
-        if fused:
-            raise ValueError(
-                f"{type(self.model).__name__} keeps weights outside linear layers ({', '.join(fused[:2])}): "
-                "mixture-of-experts models are not supported by this version of lorq"
-            )
+    def _refuse_fused(self) -> None:
+        """`split_experts` takes apart what it knows; what is left would stay as it is without a word."""
+        for block in self.blocks:
+            for name, parameter in self.model.get_submodule(block).named_parameters(prefix=block):
+                if parameter.ndim >= 3:
+                    path, _, local = name.rpartition(".")
+                    raise ValueError(
+                        f"{type(self.model).__name__} is not supported: {path} "
+                        f"({type(self.model.get_submodule(path)).__name__}) keeps weights outside linear layers, in "
+                        f"{local} of shape {tuple(parameter.shape)}, and not as transformers' fused experts do"
+                    )
 
     def stored_tensor(self, name: str) -> Tensor:
         """A tensor as the checkpoint keeps it, by its name in the model."""
-        return self.checkpoint.tensor(self._sources[name])
+        return self._sources[name].read(self.checkpoint)
 
     @property
     def unused_tensors(self) -> list[str]:
         """Tensors of the checkpoint that the architecture has no place for."""
-        return sorted(set(self.checkpoint.names) - set(self._sources.values()))
+        return sorted(set(self.checkpoint.names) - {source.name for source in self._sources.values()})
 
     @property
     def tied_names(self) -> set[str]:
@@ -183,11 +178,11 @@ class StreamedModel:
     @contextmanager
     def resident(self, names: list[str]) -> Iterator[None]:
         """Keep these parameters in memory for the duration, in the model's compute dtype."""
-        loaded: dict[str, Tensor] = {}  # tied parameters share one tensor
+        loaded: dict[Source, Tensor] = {}  # tied parameters share one tensor
         for name in names:
             source = self._sources[name]
             if source not in loaded:
-                tensor = self.checkpoint.tensor(source)
+                tensor = source.read(self.checkpoint)
                 # Buffers keep their type: a mask or a count is no activation.
                 keep = not tensor.is_floating_point() or name not in self._parameters
                 loaded[source] = tensor.to(self.device, tensor.dtype if keep else self.dtype)
@@ -268,78 +263,6 @@ class StreamedModel:
 
     def _outside_with_ties(self) -> list[str]:
         return self.names_outside() + sorted(self.tied_names)
-
-
-# -- statistics ---------------------------------------------------------------------------------------------
-
-
-def shared_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> dict[str, str]:
-    """Which layers receive the same tensor: each layer's name to the first layer with its input.
-
-    Found by looking, in one run of the block, so that no architecture needs to say it.
-
-    Raises:
-        ValueError: if a layer is never called.
-    """
-    seen: dict[str, Tensor] = {}
-
-    def look(name: str) -> Callable[..., None]:
-        return lambda module, args: seen.__setitem__(name, args[0])
-
-    with _hooks({name: look(name) for name in layers}, layers):
-        run()
-    silent = [name for name in layers if name not in seen]
-    if silent:
-        raise ValueError(
-            f"layers must be used when their block runs, these were not: {', '.join(silent)}; --exclude them"
-        )
-    first: dict[tuple[Any, ...], str] = {}
-    # The tensors are all still alive here, so equal addresses mean equal memory.
-    keys = {name: (x.data_ptr(), x.shape, x.stride(), x.dtype) for name, x in seen.items()}
-    return {name: first.setdefault(keys[name], name) for name in layers}
-
-
-@contextmanager
-def observed(
-    layers: dict[str, nn.Module], owners: dict[str, str], *, token_weights: TokenWeights, device: torch.device
-) -> Iterator[dict[str, InputStats]]:
-    """Collect each distinct input's statistics while the block runs; filled when the context ends.
-
-    Args:
-        layers: modules by name.
-        owners: from `shared_inputs`; one accumulator for each distinct owner.
-        token_weights: see `lorq.stats.StatsAccumulator`.
-        device: where the sums live.
-    """
-    sums: dict[str, StatsAccumulator] = {}
-
-    def add(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if name not in sums:
-                sums[name] = StatsAccumulator(args[0].shape[-1], token_weights, device)
-            try:
-                sums[name].add(args[0])
-            except FloatingPointError as error:
-                error.add_note(f"while calibrating {name}")
-                raise
-
-        return hook
-
-    stats: dict[str, InputStats] = {}
-    with _hooks({name: add(name) for name in set(owners.values())}, layers):
-        yield stats
-    finished = {name: total.finish() for name, total in sums.items()}
-    stats.update({name: finished[owner] for name, owner in owners.items()})
-
-
-@contextmanager
-def _hooks(hooks: dict[str, Callable[..., None]], layers: dict[str, nn.Module]) -> Iterator[None]:
-    handles = [layers[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def hidden_states(

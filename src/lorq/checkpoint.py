@@ -86,10 +86,10 @@ class SourceCheckpoint:
         """Stored dtype of one tensor, from the header."""
         return self.headers[self._file(name)].tensors[name].dtype
 
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor; KeyError if the checkpoint has no such tensor."""
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        """Read one tensor, or one index of its first dimension; KeyError if the checkpoint has no such tensor."""
         file = self._file(name)
-        return safefile.read_tensor(self.folder / file, self.headers[file], name)
+        return safefile.read_tensor(self.folder / file, self.headers[file], name, index)
 
     def fingerprint(self) -> str:
         """sha256 (hex) that tells this model from another or an edited one without reading it all.

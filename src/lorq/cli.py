@@ -152,6 +152,8 @@ def inspect(
     console.print(table)
     for name, reason in report.kept.items():
         console.print(f"not quantized: {name}: {reason}", highlight=False, markup=False)
+    for name, note in report.notes.items():
+        console.print(f"note: {name}: {note}", highlight=False, markup=False)
     print_summary(report, out)
 
 

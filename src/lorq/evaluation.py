@@ -15,6 +15,7 @@ from lorq.linear import QuantLinear
 from lorq.plan import Progress, layer_bytes
 from lorq.selftext import eval_mode
 from lorq.source import resolve_model
+from lorq.tiled import QuantExperts
 
 # Logits per float32 temporary, 16 MB. A 49k vocabulary is compared 85 tokens at a time, with six such
 # temporaries alive: about 100 MB, however long the window is.
@@ -172,7 +173,16 @@ def bits_per_weight(model: nn.Module, folder: Path) -> float:
     """
     layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
     if layers:
-        stored = sum(layer_bytes(layer.format, (layer.out_features, layer.in_features)) for layer in layers)
+        # Rounded up to bytes for each layer, with its shape, as in the report.
+        shares = {
+            layer: module.tiles[name].format.share(layer.out_features, layer.in_features)  # type: ignore[operator,union-attr]
+            for module in model.modules() if isinstance(module, QuantExperts)
+            for expert in module for name, layer in expert.named_children() if name in module.tiles
+        }  # fmt: skip
+        stored = sum(
+            layer_bytes(layer.format.stored_bits(layer.out_features, layer.in_features) + shares.get(layer, 0))
+            for layer in layers
+        )
         return 8 * stored / sum(layer.out_features * layer.in_features for layer in layers)
     from transformers import AutoConfig
 

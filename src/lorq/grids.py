@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 # The smallest scale a float16 still holds with about one per cent of resolution (denormals end at 6e-8).
@@ -111,6 +111,97 @@ class IntGrid:
         """Scale and zero point that cover each group from its smallest to its largest weight."""
         groups = self.grouped(weight)
         return self.span(groups.amin(-1), groups.amax(-1))
+
+
+@dataclass(frozen=True)
+class VectorGrid:
+    """Short vectors of weights, each standing for one entry of a codebook times a scale.
+
+    A code stands for ``vector`` neighbouring weights of a row. A codebook of ``2^(bits vector)`` entries serves
+    ``rows`` x ``columns`` weights; its entries are int8 with one float16 scale. Each row and group of
+    ``group_size`` columns has a scale of its own besides.
+
+    Args:
+        bits: stored bits per weight; ``bits * vector`` is the width of a code, at most 8.
+        vector: weights that share a code.
+        rows: rows that share a codebook; must divide the height.
+        columns: columns that share a codebook; a multiple of ``vector`` that divides the width.
+        group_size: columns that share a scale; a multiple of ``columns`` that divides the width.
+    """
+
+    bits: int
+    vector: int
+    rows: int
+    columns: int
+    group_size: int
+
+    @property
+    def entries(self) -> int:
+        """Entries of a codebook, ``2^(bits vector)``."""
+        return 2 ** (self.bits * self.vector)
+
+    def check(self, out: int, in_: int) -> None:
+        """Refuse shapes that the codebooks do not tile.
+
+        Raises:
+            ValueError: naming the sizes.
+        """
+        if self.bits < 1 or self.vector < 2 or self.bits * self.vector > 8:
+            raise ValueError(
+                f"a vector code must stand for at least 2 weights and take bits * vector bits, at most 8, "
+                f"got {self.bits} * {self.vector}; codebooks serve 1 to 4 bits"
+            )
+        sizes = (out, self.rows), (in_, self.columns), (self.columns, self.vector)
+        if any(part < 1 or whole % part for whole, part in sizes):
+            raise ValueError(
+                f"a codebook's {self.rows} rows and {self.columns} columns must divide a weight of shape {(out, in_)} "
+                f"into vectors of {self.vector}; choose divisors, or -1 for sizes that fit"
+            )
+        if self.group_size < 1 or self.group_size % self.columns or in_ % self.group_size:
+            raise ValueError(
+                f"group_size must be a multiple of a codebook's {self.columns} columns that divides the width {in_}, "
+                f"got {self.group_size}; choose {in_} for one scale per row"
+            )
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The codebooks of a weight: entry ``k`` of tile ``(r, c)`` is ``entries[r, c, k] * scale[r, c]``.
+
+    Attributes:
+        entries: int8.
+        scale: float16.
+    """
+
+    entries: Int8[Tensor, "row_tiles column_tiles entries vector"]
+    scale: Float[Tensor, "row_tiles column_tiles"]
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row_tiles column_tiles entries vector"]:
+        """The entries with their scale."""
+        return self.entries.to(dtype) * self.scale.to(dtype)[:, :, None, None]
+
+
+def decode_vectors(
+    codes: UInt8[Tensor, "out vectors"],
+    codebook: Codebook,
+    scale: Float[Tensor, "out groups"],
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "out in"]:
+    """``scale * codebook[code]`` for a whole matrix of vector codes.
+
+    Example:
+        >>> book = Codebook(torch.tensor([[[[1, 2], [3, -4]]]], dtype=torch.int8), torch.tensor([[0.5]]))
+        >>> decode_vectors(torch.tensor([[1, 0]], dtype=torch.uint8), book, torch.tensor([[2.0]]))
+        tensor([[ 3., -4.,  1.,  2.]])
+    """
+    values = codebook.values(dtype)
+    row_tiles, column_tiles, entries, vector = values.shape
+    tiled = codes.long().view(row_tiles, -1, column_tiles, codes.shape[1] // column_tiles)
+    first = torch.arange(row_tiles * column_tiles, device=codes.device).view(row_tiles, 1, column_tiles, 1) * entries
+    weight = values.view(-1, vector)[tiled + first]  # (row_tiles, rows, column_tiles, vectors, vector)
+    grouped = weight.reshape(codes.shape[0], scale.shape[1], -1)
+    return (grouped * scale.to(dtype).unsqueeze(-1)).flatten(1)
 
 
 def dequantize(

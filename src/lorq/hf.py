@@ -1,6 +1,5 @@
 """The transformers hook: `from_pretrained` on a lorq folder builds packed layers, or fails loudly."""
 
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,84 +11,23 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lorq.linear import QuantLinear, stored_layout
+from lorq.basis import check_block
+from lorq.config import LorqConfig
+from lorq.experts import Experts, fuse_experts, split_experts
+from lorq.grids import VectorGrid
+from lorq.linear import QuantLinear, share_rotations, stored_layout
 from lorq.safefile import read_header
 from lorq.source import resolve_model
+from lorq.tiled import QuantExperts, Tiles, tile_layout
+from lorq.tiles import TileFormat
 from lorq.weight import LayerFormat
 
-FORMAT_VERSION = 1
 INDEX_NAME = "lorq.safetensors.index.json"
 # transformers only warns about a quant_method it does not know and then returns random weights. So config.json
 # names a weights file that does not exist, whose name says what to do; with lorq present, the hook below puts
 # the real name in before the files are looked for.
 SENTINEL = "this-folder-needs--pip-install-lorq--and--import-lorq.safetensors.index.json"
-
-
-class LorqConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a lorq folder (docs/format.md).
-
-    Args:
-        format_version: of the folder; a newer one than this lorq's is refused.
-        lorq_version: that wrote it.
-        method: name of the method.
-        settings: the method's settings.
-        layers: for each quantized layer the fields of `lorq.weight.LayerFormat`.
-
-    Raises:
-        ValueError: for a newer format version, an unknown or missing key, or a value out of range.
-    """
-
-    method: str
-    layers: dict[str, Any]
-
-    def __init__(self, **keys: Any):
-        self.quant_method = keys.pop("quant_method", "lorq")  # type: ignore[assignment]
-        version = keys.pop("format_version", None)
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise ValueError(f"format_version of a lorq folder must be a whole number from 1, got {version!r}")
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"the folder has lorq format version {version}, this lorq reads up to {FORMAT_VERSION}; "
-                "upgrade it: pip install --upgrade lorq"
-            )
-        self.format_version = version
-        for key, kind in (("lorq_version", str), ("method", str), ("settings", dict), ("layers", dict)):
-            if not isinstance(keys.get(key), kind):
-                raise ValueError(f"quantization_config.{key} must be a {kind.__name__}, got {keys.get(key)!r}")
-            setattr(self, key, keys.pop(key))
-        if keys:
-            raise ValueError(
-                f"unknown keys in quantization_config: {', '.join(sorted(keys))}; known are quant_method, "
-                "format_version, lorq_version, method, settings, layers"
-            )
-        self.formats()  # checks them
-
-    def formats(self) -> dict[str, LayerFormat]:
-        """The layers' formats by name."""
-        return {name: _layer_format(name, entry) for name, entry in self.layers.items()}
-
-    def __repr__(self) -> str:
-        # The table of layers is long and transformers prints configs freely.
-        return f"LorqConfig(method={self.method!r}, format_version={self.format_version}, layers={len(self.layers)})"
-
-
-def _layer_format(name: str, entry: Any) -> LayerFormat:
-    known = {field.name: field.type for field in fields(LayerFormat)}
-    if not isinstance(entry, dict) or set(entry) != set(known):
-        got = sorted(entry) if isinstance(entry, dict) else entry
-        raise ValueError(f"quantization_config.layers[{name!r}] must have the keys {sorted(known)}, got {got}")
-    for key, kind in known.items():
-        if type(entry[key]) is not kind:
-            raise ValueError(f"quantization_config.layers[{name!r}].{key} must be {kind}, got {entry[key]!r}")
-    format = LayerFormat(**entry)
-    if not (1 <= format.bits <= 8 and format.group_size >= 1 and format.rank >= 0 and format.factor_bits in (8, 16)):
-        raise ValueError(
-            f"quantization_config.layers[{name!r}] must have bits 1..8, group_size >= 1, rank >= 0 and factor_bits "
-            f"8 or 16, got {asdict(format)}"
-        )
-    return format
 
 
 class LorqQuantizer(HfQuantizer):
@@ -104,10 +42,16 @@ class LorqQuantizer(HfQuantizer):
             config.transformers_weights = INDEX_NAME
         return config
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        # The folder has the model's own names, experts one by one; transformers would rename and merge them.
+        return []
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
+        split_experts(model)
         swap_layers(model, self.quantization_config.formats())
+        swap_experts(model, self.quantization_config.tile_formats())
         if checkpoint_files:
             check_tensors(model, [Path(file) for file in checkpoint_files])
         return model
@@ -121,12 +65,20 @@ class LorqQuantizer(HfQuantizer):
                         f"{name}.weight_shape must be {(module.out_features, module.in_features)} as the model says, "
                         f"got {shape}; the folder is damaged, download it again"
                     )
+                check_permutation(name, module)
+            elif isinstance(module, Tiles) and not module.cells.is_meta:
+                check_cells(name, module)
+        share_rotations(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, module in list(model.named_modules()):
+            if isinstance(module, QuantExperts):
+                _replace(model, name, module.dequantize(dtype))
+        for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
                 _replace(model, name, module.dequantize(dtype))
+        fuse_experts(model)  # so that it is transformers' own model again, to be saved like one
         return model
 
     def is_serializable(self) -> bool:
@@ -156,8 +108,7 @@ def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:
                 f"{'not in the model' if layer is None else 'no linear layer'}; the config belongs to another model"
             )
         out, in_ = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
-        if in_ % format.group_size:
-            raise ValueError(f"group_size {format.group_size} must divide the width {in_} of {name}")
+        _check_fit(name, out, in_, format)
         bias = layer.bias
         new = QuantLinear(
             in_, out, format, bias=bias is not None, dtype=None if bias is None else bias.dtype, device="meta"
@@ -168,6 +119,69 @@ def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:
         # (check_tensors has seen to it), and looking at a packed layer's weight would decode it.
         if not parent._parameters and not parent._buffers:
             parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def swap_experts(model: nn.Module, formats: dict[str, TileFormat]) -> None:
+    """Put `QuantExperts` with empty tile factors, on the meta device, where the named experts are.
+
+    Raises:
+        ValueError: if a name is not a projection of experts of the model, or their number differs.
+    """
+    modules: dict[str, dict[str, Tiles]] = {}
+    for name, format in formats.items():
+        path, _, projection = name.rpartition(".tiles.")
+        experts = dict(model.named_modules()).get(path)
+        if not isinstance(experts, Experts) or not hasattr(experts[0], projection) or len(experts) != format.experts:
+            raise ValueError(
+                f"quantization_config.tiles names {name} with {format.experts} experts, which the model does not have; "
+                "the config belongs to another model"
+            )
+        layer = getattr(experts[0], projection)
+        modules.setdefault(path, {})[projection] = Tiles(layer.out_features, layer.in_features, format, device="meta")
+    for path, tiles in modules.items():
+        _replace(model, path, QuantExperts(model.get_submodule(path), tiles))  # type: ignore[arg-type]
+
+
+def check_permutation(name: str, layer: QuantLinear) -> None:
+    """Refuse an order of channels that is none.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    order = layer.permutation
+    if order is not None and not torch.equal(order.long().sort()[0].cpu(), torch.arange(layer.in_features)):
+        raise ValueError(
+            f"{name}.permutation must hold each of 0 .. {layer.in_features - 1} once, it does not; the folder is "
+            "damaged, download it again"
+        )
+
+
+def check_cells(name: str, tiles: Tiles) -> None:
+    """Refuse cells outside the grid.
+
+    Raises:
+        ValueError: naming the tile factors.
+    """
+    f, cells = tiles.format, tiles.cells.long()
+    limits = torch.tensor([f.rows, f.columns], device=cells.device)
+    if bool(((cells < 0) | (cells >= limits)).any()):
+        raise ValueError(
+            f"{name}.cells must lie in a grid of {f.rows} x {f.columns}, got {cells.amin(0).tolist()} to "
+            f"{cells.amax(0).tolist()}; the folder is damaged, download it again"
+        )
+
+
+def _check_fit(name: str, out: int, in_: int, format: LayerFormat) -> None:
+    if in_ % format.group_size:
+        raise ValueError(f"group_size {format.group_size} must divide the width {in_} of {name}")
+    try:
+        if format.vector > 1:
+            rows, columns = format.codebook_rows, format.codebook_columns
+            VectorGrid(format.bits, format.vector, rows, columns, format.group_size).check(out, in_)
+        if format.rotation_block:
+            check_block(in_, format.rotation_block, format.rotation_skip)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; the config belongs to another model") from None
 
 
 def check_tensors(model: Any, files: list[Path]) -> None:
@@ -189,8 +203,9 @@ def check_tensors(model: Any, files: list[Path]) -> None:
         elif tuple(stored[name].shape) != tuple(tensor.shape):
             wrong.append(f"{name} is {tuple(stored[name].shape)}, not {tuple(tensor.shape)}")
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            layout = stored_layout(module.out_features, module.in_features, module.format)
+        if isinstance(module, QuantLinear | Tiles):
+            layout_of = stored_layout if isinstance(module, QuantLinear) else tile_layout
+            layout = layout_of(module.out_features, module.in_features, module.format)  # type: ignore[arg-type]
             for local, (_, dtype) in layout.items():
                 entry = stored.get(f"{name}.{local}")
                 if entry is not None and entry.dtype != dtype:

@@ -1,29 +1,41 @@
 """QuantLinear: the module that stands where a linear layer was."""
 
+import weakref
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorq.kernels import quant_linear
+from lorq.basis import Basis
+from lorq.factors import FACTOR_TYPES, LowRank, factor_bits
+from lorq.grids import Codebook
+from lorq.kernels import quant_linear, rotate
 from lorq.packing import pack, pack_columns, packed_width, unpack, unpack_columns
-from lorq.weight import LayerFormat, LowRank, QuantizedWeight
+from lorq.weight import LayerFormat, QuantizedWeight, Tile, permutation_dtype
 
-_STORED = (
-    "weight_packed", "weight_scale", "weight_zero_point", "weight_shape",
+# In the operator's order.
+_OPERANDS = (
+    "weight_packed", "weight_scale", "weight_zero_point", "codebook", "codebook_scale",
     "left", "right", "left_scale", "right_scale",
 )  # fmt: skip
+_STORED = (*_OPERANDS, "weight_shape", "permutation")
 
 
 def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of a quantized weight as they are stored, by their local names (docs/format.md)."""
     tensors = {
-        "weight_packed": pack(weight.codes, weight.bits),
+        "weight_packed": pack(weight.codes, weight.format.code_bits),
         "weight_scale": weight.scale.to(torch.float16),
         "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
     }
     if weight.zero_point is not None:
         tensors["weight_zero_point"] = pack_columns(weight.zero_point, weight.bits)
+    if weight.codebook is not None:
+        tensors |= {"codebook": weight.codebook.entries, "codebook_scale": weight.codebook.scale}
+    if weight.basis is not None and weight.basis.permutation is not None:
+        tensors["permutation"] = weight.basis.permutation.to(permutation_dtype(weight.shape[1]))
     if weight.low_rank is not None:
         parts = weight.low_rank
         tensors |= {"left": parts.left, "right": parts.right}
@@ -38,16 +50,22 @@ def stored_layout(
     """Shape and dtype of every tensor that a layer of this format stores; the inverse is `pack_weight`."""
     groups, rank = in_features // format.group_size, format.rank
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "weight_packed": ((out_features, packed_width(in_features, format.bits)), torch.int32),
+        "weight_packed": ((out_features, packed_width(in_features // format.vector, format.code_bits)), torch.int32),
         "weight_scale": ((out_features, groups), torch.float16),
         "weight_shape": ((2,), torch.int64),
     }
     if not format.symmetric:
         layout["weight_zero_point"] = ((packed_width(out_features, format.bits), groups), torch.int32)
+    if format.vector > 1:
+        tiles = out_features // format.codebook_rows, in_features // format.codebook_columns
+        layout["codebook"] = ((*tiles, 2**format.code_bits, format.vector), torch.int8)
+        layout["codebook_scale"] = (tiles, torch.float16)
+    if format.permuted:
+        layout["permutation"] = ((in_features,), permutation_dtype(in_features))
     if rank:
-        kind = torch.int8 if format.factor_bits == 8 else torch.float16
+        kind = FACTOR_TYPES[format.factor_type][0]
         layout |= {"left": ((out_features, rank), kind), "right": ((rank, in_features), kind)}
-        if format.factor_bits == 8:
+        if factor_bits(format.factor_type) == 8:
             layout |= {"left_scale": ((rank,), torch.float16), "right_scale": ((rank,), torch.float16)}
     return layout
 
@@ -55,16 +73,81 @@ def stored_layout(
 def unpack_weight(tensors: Mapping[str, Tensor], format: LayerFormat) -> QuantizedWeight:
     """The quantized weight behind stored tensors, without its record; the inverse of `pack_weight`."""
     out_features, in_features = tensors["weight_shape"].tolist()
-    zero, low_rank = tensors.get("weight_zero_point"), None
+    zero, low_rank, codebook, basis = tensors.get("weight_zero_point"), None, None, None
     if format.rank:
         low_rank = LowRank(tensors["left"], tensors["right"], tensors.get("left_scale"), tensors.get("right_scale"))
+    if format.vector > 1:
+        codebook = Codebook(tensors["codebook"], tensors["codebook_scale"])
+    if format.has_basis:
+        basis = Basis(tensors.get("permutation"), format.rotation_block, format.rotation_skip)
     return QuantizedWeight(
-        codes=unpack(tensors["weight_packed"], format.bits, in_features),
+        codes=unpack(tensors["weight_packed"], format.code_bits, in_features // format.vector),
         scale=tensors["weight_scale"],
         zero_point=None if zero is None else unpack_columns(zero, format.bits, out_features),
         bits=format.bits,
         low_rank=low_rank,
+        codebook=codebook,
+        basis=basis,
     )
+
+
+class SharedRotation:
+    """Takes an input into the basis of the layers that share it, once for all of them.
+
+    Keeps the last input's image until all layers that share the basis have taken it, at the longest while that
+    input is alive and unchanged. Under `torch.compile` the compiler does this itself.
+    """
+
+    def __init__(self, layers: int = 1):
+        self.layers = layers
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen: tuple[weakref.ref[Tensor], int, bool, bool] | None = None
+        self._image: Tensor | None = None
+        self._left = 0
+
+    def __call__(self, x: Tensor, permutation: Tensor | None, format: LayerFormat) -> Tensor:
+        def image() -> Tensor:
+            return rotate(x, permutation, format.rotation_block, format.rotation_skip)
+
+        # Inference tensors do not count their changes.
+        if self.layers == 1 or torch.compiler.is_compiling() or x.is_inference():
+            return image()
+        seen, kept = self._seen, self._image
+        state = x._version, x.requires_grad, torch.is_grad_enabled()
+        if kept is None or seen is None or seen[0]() is not x or seen[1:] != state:
+            kept = self._image = image()
+            # Not every sharer need read this input (o_proj beside q, k, v): with it the image goes too.
+            me = weakref.proxy(self)
+            self._seen, self._left = (weakref.ref(x, lambda _: me._forget()), *state), self.layers
+        self._left -= 1
+        if self._left == 0:
+            self._forget()
+        return kept
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "SharedRotation":
+        # Layers that are copied together go on sharing; what is remembered stays behind.
+        return memo.setdefault(id(self), SharedRotation(self.layers))  # type: ignore[return-value]
+
+    def __reduce__(self) -> tuple[type["SharedRotation"], tuple[int]]:
+        return SharedRotation, (self.layers,)
+
+
+def share_rotations(model: nn.Module) -> None:
+    """Let layers of one parent that have the same basis take their common input into it once."""
+    for parent in model.modules():
+        groups: dict[bytes, list[QuantLinear]] = {}
+        for layer in parent.children():
+            if isinstance(layer, QuantLinear) and layer.format.has_basis and not layer.weight_packed.is_meta:
+                f, order = layer.format, layer.permutation
+                key = f"{layer.in_features} {f.rotation_block} {f.rotation_skip} {layer.weight_packed.device} ".encode()
+                key += b"" if order is None else order.cpu().numpy().tobytes()
+                groups.setdefault(key, []).append(layer)
+        for layers in groups.values():
+            shared = SharedRotation(len(layers))
+            for layer in layers:
+                layer.rotation = shared
 
 
 class QuantLinear(nn.Module):
@@ -85,6 +168,8 @@ class QuantLinear(nn.Module):
 
     bias: nn.Parameter | None
     weight_shape: Tensor
+    weight_packed: Tensor
+    permutation: Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, format: LayerFormat, *, bias: bool = False,
@@ -98,6 +183,10 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor)
         parameter = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", parameter)
+        self.rotation = SharedRotation()
+        # Factors that an expert shares with others, and its number; `lorq.tiled.QuantExperts` runs them. In a
+        # tuple, so that they are no child of every expert.
+        self.shared: tuple[Any, int] | None = None
 
     @classmethod
     def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> "QuantLinear":
@@ -108,17 +197,30 @@ class QuantLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        y = quant_linear(
-            x, self.weight_packed, self.weight_scale, self.weight_zero_point,
-            self.left, self.right, self.left_scale, self.right_scale, self.format.bits,
-        )  # fmt: skip
+        return self.multiply(self.into_basis(x))
+
+    def into_basis(self, x: Tensor) -> Tensor:
+        """``x T``: the input as the stored weight needs it; ``x`` itself where there is no basis."""
+        return self.rotation(x, self.permutation, self.format) if self.format.has_basis else x
+
+    def multiply(self, z: Tensor) -> Tensor:
+        """The output for an input that is in the basis already."""
+        y = quant_linear(z, *(getattr(self, name) for name in _OPERANDS), self.format.bits)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def value(self) -> QuantizedWeight:
+        """What is stored, an expert's part of shared factors included, as a value without its record."""
+        weight = unpack_weight(self.stored(), self.format)
+        if self.shared is None:
+            return weight
+        tiles, expert = self.shared
+        return replace(weight, tile=Tile(tiles.factors(), expert))
 
     @property
     def weight(self) -> Tensor:
         """The dense weight, (out, in), decoded anew at every look: for reading, writing to it changes nothing."""
         dtype = torch.float32 if self.bias is None else self.bias.dtype
-        return unpack_weight(self.stored(), self.format).dense().to(dtype)
+        return self.value().dense().to(dtype)
 
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors that this layer has, by local name."""
@@ -126,7 +228,7 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A plain linear layer with the dense weight."""
-        weight = unpack_weight(self.stored(), self.format).dense()
+        weight = self.value().dense()
         layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         layer.weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
         if self.bias is not None:
@@ -152,5 +254,6 @@ class QuantLinear(nn.Module):
         f = self.format
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={f.bits}, "
-            f"group_size={f.group_size}, rank={f.rank}, bias={self.bias is not None}"
+            f"group_size={f.group_size}, rank={f.rank}, vector={f.vector}, rotation={f.rotation_block}, "
+            f"bias={self.bias is not None}"
         )

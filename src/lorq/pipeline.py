@@ -1,31 +1,25 @@
 """quantize(): the only place that calls the stages in order."""
 
 import ctypes
-import hashlib
 import os
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 import lorq
-from lorq.blocks import (
-    Calls,
-    StreamedModel,
-    Target,
-    hidden_states,
-    observed,
-    shared_inputs,
-)
+from lorq.blocks import Calls, StreamedModel, Target, hidden_states
 from lorq.calibration import SELF, Windows, calibration_windows
-from lorq.checkpoint import CheckpointWriter, SourceCheckpoint, require_space
-from lorq.hf import FORMAT_VERSION, SENTINEL, read_device, swap_layers
+from lorq.checkpoint import CheckpointWriter, require_space
+from lorq.config import FORMAT_VERSION
+from lorq.experts import Experts, find_experts
+from lorq.hf import SENTINEL, read_device
 from lorq.linear import pack_weight, unpack_weight
 from lorq.methods import METHODS, Method
+from lorq.observe import Observed, Observer, observed, routed_alike
 from lorq.plan import (
     Progress,
     Run,
@@ -39,17 +33,13 @@ from lorq.plan import (
     read_options,
 )  # fmt: skip
 from lorq.report import REPORT_NAME, LayerReport, Report, record_of
-from lorq.safefile import read_header
 from lorq.selftext import cached_self_windows
-from lorq.skeleton import read_config, skeleton
+from lorq.skeleton import read_config
+from lorq.solve import expert_name, solve_block
 from lorq.source import COMPANIONS, resolve_model
-from lorq.stats import InputStats
-from lorq.weight import LayerFormat, QuantizedWeight
-
-# Tokens of the window that is followed through the quantized model in memory and again from disk.
-_PROBE_TOKENS = 64  # fewer if the model has fewer positions
-# float32 sums in another order differ by about 1e-6 a block; a wrong bit in any layer is far above this.
-_PROBE_SQNR_DB = 60.0
+from lorq.tiled import pack_tiles, unpack_tiles
+from lorq.verify import probe_tokens, verify
+from lorq.weight import LayerFormat, QuantizedWeight, Tile
 
 
 def quantize(
@@ -175,7 +165,10 @@ def _require_memory(run: Run) -> None:
 def _identity(run: Run, windows: Windows | None) -> dict[str, Any]:
     """Everything that decides the bytes of the folder; resuming with another one is refused."""
     options = run.options if windows else replace(run.options, samples=0, seq_len=0)
-    keep = ("samples", "seq_len", "seed", "token_weights", "stream", "exclude", "override")
+    keep = (
+        "samples", "seq_len", "seed", "token_weights", "router_weights", "expert_tokens", "stream", "exclude",
+        "override",
+    )  # fmt: skip
     return {
         "format_version": FORMAT_VERSION,
         "lorq_version": lorq.__version__,
@@ -208,12 +201,13 @@ class _Solver:
         self.probe = probe_tokens(config, run.options.seed)
         self.probe_hidden = torch.empty(1, len(self.probe), width)
         self.probe_calls = model.embed(self.probe[None], self.probe_hidden)
+        self.probe_routes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def solve_blocks(self) -> None:
         run, blocks = self.run, self.run.model.blocks
         outside = shard_name(0, len(blocks))
         if outside not in self.writer.completed:
-            self._write(outside, {name: run.model.stored_tensor(name) for name in kept_names(run, None)}, [], {})
+            self._write(outside, _Shard({name: run.model.stored_tensor(name) for name in kept_names(run, None)}))
         for index, block in enumerate(blocks):
             shard = shard_name(index + 1, len(blocks))
             with run.model.resident_block(index):
@@ -222,106 +216,112 @@ class _Solver:
                     if run.options.stream == "original":
                         self._advance(index)
                 else:
-                    weights = self._solve(index)
-                    self._write(shard, *self._shard(block, weights))
+                    weights, notes = self._solve(index)
+                    self._write(shard, self._shard(block, weights, notes))
                 for target in run.plan[block]:
                     dense = weights[target].dense()
                     parameter = run.model.model.get_submodule(target.name).weight
                     parameter.data.copy_(dense.T if target.transposed else dense)
                 if run.options.stream == "quantized":
                     self._advance(index)
-                self.probe_hidden[0] = run.model.run(index, self.probe_hidden[0], self.probe_calls).cpu()
+                with routed_alike(self._experts(index), self.probe_routes):
+                    self.probe_hidden[0] = run.model.run(index, self.probe_hidden[0], self.probe_calls).cpu()
             _give_memory_back()
             run.progress("quantize", index + 1, len(blocks))
         logits = run.model.logits(self.probe, self.probe_hidden[0])
-        verify(run, self.writer, self.probe, logits)
+        verify(run, self.writer.folder, self.writer.completed, self.probe, logits, self.probe_routes)
 
     def _advance(self, index: int) -> None:
         """Replace every window's hidden states by the resident block's outputs."""
         for i in range(len(self.hidden)):
             self.hidden[i] = self.run.model.run(index, self.hidden[i], self.calls).cpu()
 
-    def _solve(self, index: int) -> dict[Target, QuantizedWeight]:
+    def _solve(self, index: int) -> tuple[dict[Target, QuantizedWeight], dict[str, str]]:
+        """The block's weights, and notes on layers."""
+        jobs = self.run.plan[self.run.model.blocks[index]]
+        found = self._observe(index) if len(self.hidden) else Observed()
+        device, modules = self.run.model.device, self._experts(index)
+        weights = solve_block(
+            jobs, found.stats, modules, seed=self.run.options.seed, device=device,
+            weight=lambda target: self.run.model.weight(target).to(device, torch.float32),
+        )  # fmt: skip
+        return weights, found.notes
+
+    def _experts(self, index: int) -> dict[str, Experts]:
+        """The block's experts modules, by name."""
+        return find_experts(self.run.model.model, self.run.model.blocks[index])
+
+    def _observe(self, index: int) -> Observed:
+        """Statistics of the block's inputs; with the original's stream, the block is left behind."""
         model, options, block = self.run.model, self.run.options, self.run.model.blocks[index]
-        jobs = self.run.plan[block]
-        stats: dict[str, InputStats] = {}
-        if len(self.hidden):
-            layers = {t.name: model.model.get_submodule(t.name) for t, m in jobs.items() if m.needs_stats}
-            owners = shared_inputs(lambda: model.run(index, self.hidden[0], self.calls), layers)
-            with observed(layers, owners, token_weights=options.token_weights, device=model.device) as stats:
-                if options.stream == "original":
-                    self._advance(index)
-                else:
-                    for hidden in self.hidden:
-                        model.run(index, hidden, self.calls)
-        return {target: self._solve_layer(target, method, stats.get(target.name)) for target, method in jobs.items()}
+        layers = {t.name: model.model.get_submodule(t.name) for t, m in self.run.plan[block].items() if m.needs_stats}
+        experts = self._experts(index)
+        observer = Observer(options.token_weights, options.router_weights, options.expert_tokens, model.device)
+        with observed(layers, experts, lambda: model.run(index, self.hidden[0], self.calls), observer) as found:
+            if options.stream == "original":
+                self._advance(index)
+            else:
+                for hidden in self.hidden:
+                    model.run(index, hidden, self.calls)
+        return found
 
-    def _solve_layer(self, target: Target, method: Method, stats: InputStats | None) -> QuantizedWeight:
-        device, seed = self.run.model.device, self.run.options.seed
-        weight = self.run.model.weight(target).to(device, torch.float32)
-        try:
-            solved = method.solve(weight, stats, generator=layer_generator(seed, target.name, device))
-            _check_finite(solved)
-        except (ValueError, ArithmeticError, RuntimeError) as error:
-            error.add_note(f"while solving {target.name}")
-            raise
-        return solved
-
-    def _shard(
-        self, block: str, weights: dict[Target, QuantizedWeight]
-    ) -> tuple[dict[str, Tensor], list[LayerReport], dict[str, LayerFormat]]:
-        tensors = {name: self.run.model.stored_tensor(name) for name in kept_names(self.run, block)}
-        reports, formats = [], {}
+    def _shard(self, block: str, weights: dict[Target, QuantizedWeight], notes: dict[str, str]) -> "_Shard":
+        modules = find_experts(self.run.model.model, block)
+        shard = _Shard({name: self.run.model.stored_tensor(name) for name in kept_names(self.run, block)})
         for target, weight in weights.items():
-            tensors |= {f"{target.name}.{local}": t for local, t in pack_weight(weight).items()}
-            formats[target.name] = weight.format
-            reports.append(
+            shard.tensors.update({f"{target.name}.{local}": t for local, t in pack_weight(weight).items()})
+            shard.formats[target.name] = asdict(weight.format)
+            place = expert_name(target.name, modules)
+            if weight.tile is not None and place is not None and place.tiles not in shard.tiles:
+                factors = weight.tile.factors
+                shard.tensors.update({f"{place.tiles}.{local}": t for local, t in pack_tiles(factors).items()})
+                shard.tiles[place.tiles] = asdict(factors.format)
+            shard.reports.append(
                 LayerReport(
-                    name=target.name, shape=weight.shape, bits=weight.bits, rank=weight.format.rank,
+                    name=target.name, shape=weight.shape, bits=weight.bits, rank=weight.rank,
                     stop=weight.record.stop, error_before=weight.record.error_before,
-                    error_after=weight.record.error_after, bytes=layer_bytes(weight.format, weight.shape),
+                    error_after=weight.record.error_after, bytes=layer_bytes(weight.stored_bits()),
+                    note=notes.get(target.name, ""),
                 )
             )  # fmt: skip
-        return tensors, reports, formats
+        return shard
 
-    def _write(
-        self, shard: str, tensors: dict[str, Tensor], reports: list[LayerReport], formats: dict[str, LayerFormat]
-    ) -> None:
+    def _write(self, name: str, shard: "_Shard") -> None:
         record = {
-            "layers": [record_of(report) for report in reports],
-            "formats": {name: asdict(format) for name, format in formats.items()},
-            "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+            "layers": [record_of(report) for report in shard.reports],
+            "formats": shard.formats,
+            "tiles": shard.tiles,
+            "bytes": sum(t.numel() * t.element_size() for t in shard.tensors.values()),
         }
-        self.writer.write_shard(shard, tensors, record)
+        self.writer.write_shard(name, shard.tensors, record)
 
     def _read(self, shard: str, block: str) -> dict[Target, QuantizedWeight]:
         """A block that an earlier run has solved."""
-        tensors, formats = self.writer.read_shard(shard), self.writer.completed[shard]["formats"]
+        tensors, record = self.writer.read_shard(shard), self.writer.completed[shard]
+        modules = find_experts(self.run.model.model, block)
+
+        def under(name: str) -> dict[str, Tensor]:
+            return {n.removeprefix(name + "."): t for n, t in tensors.items() if n.startswith(name + ".")}
+
+        tiles = {name: unpack_tiles(under(name)) for name in record["tiles"]}
         weights = {}
         for target in self.run.plan[block]:
-            prefix = target.name + "."
-            own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            weights[target] = unpack_weight(own, LayerFormat(**formats[target.name]))
+            weight = unpack_weight(under(target.name), LayerFormat(**record["formats"][target.name]))
+            place = expert_name(target.name, modules)
+            if place is not None and place.tiles in tiles:
+                weight = replace(weight, tile=Tile(tiles[place.tiles], place.expert))
+            weights[target] = weight
         return weights
 
 
-def _check_finite(weight: QuantizedWeight) -> None:
-    """Nothing that is not a number is ever written."""
-    parts = [weight.scale, *(weight.low_rank.factors() if weight.low_rank else ())]
-    if not all(bool(torch.isfinite(part).all()) for part in parts):
-        raise ArithmeticError("scales and factors must be finite, got NaN or infinite values; raise the damping")
+@dataclass(frozen=True)
+class _Shard:
+    """What goes into one file, and what the journal keeps of it."""
 
-
-def probe_tokens(config: Any, seed: int) -> Int[Tensor, "length"]:
-    """Random tokens for comparing logits; any text would do."""
-    length = min(_PROBE_TOKENS, getattr(config, "max_position_embeddings", _PROBE_TOKENS))
-    return torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
-
-
-def layer_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A layer's own source of randomness, so that neither order nor interruption changes a bit."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    tensors: dict[str, Tensor]
+    reports: list[LayerReport] = field(default_factory=list)
+    formats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tiles: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def shard_name(number: int, blocks: int) -> str:
@@ -330,38 +330,6 @@ def shard_name(number: int, blocks: int) -> str:
 
 
 # -- after the work -----------------------------------------------------------------------------------------
-
-
-def verify(
-    run: Run, writer: CheckpointWriter, probe: Int[Tensor, "length"], expected: Float[Tensor, "length vocabulary"]
-) -> None:
-    """Read the written shards back into packed layers, block by block, and compare the probe's logits.
-
-    Raises:
-        ArithmeticError: if they differ, or are not finite.
-    """
-    formats = {n: LayerFormat(**f) for r in writer.completed.values() for n, f in r["formats"].items()}
-    empty = skeleton(read_config(run.folder))
-    swap_layers(empty, formats)
-    headers = {name: read_header(writer.folder / name) for name in writer.completed}
-    files = {tensor: name for name, header in headers.items() for tensor in header.tensors}
-    model = StreamedModel(empty, SourceCheckpoint(writer.folder, headers, files), device=run.model.device)
-    hidden = torch.empty(1, len(probe), run.model.model.config.get_text_config().hidden_size)
-    calls = model.embed(probe[None], hidden)
-    for index in range(len(model.blocks)):
-        with model.resident_block(index):
-            hidden[0] = model.run(index, hidden[0], calls).cpu()
-        run.progress("verify", index + 1, len(model.blocks))
-    logits = model.logits(probe, hidden[0]).cpu()
-    expected = expected.cpu()
-    if not bool(torch.isfinite(logits).all()):
-        raise ArithmeticError(f"{writer.folder} read back gives logits that are not finite; keep it for a bug report")
-    sqnr = 10 * torch.log10(expected.square().sum() / (expected - logits).square().sum().clamp(min=1e-30))
-    if float(sqnr) < _PROBE_SQNR_DB:
-        raise ArithmeticError(
-            f"{writer.folder} read back must give the solved model's logits to {_PROBE_SQNR_DB:.0f} dB, got "
-            f"{float(sqnr):.1f} dB; the disk or memory is faulty, or this is a bug: run again with --overwrite"
-        )
 
 
 def _finish(run: Run, writer: CheckpointWriter, windows: Windows | None) -> Report:
@@ -375,11 +343,13 @@ def _finish(run: Run, writer: CheckpointWriter, windows: Windows | None) -> Repo
     files: dict[str, bytes | Path] = {name: run.folder / name for name in COMPANIONS if (run.folder / name).is_file()}
     files[REPORT_NAME] = report.to_bytes()
     formats = {name: format for record in records for name, format in record["formats"].items()}
+    tiles = {name: format for record in records for name, format in record["tiles"].items()}
     config = read_config(run.folder).to_dict() | {
         "transformers_weights": SENTINEL,
         "quantization_config": {
             "quant_method": "lorq", "format_version": FORMAT_VERSION, "lorq_version": lorq.__version__,
             "method": run.name, "settings": asdict(run.method), "layers": formats,  # type: ignore[call-overload]
+            "tiles": tiles,
         },
     }  # fmt: skip
     # Where the model was read from is nobody's business and would differ from machine to machine.

@@ -9,9 +9,11 @@ from typing import Any, Literal, get_type_hints
 import torch
 
 from lorq.blocks import StreamedModel, Target
+from lorq.experts import find_experts, routing_layers
 from lorq.methods import METHODS, Method
 from lorq.report import LayerReport, Report
-from lorq.weight import LayerFormat
+from lorq.solve import expert_formats
+from lorq.tiles import TileFormat
 
 # progress(stage, done, total): stages in order are "check", "write calibration text", "quantize", "verify".
 Progress = Callable[[str, int, int], None]
@@ -29,6 +31,9 @@ class Options:
         seed: of every random choice; the same seed gives the same bytes.
         device: where blocks are run and solved: "auto", "cpu", "cuda", "cuda:1" and so on.
         token_weights: "equal" counts each calibration token the same, "plain" by its squared length.
+        router_weights: weigh a routed token by its squared router weight in the expert's statistics.
+        expert_tokens: an expert that sees fewer calibration tokens than this gets the statistics of all tokens of
+            its layer; the report names it.
         stream: whose outputs calibrate the next block: the "original" model's or the "quantized" one's.
         exclude: regular expressions; layers whose name one of them matches stay as they are.
         override: "REGEX:key=value"; matching layers get another setting of the method.
@@ -44,6 +49,8 @@ class Options:
     seed: int = 0
     device: str = "auto"
     token_weights: Literal["equal", "plain"] = "equal"
+    router_weights: bool = False
+    expert_tokens: int = 128
     stream: Literal["original", "quantized"] = "original"
     exclude: tuple[str, ...] = ()
     override: tuple[str, ...] = ()
@@ -86,6 +93,7 @@ def plan_layers(
     plan: dict[str, dict[Target, Method]] = {}
     excluded: dict[str, str] = {}
     unfit: list[str] = []
+    routing = routing_layers(model.model)
     for block in model.blocks:
         plan[block] = {}
         for target in model.targets(block):
@@ -94,13 +102,18 @@ def plan_layers(
                 used.add(("exclude", hit.pattern))
                 excluded[target.name] = f"excluded by {hit.pattern}"
                 continue
+            if target.name in routing:
+                excluded[target.name] = routing[target.name]
+                continue
             chosen = method
             for pattern, change in changes:
                 if pattern.search(target.name):
                     used.add(("override", pattern.pattern))
                     chosen = replace(chosen, **change)  # type: ignore[type-var]
-            if chosen.group_size != -1 and target.in_features % chosen.group_size:
-                unfit.append(f"  {target.name}: width {target.in_features}, group_size {chosen.group_size}")
+            try:
+                chosen.largest(target.out_features, target.in_features)
+            except ValueError as error:
+                unfit.append(f"  {target.name}: {error}")
             plan[block][target] = chosen
     given = {("exclude", p.pattern) for p in patterns} | {("override", p.pattern) for p, _ in changes}
     if given - used:
@@ -111,13 +124,28 @@ def plan_layers(
         widths = {t.in_features for layers in plan.values() for t, m in layers.items() if m.group_size != -1}
         fits = [g for g in (256, 128, 96, 64, 48, 32, 16) if all(w % g == 0 for w in widths)]
         raise ValueError(
-            f"group_size must divide a layer's width; it does not for {len(unfit)} layers:\n{shown}\n"
-            f"choose another --group-size (these divide all widths: {', '.join(map(str, fits)) or 'none'}; -1 is one "
+            f"settings must fit the layers; they do not for {len(unfit)} of them:\n{shown}\n"
+            f"choose others (group sizes that divide all widths: {', '.join(map(str, fits)) or 'none'}; -1 is one "
             "group per row), or --override or --exclude those layers"
         )
     if not any(plan.values()):
         raise ValueError("there must be at least one layer to quantize, got 0: everything is excluded")
+    _check_experts(model, plan)
     return plan, excluded
+
+
+def _check_experts(model: StreamedModel, plan: dict[str, dict[Target, Method]]) -> None:
+    """Methods that solve experts together need experts, and all of them."""
+    modules = find_experts(model.model)
+    shared = [method for layers in plan.values() for method in layers.values() if method.scope == "experts"]
+    if shared and not modules:
+        raise ValueError(
+            f"{type(shared[0]).__name__} shares factors between experts, {type(model.model).__name__} has none; "
+            "use --method lopro"
+        )
+    for layers in plan.values():
+        for _ in expert_formats(layers, modules):
+            pass  # refuses grids that are too small, and experts left out
 
 
 def read_options(options: dict[str, Any]) -> Options:
@@ -131,7 +159,7 @@ def read_options(options: dict[str, Any]) -> Options:
         elif key in options:
             options[key] = tuple(options[key])
     chosen = Options(**options)
-    for name, least in (("samples", 1), ("seq_len", 2), ("spill_bytes", 0)):
+    for name, least in (("samples", 1), ("seq_len", 2), ("expert_tokens", 1), ("spill_bytes", 0)):
         if getattr(chosen, name) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(chosen, name)}")
     if not 0 <= chosen.seed < 2**63:
@@ -197,12 +225,18 @@ def check_weights(run: Run) -> None:
 def estimate(run: Run) -> Report:
     """The largest sizes that can come out, in the shape of a report."""
     layers = []
+    tiles: dict[Target, TileFormat] = {}
+    for plan in run.plan.values():
+        for targets, tile in expert_formats(plan, find_experts(run.model.model)):
+            tiles |= dict.fromkeys(targets, tile)
     for target, method in run.jobs():
         shape = (target.out_features, target.in_features)
-        format = method.largest(*shape)
-        layers.append(
-            LayerReport(target.name, shape, format.bits, format.rank, "largest", 0.0, 0.0, layer_bytes(format, shape))
-        )
+        format, shared = method.largest(*shape), tiles.get(target)
+        if shared is not None:
+            format = replace(format, rank=0)
+        bits = format.stored_bits(*shape) + (shared.share(*shape) if shared else 0)
+        rank = shared.rank if shared else format.rank
+        layers.append(LayerReport(target.name, shape, format.bits, rank, "largest", 0.0, 0.0, layer_bytes(bits)))
     return make_report(run, layers, kept_bytes=kept_bytes(run), run_info={}, checksums={})
 
 
@@ -238,6 +272,6 @@ def make_report(
     )
 
 
-def layer_bytes(format: LayerFormat, shape: tuple[int, int]) -> int:
+def layer_bytes(stored_bits: int) -> int:
     """Bytes of a layer, the pair of integers that tells its shape included."""
-    return -(-format.stored_bits(*shape) // 8) + 16
+    return -(-stored_bits // 8) + 16

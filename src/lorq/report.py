@@ -23,6 +23,7 @@ class LayerReport:
         error_before: relative output error of rounding to nearest on the same kind of grid.
         error_after: relative output error of the result.
         bytes: stored for this layer, everything counted.
+        note: what is out of the ordinary, such as an expert that saw too few tokens for statistics of its own.
     """
 
     name: str
@@ -33,6 +34,7 @@ class LayerReport:
     error_before: float
     error_after: float
     bytes: int
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,15 @@ class Report:
         """Stored bits of the quantized layers over the number of their weights."""
         weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         return 8 * sum(layer.bytes for layer in self.layers) / max(weights, 1)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """The layers' notes by module, once for layers of one module with the same note, as those of an expert."""
+        modules: dict[tuple[str, str], list[str]] = {}
+        for layer in self.layers:
+            if layer.note:
+                modules.setdefault((layer.name.rpartition(".")[0], layer.note), []).append(layer.name)
+        return {module if len(names) > 1 else names[0]: note for (module, note), names in modules.items()}
 
     def as_dict(self) -> dict[str, Any]:
         """What `lorq inspect --json` prints and the folder keeps."""
@@ -110,10 +121,12 @@ def html_page(report: Report, *, title: str) -> str:
     after = [layer.error_after for layer in report.layers]
     rows = "".join(
         f"<tr><td>{escape(l.name)}</td><td>{l.shape[0]} x {l.shape[1]}</td><td>{l.bits}</td><td>{l.rank}</td>"
-        f"<td>{escape(l.stop)}</td><td>{l.error_before:.4f}</td><td>{l.error_after:.4f}</td><td>{l.bytes:,}</td></tr>"
+        f"<td>{escape(l.stop)}</td><td>{l.error_before:.4f}</td><td>{l.error_after:.4f}</td><td>{l.bytes:,}</td>"
+        f"<td>{escape(l.note)}</td></tr>"
         for l in report.layers
     )
-    heads = "".join(f"<th>{h}</th>" for h in ("layer", "shape", "bits", "rank", "stop", "before", "after", "bytes"))
+    titles = ("layer", "shape", "bits", "rank", "stop", "before", "after", "bytes", "note")
+    heads = "".join(f"<th>{title}</th>" for title in titles)
     return (
         f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>body{{font:14px sans-serif;"
         "max-width:70em;margin:2em auto}td,th{text-align:right;padding:0 .7em}td:first-child{text-align:left}</style>"

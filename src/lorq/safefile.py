@@ -131,19 +131,23 @@ def _check_extents(tensors: dict[str, StoredTensor], start: int, size: int, path
         at = tensor.end
 
 
-def read_tensor(path: Path, header: Header, name: str) -> Tensor:
-    """Read one tensor of a file into memory of its own.
+def read_tensor(path: Path, header: Header, name: str, index: int | None = None) -> Tensor:
+    """Read one tensor of a file into memory of its own, or only one index of its first dimension.
 
     Not through safetensors' ``safe_open``: it maps the whole file writable and private, which Linux refuses
     for a file larger than memory (safetensors 0.8, torch 2.13: "unable to mmap"), however small the tensor.
     """
     stored = header.tensors[name]
-    data = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
+    size, shape, skip = stored.end - stored.begin, stored.shape, 0
+    if index is not None:
+        size, shape = size // shape[0], shape[1:]
+        skip = index * size
+    data = torch.empty(size, dtype=torch.uint8)
     with path.open("rb") as file:
-        file.seek(8 + len(header.raw) + stored.begin)
+        file.seek(8 + len(header.raw) + stored.begin + skip)
         if (got := file.readinto(data.numpy().data)) != len(data):
             raise damaged(path, f"truncated: tensor {_short(name)} has {len(data)} bytes, file has {got}")
-    return data.view(stored.dtype).view(stored.shape)
+    return data.view(stored.dtype).view(shape)
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

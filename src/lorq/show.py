@@ -68,6 +68,8 @@ def print_summary(report: Report, out: Path | None) -> None:
         after = sum(layer.error_after for layer in report.layers) / len(report.layers)
         table.add_row("mean output error", f"{after:.4f} (rounding to nearest: {before:.4f})")
         table.add_row("folder", str(out))
+    if report.notes:
+        table.add_row("with a note", f"{len(report.notes)}, see lorq inspect" if out else str(len(report.notes)))
     if report.seconds:
         table.add_row("seconds", f"{report.seconds:.1f}")
     console.print(table)

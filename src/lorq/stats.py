@@ -21,8 +21,9 @@ class InputStats:
     """Second moments and mean magnitudes of one distinct input.
 
     Attributes:
-        hessian: ``X^T D X / tokens``; squared activation units (dimensionless with "equal" weights).
-        mean_abs: mean of ``sqrt(d_t) |x_tj|`` over the tokens, per input channel.
+        hessian: ``sum_t v_t d_t x_t x_t^T / sum_t v_t``, that is ``X^T D X / tokens`` where no token is weighed by
+            a router (``v_t = 1``); squared activation units (dimensionless with "equal" weights).
+        mean_abs: ``sum_t v_t sqrt(d_t) |x_tj| / sum_t v_t``, per input channel.
         tokens: calibration tokens seen.
     """
 
@@ -70,7 +71,7 @@ class StatsAccumulator:
 
     ``D`` weighs the tokens. "equal" gives each token the weight ``1 / mean(x_t^2)``, so that each counts the
     same: language models have a few tokens with enormous activations (attention sinks), and the "plain" sum,
-    ``D = I``, serves only those.
+    ``D = I``, serves only those. Weights ``v_t`` from outside come on top; only their ratios matter.
     """
 
     def __init__(self, width: int, token_weights: TokenWeights = "equal", device: torch.device | str = "cpu"):
@@ -78,12 +79,18 @@ class StatsAccumulator:
         self.gram = torch.zeros(width, width, device=device)
         self.magnitude = torch.zeros(width, device=device)
         self.tokens = 0
+        self.weight = 0.0  # sum of v_t
 
-    def add(self, inputs: Float[Tensor, "*batch in"]) -> None:
+    def add(self, inputs: Float[Tensor, "*batch in"], weights: Float[Tensor, "*batch"] | None = None) -> None:
         """Count ``inputs``; leading dimensions are tokens.
+
+        Args:
+            inputs: of the layer.
+            weights: ``v_t``, at least 0; 1 for all tokens if left out.
 
         Raises:
             FloatingPointError: if an input is not finite.
+            ValueError: if a weight is negative or not finite.
         """
         x = inputs.reshape(-1, inputs.shape[-1]).float()
         if not bool(torch.isfinite(x).all()):
@@ -95,22 +102,33 @@ class StatsAccumulator:
         if self.token_weights == "equal":
             # A token of zeros has no direction; the clamp lets it add nothing.
             x = x * x.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
+        self.tokens += x.shape[0]
+        if weights is None:
+            self.weight += x.shape[0]
+            self.magnitude += x.abs().sum(0)
+        else:
+            v = weights.reshape(-1).float()
+            if not bool((torch.isfinite(v) & (v >= 0)).all()):
+                raise ValueError(f"token weights must be finite and at least 0, got {v.min()} to {v.max()}")
+            self.weight += float(v.sum())
+            self.magnitude += v @ x.abs()
+            x = x * v.sqrt()[:, None]
         for start in range(0, x.shape[1], _STRIP):
             # Only on and right of the diagonal; a narrow strip keeps what is computed twice small.
             self.gram[start : start + _STRIP, start:].addmm_(x[:, start : start + _STRIP].T, x[:, start:])
-        self.magnitude += x.abs().sum(0)
-        self.tokens += x.shape[0]
 
     def finish(self) -> InputStats:
         """The means over all counted tokens.
 
         Raises:
-            ValueError: if no token was counted.
+            ValueError: if no token was counted, or none with a weight.
         """
         if not self.tokens:
             raise ValueError("statistics need at least one token, got 0; was the layer ever run?")
-        upper = self.gram.triu() / self.tokens
-        return InputStats(upper + upper.triu(1).T, self.magnitude / self.tokens, self.tokens)
+        if not self.weight:
+            raise ValueError(f"the weights of {self.tokens} tokens must sum to more than 0, got {self.weight}")
+        upper = self.gram.triu() / self.weight
+        return InputStats(upper + upper.triu(1).T, self.magnitude / self.weight, self.tokens)
 
 
 def output_energy(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, ""]:

@@ -3,11 +3,14 @@
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lorq.grids import dequantize
+from lorq.basis import Basis
+from lorq.factors import LowRank, factor_bits
+from lorq.grids import Codebook, decode_vectors, dequantize
 from lorq.packing import packed_width
+from lorq.tiles import TileFactors
 
 
 @dataclass(frozen=True)
@@ -15,99 +18,62 @@ class LayerFormat:
     """What must be known of a quantized layer to make room for it before its tensors are read.
 
     Attributes:
-        bits: width of a code.
+        bits: stored bits of a code, per weight.
         group_size: input columns that share a scale.
         symmetric: no zero points are stored.
         rank: columns of ``left``; 0 when there is no low-rank part.
-        factor_bits: 16 (float16) or 8 (int8 and one float16 scale per vector).
+        factor_type: of the low-rank factors, "float16", "int8" or "e4m3".
+        vector: weights that share a code; above 1 codes stand for entries of codebooks.
+        codebook_rows: rows that share a codebook; 0 without codebooks.
+        codebook_columns: columns that share a codebook; likewise.
+        permuted: the channels of the weight's basis (`lorq.basis.Basis`) are in an order of its own.
+        rotation_block: size of the basis' Walsh-Hadamard blocks; 0 for none.
+        rotation_skip: columns before the first block.
     """
 
     bits: int
     group_size: int
     symmetric: bool
     rank: int = 0
-    factor_bits: int = 16
+    factor_type: str = "float16"
+    vector: int = 1
+    codebook_rows: int = 0
+    codebook_columns: int = 0
+    permuted: bool = False
+    rotation_block: int = 0
+    rotation_skip: int = 0
+
+    @property
+    def has_basis(self) -> bool:
+        """Whether inputs must be taken into another basis."""
+        return self.permuted or self.rotation_block > 0
+
+    @property
+    def code_bits(self) -> int:
+        """Width of a code."""
+        return self.bits * self.vector
 
     def stored_bits(self, out: int, in_: int) -> int:
         """Every bit that a layer of this format and shape stores, padding of packed rows included.
 
-        Codes, scales (16 bits), zero points (``bits`` each), factors and the scales of 8-bit factors.
+        Codes, scales (16 bits), zero points (``bits`` each), codebooks (8 bits an entry's number, 16 for the scale
+        of each), factors and the scales of 8-bit factors, permutation (16 or 32 bits a channel).
         """
         groups = in_ // self.group_size
-        codes = 32 * out * packed_width(in_, self.bits)
+        codes = 32 * out * packed_width(in_ // self.vector, self.code_bits)
         scales = 16 * out * groups
         zeros = 0 if self.symmetric else 32 * groups * packed_width(out, self.bits)
-        factors = self.rank * (self.factor_bits * (out + in_) + (32 if self.factor_bits == 8 else 0))
-        return codes + scales + zeros + factors
+        width = factor_bits(self.factor_type)
+        factors = self.rank * (width * (out + in_) + (32 if width == 8 else 0))
+        tiles = (out // self.codebook_rows) * (in_ // self.codebook_columns) if self.vector > 1 else 0
+        codebooks = tiles * (8 * self.vector * 2**self.code_bits + 16)
+        permutation = 8 * permutation_dtype(in_).itemsize * in_ if self.permuted else 0
+        return codes + scales + zeros + factors + codebooks + permutation
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """The factors of the low-rank part, ``dense() = (left left_scale) (right_scale right)``.
-
-    Attributes:
-        left: (out, rank), float16; or int8 with ``left_scale``, one per column.
-        right: (rank, in), float16; or int8 with ``right_scale``, one per row.
-        left_scale: float16, present only for 8-bit factors.
-        right_scale: likewise.
-    """
-
-    left: Float[Tensor, "out rank"] | Int8[Tensor, "out rank"]
-    right: Float[Tensor, "rank in"] | Int8[Tensor, "rank in"]
-    left_scale: Float[Tensor, "rank"] | None = None
-    right_scale: Float[Tensor, "rank"] | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.left.shape[1]
-
-    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """``(left, right)`` with their scales multiplied in."""
-        left, right = self.left.to(dtype), self.right.to(dtype)
-        if self.left_scale is not None and self.right_scale is not None:
-            left = left * self.left_scale.to(dtype)
-            right = right * self.right_scale.to(dtype).unsqueeze(1)
-        return left, right
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
-        """``left @ right``."""
-        left, right = self.factors(dtype)
-        return left @ right
-
-
-def store_factors(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"], *, bits: int) -> LowRank | None:
-    """Round factors to the type they are stored in.
-
-    Each pair is first balanced to equal largest magnitudes, ``max|l| = max|r|``, which leaves the product
-    alone and keeps both inside float16's range.
-
-    Args:
-        bits: 16 for float16; 8 for int8 codes ``round(v / s)``, ``s = max|v| / 127`` for each vector.
-
-    Returns:
-        The stored factors, or None if the rank is 0.
-
-    Raises:
-        ValueError: for other widths, or if a factor does not fit float16.
-    """
-    if bits not in (8, 16):
-        raise ValueError(f"factor_bits must be 8 or 16, got {bits}")
-    if left.shape[1] == 0:
-        return None
-    size_left, size_right = left.abs().amax(0), right.abs().amax(1)
-    balance = (size_right / size_left.clamp(min=1e-30)).clamp(1e-30, 1e30).sqrt()
-    left, right = left * balance, right / balance.unsqueeze(1)
-    largest = float(torch.maximum(left.abs().max(), right.abs().max()))
-    if not largest <= torch.finfo(torch.float16).max:
-        raise ValueError(f"low-rank factors must fit float16 (at most 65504), got {largest:.4g}")
-    if bits == 16:
-        return LowRank(left.to(torch.float16), right.to(torch.float16))
-    # 2^-24 is float16's smallest positive number: a vector of zeros must not divide by zero.
-    left_scale = (left.abs().amax(0) / 127).clamp(min=2.0**-24).to(torch.float16)
-    right_scale = (right.abs().amax(1) / 127).clamp(min=2.0**-24).to(torch.float16)
-    left_codes = (left / left_scale.to(left.dtype)).round().clamp(-127, 127).to(torch.int8)
-    right_codes = (right / right_scale.to(right.dtype).unsqueeze(1)).round().clamp(-127, 127).to(torch.int8)
-    return LowRank(left_codes, right_codes, left_scale, right_scale)
+def permutation_dtype(width: int) -> torch.dtype:
+    """The smallest integers that number the channels."""
+    return torch.int16 if width <= 2**15 else torch.int32
 
 
 @dataclass(frozen=True)
@@ -127,50 +93,105 @@ class Record:
 
 
 @dataclass(frozen=True)
-class QuantizedWeight:
-    """A solved weight, ``W ~ (codes - zero_point) * scale + left @ right``.
+class Tile:
+    """Which expert's part of shared factors a weight has.
 
     Attributes:
-        codes: whole numbers ``0 .. 2^bits - 1``.
-        scale: float16, in weight units.
-        zero_point: the code of 0.0 for each group; None on symmetric grids, where it is ``2^(bits-1)``.
-        bits: width of a code.
-        low_rank: the factors, or None.
-        record: how it was solved.
+        factors: of all experts of one projection.
+        expert: number of the expert.
     """
 
-    codes: UInt8[Tensor, "out in"]
+    factors: TileFactors
+    expert: int
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A solved weight, ``W ~ (decode(codes) + left right) T^-1``.
+
+    ``decode`` is ``(codes - zero_point) * scale``, or ``codebook[codes] * scale``; T is the basis. An expert's factors
+    may be those of its tile; tile factors with an input scale stand outside the basis, ``... T^-1 + left right``.
+
+    Attributes:
+        codes: whole numbers ``0 .. 2^bits - 1``; with a codebook one for each ``vector`` neighbouring columns.
+        scale: float16, in weight units.
+        zero_point: the code of 0.0 for each group; None on symmetric grids, where it is ``2^(bits-1)``, and with a
+            codebook.
+        bits: stored bits of a code, per weight.
+        low_rank: the factors, or None.
+        record: how it was solved.
+        codebook: what vector codes stand for, or None.
+        basis: T, or None for the model's own channels.
+        tile: factors shared with other experts, or None.
+    """
+
+    codes: UInt8[Tensor, "out vectors"]
     scale: Float[Tensor, "out groups"]
     zero_point: UInt8[Tensor, "out groups"] | None
     bits: int
     low_rank: LowRank | None = None
     record: Record = field(default_factory=lambda: Record("none", 0.0, 0.0))
+    codebook: Codebook | None = None
+    basis: Basis | None = None
+    tile: Tile | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        out, in_ = self.codes.shape
-        return out, in_
+        out, vectors = self.codes.shape
+        return out, vectors * (self.codebook.entries.shape[-1] if self.codebook else 1)
+
+    @property
+    def rank(self) -> int:
+        """Columns of the low-rank part, its own or its tile's."""
+        if self.tile is not None:
+            return self.tile.factors.rank
+        return self.low_rank.rank if self.low_rank else 0
 
     @property
     def format(self) -> LayerFormat:
+        out, in_ = self.shape
+        tiles = self.codebook.scale.shape if self.codebook else None
         return LayerFormat(
             bits=self.bits,
-            group_size=self.codes.shape[1] // self.scale.shape[1],
+            group_size=in_ // self.scale.shape[1],
             symmetric=self.zero_point is None,
             rank=self.low_rank.rank if self.low_rank else 0,
-            factor_bits=8 if self.low_rank and self.low_rank.left_scale is not None else 16,
+            factor_type=self.low_rank.factor_type if self.low_rank else "float16",
+            vector=self.codebook.entries.shape[-1] if self.codebook else 1,
+            codebook_rows=out // tiles[0] if tiles else 0,
+            codebook_columns=in_ // tiles[1] if tiles else 0,
+            permuted=self.basis is not None and self.basis.permutation is not None,
+            rotation_block=self.basis.block if self.basis else 0,
+            rotation_skip=self.basis.skip if self.basis else 0,
         )
+
+    def decoded(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """What the codes stand for, in the weight's basis."""
+        if self.codebook is not None:
+            return decode_vectors(self.codes, self.codebook, self.scale, dtype=dtype)
+        zero = 2 ** (self.bits - 1) if self.zero_point is None else self.zero_point
+        return dequantize(self.codes, self.scale, zero, dtype=dtype)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The full matrix that the stored parts stand for."""
-        zero = 2 ** (self.bits - 1) if self.zero_point is None else self.zero_point
-        weight = dequantize(self.codes, self.scale, zero, dtype=dtype)
-        return weight + self.low_rank.dense(dtype) if self.low_rank else weight
+        weight, outside = self.decoded(dtype), None
+        if self.low_rank is not None:
+            weight = weight + self.low_rank.dense(dtype)
+        if self.tile is not None:
+            shared = self.tile.factors.dense(self.tile.expert, dtype)
+            if self.tile.factors.input_scale is None:
+                weight = weight + shared
+            else:
+                outside = shared
+        weight = weight if self.basis is None else self.basis.unrotate(weight)
+        return weight if outside is None else weight + outside
 
     def stored_bits(self) -> int:
-        """Every bit of this weight on disk; see `LayerFormat.stored_bits`."""
-        return self.format.stored_bits(*self.shape)
+        """Every bit of this weight on disk, an equal share of tile factors included; see `LayerFormat.stored_bits`."""
+        shared = self.tile.factors.format.share(*self.shape) if self.tile else 0
+        return self.format.stored_bits(*self.shape) + shared
 
     @property
     def bits_per_weight(self) -> float:
-        return self.stored_bits() / self.codes.numel()
+        out, in_ = self.shape
+        return self.stored_bits() / (out * in_)

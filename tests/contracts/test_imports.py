@@ -13,9 +13,9 @@ import lorq
 SOURCE = Path(lorq.__file__).parent
 # A file may import only what comes before it. Folders count as one.
 ORDER = (
-    "grids linalg stats sketch ranks rounding packing weight methods "
-    "kernels linear safefile checkpoint source calibration selftext skeleton blocks report hf plan pipeline evaluation "
-    "generate demo bench show cli"
+    "grids linalg basis stats sketch ranks factors tiles rounding packing weight methods "
+    "kernels linear safefile checkpoint source calibration selftext experts tiled skeleton blocks observe report "
+    "config hf solve plan verify pipeline evaluation generate demo bench show cli"
 ).split()
 CORE = ORDER[: ORDER.index("methods") + 1]
 LAZY = ("__init__", "_autoload")  # the package's own door imports on demand

@@ -26,21 +26,46 @@ def every(**choices):
 EAGER = {"budget": 1.0, "range_measure": "group", "slope_window": 2}
 # Each pair of these three settings, once; every pass over the weight is tried with two of them.
 FORMS = [
-    {"factor_bits": 8, "sketch": "block", "symmetric": False},
-    {"factor_bits": 8, "sketch": "rank1", "symmetric": True},
-    {"factor_bits": 16, "sketch": "block", "symmetric": True},
-    {"factor_bits": 16, "sketch": "rank1", "symmetric": False},
+    {"factor_type": "int8", "sketch": "block", "symmetric": False},
+    {"factor_type": "int8", "sketch": "rank1", "symmetric": True},
+    {"factor_type": "float16", "sketch": "block", "symmetric": True},
+    {"factor_type": "float16", "sketch": "rank1", "symmetric": False},
 ]
 PASSES = every(
     rounding=["clip", "nearest", "gptq"],
     metric=["activation", "hessian"],
     order=["low-rank-then-codes", "codes-then-low-rank"],
 )
+# A little of each of LoPRo's: every order and basis of the columns is tried with one of these.
+PARTS = [
+    {"metric": "hessian", "factor_type": "int8", "sketch": "block", "symmetric": False},
+    {"metric": "hessian", "factor_type": "e4m3", "sketch": "rank1", "symmetric": True},
+    {"metric": "activation", "factor_type": "e4m3", "sketch": "block", "symmetric": False},
+    {"metric": "activation", "factor_type": "float16", "sketch": "rank1", "symmetric": True},
+    {"metric": "hessian", "factor_type": "float16", "sketch": "block", "symmetric": True},
+]
+ORDERS = [{"order": "low-rank-then-codes"}, {"order": "codes-then-low-rank"}]
+TURNS = every(
+    rotation=["full", "partial", "none"],
+    importance=["log", "ratio", "hessian", "residual", "none"],
+)
 # Settings beyond bits and group size that a method is tried with, besides its defaults.
 SETTINGS = {
     "flrq": [passes | FORMS[(i + half) % 4] | EAGER for i, passes in enumerate(PASSES) for half in (0, 2)]
     + every(iterations=[0, 4], epochs=[0, 2], budget=[0.0, 1.0]),
-    "flrq-paper": every(factor_bits=[8], exponent=[1.0, 2.5], budget=[1.0], min_gain=[0.0]),
+    "flrq-paper": every(factor_type=["int8"], exponent=[1.0, 2.5], budget=[1.0], min_gain=[0.0]),
+    "lopro": [turns | PARTS[(i + i // 5) % 5] | ORDERS[i % 2] for i, turns in enumerate(TURNS)]
+    + every(rounding=["gptq", "clip", "nearest"], rank=[0, 40], epochs=[2], range_search=["none"])
+    + every(range_search=["saturate"], epochs=[0], shrinkage=[0.0, 1.0])
+    + every(
+        codebook=["vector"],
+        rounding=["gptq", "nearest"],
+        rotation=["full", "partial"],
+        importance=["log", "none"],
+        order=["low-rank-then-codes", "codes-then-low-rank"],
+    )
+    + every(codebook=["vector"], rank=[0], vector=[2], codebook_columns=[16], codebook_rows=[-1, 8]),
+    "lopro-paper": every(codebook=["scalar", "vector"], epochs=[1], rank=[8]),
     "gptq": every(range_search=["none", "saturate", "scale"], symmetric=[False, True], shrinkage=[0.0]),
     "nearest": every(range_search=["saturate", "scale"], symmetric=[False, True]),
 }
@@ -49,6 +74,12 @@ cases = pytest.mark.parametrize(
     "name, settings", CASES, ids=[" ".join([name, *map(str, settings.values())]) for name, settings in CASES]
 )
 methods = pytest.mark.parametrize("name", METHODS)
+SCOPES = ("layer", "input", "experts")
+# Those that solve the layers of one input together.
+TOGETHER = [(name, settings) for name, settings in CASES if METHODS[name].scope in SCOPES[1:]]
+together = pytest.mark.parametrize(
+    "name, settings", TOGETHER, ids=[" ".join([name, *map(str, settings.values())]) for name, settings in TOGETHER]
+)
 
 
 @functools.cache
@@ -85,15 +116,18 @@ def case(name, settings):
 
 
 def parts(result):
-    low_rank = vars(result.low_rank) if result.low_rank else {}
-    return {"codes": result.codes, "scale": result.scale, "zero_point": result.zero_point} | low_rank
+    pieces = {"codes": result.codes, "scale": result.scale, "zero_point": result.zero_point}
+    for part in (result.low_rank, result.codebook, result.basis):
+        pieces |= {f"{type(part).__name__} {name}": value for name, value in vars(part).items()} if part else {}
+    return pieces
 
 
 def same(a, b):
+    def equal(x, y):
+        return torch.equal(x.double(), y.double()) if isinstance(x, torch.Tensor) else x == y
+
     a, b = parts(a), parts(b)
-    return a.keys() == b.keys() and all(
-        torch.equal(a[key], b[key]) if a[key] is not None else b[key] is None for key in a
-    )
+    return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
 
 
 def relative_error(weight, dense, hessian):
@@ -101,15 +135,23 @@ def relative_error(weight, dense, hessian):
     return float(torch.trace(delta @ h @ delta.T) / torch.trace(weight @ h @ weight.T))
 
 
-def test_the_cases_reach_low_rank_parts_of_both_widths_and_none():
-    ranks = {(c.method.factor_bits, c.result.format.rank > 0) for n, s in CASES if n == "flrq" for c in [case(n, s)]}
-    assert ranks >= {(8, True), (16, True), (8, False)}
+def test_the_cases_reach_low_rank_parts_of_every_type_and_none():
+    ranks = {(c.method.factor_type, c.result.format.rank > 0) for n, s in CASES if n == "flrq" for c in [case(n, s)]}
+    assert ranks >= {("int8", True), ("float16", True), ("int8", False)}
+    formats = [case(name, settings).result.format for name, settings in CASES if name == "lopro"]
+    assert {f.factor_type for f in formats if f.rank} == {"int8", "e4m3", "float16"}
+    assert {(f.permuted, f.rotation_block > 0, f.rotation_skip > 0, f.vector > 1) for f in formats} >= {
+        (permuted, block, skip, vector)
+        for permuted, (block, skip), vector in itertools.product(
+            (False, True), ((True, False), (True, True)), (False, True)
+        )
+    }
 
 
 @methods
 def test_a_method_keeps_the_protocol_and_is_frozen(name):
     method = METHODS[name]()
-    assert isinstance(method, Method) and method.scope == "layer"
+    assert isinstance(method, Method) and method.scope in SCOPES
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.bits = 3
 
@@ -118,9 +160,13 @@ def test_a_method_keeps_the_protocol_and_is_frozen(name):
 def test_parts_are_in_range_and_inputs_unchanged(name, settings):
     c = case(name, settings)
     assert c.unchanged
-    assert c.result.shape == (OUT, IN) and c.result.scale.shape == (OUT, IN // 32)
-    assert c.result.codes.dtype == torch.uint8 and int(c.result.codes.max()) <= 7
-    assert (c.result.zero_point is None) == c.method.symmetric
+    format = c.result.format
+    # Vector codebooks have one scale for each row, and no zero point.
+    assert format.group_size == (32 if format.vector == 1 else IN)
+    assert c.result.shape == (OUT, IN) and c.result.scale.shape == (OUT, IN // format.group_size)
+    assert c.result.codes.dtype == torch.uint8 and c.result.codes.shape == (OUT, IN // format.vector)
+    assert int(c.result.codes.max()) < 2 ** (3 * format.vector)
+    assert (c.result.zero_point is None) == (c.method.symmetric or format.vector > 1)
     assert c.result.zero_point is None or int(c.result.zero_point.max()) <= 7
     assert c.result.scale.dtype == torch.float16 and float(c.result.scale.min()) > 0
     assert torch.isfinite(c.result.dense()).all()
@@ -129,7 +175,8 @@ def test_parts_are_in_range_and_inputs_unchanged(name, settings):
 @cases
 def test_the_recorded_errors_are_those_of_the_result(name, settings):
     c = case(name, settings)
-    nearest = METHODS["nearest"](bits=3, group_size=32, symmetric=c.method.symmetric)
+    symmetric = c.method.symmetric and c.result.format.vector == 1
+    nearest = METHODS["nearest"](bits=3, group_size=c.result.format.group_size, symmetric=symmetric)
     plain = nearest.solve(c.weight, c.stats, generator=seeded())
     # float32 sums of differences.
     for dense, recorded in (
@@ -145,8 +192,8 @@ def test_the_largest_format_bounds_what_is_stored(name, settings):
     largest = c.method.largest(OUT, IN)
     assert c.result.stored_bits() <= largest.stored_bits(OUT, IN)
     assert c.result.format.rank <= largest.rank
-    assert dataclasses.replace(c.result.format, rank=0, factor_bits=16) == dataclasses.replace(
-        largest, rank=0, factor_bits=16
+    assert dataclasses.replace(c.result.format, rank=0, factor_type="float16") == dataclasses.replace(
+        largest, rank=0, factor_type="float16"
     )
 
 
@@ -155,6 +202,38 @@ def test_the_same_seed_gives_the_same_bits(name, settings):
     c = case(name, settings)
     again = c.method.solve(c.weight, c.stats, generator=seeded())
     assert same(again, c.result) and again.record == c.result.record
+
+
+@together
+def test_one_weight_solved_together_is_the_weight_solved_alone(name, settings):
+    c = case(name, settings)
+    (result,) = c.method.solve_together([c.weight], c.stats, generators=[seeded()])
+    assert same(result, c.result) and result.record == c.result.record
+
+
+@together
+def test_weights_of_one_input_get_one_basis_and_are_solved_in_it(name, settings):
+    c = case(name, settings)
+    others = torch.randn(24, IN, generator=seeded(1)) * 0.02 * torch.linspace(2.0, 0.2, IN), c.weight[8:]
+    weights = [c.weight, *others]
+    generators = [seeded(), seeded(1), seeded()]
+    results = c.method.solve_together(weights, c.stats, generators=generators)
+    first = results[0]
+    for weight, result in zip(weights, results, strict=True):
+        assert result.shape == weight.shape
+        assert (result.basis is None) == (first.basis is None)
+        assert result.basis is None or (result.basis.block, result.basis.skip) == (first.basis.block, first.basis.skip)
+        if first.format.permuted:
+            assert torch.equal(result.basis.permutation, first.basis.permutation)
+            assert torch.equal(result.basis.permutation.sort().values, torch.arange(IN))
+        found = relative_error(weight, result.dense(), c.stats.hessian)
+        assert result.record.error_after == pytest.approx(found, rel=1e-4)
+        assert found < result.record.error_before * (2 if c.method.rounding == "nearest" else 1)
+    if not first.format.permuted:  # then nothing of one weight depends on the others
+        assert same(first, c.result)
+    # A weight beside its like is ordered as it is alone.
+    twins = c.method.solve_together([c.weight, c.weight], c.stats, generators=[seeded(), seeded()])
+    assert all(same(twin, c.result) for twin in twins)
 
 
 @cases
@@ -255,10 +334,23 @@ def test_widths_and_groups_just_outside_are_refused(name, setting, value):
 @pytest.mark.parametrize(
     "setting, value",
     [
-        ("factor_bits", 12), ("iterations", 65), ("budget", 8.5), ("slope_window", 0), ("slope_threshold", 1.1),
+        ("factor_type", "int4"), ("iterations", 65), ("budget", 8.5), ("slope_window", 0), ("slope_threshold", 1.1),
         ("min_gain", 1.1), ("epochs", -2), ("shrinkage", 1.1), ("damping", 10.5), ("exponent", 8.1),
     ],
 )  # fmt: skip
 def test_settings_of_flrq_just_outside_are_refused(setting, value):
-    with pytest.raises(ValueError, match=f"^{setting} must be .*, got {re.escape(str(value))}$"):
+    with pytest.raises(ValueError, match=f"^{setting} must be .*, got {re.escape(repr(value))}$"):
         checked("flrq", **{setting: value})
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("factor_type", "int4"), ("rotation", "half"), ("iterations", 65), ("rank", -1), ("epochs", -1),
+        ("block", -2), ("skip", -2), ("vector", 0), ("vector", 1), ("vector", 9), ("codebook_columns", 0),
+        ("codebook_rows", 0), ("kmeans_iterations", -1), ("shrinkage", 1.1), ("damping", 10.5), ("exponent", 8.1),
+    ],
+)  # fmt: skip
+def test_settings_of_lopro_just_outside_are_refused(setting, value):
+    with pytest.raises(ValueError, match=f"^{setting} must be .*, got {re.escape(repr(value))}$"):
+        checked("lopro", **{setting: value})

@@ -87,12 +87,12 @@ def test_quantizing_from_python_gives_the_same_bytes(flrq_folder, source, text_f
 
 
 @pytest.mark.parametrize("method", list(lorq.METHODS))
-def test_every_method_quantizes_from_the_command_line(method, lorq_command, source, text_file, tmp_path):
-    out = tmp_path / "out"
+def test_every_method_quantizes_from_the_command_line(method, lorq_command, folder_of, text_file, tmp_path):
+    out, source = tmp_path / "out", folder_of("mixtral")
     options = ["--calibration", text_file, *SMALL, "--group-size=32"]
     report = json.loads(lorq_command("quantize", source, out, "--method", method, *options, "--json"))
     assert report == json.loads((out / "lorq_report.json").read_bytes())
-    assert report["method"] == method and len(report["layers"]) == 14
+    assert report["method"] == method and len(report["layers"]) == 2 * (4 + 4 * 3)
     settings = vars(lorq.METHODS[method](group_size=32))
     assert report["settings"] == settings
 
@@ -377,12 +377,12 @@ def t5(folder):
 
 
 @broken
-def mixtral(folder):
-    config = transformers.MixtralConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        num_local_experts=2, vocab_size=257,
+def llama4(folder):
+    config = transformers.Llama4TextConfig(
+        hidden_size=64, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, num_local_experts=2, vocab_size=257,
     )  # fmt: skip
-    start_anew(folder, transformers.MixtralForCausalLM(config))
+    start_anew(folder, transformers.Llama4ForCausalLM(config))
 
 
 @broken
@@ -408,7 +408,10 @@ def quantized_already(folder):
         ("bert", r"[Bb]ert"),
         ("masked_bert", r"[Bb]ert"),
         ("t5", r"causal language model, got the model type 't5'"),
-        ("mixtral", r"Mixtral.*mixture-of-experts"),
+        (
+            "llama4",
+            r"Llama4ForCausalLM is not supported: .*experts \(Llama4TextExperts\) .* gate_up_proj .*\(2, 64, 128\)",
+        ),
         ("quantized_already", r"is already quantized \(lorq\)"),
     ],
 )
@@ -547,9 +550,10 @@ def test_all_layers_that_a_group_size_does_not_fit_are_listed_before_any_work(fa
     folder = tiny_folder(tmp_path / "odd", "llama", intermediate_size=96)
     found = failing_command("quantize", folder, tmp_path / "out", "--method", "nearest", "--group-size", "64")
     for index in range(2):
-        assert f"model.layers.{index}.mlp.down_proj: width 96, group_size 64" in found
-    assert "does not for 2 layers" in found and found.count(": width 96") == 2
-    assert "these divide all widths: 32, 16;" in found
+        place = f"model.layers.{index}.mlp.down_proj"
+        assert f"{place}: group_size must divide the width, got group_size 64 and width 96" in found
+    assert "they do not for 2 of them" in found and found.count("and width 96") == 2
+    assert "group sizes that divide all widths: 32, 16;" in found
     assert not (tmp_path / "out").exists()
 
 

@@ -1,11 +1,11 @@
-"""Ten architectures from the folder to the running low-bit model."""
+"""Ten dense architectures and six mixtures of experts from the folder to the running low-bit model."""
 
 import copy
 import json
 
 import pytest
 import torch
-from helpers import BYTES, FAMILIES, TIED
+from helpers import BYTES, FAMILIES, MOE, TIED
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -13,17 +13,19 @@ from transformers.pytorch_utils import Conv1D
 
 import lorq
 from lorq.blocks import StreamedModel
+from lorq.experts import split_experts
 from lorq.linear import QuantLinear, unpack_weight
 
-LINEARS = {
-    "llama": 7, "mistral": 7, "qwen2": 7, "qwen3": 7, "gemma2": 7, "gemma3": 7, "opt": 6, "phi": 6, "gpt-neox": 4,
-    "gpt2": 4,
+LINEARS = {  # of both blocks; three for each expert
+    "llama": 14, "mistral": 14, "qwen2": 14, "qwen3": 14, "gemma2": 14, "gemma3": 14, "opt": 12, "phi": 12,
+    "gpt-neox": 8, "gpt2": 8,
+    "mixtral": 32, "qwen2-moe": 29, "qwen3-moe": 32, "olmoe": 32, "deepseek-v3": 40, "gpt-oss": 32,
 }  # fmt: skip
 METHODS = {
     "nearest": lorq.Nearest(bits=8, group_size=32),
     "flrq": lorq.FLRQ(bits=3, group_size=32, budget=0.5, min_gain=0.0, epochs=0),
 }
-families = pytest.mark.parametrize("family", list(FAMILIES))
+families = pytest.mark.parametrize("family", list(FAMILIES | MOE))
 methods = pytest.mark.parametrize("method", list(METHODS))
 
 
@@ -82,9 +84,16 @@ def linears(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
+def apart(original):
+    """A copy of the original with each expert's projections on their own."""
+    model = copy.deepcopy(original)
+    split_experts(model)
+    return model
+
+
 def dense_twin(original, packed):
     """A copy of the original with every quantized weight replaced by what its stored tensors stand for."""
-    model, modules = copy.deepcopy(original), dict(packed.named_modules())
+    model, modules = apart(original), dict(packed.named_modules())
     for name, module in linears(model).items():
         packed = modules[name]
         if isinstance(packed, QuantLinear):
@@ -124,7 +133,7 @@ def test_a_sliding_window_a_soft_cap_and_a_norm_matter_to_these_tiny_models(fami
     # Otherwise the comparison above could not tell whether they are kept.
     model = load(folder_of(family))
     expected = logits_of(model, windows)
-    names = [name for name, p in model.named_parameters() if p.ndim == 1]
+    names = [name for name, p in model.named_parameters() if p.ndim == 1 or name.endswith("_bias")]
     assert names
     for name in names:
         parameter = model.get_parameter(name)
@@ -134,7 +143,7 @@ def test_a_sliding_window_a_soft_cap_and_a_norm_matter_to_these_tiny_models(fami
         if "k_proj.bias" not in name:
             assert sqnr_db(expected, logits_of(model, windows)) < 60, name
         parameter.data = before
-    if "sliding_window" in FAMILIES[family][1]:
+    if "sliding_window" in (FAMILIES | MOE)[family][1]:
         free = AutoModelForCausalLM.from_pretrained(folder_of(family), sliding_window=1000)
         assert sqnr_db(expected, logits_of(free, windows)) < 40
 
@@ -142,7 +151,14 @@ def test_a_sliding_window_a_soft_cap_and_a_norm_matter_to_these_tiny_models(fami
 @families
 def test_rounding_to_8_bits_stays_close_to_the_original(family, original, packed, windows):
     # 8 bits of a group's range of about 4.2 standard deviations: 20 log10(255 sqrt(12) / 4.2) = 46 dB a layer.
-    assert sqnr_db(logits_of(original(family), windows), logits_of(packed(family, "nearest"), windows)) > 30
+    expected, got = logits_of(original(family), windows), logits_of(packed(family, "nearest"), windows)
+    if family in MOE:
+        # A token at a router's border may be sent to another expert by the slightest change, and tokens after it
+        # attend to it; most stay where they are.
+        near = [sqnr_db(a, b) > 30 for a, b in zip(expected.flatten(0, 1), got.flatten(0, 1), strict=True)]
+        assert sum(near) > len(near) / 2
+    else:
+        assert sqnr_db(expected, got) > 30
 
 
 @methods
@@ -157,9 +173,9 @@ def test_the_loaded_model_computes_what_its_dense_weights_would(family, method, 
 @methods
 @families
 def test_every_linear_layer_of_every_block_is_quantized_and_nothing_else(family, method, original, packed, quantized):
-    dense, model, report = original(family), packed(family, method), quantized(family, method)[1]
+    dense, model, report = apart(original(family)), packed(family, method), quantized(family, method)[1]
     names = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
-    assert len(names) == 2 * LINEARS[family] == len(report.layers)
+    assert len(names) == LINEARS[family] == len(report.layers)
     assert {layer.name for layer in report.layers} == set(names)
     assert set(linears(model)) == set(linears(dense)) - set(names)
     assert all(".0." in name or ".1." in name for name in names)
@@ -168,7 +184,7 @@ def test_every_linear_layer_of_every_block_is_quantized_and_nothing_else(family,
     assert set(kept) == set(loaded)
     assert all(torch.equal(kept[name], loaded[name]) for name in kept)
     if method == "flrq":
-        assert sum(layer.rank > 0 for layer in report.layers) > LINEARS[family]
+        assert sum(layer.rank > 0 for layer in report.layers) > LINEARS[family] / 2
 
 
 @families

@@ -46,8 +46,9 @@ def whole(folder_of, text_file, tmp_path_factory):
     """A quantized folder with low-rank parts, not to be changed."""
     out = tmp_path_factory.mktemp("load") / "out"
     method = lorq.FLRQ(
-        bits=3, group_size=32, budget=0.5, min_gain=0.0, epochs=0, rounding="nearest", factor_bits=16, symmetric=False
-    )
+        bits=3, group_size=32, budget=0.5, min_gain=0.0, epochs=0, rounding="nearest",
+        factor_type="float16", symmetric=False,
+    )  # fmt: skip
     report = lorq.quantize(folder_of("llama"), out, method, calibration=str(text_file), samples=4, seq_len=32)
     assert next(layer.rank for layer in report.layers if layer.name == LAYER) > 1
     return out
@@ -189,7 +190,7 @@ DAMAGES = {
         edit_layers(lambda layers: layers[LAYER].update(symmetric=True)), rf"{LAYER}.weight_zero_point has no place",
     ),
     "8-bit factors": (
-        edit_layers(lambda layers: layers[LAYER].update(factor_bits=8)), rf"{LAYER}.left_scale is missing",
+        edit_layers(lambda layers: layers[LAYER].update(factor_type="int8")), rf"{LAYER}.left_scale is missing",
     ),
     "a key missing for a layer": (
         edit_layers(lambda layers: layers[LAYER].pop("symmetric")), rf"{LAYER}.* must have the keys.*symmetric",
@@ -197,7 +198,7 @@ DAMAGES = {
     "a key too many for a layer": (
         edit_layers(lambda layers: layers[LAYER].update(basis="hadamard")), rf"{LAYER}.* must have the keys.*basis",
     ),
-    "a newer format": (edit_quantization(format_version=2), r"format version 2, this lorq reads up to 1.*upgrade"),
+    "a newer format": (edit_quantization(format_version=3), r"format version 3, this lorq reads up to 2.*upgrade"),
     "a format of 0": (edit_quantization(format_version=0), r"format_version.* got 0"),
     "a format in words": (edit_quantization(format_version="1"), r"format_version.* got '1'"),
     "an unknown key": (edit_quantization(rotation="hadamard"), r"unknown keys in quantization_config: rotation"),

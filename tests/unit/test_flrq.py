@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from lorq.factors import store_factors
 from lorq.grids import IntGrid
 from lorq.linalg import shrink
 from lorq.methods import FLRQ, FLRQPaper, Nearest
@@ -14,7 +15,6 @@ from lorq.ranks import choose_rank, rank_cap
 from lorq.rounding import RangeSearch, clip, nearest
 from lorq.sketch import sketch
 from lorq.stats import InputStats, StatsAccumulator, output_energy
-from lorq.weight import store_factors
 
 # The stops of the paper's code are made for matrices of thousands; these let small ones have a rank.
 EAGER = {"group_size": 32, "budget": 1.0, "slope_window": 2, "slope_threshold": 0.01, "range_measure": "group"}
@@ -110,7 +110,7 @@ def test_no_epochs_are_one_shot_of_sketch_rank_and_clip(layer):
         weight * alpha, left, right, bits=3, factor_bits=16, budget=1.0, slope_window=2, slope_threshold=0.01,
         warm_up=2, measure="group", group_size=32,
     )  # fmt: skip
-    low_rank = store_factors(left[:, : choice.rank], right[: choice.rank] / alpha, bits=16)
+    low_rank = store_factors(left[:, : choice.rank], right[: choice.rank] / alpha, type="float16")
     rounded = clip(
         weight - low_rank.dense(), shrink(stats.hessian, 0.2), IntGrid(3, 32), search=RangeSearch(40, 0.8, "saturate")
     )
@@ -135,7 +135,7 @@ def test_codes_first_without_epochs_fit_the_low_rank_to_what_rounding_misses(lay
     rank = result.format.rank
     assert rank > 0
     assert torch.equal(result.codes, rounded.codes.to(torch.uint8))
-    assert torch.equal(result.low_rank.dense(), store_factors(left[:, :rank], right[:rank], bits=16).dense())
+    assert torch.equal(result.low_rank.dense(), store_factors(left[:, :rank], right[:rank], type="float16").dense())
 
 
 @pytest.mark.parametrize("rounding", ["clip", "nearest", "gptq"])
@@ -177,11 +177,11 @@ def test_two_bits_have_twenty_epochs_unless_told_otherwise(layer):
         assert same(found, told)
 
 
-@pytest.mark.parametrize("factor_bits", [8, 16])
+@pytest.mark.parametrize("factor_type, factor_bits", [("int8", 8), ("e4m3", 8), ("float16", 16)])
 @pytest.mark.parametrize("budget", [0.1, 0.3, 1.0])
-def test_the_rank_stays_within_the_budget(factor_bits, budget, layer):
+def test_the_rank_stays_within_the_budget(factor_type, factor_bits, budget, layer):
     weight, stats = layer()
-    method = FLRQ(bits=3, factor_bits=factor_bits, **EAGER | {"budget": budget})
+    method = FLRQ(bits=3, factor_type=factor_type, **EAGER | {"budget": budget})
     result = method.solve(weight, stats, generator=seeded())
     assert result.format.rank <= rank_cap(64, 96, bits=3, factor_bits=factor_bits, budget=budget)
     if result.low_rank:

@@ -1,4 +1,4 @@
-"""Grids against hand-made matrices, half-step error bounds and exact recovery."""
+"""Grids against hand-made matrices, half-step error bounds, plain loops and exact recovery."""
 
 import re
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorq.grids import SMALLEST_SCALE, IntGrid, dequantize
+from lorq.grids import SMALLEST_SCALE, Codebook, IntGrid, VectorGrid, decode_vectors, dequantize
 
 every_grid = pytest.mark.parametrize(
     "grid",
@@ -144,3 +144,54 @@ def test_a_scale_beyond_float16_is_refused_with_its_value():
     assert float(grid.fit(torch.tensor([[0.0, 3 * 65504.0]]))[0]) == 65504
     with pytest.raises(ValueError, match=re.escape("at most 65504), got 6.667e+04")):
         grid.fit(torch.tensor([[-1e5, 1e5]]))
+
+
+@pytest.mark.parametrize("bits, vector, entries", [(2, 4, 256), (3, 2, 64), (4, 2, 256), (1, 8, 256), (2, 3, 64)])
+def test_a_codebook_has_an_entry_for_every_code(bits, vector, entries):
+    grid = VectorGrid(bits, vector, 8, 24, 48)
+    assert grid.entries == entries
+    grid.check(16, 96)
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((3, 4, 8, 24, 96), "at most 8, got 3 * 4"),
+        ((0, 4, 8, 24, 96), "got 0 * 4"),
+        ((2, 1, 8, 24, 96), "at least 2 weights and take bits * vector bits, at most 8, got 2 * 1"),
+        ((2, 4, 5, 24, 96), "5 rows and 24 columns must divide a weight of shape (16, 96) into vectors of 4"),
+        ((2, 4, 0, 24, 96), "0 rows and 24 columns"),
+        ((2, 4, 8, 36, 96), "8 rows and 36 columns must divide a weight of shape (16, 96)"),
+        ((2, 4, 8, 0, 96), "8 rows and 0 columns"),
+        ((2, 4, 8, -24, 96), "8 rows and -24 columns"),
+        ((2, 4, 8, 6, 96), "8 rows and 6 columns must divide a weight of shape (16, 96) into vectors of 4"),
+        ((2, 4, 8, 24, 36), "a multiple of a codebook's 24 columns that divides the width 96, got 36; choose 96"),
+        ((2, 4, 8, 24, 72), "divides the width 96, got 72"),
+        ((2, 4, 8, 24, 0), "divides the width 96, got 0"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, tuple) else "",
+)
+def test_codebooks_that_do_not_tile_a_weight_are_refused_with_the_sizes(sizes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        VectorGrid(*sizes).check(16, 96)
+
+
+@pytest.mark.parametrize("tiles, groups", [((1, 1), 1), ((2, 3), 1), ((3, 2), 2), ((6, 6), 6)], ids=str)
+def test_decode_vectors_is_the_table_element_by_element(tiles, groups, generator):
+    out, in_, vector, entries = 6, 24, 2, 16
+    book = Codebook(
+        torch.randint(-127, 128, (*tiles, entries, vector), generator=generator).to(torch.int8),
+        (torch.rand(*tiles, generator=generator) + 0.1).to(torch.float16),
+    )
+    codes = torch.randint(0, entries, (out, in_ // vector), generator=generator).to(torch.uint8)
+    scale = (torch.rand(out, groups, generator=generator) + 0.1).to(torch.float16)
+    expected = torch.empty(out, in_, dtype=torch.float64)
+    for i in range(out):
+        for j in range(in_):
+            tile = i // (out // tiles[0]), j // (in_ // tiles[1])
+            entry = book.entries[(*tile, int(codes[i, j // vector]), j % vector)]
+            expected[i, j] = float(entry) * float(book.scale[tile]) * float(scale[i, j // (in_ // groups)])
+    assert torch.equal(decode_vectors(codes, book, scale, dtype=torch.float64), expected)
+    # 8 bits times 11 fit float32, times 11 more are rounded once.
+    assert torch.equal(decode_vectors(codes, book, scale), expected.float())
+    assert decode_vectors(codes, book, scale, dtype=torch.bfloat16).dtype == torch.bfloat16

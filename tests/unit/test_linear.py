@@ -1,27 +1,55 @@
-"""The packed linear layer against a dense one, its dtypes, and the tensors it stores."""
+"""The packed linear layer against a dense one, its dtypes, the tensors it stores, and rotations shared by layers."""
 
+import copy
+import dataclasses
 import itertools
+import pickle
+import weakref
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from lorq.linear import QuantLinear, pack_weight, stored_layout, unpack_weight
+from lorq.kernels import rotate
+from lorq.linear import QuantLinear, pack_weight, share_rotations, stored_layout, unpack_weight
 from lorq.weight import LayerFormat
 
 FORMATS = {
     "asymmetric": LayerFormat(3, 16, False),
     "symmetric": LayerFormat(4, 16, True),
     "one group": LayerFormat(2, 48, False),
-    "16-bit factors": LayerFormat(3, 16, True, 5, 16),
-    "8-bit factors": LayerFormat(3, 16, False, 5, 8),
+    "16-bit factors": LayerFormat(3, 16, True, 5, "float16"),
+    "8-bit factors": LayerFormat(3, 16, False, 5, "int8"),
+    "e4m3 factors": LayerFormat(3, 16, False, 5, "e4m3"),
+    "vectors of 4": LayerFormat(2, 48, True, vector=4, codebook_rows=1, codebook_columns=24),
+    "vectors of 2": LayerFormat(3, 48, True, 4, "int8", vector=2, codebook_rows=1, codebook_columns=48),
+    "permuted": LayerFormat(4, 16, True, permuted=True),
+    "rotated": LayerFormat(3, 16, False, rotation_block=16),
+    "all": LayerFormat(2, 48, True, 3, "e4m3", 4, 1, 16, permuted=True, rotation_block=8, rotation_skip=24),
 }
-EVERY_FORMAT = [
-    LayerFormat(bits, group_size, symmetric, rank, factor_bits)
-    for bits, group_size, symmetric, (rank, factor_bits) in itertools.product(
-        range(1, 9), (8, 48), (False, True), ((0, 16), (1, 16), (4, 8))
+SCALAR = [
+    LayerFormat(bits, group_size, symmetric, rank, factor_type)
+    for bits, group_size, symmetric, (rank, factor_type) in itertools.product(
+        range(1, 9), (8, 48), (False, True), ((0, "float16"), (1, "float16"), (4, "int8"), (4, "e4m3"))
     )
 ]
+BASES = [
+    {"permuted": permuted, "rotation_block": block, "rotation_skip": skip}
+    for permuted, (block, skip) in itertools.product((False, True), ((0, 0), (16, 0), (8, 24)))
+]
+
+
+def every_format(out):
+    """All kinds of codes and factors; and codebooks of all kinds of tiles in all bases, for 48 columns."""
+    books = [
+        LayerFormat(bits, group_size, True, rank, type, vector, rows, columns)
+        for (bits, vector), (group_size, columns), rows, (rank, type) in itertools.product(
+            ((2, 4), (3, 2), (4, 2)), ((48, 48), (48, 16), (24, 24)), (1, out), ((0, "float16"), (2, "int8"))
+        )
+    ]
+    return SCALAR + [dataclasses.replace(f, **basis) for f in (*books, SCALAR[0], SCALAR[-1]) for basis in BASES]
+
+
 formats = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 widths = pytest.mark.parametrize("out", [7, 32])
 
@@ -30,13 +58,21 @@ def same(a, b):
     """Whether two quantized weights hold the same bits."""
 
     def parts(weight):
-        low_rank = weight.low_rank
-        factors = [low_rank.left, low_rank.right, low_rank.left_scale, low_rank.right_scale] if low_rank else [None] * 4
-        return [weight.codes, weight.scale, weight.zero_point, *factors]
+        pieces = {"codes": weight.codes, "scale": weight.scale, "zero_point": weight.zero_point}
+        for part in (weight.low_rank, weight.codebook, weight.basis):
+            pieces |= {f"{type(part).__name__} {name}": value for name, value in vars(part).items()} if part else {}
+        return pieces
 
-    return a.bits == b.bits and all(
-        (x is None and y is None) or (x.dtype == y.dtype and torch.equal(x, y))
-        for x, y in zip(parts(a), parts(b), strict=True)
+    def equal(x, y):
+        if not isinstance(x, torch.Tensor):
+            return x == y
+        return x.dtype == y.dtype and torch.equal(x.double(), y.double())
+
+    a_parts, b_parts = parts(a), parts(b)
+    return (
+        a.bits == b.bits
+        and a_parts.keys() == b_parts.keys()
+        and all(equal(x, b_parts[name]) for name, x in a_parts.items())
     )
 
 
@@ -61,7 +97,7 @@ def test_output_is_that_of_the_dense_weight(format, out, bias, dtype, tolerance,
 
 @widths
 def test_stored_tensors_come_back_bit_for_bit(out, random_weight):
-    for format in EVERY_FORMAT:
+    for format in every_format(out):
         weight = random_weight(out, 48, format)
         back = unpack_weight(pack_weight(weight), format)
         assert same(back, weight), format
@@ -70,11 +106,13 @@ def test_stored_tensors_come_back_bit_for_bit(out, random_weight):
 
 
 @widths
-def test_the_layout_is_that_of_the_packed_tensors(out, random_weight):
-    for format in EVERY_FORMAT:
+def test_the_layout_and_the_stored_bits_are_those_of_the_packed_tensors(out, random_weight):
+    for format in every_format(out):
         tensors = pack_weight(random_weight(out, 48, format))
         stored = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
         assert stored == stored_layout(out, 48, format), format
+        counted = 8 * sum(tensor.nbytes for name, tensor in tensors.items() if name != "weight_shape")
+        assert format.stored_bits(out, 48) == counted, format
 
 
 @formats
@@ -86,6 +124,7 @@ def test_a_layer_stores_exactly_the_packed_tensors(format, random_weight):
         assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert not list(layer.parameters())
     assert "bias=False" in repr(layer) and f"bits={format.bits}" in repr(layer)
+    assert f"vector={format.vector}" in repr(layer) and f"rotation={format.rotation_block}" in repr(layer)
 
 
 @formats
@@ -129,8 +168,8 @@ def test_a_bias_of_another_dtype_does_not_change_the_outputs_dtype(random_weight
     assert layer(torch.randn(2, 48, generator=generator).to(torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_a_meta_layer_has_room_for_every_tensor_and_can_be_filled(random_weight, generator):
-    format = FORMATS["8-bit factors"]
+@formats
+def test_a_meta_layer_has_room_for_every_tensor_and_can_be_filled(format, random_weight, generator):
     layer = QuantLinear(48, 7, format, bias=True, dtype=torch.float16, device="meta")
     for name, (shape, dtype) in stored_layout(7, 48, format).items():
         tensor = layer.stored()[name]
@@ -170,3 +209,197 @@ def test_the_weight_attribute_is_the_dense_weight_in_the_biass_dtype(format, ran
     layer = QuantLinear.from_weight(weight, offset).to(torch.bfloat16)
     assert torch.equal(layer.weight, weight.dense().to(torch.bfloat16))
     assert "weight" not in layer.state_dict()
+
+
+# ---- rotations shared by layers ---------------------------------------------------------------------------
+
+TURNED = LayerFormat(4, 16, True, 2, "int8", permuted=True, rotation_block=16, rotation_skip=16)
+
+
+class Attention(torch.nn.Module):
+    """Three layers of one input and one of another."""
+
+    def __init__(self, q, k, v, o=None):
+        super().__init__()
+        self.q, self.k, self.v, self.o = q, k, v, o
+
+    def forward(self, x):
+        y = torch.cat([self.q(x), self.k(x), self.v(x)], -1)
+        return y if self.o is None else self.o(y[..., : self.o.in_features])
+
+
+@pytest.fixture
+def attention(random_weight):
+    """Layers in one basis; ``shared`` or each for itself."""
+
+    def make(*, shared=True, format=TURNED, with_o=False, outs=(7, 32, 16)):
+        weights = [random_weight(out, 48, format) for out in outs]
+        if with_o:
+            weights.append(random_weight(5, 48, format))
+        weights = [dataclasses.replace(weight, basis=weights[0].basis) for weight in weights]
+        model = Attention(*map(QuantLinear.from_weight, weights))
+        if shared:
+            share_rotations(model)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def images(monkeypatch):
+    """Weak references to the images that are made, in order."""
+    made = []
+
+    def counted(*args):
+        image = rotate(*args)
+        made.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr("lorq.linear.rotate", counted)
+    return made
+
+
+def alone(model, x):
+    """What the layers make of an input without sharing anything."""
+    return torch.cat([copy.deepcopy(layer)(x.clone()) for layer in (model.q, model.k, model.v)], -1)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("format", [TURNED, FORMATS["permuted"], FORMATS["rotated"], FORMATS["all"]], ids=str)
+def test_layers_of_one_input_rotate_it_once(format, grad, attention, images, generator):
+    model = attention(format=format)
+    with torch.set_grad_enabled(grad):
+        for count in (1, 2):
+            x = torch.randn(2, 5, 48, generator=generator)
+            y = model(x)
+            assert len(images) == count
+            expected = alone(model, x)
+            del images[count:]
+            assert torch.equal(y, expected)
+
+
+def test_without_sharing_each_layer_rotates(attention, images, generator):
+    attention(shared=False)(torch.randn(3, 48, generator=generator))
+    assert len(images) == 3
+
+
+def test_another_input_a_change_in_place_and_another_grad_mode_are_rotated_anew(attention, images, generator):
+    model = attention()
+    x = torch.randn(3, 48, generator=generator)
+    q, k, v = model.q, model.k, model.v
+    changes = {
+        "a copy": lambda: v(x.clone()),
+        "an equal view": lambda: v(x.view(3, 48)),
+        "a change in place": lambda: v(x.mul_(2.0)),
+        "no gradients": lambda: torch.no_grad()(v)(x),
+        "gradients wanted": lambda: v(x.requires_grad_()),
+        "inference": lambda: torch.inference_mode()(v)(x),
+    }
+    for name, change in changes.items():
+        x = torch.randn(3, 48, generator=generator)
+        q(x), k(x)
+        count = len(images)
+        y = change()
+        # A tensor made outside inference mode is tracked inside it too, by its gradient mode.
+        assert len(images) == count + 1, name
+        assert_close(y, copy.deepcopy(v)(x), rtol=0, atol=0)
+        assert y.requires_grad == (name == "gradients wanted")
+
+
+def test_any_order_of_calls_gives_what_each_layer_gives_alone(attention, images, generator):
+    model, apart = attention(), None
+    apart = Attention(*(copy.deepcopy(layer) for layer in (model.q, model.k, model.v)))
+    inputs = [torch.randn(2, 48, generator=generator) for _ in range(3)]
+    for _ in range(60):
+        which, layer, change = (int(torch.randint(3, (), generator=generator)) for _ in range(3))
+        if change == 0:
+            inputs[which].add_(1.0)
+        name = "qkv"[layer]
+        assert torch.equal(getattr(model, name)(inputs[which]), getattr(apart, name)(inputs[which].clone()))
+    assert len(images) < 120  # at times an image served twice
+
+
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_a_copy_shares_among_its_own_layers(make, attention, images, generator):
+    model = attention()
+    x = torch.randn(3, 48, generator=generator)
+    y = model(x)
+    model.q(x)  # leaves an image behind, which a copy must not take along
+    other = make(model)
+    assert other.q.rotation is other.k.rotation is other.v.rotation
+    assert other.q.rotation is not model.q.rotation
+    del images[:]
+    assert torch.equal(other(x), y) and len(images) == 1
+
+
+def test_only_layers_of_one_parent_one_basis_and_one_width_share(random_weight, attention):
+    def layer(format=TURNED, in_=48):
+        return QuantLinear.from_weight(random_weight(8, in_, format))
+
+    first = random_weight(8, 48, TURNED)
+    twin = QuantLinear.from_weight(first)
+    rotated = dataclasses.replace(TURNED, permuted=False)
+    others = [
+        layer(), layer(), layer(rotated), layer(dataclasses.replace(rotated, rotation_skip=0)),
+        layer(dataclasses.replace(rotated, rotation_block=8)), layer(rotated, in_=96), layer(FORMATS["symmetric"]),
+        QuantLinear(48, 8, rotated, device="meta"), torch.nn.Linear(48, 8),
+    ]  # fmt: skip
+    model = torch.nn.ModuleList([QuantLinear.from_weight(first), twin, *others, torch.nn.ModuleList([layer(rotated)])])
+    share_rotations(model)
+    rotations = [module.rotation for module in model.modules() if isinstance(module, QuantLinear)]
+    assert rotations[0] is rotations[1] and rotations[0].layers == 2
+    assert len({id(rotation) for rotation in rotations[1:]}) == len(rotations) - 1
+    assert all(rotation.layers == 1 for rotation in rotations[2:])
+
+
+def test_nothing_is_kept_when_all_layers_have_run(attention, images, generator):
+    model = attention()
+    x = torch.randn(3, 48, generator=generator)
+    with torch.no_grad():
+        model.q(x), model.k(x)
+        assert images[0]() is not None
+        model.v(x)
+    assert len(images) == 1 and images[0]() is None
+    y = model(x)  # with a graph
+    del y
+    assert len(images) == 2 and images[1]() is None
+
+
+def test_an_image_ends_with_its_input_though_not_all_sharers_have_run(attention, images, generator):
+    model = attention(with_o=True)
+    assert model.o.rotation is model.q.rotation
+    x = torch.randn(3, 48, generator=generator)
+    with torch.no_grad():
+        model(x)
+    # Three took the image of x, one that of a tensor that is gone.
+    assert len(images) == 2 and images[1]() is None
+    del x
+    assert images[0]() is None
+
+
+@pytest.mark.parametrize("leaf", [True, False], ids=["leaf", "inner"])
+def test_the_gradient_through_a_shared_rotation_is_that_of_the_dense_layers(leaf, attention, images, generator):
+    model = attention(with_o=True)
+    start = torch.randn(2, 3, 48, generator=generator, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64)
+    x = start if leaf else start * 1.0
+    (found,) = torch.autograd.grad(model(x), start, grad)
+    w = {name: layer.dequantize(torch.float64).weight for name, layer in model.named_children()}
+    dense = torch.cat([start @ w[name].T for name in "qkv"], -1)[..., :48] @ w["o"].T
+    (expected,) = torch.autograd.grad(dense, start, grad)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)  # stored weights are decoded in float32
+    assert len(images) == 2  # of x and of what o reads
+
+
+def test_under_compilation_and_for_inference_tensors_each_layer_rotates(attention, images, generator, monkeypatch):
+    model = attention()
+    x = torch.randn(3, 48, generator=generator)
+    expected = alone(model, x)
+    del images[:]
+    with torch.inference_mode():
+        assert torch.equal(model(x.clone()), expected)
+    assert len(images) == 3
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(model(x), expected) and len(images) == 6

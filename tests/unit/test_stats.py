@@ -84,6 +84,42 @@ def test_inputs_that_are_not_finite_are_counted_and_refused(value):
         StatsAccumulator(5).add(x)
 
 
+@both
+def test_token_weights_from_outside_count_like_repeated_tokens(token_weights, correlated):
+    x, times = correlated(40, 12), torch.arange(40) % 4
+    sums = StatsAccumulator(12, token_weights)
+    sums.add(x[:15].view(3, 5, 12), times[:15].view(3, 5).float())
+    sums.add(x[15:], times[15:].float())
+    repeated = gather(x.repeat_interleave(times, 0), token_weights=token_weights)
+    assert sums.tokens == 40
+    # Another order of float32 sums.
+    assert_close(sums.finish().hessian, repeated.hessian, rtol=1e-5, atol=1e-5)
+    assert_close(sums.finish().mean_abs, repeated.mean_abs, rtol=1e-5, atol=0)
+
+
+@both
+def test_equal_weights_from_outside_change_nothing(token_weights, correlated):
+    x = correlated(60, 12)
+    sums = StatsAccumulator(12, token_weights)
+    sums.add(x, torch.full((60,), 0.25))  # a power of two changes no digit
+    plain = gather(x, token_weights=token_weights)
+    assert_close(sums.finish().hessian, plain.hessian, rtol=1e-6, atol=1e-6)
+    assert_close(sums.finish().mean_abs, plain.mean_abs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("wrong, shown", [(-0.5, "-0.5 to 1.0"), (float("inf"), "1.0 to inf")])
+def test_token_weights_that_are_negative_or_not_finite_are_refused(wrong, shown):
+    with pytest.raises(ValueError, match=f"finite and at least 0, got {shown}"):
+        StatsAccumulator(5).add(torch.ones(2, 5), torch.tensor([1.0, wrong]))
+
+
+def test_statistics_of_tokens_without_weight_are_refused():
+    sums = StatsAccumulator(5)
+    sums.add(torch.ones(2, 5), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"weights of 2 tokens must sum to more than 0, got 0\.0"):
+        sums.finish()
+
+
 def test_statistics_of_nothing_are_refused():
     with pytest.raises(ValueError, match="at least one token, got 0"):
         StatsAccumulator(5).finish()

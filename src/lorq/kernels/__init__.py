@@ -1,5 +1,5 @@
-"""The quantized-linear operator: one schema, a torch reference, and faster implementations per device."""
+"""The operators: one schema each, a torch reference, and faster implementations per device."""
 
-from lorq.kernels.reference import quant_linear
+from lorq.kernels.reference import quant_linear, rotate
 
-__all__ = ["quant_linear"]
+__all__ = ["quant_linear", "rotate"]

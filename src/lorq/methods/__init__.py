@@ -7,7 +7,9 @@ from torch import Tensor
 
 from lorq.methods.flrq import FLRQ, FLRQPaper
 from lorq.methods.gptq import GPTQ
+from lorq.methods.lopro import LoPRo, LoPRoPaper
 from lorq.methods.nearest import Nearest
+from lorq.methods.tileq import TileQ
 from lorq.stats import InputStats
 from lorq.weight import LayerFormat, QuantizedWeight
 
@@ -41,6 +43,14 @@ class Method(Protocol):
         ...
 
 
-METHODS: dict[str, type[Any]] = {"flrq": FLRQ, "flrq-paper": FLRQPaper, "gptq": GPTQ, "nearest": Nearest}
+METHODS: dict[str, type[Any]] = {
+    "flrq": FLRQ,
+    "flrq-paper": FLRQPaper,
+    "lopro": LoPRo,
+    "lopro-paper": LoPRoPaper,
+    "tileq": TileQ,
+    "gptq": GPTQ,
+    "nearest": Nearest,
+}
 
-__all__ = ["FLRQ", "GPTQ", "METHODS", "FLRQPaper", "Method", "Nearest"]
+__all__ = ["FLRQ", "GPTQ", "METHODS", "FLRQPaper", "LoPRo", "LoPRoPaper", "Method", "Nearest", "TileQ"]

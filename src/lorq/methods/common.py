@@ -1,13 +1,18 @@
 """What the methods share: checks of settings, the grid of a layer, and the record of a result."""
 
+import math
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorq.basis import Basis
+from lorq.factors import LowRank
 from lorq.grids import IntGrid
-from lorq.rounding import RangeSearch, Rounded, nearest
+from lorq.rounding import RangeSearch, Rounded, VectorRounded, nearest
 from lorq.stats import InputStats, output_energy
-from lorq.weight import LowRank, QuantizedWeight, Record
+from lorq.weight import QuantizedWeight, Record, Tile
 
 SEARCHES = {
     "none": None,
@@ -49,9 +54,21 @@ def check_range(name: str, value: float | int, low: float | int, high: float | i
         raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}")
 
 
+def layer_group(width: int, group_size: int) -> int:
+    """Columns of a group in a layer of ``width`` columns; -1 becomes the width.
+
+    Raises:
+        ValueError: if the group size does not divide the width.
+    """
+    size = width if group_size == -1 else group_size
+    if width % size:
+        raise ValueError(f"group_size must divide the width, got group_size {size} and width {width}")
+    return size
+
+
 def layer_grid(width: int, *, bits: int, group_size: int, symmetric: bool) -> IntGrid:
-    """The grid for a layer of ``width`` columns; -1 becomes the width."""
-    return IntGrid(bits, width if group_size == -1 else group_size, symmetric)
+    """The grid for a layer of ``width`` columns."""
+    return IntGrid(bits, layer_group(width, group_size), symmetric)
 
 
 def needed(stats: InputStats | None) -> InputStats:
@@ -65,27 +82,36 @@ def needed(stats: InputStats | None) -> InputStats:
     return stats
 
 
+def activation_scale(stats: InputStats, exponent: float) -> Float[Tensor, "in"]:
+    """The activation scale: what the weight's columns are multiplied by before they are sketched.
+
+        alpha = mean|x|^exponent / sqrt(max * min)
+
+    Source:
+        FLRQ, eq. 10-11; LoPRo, eq. 4. The constant cancels; it keeps float32 in range. The floor of 1e-4 is the
+        authors' code's.
+    """
+    alpha = stats.mean_abs.clamp(min=1e-4) ** exponent
+    return alpha / math.sqrt(float(alpha.max()) * float(alpha.min()))
+
+
 def assemble(
     weight: Float[Tensor, "out in"],
-    rounded: Rounded,
+    rounded: Rounded | VectorRounded,
     low_rank: LowRank | None,
     *,
     stop: str,
     hessian: Float[Tensor, "in in"] | None,
+    basis: Basis | None = None,
+    tile: Tile | None = None,
 ) -> QuantizedWeight:
-    """Put a result together and measure it against plain rounding to nearest on the same kind of grid.
+    """Put a result together and measure it against plain rounding to nearest in as many bits and groups.
 
     Without a Hessian (methods that need no statistics) the errors are those for white inputs.
     """
     h = torch.eye(weight.shape[1], device=weight.device) if hessian is None else hessian
     total = float(output_energy(weight, h).clamp(min=1e-30))
-    plain = float(output_energy(weight - nearest(weight, None, rounded.grid).dense(), h)) / total
-    result = QuantizedWeight(
-        codes=rounded.codes.to(torch.uint8),
-        scale=rounded.scale.to(torch.float16),
-        zero_point=None if rounded.grid.symmetric else rounded.zero_point.to(torch.uint8),
-        bits=rounded.grid.bits,
-        low_rank=low_rank,
-    )
+    plain = float(output_energy(weight - nearest(weight, None, rounded.plain_grid).dense(), h)) / total
+    result = QuantizedWeight(**rounded.stored(), low_rank=low_rank, basis=basis, tile=tile)
     after = float(output_energy(weight - result.dense(), h)) / total
-    return QuantizedWeight(**{**vars(result), "record": Record(stop=stop, error_before=plain, error_after=after)})
+    return replace(result, record=Record(stop=stop, error_before=plain, error_after=after))

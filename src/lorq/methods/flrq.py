@@ -1,6 +1,5 @@
 """FLRQ: flexible low rank by sketches, clipping, and alternation between the two (arXiv:2601.05684)."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -8,12 +7,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.methods.common import assemble, check_choice, check_grid, check_range, layer_grid, needed
+from lorq.factors import FACTOR_TYPES, LowRank, factor_bits, store_factors
+from lorq.methods.common import (
+    activation_scale,
+    assemble,
+    check_choice,
+    check_grid,
+    check_range,
+    layer_grid,
+    layer_group,
+    needed,
+)
 from lorq.ranks import MEASURES, choose_rank, rank_cap
 from lorq.rounding import ROUNDINGS, RangeSearch, Rounded
 from lorq.sketch import FORMS, sketch
 from lorq.stats import InputStats, output_energy
-from lorq.weight import LayerFormat, LowRank, QuantizedWeight, store_factors
+from lorq.weight import LayerFormat, QuantizedWeight
 
 # Range searches of the authors' code: a wide one on the first residual, a narrow one when alternating.
 _WIDE = {
@@ -50,7 +59,7 @@ class FLRQ:
         slope_threshold: stop when the curve falls by less than this share over the window.
         min_gain: below this total share the low-rank part is dropped, rank 0.
         epochs: rounds of refitting both parts; -1 for 20 at 2 bits and 1 above, as the code.
-        factor_bits: 16 for float16 factors, 8 for int8 with one scale per vector.
+        factor_type: how factors are stored: "float16", or 8 bits and a scale per vector: "int8", "e4m3".
         shrinkage: how far the Hessian moves towards its diagonal, 0 to 1.
         damping: share of the mean diagonal added to the diagonal, where the Hessian is factorised.
     """
@@ -70,7 +79,7 @@ class FLRQ:
     slope_threshold: float = 0.0
     min_gain: float = 0.0
     epochs: int = 1
-    factor_bits: int = 8
+    factor_type: Literal["int8", "e4m3", "float16"] = "int8"
     shrinkage: float = 0.2
     damping: float = 0.01
 
@@ -93,8 +102,7 @@ class FLRQ:
         check_range("epochs", self.epochs, -1, 1000)
         check_range("shrinkage", self.shrinkage, 0.0, 1.0)
         check_range("damping", self.damping, 0.0, 10.0)
-        if self.factor_bits not in (8, 16):
-            raise ValueError(f"factor_bits must be 8 or 16, got {self.factor_bits}")
+        check_choice("factor_type", self.factor_type, FACTOR_TYPES)
 
     def solve(
         self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
@@ -116,7 +124,7 @@ class FLRQ:
         """
         stats = needed(stats)
         hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping)
-        scaling = hessian.factor if self.metric == "hessian" else self._alpha(stats)
+        scaling = hessian.factor if self.metric == "hessian" else activation_scale(stats, self.exponent)
         given = {"upper": hessian.inverse_factor} if self.rounding == "gptq" else {}
         grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
@@ -143,29 +151,18 @@ class FLRQ:
             return self.epochs
         return 20 if self.bits == 2 else 1
 
-    def _alpha(self, stats: InputStats) -> Float[Tensor, "in"]:
-        """The activation scale: what the weight's columns are multiplied by before they are sketched.
-
-            alpha = mean|x|^exponent / sqrt(max * min)
-
-        Source:
-            Eq. 10-11. The constant cancels; it keeps float32 in range. The floor of 1e-4 is the code's.
-        """
-        alpha = stats.mean_abs.clamp(min=1e-4) ** self.exponent
-        return alpha / math.sqrt(float(alpha.max()) * float(alpha.min()))
-
     def _fit_low_rank(
         self, target: Float[Tensor, "out in"], scaling: Tensor, generator: torch.Generator
     ) -> tuple[LowRank | None, str]:
         """R1-FLR on the scaled matrix, unscaled afterwards, in the precision it is stored in."""
         out, in_ = target.shape
-        group = in_ if self.group_size == -1 else self.group_size
+        group = layer_group(in_, self.group_size)
         scaled = target @ scaling if scaling.ndim == 2 else target * scaling
         # One more than the cap, so that running into the budget can be told from running out.
-        candidates = min(rank_cap(out, in_, bits=self.bits, factor_bits=self.factor_bits, budget=self.budget) + 1, out, in_)  # fmt: skip  # noqa: E501
+        candidates = min(rank_cap(out, in_, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget) + 1, out, in_)  # fmt: skip  # noqa: E501
         left, right = sketch(scaled, rank=candidates, form=self.sketch, iterations=self.iterations, generator=generator)
         choice = choose_rank(
-            scaled, left, right, bits=self.bits, factor_bits=self.factor_bits, budget=self.budget,
+            scaled, left, right, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget,
             slope_window=self.slope_window, slope_threshold=self.slope_threshold, min_gain=self.min_gain,
             warm_up=self.iterations, measure=self.range_measure,
             group_size=group if self.range_measure == "group" else None,
@@ -175,13 +172,13 @@ class FLRQ:
             right = torch.linalg.solve_triangular(scaling, right, upper=False, left=False)
         else:
             right = right / scaling
-        return store_factors(left, right, bits=self.factor_bits), choice.stop
+        return store_factors(left, right, type=self.factor_type), choice.stop
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """The format at the rank where the budget ends."""
-        rank = rank_cap(out, in_, bits=self.bits, factor_bits=self.factor_bits, budget=self.budget)
-        group = in_ if self.group_size == -1 else self.group_size
-        return LayerFormat(self.bits, group, self.symmetric, rank, self.factor_bits)
+        rank = rank_cap(out, in_, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget)
+        group = layer_group(in_, self.group_size)
+        return LayerFormat(self.bits, group, self.symmetric, rank, self.factor_type)
 
 
 @dataclass(frozen=True)
@@ -198,4 +195,4 @@ class FLRQPaper(FLRQ):
     slope_threshold: float = 0.1
     min_gain: float = 0.1
     epochs: int = -1
-    factor_bits: int = 16
+    factor_type: Literal["int8", "e4m3", "float16"] = "float16"

@@ -8,7 +8,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq import rounding
-from lorq.methods.common import SEARCHES, assemble, check_choice, check_grid, check_range, layer_grid, needed
+from lorq.methods.common import (
+    SEARCHES,
+    assemble,
+    check_choice,
+    check_grid,
+    check_range,
+    layer_grid,
+    layer_group,
+    needed,
+)
 from lorq.stats import InputStats
 from lorq.weight import LayerFormat, QuantizedWeight
 
@@ -56,4 +65,4 @@ class GPTQ:
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer gets this format."""
-        return LayerFormat(self.bits, in_ if self.group_size == -1 else self.group_size, self.symmetric)
+        return LayerFormat(self.bits, layer_group(in_, self.group_size), self.symmetric)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.methods.common import SEARCHES, assemble, check_choice, check_grid, layer_grid
+from lorq.methods.common import SEARCHES, assemble, check_choice, check_grid, layer_grid, layer_group
 from lorq.rounding import clip, nearest
 from lorq.stats import InputStats
 from lorq.weight import LayerFormat, QuantizedWeight
@@ -51,4 +51,4 @@ class Nearest:
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer gets this format."""
-        return LayerFormat(self.bits, in_ if self.group_size == -1 else self.group_size, self.symmetric)
+        return LayerFormat(self.bits, layer_group(in_, self.group_size), self.symmetric)

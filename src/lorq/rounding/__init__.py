@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from lorq.rounding.clip import RangeSearch, clip, search_range
 from lorq.rounding.gptq import gptq
+from lorq.rounding.gptvq import VectorRounded, gptvq
 from lorq.rounding.nearest import Rounded, nearest
 
 # Each takes (target, hessian, grid, *, search, damping) and returns Rounded.
 ROUNDINGS: dict[str, Callable[..., Rounded]] = {"nearest": nearest, "clip": clip, "gptq": gptq}
 
-__all__ = ["ROUNDINGS", "RangeSearch", "Rounded", "clip", "gptq", "nearest", "search_range"]
+__all__ = ["ROUNDINGS", "RangeSearch", "Rounded", "VectorRounded", "clip", "gptq", "gptvq", "nearest", "search_range"]

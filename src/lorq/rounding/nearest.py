@@ -1,7 +1,9 @@
 """Rounding to nearest, and the value that every rounding returns."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,6 +31,20 @@ class Rounded:
         grid = self.grid
         return grid.decode(grid.grouped(self.codes), self.scale.unsqueeze(-1), self.zero_point.unsqueeze(-1)).flatten(1)
 
+    @property
+    def plain_grid(self) -> IntGrid:
+        """What plain rounding to nearest would use."""
+        return self.grid
+
+    def stored(self) -> dict[str, Any]:
+        """The fields of `lorq.weight.QuantizedWeight` that this fills."""
+        return {
+            "codes": self.codes.to(torch.uint8),
+            "scale": self.scale.to(torch.float16),
+            "zero_point": None if self.grid.symmetric else self.zero_point.to(torch.uint8),
+            "bits": self.grid.bits,
+        }
+
 
 def encode_on(
     target: Float[Tensor, "out in"],
@@ -52,7 +68,6 @@ def nearest(
     """Each group's full range, each weight to its nearest value. Looks at no inputs.
 
     Example:
-        >>> import torch
         >>> nearest(torch.tensor([[-1.0, 0.4, 1.9, 2.0]]), None, IntGrid(bits=2, group_size=4)).dense()
         tensor([[-1.,  0.,  2.,  2.]])
     """

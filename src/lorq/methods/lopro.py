@@ -1,0 +1,304 @@
+"""LoPRo: permuted block rotation of the residual, error-passing rounding or vector codebooks, low-rank factors."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorq.basis import Basis, check_block, largest_block
+from lorq.factors import FACTOR_TYPES, LowRank, Metric, r1svd
+from lorq.grids import VectorGrid
+from lorq.linalg import shrink
+from lorq.methods.common import (
+    SEARCHES,
+    activation_scale,
+    assemble,
+    check_choice,
+    check_grid,
+    check_range,
+    layer_grid,
+    layer_group,
+    needed,
+)
+from lorq.rounding import ROUNDINGS, Rounded, VectorRounded, gptvq
+from lorq.sketch import FORMS
+from lorq.stats import InputStats, PreparedHessian, output_energy
+from lorq.weight import LayerFormat, QuantizedWeight
+
+# GPTVQ's sizes: weights of a vector, and of one codebook.
+_VECTOR = {2: 4, 3: 2, 4: 2}
+_CODEBOOK_WEIGHTS = {2: 65536, 3: 32768, 4: 65536}
+_CODEBOOK_COLUMNS = 256
+
+
+@dataclass(frozen=True)
+class LoPRo:
+    """The inputs permuted and rotated in blocks, the weight rounded there, and factors of fixed rank.
+
+    Attributes:
+        bits: stored bits of a code per weight: 2 to 8, with vector codebooks 2 to 4.
+        group_size: input columns that share a scale; -1 for one group per row. Vector codebooks do not use it:
+            with them each row has one scale.
+        symmetric: no zero points (single weights only).
+        codebook: what codes stand for: "scalar" values of an integer grid, or "vector" entries of codebooks.
+        rounding: "gptq" passes errors on (with vector codebooks that is GPTVQ), "clip" and "nearest" do not.
+        rotation: which columns are rotated: "full" all, "partial" all but the first (the paper), "none".
+        block: columns of a Walsh-Hadamard block, a power of two; -1 for the largest that fits, up to 256.
+        skip: columns that "partial" leaves alone; -1 for one block.
+        importance: what the columns are ordered by, the first being the most important: "log" is
+            mean|R| / (log2 H - min log2 H + 1) (the code), "ratio" is mean|R| / H (the paper), "hessian" is H,
+            "residual" is mean|R|, "none" keeps the model's order.
+        order: which part is fitted first in each pass; the paper's takes the low rank out of the weight.
+        metric: what the low-rank part serves: "hessian" whitens with the Cholesky factor of the Hessian,
+            "activation" scales columns by a power of their mean magnitude (the paper).
+        exponent: of the activation scale.
+        rank: factor pairs; at most the smaller side of a matrix.
+        sketch: "block" starts the pairs from one sketch, "rank1" each from a random vector (the paper).
+        iterations: power iterations of the sketch; the authors' code has 8.
+        factor_type: how factors are stored: "int8" or "e4m3" with a scale per vector, or "float16".
+        epochs: rounds of refitting both parts.
+        range_search: how each group's range is found: "none" is the full range.
+        vector: weights that share a code of a vector codebook; -1 for 4 at 2 bits and 2 above.
+        codebook_columns: columns that share a codebook; -1 for the most that fit, up to 256.
+        codebook_rows: rows that share a codebook; -1 for what makes 65536 weights (32768 at 3 bits).
+        kmeans_iterations: steps of k-means for each codebook.
+        shrinkage: how far the Hessian moves towards its diagonal, 0 to 1.
+        damping: share of the mean diagonal added to the diagonal, where the Hessian is factorised.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    codebook: Literal["scalar", "vector"] = "scalar"
+    rounding: Literal["gptq", "clip", "nearest"] = "gptq"
+    rotation: Literal["full", "partial", "none"] = "full"
+    block: int = -1
+    skip: int = -1
+    importance: Literal["log", "ratio", "hessian", "residual", "none"] = "none"
+    order: Literal["codes-then-low-rank", "low-rank-then-codes"] = "codes-then-low-rank"
+    metric: Literal["hessian", "activation"] = "hessian"
+    exponent: float = 2.4
+    rank: int = 16
+    sketch: Literal["block", "rank1"] = "block"
+    iterations: int = 2
+    factor_type: Literal["int8", "e4m3", "float16"] = "int8"
+    epochs: int = 1
+    range_search: Literal["none", "saturate", "scale"] = "scale"
+    vector: int = -1
+    codebook_columns: int = -1
+    codebook_rows: int = -1
+    kmeans_iterations: int = 10
+    shrinkage: float = 0.2
+    damping: float = 0.01
+
+    scope: ClassVar[str] = "input"
+    needs_stats: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.group_size)
+        check_choice("codebook", self.codebook, ("scalar", "vector"))
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("rotation", self.rotation, ("full", "partial", "none"))
+        check_choice("importance", self.importance, ("log", "ratio", "hessian", "residual", "none"))
+        check_choice("order", self.order, ("codes-then-low-rank", "low-rank-then-codes"))
+        check_choice("metric", self.metric, ("hessian", "activation"))
+        check_choice("sketch", self.sketch, FORMS)
+        check_choice("factor_type", self.factor_type, FACTOR_TYPES)
+        check_choice("range_search", self.range_search, SEARCHES)
+        check_range("block", self.block, -1, 1 << 16)
+        check_range("skip", self.skip, -1, 1 << 20)
+        check_range("exponent", self.exponent, 0.0, 8.0)
+        check_range("rank", self.rank, 0, 1 << 16)
+        check_range("iterations", self.iterations, 0, 64)
+        check_range("epochs", self.epochs, 0, 1000)
+        check_range("vector", self.vector, -1, 8)
+        check_range("codebook_columns", self.codebook_columns, -1, 1 << 20)
+        check_range("codebook_rows", self.codebook_rows, -1, 1 << 20)
+        check_range("kmeans_iterations", self.kmeans_iterations, 0, 1000)
+        check_range("shrinkage", self.shrinkage, 0.0, 1.0)
+        check_range("damping", self.damping, 0.0, 10.0)
+        for name, least in (("vector", 2), ("codebook_columns", 1), ("codebook_rows", 1)):
+            if -1 < getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, or -1 for what fits, got {getattr(self, name)}")
+        if self.codebook == "vector" and self.bits not in _VECTOR:
+            raise ValueError(f"bits must be {', '.join(map(str, _VECTOR))} with vector codebooks, got {self.bits}")
+
+    def solve(
+        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
+    ) -> QuantizedWeight:
+        """One weight with an input of its own; see `solve_together`."""
+        return self.solve_together([weight], stats, generators=[generator])[0]
+
+    def solve_together(
+        self, weights: Sequence[Tensor], stats: InputStats | None, *, generators: Sequence[torch.Generator]
+    ) -> list[QuantizedWeight]:
+        """The weights of the layers that read one input, in one basis, so that it is rotated once for all.
+
+        Args:
+            weights: (out, in) each, float32.
+            stats: of their input.
+            generators: one for each weight, on its device.
+
+        Source:
+            The paper permutes each matrix for itself; ``mean|R|`` is the sum over the matrices here.
+        """
+        stats = needed(stats)
+        residuals = [
+            weight - self._low_rank_first(weight, stats, generator)
+            for weight, generator in zip(weights, generators, strict=True)
+        ]
+        basis = self._basis(sum((r.abs().sum(0) for r in residuals), torch.zeros_like(stats.mean_abs)), stats)
+        hessian = PreparedHessian(basis.rotate_hessian(shrink(stats.hessian, self.shrinkage)), self.damping)
+        return [
+            self._solve_in(basis, hessian, weight, stats, generator)
+            for weight, generator in zip(weights, generators, strict=True)
+        ]
+
+    def _low_rank_first(self, weight: Tensor, stats: InputStats, generator: torch.Generator) -> Tensor | float:
+        """What the paper takes out of the weight before it orders the columns."""
+        if self.order == "codes-then-low-rank" or self.importance in ("hessian", "none"):
+            return 0.0
+        # A copy, so that the same factors are found again in the basis.
+        copy = torch.Generator(generator.device)
+        copy.set_state(generator.get_state())
+        low_rank = self._fit(weight, Metric.activation(activation_scale(stats, self.exponent)), copy)
+        return low_rank.dense() if low_rank else 0.0
+
+    def _basis(self, magnitude: Float[Tensor, "in"], stats: InputStats) -> Basis:
+        """T: the columns by importance, then rotated."""
+        width = magnitude.shape[0]
+        # A channel that is always zero has no logarithm: the authors' code takes 1.
+        h = stats.hessian.diagonal()
+        h = torch.where(h > 0, h, torch.ones_like(h))
+        scores = {
+            "log": magnitude / (h.log2() - h.log2().min() + 1),
+            "ratio": magnitude / h,
+            "hessian": -h,
+            "residual": magnitude,
+        }
+        permutation = None if self.importance == "none" else scores[self.importance].argsort(stable=True)
+        return Basis(permutation, *self._rotation(width))
+
+    def _rotation(self, width: int) -> tuple[int, int]:
+        """Size of the blocks and the columns before them."""
+        if self.rotation == "none":
+            return 0, 0
+        skip, block = 0 if self.rotation == "full" else self.skip, self.block
+        if block == -1:
+            block = largest_block(width - max(skip, 0))
+            if skip == -1 and block == width:  # one block is left alone, one at least is not
+                block //= 2
+        skip = block if skip == -1 else skip
+        check_block(width, block, skip)
+        return block, skip
+
+    def _solve_in(
+        self, basis: Basis, hessian: PreparedHessian, weight: Tensor, stats: InputStats, generator: torch.Generator
+    ) -> QuantizedWeight:
+        """Codes and factors of one weight in a basis, fitted in turns; the best pair is kept."""
+        target = basis.rotate(weight)
+        metric = self._metric(basis, hessian, stats)
+        codes_part, low_rank_part = torch.zeros_like(target), torch.zeros_like(target)
+        best: tuple[float, Rounded | VectorRounded, LowRank | None] | None = None
+        for _ in range(1 + self.epochs):
+            for step in self.order.split("-then-"):
+                if step == "low-rank":
+                    low_rank = self._fit(target - codes_part, metric, generator)
+                    low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(target)
+                else:
+                    rounded = self._round(target - low_rank_part, hessian)
+                    codes_part = rounded.dense()
+            error = float(output_energy(target - codes_part - low_rank_part, hessian.matrix))
+            if best is None or error < best[0]:
+                best = (error, rounded, low_rank)
+            if self.rank == 0:
+                break
+        assert best is not None
+        _, rounded, low_rank = best
+        return assemble(weight, rounded, low_rank, stop="given", hessian=stats.hessian, basis=self._stored(basis))
+
+    def _stored(self, basis: Basis) -> Basis | None:
+        """No basis is stored where there is none."""
+        return None if self.rotation == "none" and self.importance == "none" else basis
+
+    def _metric(self, basis: Basis, hessian: PreparedHessian, stats: InputStats) -> Metric:
+        """The norm of the low-rank fit, for matrices in the basis."""
+        if self.metric == "hessian":
+            return Metric.hessian(hessian.factor)
+        alpha = activation_scale(stats, self.exponent)
+        return Metric(lambda e: basis.unrotate(e) * alpha, lambda v: basis.rotate(v / alpha))
+
+    def _fit(self, target: Tensor, metric: Metric, generator: torch.Generator) -> LowRank | None:
+        return r1svd(
+            target, metric, rank=min(self.rank, *target.shape), type=self.factor_type, form=self.sketch,
+            iterations=self.iterations, generator=generator,
+        )  # fmt: skip
+
+    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian) -> Rounded | VectorRounded:
+        if self.codebook == "vector":
+            # Without passing errors on, only the diagonal of the metric is left.
+            passing = self.rounding == "gptq"
+            upper = hessian.inverse_factor if passing else hessian.matrix.diagonal().clamp(min=1e-12).rsqrt().diag()
+            grid = self._vector_grid(*target.shape)
+            return gptvq(target, hessian.matrix, grid, upper=upper, iterations=self.kmeans_iterations)
+        scalar = layer_grid(target.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        given = {"upper": hessian.inverse_factor} if self.rounding == "gptq" else {}
+        search = SEARCHES[self.range_search]
+        return ROUNDINGS[self.rounding](target, hessian.matrix, scalar, search=search, **given)
+
+    def _vector_grid(self, out: int, in_: int) -> VectorGrid:
+        """The sizes of vectors and codebooks for a weight of this shape."""
+        vector = _VECTOR[self.bits] if self.vector == -1 else self.vector
+        columns, rows = self.codebook_columns, self.codebook_rows
+        if columns == -1:
+            columns = max(
+                (c for c in range(vector, min(in_, _CODEBOOK_COLUMNS) + 1, vector) if in_ % c == 0), default=in_
+            )
+        if rows == -1:
+            wanted = _CODEBOOK_WEIGHTS[self.bits] / columns
+            rows = min((r for r in range(1, out + 1) if out % r == 0), key=lambda r: abs(math.log(r / wanted)))
+        grid = VectorGrid(self.bits, vector, rows, columns, in_)
+        grid.check(out, in_)
+        return grid
+
+    def largest(self, out: int, in_: int) -> LayerFormat:
+        """Every layer of this shape gets this format.
+
+        Raises:
+            ValueError: if a block, codebook or group does not fit.
+        """
+        rank = min(self.rank, out, in_)
+        block, skip = self._rotation(in_)
+        if self.codebook == "vector":
+            grid = self._vector_grid(out, in_)
+            group, symmetric, books = in_, True, (grid.vector, grid.rows, grid.columns)
+        else:
+            group, symmetric, books = layer_group(in_, self.group_size), self.symmetric, (1, 0, 0)
+        factor_type = self.factor_type if rank else "float16"
+        return LayerFormat(
+            self.bits, group, symmetric, rank, factor_type, *books, self.importance != "none", block, skip
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoPRoPaper(LoPRo):
+    """LoPRo with the settings of its paper and its authors' code; see LoPRo for what each one does.
+
+    The low rank first, from the activation-scaled weight; the columns by importance, all but the first block rotated.
+    What is not the paper's: token weights and sharing of the basis between layers with one input (lorq's in every
+    method), scaled e4m3 in place of e5m2, and the range search, which has fewer steps and the Hessian's norm.
+    """
+
+    rotation: Literal["full", "partial", "none"] = "partial"
+    importance: Literal["log", "ratio", "hessian", "residual", "none"] = "log"
+    order: Literal["codes-then-low-rank", "low-rank-then-codes"] = "low-rank-then-codes"
+    metric: Literal["hessian", "activation"] = "activation"
+    sketch: Literal["block", "rank1"] = "rank1"
+    iterations: int = 8
+    factor_type: Literal["int8", "e4m3", "float16"] = "e4m3"
+    epochs: int = 0
+    shrinkage: float = 0.0

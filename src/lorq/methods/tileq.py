@@ -1,0 +1,216 @@
+"""TileQ: experts share low-rank factors along the rows and columns of a grid; the rest of each is LoPRo's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorq.basis import Basis
+from lorq.factors import Metric
+from lorq.linalg import shrink
+from lorq.methods.common import activation_scale, assemble, check_choice, check_range, needed
+from lorq.methods.lopro import LoPRo
+from lorq.stats import InputStats, PreparedHessian, output_energy
+from lorq.tiles import TileFactors, TileFormat, fit_tiles, grid_of, place_experts
+from lorq.weight import LayerFormat, QuantizedWeight, Tile
+
+# Singular vectors by which experts are compared.
+_FEATURES = 8
+
+
+@dataclass(frozen=True)
+class TileQ(LoPRo):
+    """LoPRo whose experts share their factors; attention and shared experts get ordinary LoPRo.
+
+    Attributes:
+        rank: factor pairs of a layer, and of the tile matrix of each projection of its experts.
+        grid_rows: rows of the grid, experts of a row share ``right``; -1 for a near-square grid.
+        grid_columns: columns of the grid, experts of a column share ``left``; -1 for as many as are needed.
+        sharing: whose inputs the factors of a grid row serve: the "row"'s experts', all of the "layer"'s, or each
+            "expert"'s own by a stored input scale (the paper's; needs metric "activation").
+    """
+
+    rank: int = 32
+    grid_rows: int = -1
+    grid_columns: int = -1
+    sharing: Literal["row", "layer", "expert"] = "row"
+
+    scope: ClassVar[str] = "experts"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range("rank", self.rank, 1, 1 << 16)
+        check_range("grid_rows", self.grid_rows, -1, 1 << 12)
+        check_range("grid_columns", self.grid_columns, -1, 1 << 12)
+        check_choice("sharing", self.sharing, ("row", "layer", "expert"))
+        if 0 in (self.grid_rows, self.grid_columns):
+            raise ValueError(
+                f"a grid must have rows and columns, got {self.grid_rows} x {self.grid_columns}; -1 chooses"
+            )
+        if self.sharing == "expert" and self.metric != "activation":
+            raise ValueError(
+                f"sharing 'expert' stores an activation scale for each expert: metric must be activation, "
+                f"got {self.metric!r}"
+            )
+
+    def solve_experts(
+        self,
+        projections: Sequence[Sequence[Tensor]],
+        stats: Sequence[InputStats | None],
+        *,
+        common_input: bool,
+        generators: Sequence[Sequence[torch.Generator]],
+    ) -> list[list[QuantizedWeight]]:
+        """All experts of the projections that read the same inputs.
+
+        Args:
+            projections: for gate and up together, or for down alone, each expert's weight (out, in), float32.
+            stats: of each expert's input.
+            common_input: all experts read the layer's input, so that one basis serves them all; if not, each has
+                an input and a basis of its own.
+            generators: one for each weight.
+
+        Returns:
+            The solved weights in the order of ``projections``; those of one projection share their tile factors.
+        """
+        known = [needed(s) for s in stats]
+        mean = _mean_stats(known)
+        magnitudes = [
+            torch.stack([weights[e].abs().sum(0) for weights in projections]).sum(0) for e in range(len(known))
+        ]
+        if common_input:
+            bases = [self._basis(torch.stack(magnitudes).sum(0), mean)] * len(known)
+        else:
+            bases = [self._basis(m, s) for m, s in zip(magnitudes, known, strict=True)]
+        hessians = [
+            PreparedHessian(basis.rotate_hessian(shrink(s.hessian, self.shrinkage)), self.damping)
+            for basis, s in zip(bases, known, strict=True)
+        ]
+        return [
+            self._solve_tiles(weights, known, bases, hessians, given[0])
+            for weights, given in zip(projections, generators, strict=True)
+        ]
+
+    def _solve_tiles(
+        self,
+        weights: Sequence[Tensor],
+        stats: Sequence[InputStats],
+        bases: Sequence[Basis],
+        hessians: Sequence[PreparedHessian],
+        generator: torch.Generator,
+    ) -> list[QuantizedWeight]:
+        """Codes of every expert and one set of tile factors, fitted in turns; the best is kept."""
+        targets = torch.stack([basis.rotate(weight) for basis, weight in zip(bases, weights, strict=True)])
+        codes_part, tile_part = torch.zeros_like(targets), torch.zeros_like(targets)
+        tokens = torch.tensor([s.tokens for s in stats], dtype=targets.dtype, device=targets.device)
+        best, cells = None, None
+        for _ in range(1 + self.epochs):
+            for step in self.order.split("-then-"):
+                if step == "low-rank":
+                    rest = targets - codes_part
+                    if cells is None:
+                        cells = self._place(rest, stats, bases, hessians, generator)
+                    tiles = self._fit_tiles(rest, cells, stats, bases, hessians, generator)
+                    parts = [tiles.dense(e) for e in range(len(weights))]
+                    if tiles.input_scale is not None:
+                        parts = [basis.rotate(part) for basis, part in zip(bases, parts, strict=True)]
+                    tile_part = torch.stack(parts)
+                else:
+                    rounded = [self._round(t, h) for t, h in zip(targets - tile_part, hessians, strict=True)]
+                    codes_part = torch.stack([r.dense() for r in rounded])
+            rest = targets - codes_part - tile_part
+            errors = torch.stack([output_energy(e, h.matrix) for e, h in zip(rest, hessians, strict=True)])
+            error = float((errors * tokens).sum())
+            if best is None or error < best[0]:
+                best = (error, rounded, tiles)
+        assert best is not None
+        _, rounded, tiles = best
+        return [
+            assemble(
+                weight, rounded[e], None, stop="given", hessian=stats[e].hessian, basis=self._stored(bases[e]),
+                tile=Tile(tiles, e),
+            )
+            for e, weight in enumerate(weights)
+        ]  # fmt: skip
+
+    def _metrics(
+        self,
+        members: Sequence[Sequence[int]],
+        stats: Sequence[InputStats],
+        bases: Sequence[Basis],
+        hessians: Sequence[PreparedHessian],
+    ) -> list[Metric]:
+        """The metric of each group of experts: from their mean statistics, weighted by their tokens."""
+        metrics = []
+        for group in members:
+            chosen = group or range(len(stats))  # a row without experts has factors that nobody reads
+            weights = torch.tensor([stats[e].tokens for e in chosen], dtype=torch.float32)
+            weights = weights / weights.sum()
+            if self.metric == "hessian":
+                parts = zip(weights.tolist(), (hessians[e].matrix for e in chosen), strict=True)
+                mean = torch.stack([weight * part for weight, part in parts]).sum(0)
+                metrics.append(Metric.hessian(PreparedHessian(mean, self.damping).factor))
+            else:
+                metrics.append(self._metric(bases[chosen[0]], hessians[0], _mean_stats([stats[e] for e in chosen])))
+        return metrics
+
+    def _place(
+        self,
+        rest: Float[Tensor, "experts out in"],
+        stats: Sequence[InputStats],
+        bases: Sequence[Basis],
+        hessians: Sequence[PreparedHessian],
+        generator: torch.Generator,
+    ) -> Tensor:
+        metric = self._metrics([range(len(stats))], stats, bases, hessians)[0]
+        scaled = torch.stack([metric.apply(part) for part in rest])
+        rows, columns = grid_of(len(stats), self.grid_rows, self.grid_columns)
+        return place_experts(scaled, rows, columns, rank=_FEATURES, generator=generator)
+
+    def _fit_tiles(
+        self,
+        rest: Float[Tensor, "experts out in"],
+        cells: Tensor,
+        stats: Sequence[InputStats],
+        bases: Sequence[Basis],
+        hessians: Sequence[PreparedHessian],
+        generator: torch.Generator,
+    ) -> TileFactors:
+        grid = grid_of(len(stats), self.grid_rows, self.grid_columns)
+        rank = min(self.rank, grid[0] * rest.shape[2], grid[1] * rest.shape[1])
+        given = {"rank": rank, "type": self.factor_type, "iterations": self.iterations}
+        if self.sharing == "expert":
+            scales = torch.stack([activation_scale(s, self.exponent) for s in stats])
+            inputs = scales.reciprocal().clamp(2.0**-14, torch.finfo(torch.float16).max).to(torch.float16)
+            scaled = torch.stack([b.unrotate(r) for b, r in zip(bases, rest, strict=True)])
+            scaled = scaled / inputs.to(rest.dtype).unsqueeze(1)
+            plain = Metric(lambda e: e, lambda v: v)
+            tiles = fit_tiles(scaled, [plain] * grid[0], cells, grid, generator=generator, **given)  # type: ignore[arg-type]
+            return replace(tiles, input_scale=inputs)
+        everyone = range(len(stats))
+        rows = [everyone] * grid[0]
+        if self.sharing == "row":
+            rows = [[e for e in everyone if int(cells[e, 0]) == i] for i in range(grid[0])]  # type: ignore[misc]
+        metrics = self._metrics(rows, stats, bases, hessians)
+        return fit_tiles(rest, metrics, cells, grid, generator=generator, **given)  # type: ignore[arg-type]
+
+    def largest_experts(self, out: int, in_: int, experts: int) -> tuple[LayerFormat, TileFormat]:
+        """The formats of an expert's weight and of its projection's tile factors.
+
+        Raises:
+            ValueError: if a block, codebook or group does not fit, or the grid is too small.
+        """
+        rows, columns = grid_of(experts, self.grid_rows, self.grid_columns)
+        rank = min(self.rank, rows * in_, columns * out)
+        tile = TileFormat(rows, columns, experts, rank, self.factor_type, self.sharing == "expert")
+        return replace(self.largest(out, in_), rank=0, factor_type="float16"), tile
+
+
+def _mean_stats(stats: Sequence[InputStats]) -> InputStats:
+    """Of several inputs, weighted by their tokens."""
+    total = sum(s.tokens for s in stats)
+    hessian = torch.stack([s.hessian * (s.tokens / total) for s in stats]).sum(0)
+    return InputStats(hessian, torch.stack([s.mean_abs * (s.tokens / total) for s in stats]).sum(0), total)

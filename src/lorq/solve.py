@@ -1,0 +1,194 @@
+"""Solve one block: which layers a method takes in one call, with which statistics and which randomness."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorq.blocks import Target
+from lorq.methods import Method
+from lorq.stats import InputStats
+from lorq.tiles import TileFormat
+from lorq.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class ExpertName:
+    """Where an expert's projection is: ``model.layers.0.mlp.experts.3.gate_proj``.
+
+    Attributes:
+        module: the experts module, ``model.layers.0.mlp.experts``.
+        expert: its number.
+        projection: such as ``gate_proj``.
+    """
+
+    module: str
+    expert: int
+    projection: str
+
+    @property
+    def tiles(self) -> str:
+        """Name under which the tile factors of this projection are stored."""
+        return f"{self.module}.tiles.{self.projection}"
+
+
+def expert_name(name: str, modules: Mapping[str, Any]) -> ExpertName | None:
+    """The parts of an expert projection's name; None for a layer outside the experts ``modules``."""
+    path, _, projection = name.rpartition(".")
+    module, _, number = path.rpartition(".")
+    return ExpertName(module, int(number), projection) if module in modules else None
+
+
+def expert_groups(plan: Mapping[Target, Method], modules: Mapping[str, Any]) -> list[dict[str, list[Target]]]:
+    """The experts that methods of scope "experts" solve together: targets by projection, in the experts' order.
+
+    Gate and up projections read the same inputs and make one group; the down projections make another.
+
+    Raises:
+        ValueError: if some experts of a projection are left out, or have other settings than the rest.
+    """
+    found: dict[str, dict[str, list[Target]]] = {}
+    for target, method in plan.items():
+        place = expert_name(target.name, modules)
+        if place is None or method.scope != "experts":
+            continue
+        key = f"{place.module} {'down' if place.projection == 'down_proj' else 'in'}"
+        found.setdefault(key, {}).setdefault(place.projection, []).append(target)
+    for key, group in found.items():
+        module = key.split()[0]
+        for projection, targets in group.items():
+            if len(targets) != len(modules[module]) or len({plan[t] for t in targets}) > 1:
+                raise ValueError(
+                    f"experts that share factors must be quantized together with the same settings, got "
+                    f"{len(targets)} of {len(modules[module])} experts with {len({plan[t] for t in targets})} settings "
+                    f"for {projection} of {module}; --exclude or --override all of them or none"
+                )
+    return list(found.values())
+
+
+def expert_formats(
+    plan: Mapping[Target, Method], modules: Mapping[str, Any]
+) -> Iterator[tuple[list[Target], TileFormat]]:
+    """The largest tile factors of each projection that experts share."""
+    for group in expert_groups(plan, modules):
+        for targets in group.values():
+            first = targets[0]
+            method: Any = plan[first]
+            yield targets, method.largest_experts(first.out_features, first.in_features, len(targets))[1]
+
+
+def solve_block(
+    plan: Mapping[Target, Method],
+    stats: dict[str, InputStats],
+    modules: Mapping[str, Any],
+    *,
+    weight: Callable[[Target], Tensor],
+    seed: int,
+    device: torch.device,
+) -> dict[Target, QuantizedWeight]:
+    """Quantize the layers of one block.
+
+    Args:
+        plan: the layers and their methods.
+        stats: by layer name; layers that read one input share one object. Emptied as layers are solved, since
+            what is derived from statistics is large.
+        modules: the block's experts modules by name.
+        weight: reads a layer's weight, (out, in), float32, on ``device``.
+        seed: of the run.
+        device: where the work is done.
+    """
+    solved: dict[Target, QuantizedWeight] = {}
+    for group in expert_groups(plan, modules):
+        solved |= _solve_experts(plan, group, stats, weight=weight, seed=seed, device=device)
+    for targets in _together({t: m for t, m in plan.items() if t not in solved}, stats):
+        method: Any = plan[targets[0]]
+        own = [stats.pop(target.name, None) for target in targets].pop()
+        generators = [layer_generator(seed, target.name, device) for target in targets]
+        weights = [weight(target) for target in targets]
+        with _Note(", ".join(target.name for target in targets)):
+            if method.scope == "layer":
+                results = [method.solve(weights[0], own, generator=generators[0])]
+            else:
+                results = method.solve_together(weights, own, generators=generators)
+        solved |= dict(zip(targets, results, strict=True))
+    for target, result in solved.items():
+        with _Note(target.name):
+            check_finite(result)
+    return {target: solved[target] for target in plan}
+
+
+def _together(plan: Mapping[Target, Method], stats: Mapping[str, InputStats]) -> list[list[Target]]:
+    """Layers that are solved in one call: those with one input and one method, or each for itself."""
+    groups: dict[Any, list[Target]] = {}
+    for target, method in plan.items():
+        own = stats.get(target.name)
+        alone = method.scope == "layer" or own is None
+        groups.setdefault(target.name if alone else (id(own), method), []).append(target)
+    return list(groups.values())
+
+
+def _solve_experts(
+    plan: Mapping[Target, Method],
+    group: dict[str, list[Target]],
+    stats: dict[str, InputStats],
+    *,
+    weight: Callable[[Target], Tensor],
+    seed: int,
+    device: torch.device,
+) -> dict[Target, QuantizedWeight]:
+    """The experts of the projections that read the same inputs."""
+    projections = list(group.values())
+    method: Any = plan[projections[0][0]]
+    known = [stats[target.name] for target in projections[0]]
+    with _Note(f"{projections[0][0].name} and the other experts"):
+        results = method.solve_experts(
+            [[weight(target) for target in targets] for targets in projections],
+            known,
+            common_input="down_proj" not in group,
+            generators=[[layer_generator(seed, t.name, device) for t in targets] for targets in projections],
+        )
+    for targets in projections:
+        for target in targets:
+            stats.pop(target.name)
+    pairs = zip(projections, results, strict=True)
+    return {t: w for targets, weights in pairs for t, w in zip(targets, weights, strict=True)}
+
+
+class _Note:
+    """Say on an error which layer it was."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError | ArithmeticError | RuntimeError):
+            error.add_note(f"while solving {self.name}")
+
+
+def check_finite(weight: QuantizedWeight) -> None:
+    """Nothing that is not a number is ever written.
+
+    Raises:
+        ArithmeticError: if a stored part is not finite.
+    """
+    parts = [weight.scale]
+    if weight.low_rank is not None:
+        parts += weight.low_rank.factors()
+    if weight.codebook is not None:
+        parts.append(weight.codebook.scale)
+    if weight.tile is not None:
+        parts += [weight.tile.factors.lefts(), weight.tile.factors.rights()]
+    if not all(bool(torch.isfinite(part).all()) for part in parts):
+        raise ArithmeticError("scales and factors must be finite, got NaN or infinite values; raise the damping")
+
+
+def layer_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A layer's own source of randomness, so that neither order nor interruption changes a bit."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,242 @@
+"""QuantExperts: packed experts whose shared low-rank part is computed for all of them at once."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lorq.experts import Experts
+from lorq.factors import FACTOR_TYPES, factor_bits
+from lorq.linear import QuantLinear
+from lorq.tiles import TileFactors, TileFormat
+
+_STORED = ("left", "right", "left_scale", "right_scale", "cells", "input_scale")
+
+
+def pack_tiles(factors: TileFactors) -> dict[str, Tensor]:
+    """The tensors of tile factors as they are stored, by their local names (docs/format.md)."""
+    tensors = {name: getattr(factors, name) for name in _STORED}
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+
+def tile_layout(out: int, in_: int, format: TileFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that tile factors of this format store; the inverse is `pack_tiles`."""
+    kind = FACTOR_TYPES[format.factor_type][0]
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "left": ((format.columns, out, format.rank), kind),
+        "right": ((format.rows, format.rank, in_), kind),
+        "cells": ((format.experts, 2), torch.int16),
+    }
+    if factor_bits(format.factor_type) == 8:
+        layout["left_scale"] = ((format.columns, format.rank), torch.float16)
+        layout["right_scale"] = ((format.rows, format.rank), torch.float16)
+    if format.input_scale:
+        layout["input_scale"] = ((format.experts, in_), torch.float16)
+    return layout
+
+
+def unpack_tiles(tensors: Mapping[str, Tensor]) -> TileFactors:
+    """The tile factors behind stored tensors; the inverse of `pack_tiles`."""
+    return TileFactors(**{name: tensors.get(name) for name in _STORED})  # type: ignore[arg-type]
+
+
+class Tiles(nn.Module):
+    """The stored tile factors of one projection of all experts.
+
+    Args:
+        out_features: of an expert's weight.
+        in_features: of an expert's weight.
+        format: grid, rank and so on.
+        device: "meta" makes room without memory.
+    """
+
+    cells: Tensor
+
+    def __init__(
+        self, out_features: int, in_features: int, format: TileFormat, *, device: torch.device | str | None = None
+    ):
+        super().__init__()
+        self.out_features, self.in_features, self.format = out_features, in_features, format
+        layout = tile_layout(out_features, in_features, format)
+        for name in _STORED:
+            tensor = torch.zeros(layout[name][0], dtype=layout[name][1], device=device) if name in layout else None
+            self.register_buffer(name, tensor)
+
+    def factors(self) -> TileFactors:
+        """The tensors as a value."""
+        return TileFactors(**{name: getattr(self, name) for name in _STORED})
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        f = self.format
+        return f"grid={f.rows}x{f.columns}, experts={f.experts}, rank={f.rank}, factor_type={f.factor_type}"
+
+
+class QuantExperts(Experts):
+    """Packed experts with tile factors; their low-rank part takes one pass for all experts.
+
+    With ``x`` a token's input, ``z`` the same in the experts' basis, ``g`` the router's weights and expert ``e`` in
+    cell ``(i, j)``:
+
+        gate, up:  P = z [right_1 .. right_R]^T once,            gate_e += left_j P_i,   by columns
+        down:      a_j = sum over e in column j of g_e right_i h_e,   y += [left_1 .. left_C] [a_1 .. a_C]
+
+    so the down projection's left factors are applied once per token and not once per expert. Equal to
+    ``fused = False``, where each expert adds ``left_j (right_i z)`` of its own, but for the order of sums.
+
+    Source:
+        TileQ's LoTileMoE as far as it is known. With one right factor for a grid row the shared projection is exact;
+        with input scales for each expert (``sharing="expert"``) only the unfused form is, and it is used.
+    """
+
+    fused = True
+
+    def __init__(self, experts: Experts, tiles: dict[str, Tiles]):
+        nn.Module.__init__(self)
+        self._fused = experts._fused
+        self._modules.update(experts._modules)
+        self.tiles = nn.ModuleDict(tiles)
+        for name, module in tiles.items():
+            for expert in range(len(self)):
+                getattr(self[expert], name).shared = (module, expert)
+
+    def __len__(self) -> int:
+        return len(self._modules) - 1  # the tiles are no expert
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return (self[expert] for expert in range(len(self)))
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Experts:
+        """Experts with dense layers, their parts of the shared factors included."""
+        plain = Experts.__new__(Experts)
+        nn.Module.__init__(plain)
+        plain._fused = self._fused
+        for expert in range(len(self)):
+            own = self[expert]
+            for name, layer in list(own.named_children()):
+                if isinstance(layer, QuantLinear):
+                    setattr(own, name, layer.dequantize(dtype))
+            plain.add_module(str(expert), own)
+        return plain
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "tokens in"],
+        top_k_index: Int[Tensor, "tokens k"],
+        top_k_weights: Float[Tensor, "tokens k"],
+    ) -> Float[Tensor, "tokens in"]:
+        """Sum of the chosen experts' outputs, each times its router weight."""
+        tiles = {name: module.factors() for name, module in self.tiles.items()}  # type: ignore[operator]
+        if not self.fused or any(t.input_scale is not None for t in tiles.values()):
+            return self._unfused(tiles, hidden_states, top_k_index, top_k_weights)
+        return _Pass(self, tiles, hidden_states, top_k_index, top_k_weights).output()
+
+    def layers(self, expert: int) -> tuple[QuantLinear, QuantLinear, QuantLinear]:
+        """The packed gate, up and down projection of one expert."""
+        own = self[expert]
+        return own.gate_proj, own.up_proj, own.down_proj  # type: ignore[return-value]
+
+    def _unfused(self, tiles: dict[str, TileFactors], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """Every expert for itself: the definition of what the fused form computes."""
+        out = torch.zeros_like(x)
+
+        def run(name: str, layer: QuantLinear, expert: int, inputs: Tensor) -> Tensor:
+            z = layer.into_basis(inputs)
+            answer = layer.multiply(z)
+            if name not in tiles:
+                return answer
+            t = tiles[name]
+            row, column = t.cells[expert].tolist()
+            seen = z if t.input_scale is None else inputs * t.input_scale[expert].to(x.dtype)
+            return answer + (seen @ t.rights(x.dtype)[row].T) @ t.lefts(x.dtype)[column].T
+
+        for expert, token, place in _routed(index, len(self)):
+            gate, up, down = self.layers(expert)
+            inputs = x[token]
+            middle = self.gated(run("gate_proj", gate, expert, inputs), run("up_proj", up, expert, inputs))
+            answer = run("down_proj", down, expert, middle) * weights[token, place, None]
+            out.index_add_(0, token, answer.to(out.dtype))
+        return out
+
+
+def _routed(index: Int[Tensor, "tokens k"], experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each chosen expert with its tokens and their places; numbers past the last expert stand for none."""
+    for expert in index.unique().tolist():
+        if expert < experts:
+            token, place = torch.where(index == expert)
+            yield expert, token, place
+
+
+class _Pass:
+    """One pass of tokens through packed experts, low-rank parts fused."""
+
+    def __init__(self, experts: QuantExperts, tiles: dict[str, TileFactors], x: Tensor, index: Tensor, weights: Tensor):
+        self.experts, self.tiles, self.x = experts, tiles, x
+        self.routed = list(_routed(index, len(experts)))
+        self.weights = [weights[token, place, None] for _, token, place in self.routed]
+
+    def output(self) -> Tensor:
+        out = torch.zeros_like(self.x)
+        middles = self._middles()
+        self._add_low_rank(out, middles)
+        for (expert, token, _), weight, middle in zip(self.routed, self.weights, middles, strict=True):
+            answer = self.experts.layers(expert)[2].multiply(middle) * weight
+            out.index_add_(0, token, answer.to(out.dtype))
+        return out
+
+    def _middles(self) -> list[Tensor]:
+        """The down projections' inputs in their bases, by routed expert."""
+        if not self.routed:
+            return []
+        first = self.experts.layers(self.routed[0][0])
+        z = first[0].into_basis(self.x)  # one basis for all: every expert reads the layer's input
+        low = {name: self._shared(name, z) for name in ("gate_proj", "up_proj") if name in self.tiles}
+        middles = []
+        for k, (expert, token, _) in enumerate(self.routed):
+            gate_layer, up_layer, down_layer = self.experts.layers(expert)
+            inputs = z[token]
+            gate, up = gate_layer.multiply(inputs), up_layer.multiply(inputs)
+            if low:
+                gate, up = gate + low["gate_proj"][k], up + low["up_proj"][k]
+            middles.append(down_layer.into_basis(self.experts.gated(gate, up)))
+        return middles
+
+    def _shared(self, name: str, z: Tensor) -> list[Tensor]:
+        """Low-rank outputs of gate or up by routed expert: one projection, then one product per grid column."""
+        t = self.tiles[name]
+        rights, lefts = t.rights(z.dtype), t.lefts(z.dtype)
+        projected = (z @ rights.flatten(0, 1).T).unflatten(1, rights.shape[:2])  # (tokens, rows, rank)
+        cells = t.cells.tolist()
+        found: list[Tensor] = [z] * len(self.routed)
+        for column, left in enumerate(lefts):
+            members = [k for k, (expert, _, _) in enumerate(self.routed) if cells[expert][1] == column]
+            if members:
+                parts = [projected[self.routed[k][1], cells[self.routed[k][0]][0]] for k in members]
+                answers = (torch.cat(parts) @ left.T).split([len(part) for part in parts])
+                for k, answer in zip(members, answers, strict=True):
+                    found[k] = answer
+        return found
+
+    def _add_low_rank(self, out: Tensor, middles: list[Tensor]) -> None:
+        """The down projection's: summed over experts in rank space, then one product with all left factors."""
+        t = self.tiles.get("down_proj")
+        if t is None or not self.routed:
+            return
+        rights, lefts = t.rights(out.dtype), t.lefts(out.dtype)
+        cells, columns = t.cells.tolist(), len(lefts)
+        sums = out.new_zeros(len(out) * columns, t.rank)
+        for row, right in enumerate(rights):
+            members = [k for k, (expert, _, _) in enumerate(self.routed) if cells[expert][0] == row]
+            if members:
+                projected = torch.cat([middles[k] for k in members]) @ right.T
+                weight = torch.cat([self.weights[k] for k in members])
+                place = torch.cat([self.routed[k][1] * columns + cells[self.routed[k][0]][1] for k in members])
+                sums.index_add_(0, place, (projected * weight).to(sums.dtype))
+        out += sums.view(len(out), -1) @ lefts.transpose(1, 2).flatten(0, 1)
