@@ -5,8 +5,9 @@ import torch
 from helpers import byte_tokenizer, tiny_folder, tiny_model
 
 from lorq.basis import Basis
-from lorq.factors import store_factors
+from lorq.factors import store_factors, store_vectors
 from lorq.grids import Codebook
+from lorq.tiles import TileFactors
 from lorq.weight import QuantizedWeight, permutation_dtype
 
 
@@ -102,6 +103,29 @@ def random_weight(generator):
             low_rank=low_rank,
             codebook=codebook,
             basis=basis,
+        )
+
+    return make
+
+
+@pytest.fixture
+def random_tiles(generator):
+    """Tile factors at random, experts in random cells."""
+
+    def make(out, in_, grid, type, experts, *, rank=3, input_scale=False):
+        rows, columns = grid
+        # About as large as the random weights' entries.
+        lefts = [store_vectors(torch.randn(rank, out, generator=generator) / 4, type) for _ in range(columns)]
+        rights = [store_vectors(torch.randn(rank, in_, generator=generator) / 4, type) for _ in range(rows)]
+        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        scales = 0.5 + torch.rand(experts, in_, generator=generator)
+        return TileFactors(
+            left=torch.stack([codes.T.contiguous() for codes, _ in lefts]),
+            right=torch.stack([codes for codes, _ in rights]),
+            left_scale=None if type == "float16" else torch.stack([scale for _, scale in lefts]),
+            right_scale=None if type == "float16" else torch.stack([scale for _, scale in rights]),
+            cells=cells[torch.randperm(rows * columns, generator=generator)[:experts]].to(torch.int16),
+            input_scale=scales.to(torch.float16) if input_scale else None,
         )
 
     return make

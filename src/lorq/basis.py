@@ -1,5 +1,6 @@
 """Basis: permute the input channels, then mix the less important ones by block Walsh-Hadamard transforms."""
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,8 +14,11 @@ SMALLEST_BLOCK = 4
 _USUAL_BLOCK = 256
 
 
+@functools.cache
 def hadamard(size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     """Sylvester's Hadamard matrix over ``sqrt(size)``: symmetric, orthogonal, its own inverse.
+
+    Made once and kept, since every forward needs it: not to be changed.
 
     Raises:
         ValueError: if the size is not a power of two.

@@ -1,4 +1,4 @@
-"""Benchmarks: the block sketch beside other factorisations, and whole quantization runs by method."""
+"""Benchmarks: the block sketch beside other factorisations, quantization runs by method, fused experts."""
 
 import json
 import math
@@ -15,9 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorq.basis import largest_block
 from lorq.demo import demo_model
 from lorq.evaluation import evaluate
+from lorq.experts import Experts
+from lorq.linear import QuantLinear
 from lorq.sketch import sketch
+from lorq.tiled import QuantExperts, Tiles
+from lorq.tiles import TileFormat
+from lorq.weight import LayerFormat
 
 Result = dict[str, float | int | str | None]
 
@@ -113,6 +119,17 @@ def _svd(a: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * s[:rank], vt[:rank]
 
 
+_ROTATIONS = {
+    "none": ["--rotation", "none"],
+    "full": ["--rotation", "full"],
+    "partial": ["--rotation", "partial", "--importance", "log"],
+}
+_ROUNDINGS = {
+    "nearest": ["--rounding", "nearest"],
+    "gptq": ["--rounding", "gptq"],
+    "gptvq": ["--codebook", "vector"],
+}
+
 # What `lorq bench quantize` compares: names of methods, and variants of theirs.
 PRESETS: dict[str, list[str]] = {
     "nearest": ["--method", "nearest"],
@@ -123,6 +140,15 @@ PRESETS: dict[str, list[str]] = {
     "flrq-paper-8bit": ["--method", "flrq-paper", "--factor-bits", "8"],
     "flrq-thrifty": ["--method", "flrq", "--budget", "0.1"],
     "flrq-thorough": ["--method", "flrq", "--epochs", "3"],
+    "lopro": ["--method", "lopro", "--rank", "8"],
+    "lopro-paper": ["--method", "lopro-paper", "--rank", "8"],
+    "lopro-vector": ["--method", "lopro", "--rank", "8", "--codebook", "vector"],
+    # LoPRo's parts one by one, without a low-rank part: rotation, then rounding.
+    **{
+        f"{rotation}-{rounding}": ["--method", "lopro", "--rank", "0", *turned, *rounded]
+        for rotation, turned in _ROTATIONS.items()
+        for rounding, rounded in _ROUNDINGS.items()
+    },
 }
 
 
@@ -205,3 +231,113 @@ def _run(arguments: list[str]) -> tuple[float, int, str]:
         raise RuntimeError(f"lorq {' '.join(arguments[:6])} ... ended with status {done.returncode}")
     printed, _, peak = done.stdout.rstrip().rpartition("\n")
     return time.perf_counter() - start, int(peak) * 1024, printed
+
+
+def bench_experts(
+    experts: int = 60,
+    *,
+    hidden: int = 2048,
+    width: int = 1408,
+    rank: int = 32,
+    rows: int = 8,
+    columns: int = 8,
+    top_k: int = 4,
+    tokens: Iterable[int] = (1, 16, 256),
+    repeats: int = 5,
+    seed: int = 0,
+) -> Iterator[Result]:
+    """Time a layer of packed random experts: without low rank, with it expert by expert, and fused.
+
+    The three forms take turns, after an untimed round; seconds are medians. Products and bytes count what the
+    low-rank part alone needs for these tokens: a factor that several experts use is read once where it is used once.
+
+    Args:
+        experts: of the layer; with the next two, a shape such as Qwen1.5-MoE's.
+        hidden: width of the layer's input.
+        width: of an expert.
+        rank: of the shared factors, int8.
+        rows: of the grid.
+        columns: of the grid.
+        top_k: experts of a token, chosen at random.
+        tokens: batch sizes to try.
+        repeats: timed rounds.
+        seed: of weights, inputs and routes.
+
+    Yields:
+        For each batch size: ``none_seconds``, ``each_seconds``, ``fused_seconds``, their ratios to ``none``, and
+        ``each_`` and ``fused_`` ``megaproducts`` (millions of multiply-adds) and ``megabytes`` of factors read.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layer = random_experts(experts, hidden, width, rank, (rows, columns), generator)
+    for count in tokens:
+        x = torch.randn(count, hidden, generator=generator)
+        index = torch.rand(count, experts, generator=generator).topk(top_k).indices
+        weights = torch.full((count, top_k), 1 / top_k)
+        seconds: dict[str, list[float]] = {"none": [], "each": [], "fused": []}
+        for round_ in range(repeats + 1):
+            for name in seconds:
+                layer.fused = name == "fused"
+                layer.low_rank = name != "none"
+                start = time.perf_counter()
+                with torch.no_grad():
+                    layer(x, index, weights)
+                if round_:
+                    seconds[name].append(time.perf_counter() - start)
+        median = {name: statistics.median(taken) for name, taken in seconds.items()}
+        result: Result = {"tokens": count}
+        result |= {f"{name}_seconds": value for name, value in median.items()}
+        result |= {f"{name}_over_none": median[name] / median["none"] for name in ("each", "fused")}
+        yield result | low_rank_work(layer, index, hidden, width)
+
+
+def random_experts(
+    experts: int, hidden: int, width: int, rank: int, grid: tuple[int, int], generator: torch.Generator
+) -> QuantExperts:
+    """A layer of 2-bit experts with random codes and int8 tile factors."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    config = MixtralConfig(hidden_size=hidden, intermediate_size=width, num_local_experts=experts)
+    with torch.device("meta"):
+        split = Experts(MixtralExperts(config))
+    common = math.gcd(hidden, width)
+    format = LayerFormat(2, math.gcd(64, common), False, rotation_block=largest_block(common))
+    tiles = {}
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        out, in_ = (hidden, width) if projection == "down_proj" else (width, hidden)
+        for expert in split:
+            setattr(expert, projection, QuantLinear(in_, out, format))
+        tiles[projection] = Tiles(out, in_, TileFormat(*grid, experts, rank, "int8"))
+        cells = torch.arange(experts)
+        tiles[projection].cells.copy_(torch.stack([cells % grid[0], cells // grid[0]], 1))
+    layer = QuantExperts(split, tiles)
+    for name, buffer in layer.named_buffers():
+        if buffer.dtype in (torch.int8, torch.int32):
+            buffer.random_(-100, 100, generator=generator)
+        elif buffer.dtype == torch.float16:
+            buffer.fill_(0.01 if "scale" in name else 1.0)
+    return layer
+
+
+def low_rank_work(layer: QuantExperts, index: Tensor, hidden: int, width: int) -> Result:
+    """Multiply-adds and bytes of factors of the low-rank part, expert by expert and fused."""
+    tiles: Any = next(iter(layer.tiles.values()))
+    f: TileFormat = tiles.format
+    count, used = index.numel(), index.unique().numel()
+    tokens, ends = index.shape[0], hidden + width
+    cells = tiles.cells[index.unique()]
+    in_rows, in_columns = (len(cells[:, side].unique()) for side in (0, 1))
+    products = {
+        "each": 3 * count * f.rank * ends,
+        # gate and up: every token with all rows, each pair with its column; down: each pair with its row, every
+        # token with all columns.
+        "fused": f.rank
+        * (2 * (tokens * f.rows * hidden + count * width) + count * width + tokens * f.columns * hidden),
+    }
+    read = {
+        "each": 3 * used * f.rank * ends,
+        "fused": f.rank * (2 * (f.rows * hidden + in_columns * width) + in_rows * width + f.columns * hidden),
+    }
+    return {f"{name}_megaproducts": n / 1e6 for name, n in products.items()} | {
+        f"{name}_megabytes": n / 1e6 for name, n in read.items()
+    }

@@ -246,6 +246,45 @@ def bench_sketch(
     print_figures(bench.bench_sketch(size=size, rank=rank, repeats=repeats, seed=seed, svd=svd), json_)
 
 
+@bench_app.command(name="experts")
+def bench_experts(
+    experts: int = 60,
+    *,
+    hidden: int = 2048,
+    width: int = 1408,
+    rank: int = 32,
+    rows: int = 8,
+    columns: int = 8,
+    top_k: int = 4,
+    tokens: tuple[int, ...] = (1, 16, 256),
+    repeats: int = 5,
+    seed: int = 0,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Time packed experts: without low rank, with shared factors expert by expert, and fused.
+
+    Args:
+        experts: of the layer.
+        hidden: width of the layer's input.
+        width: of an expert.
+        rank: of the shared factors.
+        rows: of the grid.
+        columns: of the grid.
+        top_k: experts of a token.
+        tokens: batch sizes.
+        repeats: timed rounds; medians are printed.
+        seed: of weights, inputs and routes.
+        json_: print JSON lines.
+    """
+    from lorq import bench
+
+    for row in bench.bench_experts(
+        experts, hidden=hidden, width=width, rank=rank, rows=rows, columns=columns, top_k=top_k, tokens=tokens,
+        repeats=repeats, seed=seed,
+    ):  # fmt: skip
+        print_figures(row, json_)
+
+
 @bench_app.command(name="quantize")
 def bench_quantize(
     model: str | None = None,

@@ -128,7 +128,7 @@ class SharedRotation:
 
     def __deepcopy__(self, memo: dict[int, object]) -> "SharedRotation":
         # Layers that are copied together go on sharing; what is remembered stays behind.
-        return memo.setdefault(id(self), SharedRotation(self.layers))  # type: ignore[return-value]
+        return SharedRotation(self.layers)
 
     def __reduce__(self) -> tuple[type["SharedRotation"], tuple[int]]:
         return SharedRotation, (self.layers,)

@@ -90,11 +90,15 @@ def quantize(
         if chosen.calibration != SELF:
             _windows(run)
         return replace(largest, seconds=time.monotonic() - started)
+    began = time.monotonic()
     windows = _windows(run)
+    text_seconds = time.monotonic() - began
     writer = CheckpointWriter.create(out, _identity(run, windows), overwrite=chosen.overwrite, resume=chosen.resume)
-    _Solver(run, writer, windows).solve_blocks()
+    work = _Solver(run, writer, windows)
+    work.solve_blocks()
     report = _finish(run, writer, windows)
-    return replace(report, seconds=time.monotonic() - started)
+    stages = {"calibration": text_seconds + work.calibrating, "solving": work.solving}
+    return replace(report, seconds=time.monotonic() - started, stages=stages)
 
 
 def _give_memory_back() -> None:
@@ -202,6 +206,7 @@ class _Solver:
         self.probe_hidden = torch.empty(1, len(self.probe), width)
         self.probe_calls = model.embed(self.probe[None], self.probe_hidden)
         self.probe_routes: dict[str, tuple[Tensor, Tensor]] = {}
+        self.calibrating = self.solving = 0.0  # seconds
 
     def solve_blocks(self) -> None:
         run, blocks = self.run, self.run.model.blocks
@@ -239,12 +244,16 @@ class _Solver:
     def _solve(self, index: int) -> tuple[dict[Target, QuantizedWeight], dict[str, str]]:
         """The block's weights, and notes on layers."""
         jobs = self.run.plan[self.run.model.blocks[index]]
+        began = time.monotonic()
         found = self._observe(index) if len(self.hidden) else Observed()
+        observed_at = time.monotonic()
         device, modules = self.run.model.device, self._experts(index)
         weights = solve_block(
             jobs, found.stats, modules, seed=self.run.options.seed, device=device,
             weight=lambda target: self.run.model.weight(target).to(device, torch.float32),
         )  # fmt: skip
+        self.calibrating += observed_at - began
+        self.solving += time.monotonic() - observed_at
         return weights, found.notes
 
     def _experts(self, index: int) -> dict[str, Experts]:

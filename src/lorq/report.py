@@ -1,7 +1,7 @@
 """The report of a quantized folder: one record per layer, and the totals."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Report:
         run: calibration text, samples, seed and so on, as asked for.
         checksums: sha256 of each weight file.
         seconds: wall time of the run; not stored, since it is never the same twice. 0 when read back.
+        stages: seconds of it spent on calibration and on solving; not stored either.
     """
 
     method: str
@@ -60,6 +61,7 @@ class Report:
     run: dict[str, Any]
     checksums: dict[str, str]
     seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -79,7 +81,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """What `lorq inspect --json` prints and the folder keeps."""
         head = {"bits_per_weight": self.bits_per_weight, "bytes": self.bytes}
-        rest = {k: v for k, v in asdict(self).items() if k not in ("seconds", "bytes")}
+        rest = {k: v for k, v in asdict(self).items() if k not in ("seconds", "stages", "bytes")}
         return head | rest
 
     def to_bytes(self) -> bytes:

@@ -45,28 +45,28 @@ def expert_name(name: str, modules: Mapping[str, Any]) -> ExpertName | None:
 def expert_groups(plan: Mapping[Target, Method], modules: Mapping[str, Any]) -> list[dict[str, list[Target]]]:
     """The experts that methods of scope "experts" solve together: targets by projection, in the experts' order.
 
-    Gate and up projections read the same inputs and make one group; the down projections make another.
+    Gate and up projections read the same inputs and make one group, unless their settings differ; the down projections
+    make another.
 
     Raises:
         ValueError: if some experts of a projection are left out, or have other settings than the rest.
     """
-    found: dict[str, dict[str, list[Target]]] = {}
+    found: dict[tuple[str, str], list[Target]] = {}
     for target, method in plan.items():
         place = expert_name(target.name, modules)
-        if place is None or method.scope != "experts":
-            continue
-        key = f"{place.module} {'down' if place.projection == 'down_proj' else 'in'}"
-        found.setdefault(key, {}).setdefault(place.projection, []).append(target)
-    for key, group in found.items():
-        module = key.split()[0]
-        for projection, targets in group.items():
-            if len(targets) != len(modules[module]) or len({plan[t] for t in targets}) > 1:
-                raise ValueError(
-                    f"experts that share factors must be quantized together with the same settings, got "
-                    f"{len(targets)} of {len(modules[module])} experts with {len({plan[t] for t in targets})} settings "
-                    f"for {projection} of {module}; --exclude or --override all of them or none"
-                )
-    return list(found.values())
+        if place is not None and method.scope == "experts":
+            found.setdefault((place.module, place.projection), []).append(target)
+    groups: dict[Any, dict[str, list[Target]]] = {}
+    for (module, projection), targets in found.items():
+        methods = {plan[target] for target in targets}
+        if len(targets) != len(modules[module]) or len(methods) > 1:
+            raise ValueError(
+                f"experts that share factors must be quantized together with the same settings, got "
+                f"{len(targets)} of {len(modules[module])} experts with {len(methods)} settings "
+                f"for {projection} of {module}; --exclude or --override all of them or none"
+            )
+        groups.setdefault((module, projection == "down_proj", *methods), {})[projection] = targets
+    return list(groups.values())
 
 
 def expert_formats(

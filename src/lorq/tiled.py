@@ -1,12 +1,13 @@
 """QuantExperts: packed experts whose shared low-rank part is computed for all of them at once."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorq.experts import Experts
+from lorq.experts import Expert, Experts
 from lorq.factors import FACTOR_TYPES, factor_bits
 from lorq.linear import QuantLinear
 from lorq.tiles import TileFactors, TileFormat
@@ -89,7 +90,15 @@ class QuantExperts(Experts):
         down:      a_j = sum over e in column j of g_e right_i h_e,   y += [left_1 .. left_C] [a_1 .. a_C]
 
     so the down projection's left factors are applied once per token and not once per expert. Equal to
-    ``fused = False``, where each expert adds ``left_j (right_i z)`` of its own, but for the order of sums.
+    ``fused = False``, where each expert adds ``left_j (right_i z)`` of its own, but for the order of sums. Projections
+    without tile factors may be of any kind, each expert's in a basis of its own.
+
+    Args:
+        experts: whose layers are taken over; those of projections with tile factors are packed.
+        tiles: by projection.
+
+    Raises:
+        ValueError: if a layer with tile factors is not packed.
 
     Source:
         TileQ's LoTileMoE as far as it is known. With one right factor for a grid row the shared projection is exact;
@@ -97,6 +106,7 @@ class QuantExperts(Experts):
     """
 
     fused = True
+    low_rank = True  # benchmarks leave it away to see what it costs
 
     def __init__(self, experts: Experts, tiles: dict[str, Tiles]):
         nn.Module.__init__(self)
@@ -105,7 +115,13 @@ class QuantExperts(Experts):
         self.tiles = nn.ModuleDict(tiles)
         for name, module in tiles.items():
             for expert in range(len(self)):
-                getattr(self[expert], name).shared = (module, expert)
+                layer = getattr(self[expert], name)
+                if not isinstance(layer, QuantLinear):
+                    raise ValueError(
+                        f"experts that share factors must be packed, {expert}.{name} is a {type(layer).__name__}; "
+                        "the config belongs to another model"
+                    )
+                layer.shared = (module, expert)
 
     def __len__(self) -> int:
         return len(self._modules) - 1  # the tiles are no expert
@@ -119,12 +135,11 @@ class QuantExperts(Experts):
         nn.Module.__init__(plain)
         plain._fused = self._fused
         for expert in range(len(self)):
-            own = self[expert]
-            for name, layer in list(own.named_children()):
-                if isinstance(layer, QuantLinear):
-                    setattr(own, name, layer.dequantize(dtype))
+            own = Expert()
+            for name, layer in self[expert].named_children():
+                setattr(own, name, layer.dequantize(dtype) if isinstance(layer, QuantLinear) else layer)
             plain.add_module(str(expert), own)
-        return plain
+        return plain.train(self.training)
 
     def forward(
         self,
@@ -133,37 +148,41 @@ class QuantExperts(Experts):
         top_k_weights: Float[Tensor, "tokens k"],
     ) -> Float[Tensor, "tokens in"]:
         """Sum of the chosen experts' outputs, each times its router weight."""
-        tiles = {name: module.factors() for name, module in self.tiles.items()}  # type: ignore[operator]
+        tiles = self._factors()
         if not self.fused or any(t.input_scale is not None for t in tiles.values()):
             return self._unfused(tiles, hidden_states, top_k_index, top_k_weights)
         return _Pass(self, tiles, hidden_states, top_k_index, top_k_weights).output()
 
-    def layers(self, expert: int) -> tuple[QuantLinear, QuantLinear, QuantLinear]:
-        """The packed gate, up and down projection of one expert."""
-        own = self[expert]
-        return own.gate_proj, own.up_proj, own.down_proj  # type: ignore[return-value]
+    def middle(self, expert: int, inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens width"]:
+        """What one expert's down projection is given."""
+        return self._middle(self._factors(), expert, inputs)
+
+    def _factors(self) -> dict[str, TileFactors]:
+        modules = self.tiles.items() if self.low_rank else ()
+        return {name: module.factors() for name, module in modules}  # type: ignore[operator]
 
     def _unfused(self, tiles: dict[str, TileFactors], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Every expert for itself: the definition of what the fused form computes."""
         out = torch.zeros_like(x)
-
-        def run(name: str, layer: QuantLinear, expert: int, inputs: Tensor) -> Tensor:
-            z = layer.into_basis(inputs)
-            answer = layer.multiply(z)
-            if name not in tiles:
-                return answer
-            t = tiles[name]
-            row, column = t.cells[expert].tolist()
-            seen = z if t.input_scale is None else inputs * t.input_scale[expert].to(x.dtype)
-            return answer + (seen @ t.rights(x.dtype)[row].T) @ t.lefts(x.dtype)[column].T
-
         for expert, token, place in _routed(index, len(self)):
-            gate, up, down = self.layers(expert)
-            inputs = x[token]
-            middle = self.gated(run("gate_proj", gate, expert, inputs), run("up_proj", up, expert, inputs))
-            answer = run("down_proj", down, expert, middle) * weights[token, place, None]
+            middle = self._middle(tiles, expert, x[token])
+            answer = self._project(tiles, "down_proj", expert, middle) * weights[token, place, None]
             out.index_add_(0, token, answer.to(out.dtype))
         return out
+
+    def _middle(self, tiles: dict[str, TileFactors], expert: int, inputs: Tensor) -> Tensor:
+        gate, up = (self._project(tiles, name, expert, inputs) for name in ("gate_proj", "up_proj"))
+        return self.gated(gate, up)
+
+    def _project(self, tiles: dict[str, TileFactors], name: str, expert: int, inputs: Tensor) -> Tensor:
+        """One projection of one expert, its part of the shared factors included."""
+        layer: Any = getattr(self[expert], name)
+        if name not in tiles:
+            return layer(inputs)
+        t, z = tiles[name], layer.into_basis(inputs)
+        row, column = t.cells[expert].tolist()
+        seen = z if t.input_scale is None else inputs * t.input_scale[expert].to(inputs.dtype)
+        return layer.multiply(z) + (seen @ t.rights(z.dtype)[row].T) @ t.lefts(z.dtype)[column].T
 
 
 def _routed(index: Int[Tensor, "tokens k"], experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -184,29 +203,32 @@ class _Pass:
 
     def output(self) -> Tensor:
         out = torch.zeros_like(self.x)
-        middles = self._middles()
-        self._add_low_rank(out, middles)
-        for (expert, token, _), weight, middle in zip(self.routed, self.weights, middles, strict=True):
-            answer = self.experts.layers(expert)[2].multiply(middle) * weight
+        if not self.routed:
+            return out
+        both = zip(self._outputs("gate_proj"), self._outputs("up_proj"), strict=True)
+        inputs = [self.experts.gated(gate, up) for gate, up in both]
+        layers = self._layers("down_proj")
+        packed = "down_proj" in self.experts.tiles
+        if packed:
+            inputs = [layer.into_basis(x) for layer, x in zip(layers, inputs, strict=True)]
+            self._add_low_rank(out, inputs)
+        for (_, token, _), weight, layer, x in zip(self.routed, self.weights, layers, inputs, strict=True):
+            answer = (layer.multiply(x) if packed else layer(x)) * weight
             out.index_add_(0, token, answer.to(out.dtype))
         return out
 
-    def _middles(self) -> list[Tensor]:
-        """The down projections' inputs in their bases, by routed expert."""
-        if not self.routed:
-            return []
-        first = self.experts.layers(self.routed[0][0])
-        z = first[0].into_basis(self.x)  # one basis for all: every expert reads the layer's input
-        low = {name: self._shared(name, z) for name in ("gate_proj", "up_proj") if name in self.tiles}
-        middles = []
-        for k, (expert, token, _) in enumerate(self.routed):
-            gate_layer, up_layer, down_layer = self.experts.layers(expert)
-            inputs = z[token]
-            gate, up = gate_layer.multiply(inputs), up_layer.multiply(inputs)
-            if low:
-                gate, up = gate + low["gate_proj"][k], up + low["up_proj"][k]
-            middles.append(down_layer.into_basis(self.experts.gated(gate, up)))
-        return middles
+    def _layers(self, name: str) -> list[Any]:
+        """A projection of each routed expert."""
+        return [getattr(self.experts[expert], name) for expert, _, _ in self.routed]
+
+    def _outputs(self, name: str) -> list[Tensor]:
+        """What gate or up projections give, by routed expert."""
+        layers, tokens = self._layers(name), [token for _, token, _ in self.routed]
+        if name not in self.experts.tiles:
+            return [layer(self.x[token]) for layer, token in zip(layers, tokens, strict=True)]
+        z = layers[0].into_basis(self.x)  # one basis for all: every expert reads the layer's input
+        outputs = [layer.multiply(z[token]) for layer, token in zip(layers, tokens, strict=True)]
+        return [a + b for a, b in zip(outputs, self._shared(name, z), strict=True)] if name in self.tiles else outputs
 
     def _shared(self, name: str, z: Tensor) -> list[Tensor]:
         """Low-rank outputs of gate or up by routed expert: one projection, then one product per grid column."""
@@ -227,7 +249,7 @@ class _Pass:
     def _add_low_rank(self, out: Tensor, middles: list[Tensor]) -> None:
         """The down projection's: summed over experts in rank space, then one product with all left factors."""
         t = self.tiles.get("down_proj")
-        if t is None or not self.routed:
+        if t is None:
             return
         rights, lefts = t.rights(out.dtype), t.lefts(out.dtype)
         cells, columns = t.cells.tolist(), len(lefts)

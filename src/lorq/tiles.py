@@ -244,6 +244,7 @@ def fit_tiles(
         TileQ's authors' code, step 5. Deviations as in `lorq.factors.r1svd`; each block has a scale of its own, and
         empty cells are left out of the fit, where the code fits zeros there.
     """
+    cells = cells.to(targets.device, torch.int16)
     rows, columns = cells[:, 0].long(), cells[:, 1].long()
     rest = torch.stack([metrics[int(row)].apply(target) for row, target in zip(rows, targets, strict=True)])
     starts = _right_vectors(rest, rows, columns, grid, rank=rank, iterations=iterations, generator=generator)
@@ -259,7 +260,7 @@ def fit_tiles(
         right=torch.stack([codes for codes, _ in stored_right]),
         left_scale=_stacked([scale for _, scale in stored_left]),
         right_scale=_stacked([scale for _, scale in stored_right]),
-        cells=cells.to(torch.int16),
+        cells=cells,
     )
 
 

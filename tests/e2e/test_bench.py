@@ -45,3 +45,16 @@ def test_the_page_has_a_row_for_every_layer_and_escapes_its_title(model, tmp_pat
     assert page.count("<tr><td>") == len(report.layers) and all(layer.name in page for layer in report.layers)
     # Three series of bars: ranks, errors before, errors after.
     assert page.count("<rect ") == 3 * len(report.layers)
+
+
+def test_the_experts_bench_counts_what_the_low_rank_part_needs(capsys):
+    flags = "4 --hidden 64 --width 32 --rank 4 --rows 2 --columns 2 --top-k 2 --tokens 3 --repeats 1 --json".split()
+    assert main(["bench", "experts", *flags]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["tokens"] == 3 and min(row[f"{form}_seconds"] for form in ("none", "each", "fused")) > 0
+    # Six pairs of token and expert, three projections, both sides of each: in and out are 64 and 32.
+    assert row["each_megaproducts"] == pytest.approx(6 * 3 * 4 * (64 + 32) / 1e6)
+    # Gate and up: three tokens by two rows, six pairs by their columns; down: six pairs, three tokens by two columns.
+    fused = 2 * (3 * 2 * 4 * 64 + 6 * 4 * 32) + 6 * 4 * 32 + 3 * 2 * 4 * 64
+    assert row["fused_megaproducts"] == pytest.approx(fused / 1e6)
+    assert row["fused_megabytes"] <= row["each_megabytes"]

@@ -268,6 +268,41 @@ def test_the_paper_orders_by_what_the_low_rank_part_leaves(importance, layer):
     assert same == (importance == "hessian")
 
 
+def test_a_dead_channel_counts_as_one_of_unit_size():
+    squares, magnitudes = (0.0, 0.5, 8.0, 4.0), (0.3, 1.0, 1.0, 2.4)
+    weight = torch.tensor([magnitudes]) * torch.tensor([[1.0], [-1.0]])
+    stats = InputStats(torch.tensor(squares).diag(), torch.tensor(squares).sqrt(), 10)
+    # By hand. log: m / (log2 h + 2) = 0.15, 1, 0.2, 0.6; ratio: m / h = 0.3, 2, 0.125, 0.6.
+    for importance, order in (("log", [0, 2, 3, 1]), ("ratio", [2, 0, 3, 1]), ("hessian", [2, 3, 0, 1])):
+        result = solve(weight, stats, bits=4, group_size=4, rank=0, importance=importance, rotation="none")
+        assert result.basis.permutation.tolist() == order
+
+
+@pytest.mark.parametrize("sketch", ["block", "rank1"])
+def test_the_columns_are_ordered_by_the_factors_that_are_stored(sketch, layer):
+    weight, stats = layer()
+    # Without power iterations the factors are those of the seed and no others.
+    result = solve(
+        weight, stats, bits=3, group_size=32, rank=6, order="low-rank-then-codes", metric="activation", exponent=1.0,
+        importance="residual", sketch=sketch, iterations=0, factor_type="float16", epochs=0,
+    )  # fmt: skip
+    magnitude = (weight - result.basis.unrotate(result.low_rank.dense())).abs().sum(0)[result.basis.permutation.long()]
+    assert (magnitude.diff() >= -1e-3 * magnitude.max()).all()
+
+
+@pytest.mark.parametrize("rotation", ["full", "partial", "none"])
+def test_the_activation_metric_is_that_of_the_models_own_channels(rotation, layer):
+    weight, stats = layer()
+    result = solve(
+        weight, stats, bits=3, group_size=32, rank=6, order="low-rank-then-codes", metric="activation", exponent=2.4,
+        importance="log", rotation=rotation, iterations=8, factor_type="float16", epochs=0,
+    )  # fmt: skip
+    alpha = stats.mean_abs.double() ** 2.4
+    left_over = (weight - result.basis.unrotate(result.low_rank.dense())).double() * alpha
+    optimal = torch.linalg.svdvals(weight.double() * alpha)[6:].norm()
+    assert float(left_over.norm()) == pytest.approx(float(optimal), rel=1e-3)
+
+
 def test_layers_of_one_input_are_ordered_by_the_sum_of_their_magnitudes(layer):
     weight, stats = layer()
     other = weight.flip(1)[:24] * 3

@@ -59,7 +59,8 @@ class LoPRo:
         rank: factor pairs; at most the smaller side of a matrix.
         sketch: "block" starts the pairs from one sketch, "rank1" each from a random vector (the paper).
         iterations: power iterations of the sketch; the authors' code has 8.
-        factor_type: how factors are stored: "int8" or "e4m3" with a scale per vector, or "float16".
+        factor_type: how factors are stored: "int8" or "e4m3" with a scale per vector, or "float16". The metric
+            "activation" gives vectors that span decades, which int8 holds poorly: take "e4m3" there.
         epochs: rounds of refitting both parts.
         range_search: how each group's range is found: "none" is the full range.
         vector: weights that share a code of a vector codebook; -1 for 4 at 2 bits and 2 above.
