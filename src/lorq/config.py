@@ -67,9 +67,13 @@ class LorqConfig(QuantizationConfigMixin):
         found = {}
         for name, entry in self.tiles.items():
             found[name] = f = _read_fields(f"tiles[{name!r}]", entry, TileFormat)
-            if min(f.rows, f.columns, f.experts, f.rank) < 1 or f.factor_type not in FACTOR_TYPES:
+            if (
+                min(f.rows, f.columns, f.experts, f.rank) < 1
+                or max(f.rows, f.columns, f.rank) >= 2**31
+                or f.factor_type not in FACTOR_TYPES
+            ):
                 raise ValueError(
-                    f"quantization_config.tiles[{name!r}] must have rows, columns, experts and rank of at least 1 and "
+                    f"quantization_config.tiles[{name!r}] must have rows, columns, experts and rank from 1 to 2^31 and "
                     f"factor_type {', '.join(FACTOR_TYPES)}, got {entry}"
                 )
         return found
@@ -81,6 +85,8 @@ class LorqConfig(QuantizationConfigMixin):
 
 def _from_version_1(keys: dict[str, Any]) -> dict[str, Any]:
     """What a folder of format version 1 says, in the words of version 2."""
+    if "tiles" in keys:
+        raise ValueError("unknown keys in quantization_config of format version 1: tiles")
     layers = keys.get("layers")
     if isinstance(layers, dict):
         layers = {name: _entry_from_version_1(entry) for name, entry in layers.items()}

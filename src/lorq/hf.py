@@ -131,7 +131,8 @@ def swap_experts(model: nn.Module, formats: dict[str, TileFormat]) -> None:
     for name, format in formats.items():
         path, _, projection = name.rpartition(".tiles.")
         experts = dict(model.named_modules()).get(path)
-        if not isinstance(experts, Experts) or not hasattr(experts[0], projection) or len(experts) != format.experts:
+        known = isinstance(experts, Experts) and projection in dict(experts[0].named_children())
+        if not isinstance(experts, Experts) or not known or len(experts) != format.experts:
             raise ValueError(
                 f"quantization_config.tiles names {name} with {format.experts} experts, which the model does not have; "
                 "the config belongs to another model"

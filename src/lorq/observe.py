@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -184,6 +184,11 @@ class _ExpertsWatch:
                 sums, owner = self.all, owner if projection == "down_proj" else self.path
             if owner not in finished:
                 finished[owner] = sums.pop(owner).finish()
+            if sums is self.all:
+                # One object for each expert, as gate and up share theirs: how many tokens it gets is its own.
+                key = f"{owner} {expert}"
+                finished.setdefault(key, replace(finished[owner], routed=count))
+                owner = key
             found.stats[name] = finished[owner]
 
 

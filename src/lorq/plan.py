@@ -92,7 +92,7 @@ def plan_layers(
     used: set[tuple[str, str]] = set()
     plan: dict[str, dict[Target, Method]] = {}
     excluded: dict[str, str] = {}
-    unfit: list[str] = []
+    unfit: dict[str, list[str]] = {}  # by what is wrong
     routing = routing_layers(model.model)
     for block in model.blocks:
         plan[block] = {}
@@ -113,18 +113,18 @@ def plan_layers(
             try:
                 chosen.largest(target.out_features, target.in_features)
             except ValueError as error:
-                unfit.append(f"  {target.name}: {error}")
+                unfit.setdefault(str(error), []).append(target.name)
             plan[block][target] = chosen
     given = {("exclude", p.pattern) for p in patterns} | {("override", p.pattern) for p, _ in changes}
     if given - used:
         names = ", ".join(f"{kind} {pattern!r}" for kind, pattern in sorted(given - used))
         raise ValueError(f"patterns must match a layer that is not excluded, these match none: {names}")
     if unfit:
-        shown = "\n".join(unfit[:12]) + (f"\n  and {len(unfit) - 12} more" if len(unfit) > 12 else "")
+        shown = "\n".join(f"  {_some(names)}: {error}" for error, names in unfit.items())
         widths = {t.in_features for layers in plan.values() for t, m in layers.items() if m.group_size != -1}
         fits = [g for g in (256, 128, 96, 64, 48, 32, 16) if all(w % g == 0 for w in widths)]
         raise ValueError(
-            f"settings must fit the layers; they do not for {len(unfit)} of them:\n{shown}\n"
+            f"settings must fit the layers; they do not for {sum(map(len, unfit.values()))} of them:\n{shown}\n"
             f"choose others (group sizes that divide all widths: {', '.join(map(str, fits)) or 'none'}; -1 is one "
             "group per row), or --override or --exclude those layers"
         )
@@ -132,6 +132,11 @@ def plan_layers(
         raise ValueError("there must be at least one layer to quantize, got 0: everything is excluded")
     _check_experts(model, plan)
     return plan, excluded
+
+
+def _some(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _check_experts(model: StreamedModel, plan: dict[str, dict[Target, Method]]) -> None:

@@ -25,14 +25,22 @@ class InputStats:
             a router (``v_t = 1``); squared activation units (dimensionless with "equal" weights).
         mean_abs: ``sum_t v_t sqrt(d_t) |x_tj| / sum_t v_t``, per input channel.
         tokens: calibration tokens seen.
+        routed: how many of them the layer gets in use, where that is fewer: an expert that saw too few tokens has the
+            statistics of all.
     """
 
     hessian: Float[Tensor, "in in"]
     mean_abs: Float[Tensor, "in"]
     tokens: int
+    routed: int | None = None
     _prepared: dict[tuple[float, float], "PreparedHessian"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    @property
+    def load(self) -> int:
+        """Tokens that the layer gets in use, at least 1."""
+        return max(1, self.tokens if self.routed is None else self.routed)
 
     def prepared(self, *, shrinkage: float, damping: float) -> "PreparedHessian":
         """The Hessian shrunk towards its diagonal, with its factors; made once for all layers that share it."""

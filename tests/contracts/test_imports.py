@@ -15,7 +15,7 @@ SOURCE = Path(lorq.__file__).parent
 ORDER = (
     "grids linalg basis stats sketch ranks factors tiles rounding packing weight methods "
     "kernels linear safefile checkpoint source calibration selftext experts tiled skeleton blocks observe report "
-    "config hf solve plan verify pipeline evaluation generate demo bench show cli"
+    "config hf solve plan verify pipeline evaluation generate cut demo bench show cli"
 ).split()
 CORE = ORDER[: ORDER.index("methods") + 1]
 LAZY = ("__init__", "_autoload")  # the package's own door imports on demand

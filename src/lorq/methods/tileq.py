@@ -25,6 +25,8 @@ _FEATURES = 8
 class TileQ(LoPRo):
     """LoPRo whose experts share their factors; attention and shared experts get ordinary LoPRo.
 
+    The tile factors come from one blocked sketch, whatever ``sketch`` says, and columns are ordered by the weights.
+
     Attributes:
         rank: factor pairs of a layer, and of the tile matrix of each projection of its experts.
         grid_rows: rows of the grid, experts of a row share ``right``; -1 for a near-square grid.
@@ -105,7 +107,7 @@ class TileQ(LoPRo):
         """Codes of every expert and one set of tile factors, fitted in turns; the best is kept."""
         targets = torch.stack([basis.rotate(weight) for basis, weight in zip(bases, weights, strict=True)])
         codes_part, tile_part = torch.zeros_like(targets), torch.zeros_like(targets)
-        tokens = torch.tensor([s.tokens for s in stats], dtype=targets.dtype, device=targets.device)
+        tokens = torch.tensor([s.load for s in stats], dtype=targets.dtype, device=targets.device)
         best, cells = None, None
         for _ in range(1 + self.epochs):
             for step in self.order.split("-then-"):
@@ -147,7 +149,7 @@ class TileQ(LoPRo):
         metrics = []
         for group in members:
             chosen = group or range(len(stats))  # a row without experts has factors that nobody reads
-            weights = torch.tensor([stats[e].tokens for e in chosen], dtype=torch.float32)
+            weights = torch.tensor([stats[e].load for e in chosen], dtype=torch.float32)
             weights = weights / weights.sum()
             if self.metric == "hessian":
                 parts = zip(weights.tolist(), (hessians[e].matrix for e in chosen), strict=True)
@@ -211,6 +213,6 @@ class TileQ(LoPRo):
 
 def _mean_stats(stats: Sequence[InputStats]) -> InputStats:
     """Of several inputs, weighted by their tokens."""
-    total = sum(s.tokens for s in stats)
-    hessian = torch.stack([s.hessian * (s.tokens / total) for s in stats]).sum(0)
-    return InputStats(hessian, torch.stack([s.mean_abs * (s.tokens / total) for s in stats]).sum(0), total)
+    total = sum(s.load for s in stats)
+    hessian = torch.stack([s.hessian * (s.load / total) for s in stats]).sum(0)
+    return InputStats(hessian, torch.stack([s.mean_abs * (s.load / total) for s in stats]).sum(0), total)
