@@ -1,30 +1,25 @@
-"""The demo's models and settings."""
+"""The demo's model and settings, and a mixture of experts cut from the same weights."""
 
-import logging
 import os
 import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorq.calibration import load_text, token_windows
-from lorq.cut import Cut, cut_mlp, cut_sparsely
+from lorq.cut import activity, cut_mlp, fit_router, group_neurons
 from lorq.methods import FLRQ
+from lorq.pipeline import load_dense
 from lorq.source import COMPANIONS, cache_dir, resolve_model
 
-if TYPE_CHECKING:  # importing a model class takes seconds; here it is only named
-    import transformers
-
-logger = logging.getLogger(__name__)
-
-EXPERTS = 8
-ACTIVE = {False: EXPERTS, True: 4}  # experts per token, by `sparse`
-# Goes up with every change that gives other weights: it is part of the cached folder's name.
-RECIPE = 1
+_EXPERTS = 8
+_TOP_K = 4  # of the sparse cut
+# Part of the cached folder's name: rises whenever the recipe changes.
+_RECIPE = 1
 
 
 def demo_model() -> Path:
@@ -49,30 +44,27 @@ def demo_settings(bits: int) -> FLRQ:
     return FLRQ(bits=bits, group_size=64)
 
 
-# ---- the same model as a mixture of experts -------------------------------------------------------------
-
-
 def expert_model(*, sparse: bool = False) -> Path:
-    """`demo_model` cut into a Mixtral model of 8 experts per block, in float16; made once, then from the cache.
+    """The demo's model as a Mixtral: its MLPs of 1536 neurons cut into 8 experts of 192. Made once and cached.
 
-    Args:
-        sparse: False keeps the function: every expert is active, for 1/8 each. True has 4 active experts, of
-            neurons that are busy together, and a router fitted to "python-docs": a real mixture of experts, and
-            a worse model than the original. Its own perplexity is what a quantized one compares with.
+    The dense cut routes every token to all experts with equal weights and computes exactly the original function. In
+    the sparse cut neurons that are active together make an expert, and a fitted router chooses 4 of 8; that is
+    another, worse model, whose own outputs are the reference for whatever is done to it.
 
     Raises:
-        FileNotFoundError: as `demo_model` does.
+        FileNotFoundError: if the demo's model is not installed.
     """
     source = demo_model()
-    # The source's own name ends in a fingerprint of the GGUF file.
-    folder = cache_dir() / "experts" / f"{source.name}-{ACTIVE[sparse]}of{EXPERTS}-recipe{RECIPE}"
+    folder = cache_dir() / "experts" / f"{source.name}-{'sparse' if sparse else 'dense'}-{_RECIPE}"
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("cutting %s into experts in %s", source, folder)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".cutting-"))
     try:
-        _write_cut(source, work, sparse=sparse)
+        _cut(source, sparse).half().save_pretrained(work)
+        for name in COMPANIONS:
+            if (source / name).is_file():
+                shutil.copy(source / name, work / name)
         os.replace(work, folder)
     except OSError:
         # Another process may have put the same folder there first.
@@ -83,89 +75,58 @@ def expert_model(*, sparse: bool = False) -> Path:
     return folder
 
 
-def _write_cut(source: Path, folder: Path, *, sparse: bool) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    if sparse:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        tokens = token_windows(load_text("python-docs"), tokenizer, windows=8, length=512, what="python-docs")
-        cuts = sparse_cuts(model, tokens)
-    else:
-        cuts = dense_cuts(model)
-    as_mixtral(model, cuts, active=ACTIVE[sparse]).half().save_pretrained(folder)
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
 @torch.no_grad()
-def dense_cuts(model: "transformers.LlamaForCausalLM") -> list[Cut]:
-    """Every block's MLP as experts of consecutive neurons that are all active."""
-    config = model.config
-    groups = torch.arange(config.intermediate_size).view(EXPERTS, -1)
-    router = torch.zeros(EXPERTS, config.hidden_size)
-    return [cut_mlp(*_mlp_weights(layer.mlp), groups, router, active=EXPERTS) for layer in model.model.layers]
-
-
-@torch.no_grad()
-def sparse_cuts(model: "transformers.LlamaForCausalLM", tokens: Tensor) -> list[Cut]:
-    """Every block's MLP as experts of which few are active, fitted in one pass over windows of tokens.
-
-    An MLP is cut when the pass comes to it, and its experts' output goes on: each block learns from what the
-    cut blocks before it really give, which takes a fifth off the perplexity.
-    """
-    generator = torch.Generator().manual_seed(0)
-    cuts = []
-
-    def cut(mlp: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
-        inputs = args[0].flatten(0, 1)
-        weights = _mlp_weights(mlp)
-        made, new = cut_sparsely(*weights, inputs, experts=EXPERTS, active=ACTIVE[True], generator=generator)
-        cuts.append(made)
-        return new.view_as(output)
-
-    hooks = [layer.mlp.register_forward_hook(cut) for layer in model.model.layers]
-    try:
-        model.model(input_ids=tokens, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return cuts
-
-
-def _mlp_weights(mlp: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-
-
-def as_mixtral(
-    model: "transformers.LlamaForCausalLM", cuts: list[Cut], *, active: int
-) -> "transformers.MixtralForCausalLM":
-    """The Llama model with experts for MLPs; it shares all other weights."""
+def _cut(source: Path, sparse: bool) -> Any:
+    """The Mixtral model, float32."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    old = model.config.to_dict()
-    same = (
-        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters",
-        "attention_dropout", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-    )  # fmt: skip
-    experts, _, width = cuts[0].down.shape
+    model = load_dense(source, torch.float32)
+    c = model.config
+    top_k = _TOP_K if sparse else _EXPERTS
+    size = c.intermediate_size // _EXPERTS
     config = MixtralConfig(
-        **{key: old[key] for key in same},
-        intermediate_size=width,
-        num_local_experts=experts,
-        num_experts_per_tok=active,
-        sliding_window=None,
-    )
-    state = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
-    for i, cut in enumerate(cuts):
-        mlp = f"model.layers.{i}.mlp"
-        state[f"{mlp}.experts.gate_up_proj"] = cut.gate_up
-        state[f"{mlp}.experts.down_proj"] = cut.down
-        state[f"{mlp}.gate.weight"] = cut.router
-    with torch.device("meta"):
-        mixtral = MixtralForCausalLM(config)
-    mixtral.load_state_dict(state, assign=True)
-    mixtral.tie_weights()
-    return mixtral.eval()
+        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=size, hidden_act=c.hidden_act,
+        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
+        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings,
+        rms_norm_eps=c.rms_norm_eps, rope_parameters=c.rope_parameters, tie_word_embeddings=c.tie_word_embeddings,
+        bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id, sliding_window=None,
+        num_local_experts=_EXPERTS, num_experts_per_tok=top_k,
+    )  # fmt: skip
+    inputs = _mlp_inputs(model, source) if sparse else None
+    state = model.state_dict()
+    for index in range(c.num_hidden_layers):
+        path = f"model.layers.{index}.mlp."
+        gate, up, down = (state.pop(f"{path}{name}_proj.weight") for name in ("gate", "up", "down"))
+        groups, router = torch.arange(c.intermediate_size).view(_EXPERTS, -1), torch.zeros(_EXPERTS, c.hidden_size)
+        if inputs is not None:
+            active = activity(inputs[index], gate, up, down)
+            groups = group_neurons(active, _EXPERTS)
+            router = fit_router(inputs[index], active, groups)
+        gate_up, down = cut_mlp(gate, up, down, groups, top_k)
+        state |= {
+            f"{path}experts.gate_up_proj": gate_up,
+            f"{path}experts.down_proj": down,
+            f"{path}gate.weight": router,
+        }
+    experts = MixtralForCausalLM(config)
+    experts.load_state_dict(state)
+    experts.generation_config = model.generation_config
+    return experts
+
+
+def _mlp_inputs(model: Any, source: Path) -> list[Tensor]:
+    """What each MLP is given on 4 windows of python-docs."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    windows = token_windows(load_text("python-docs"), tokenizer, windows=4, length=512, what="experts")
+    seen: list[list[Tensor]] = [[] for _ in model.model.layers]
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda module, args, own=own: own.append(args[0][0]))
+        for layer, own in zip(model.model.layers, seen, strict=True)
+    ]
+    for window in windows:
+        model.model(input_ids=window[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(own) for own in seen]

@@ -94,6 +94,11 @@ def plan_layers(
     excluded: dict[str, str] = {}
     unfit: dict[str, list[str]] = {}  # by what is wrong
     routing = routing_layers(model.model)
+    if method.scope == "experts" and not find_experts(model.model):
+        raise ValueError(
+            f"{type(method).__name__} shares factors between experts, {type(model.model).__name__} has none; "
+            "use --method lopro"
+        )
     for block in model.blocks:
         plan[block] = {}
         for target in model.targets(block):
@@ -122,11 +127,14 @@ def plan_layers(
     if unfit:
         shown = "\n".join(f"  {_some(names)}: {error}" for error, names in unfit.items())
         widths = {t.in_features for layers in plan.values() for t, m in layers.items() if m.group_size != -1}
+        hint = ""
         fits = [g for g in (256, 128, 96, 64, 48, 32, 16) if all(w % g == 0 for w in widths)]
+        if any(error.startswith("group_size") for error in unfit):
+            sizes = ", ".join(map(str, fits)) or "none"
+            hint = f" (group sizes that divide all widths: {sizes}; -1 is one group per row)"
         raise ValueError(
             f"settings must fit the layers; they do not for {sum(map(len, unfit.values()))} of them:\n{shown}\n"
-            f"choose others (group sizes that divide all widths: {', '.join(map(str, fits)) or 'none'}; -1 is one "
-            "group per row), or --override or --exclude those layers"
+            f"choose others{hint}, or --override or --exclude those layers"
         )
     if not any(plan.values()):
         raise ValueError("there must be at least one layer to quantize, got 0: everything is excluded")
@@ -140,14 +148,8 @@ def _some(names: list[str]) -> str:
 
 
 def _check_experts(model: StreamedModel, plan: dict[str, dict[Target, Method]]) -> None:
-    """Methods that solve experts together need experts, and all of them."""
+    """Methods that solve experts together need all of them, and a grid with room."""
     modules = find_experts(model.model)
-    shared = [method for layers in plan.values() for method in layers.values() if method.scope == "experts"]
-    if shared and not modules:
-        raise ValueError(
-            f"{type(shared[0]).__name__} shares factors between experts, {type(model.model).__name__} has none; "
-            "use --method lopro"
-        )
     for layers in plan.values():
         for _ in expert_formats(layers, modules):
             pass  # refuses grids that are too small, and experts left out

@@ -29,8 +29,9 @@ class TileQ(LoPRo):
 
     Attributes:
         rank: factor pairs of a layer, and of the tile matrix of each projection of its experts.
-        grid_rows: rows of the grid, experts of a row share ``right``; -1 for a near-square grid.
-        grid_columns: columns of the grid, experts of a column share ``left``; -1 for as many as are needed.
+        grid_rows: rows of the grid; experts of a row share the factor on their inputs' side. -1 for a near-square grid.
+        grid_columns: columns of the grid; experts of a column share the factor on their outputs' side. -1 for as many
+            as are needed; cells may stay empty.
         sharing: whose inputs the factors of a grid row serve: the "row"'s experts', all of the "layer"'s, or each
             "expert"'s own by a stored input scale (the paper's; needs metric "activation").
     """
