@@ -1,8 +1,6 @@
 """The demo's model and settings, and a mixture of experts cut from the same weights."""
 
-import os
 import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from lorq.calibration import load_text, token_windows
 from lorq.cut import activity, cut_mlp, fit_router, group_neurons
 from lorq.methods import FLRQ
 from lorq.pipeline import load_dense
-from lorq.source import COMPANIONS, cache_dir, resolve_model
+from lorq.source import COMPANIONS, cached_folder, resolve_model
 
 _EXPERTS = 8
 _TOP_K = 4  # of the sparse cut
@@ -55,24 +53,14 @@ def expert_model(*, sparse: bool = False) -> Path:
         FileNotFoundError: if the demo's model is not installed.
     """
     source = demo_model()
-    folder = cache_dir() / "experts" / f"{source.name}-{'sparse' if sparse else 'dense'}-{_RECIPE}"
-    if (folder / "config.json").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".cutting-"))
-    try:
-        _cut(source, sparse).half().save_pretrained(work)
+
+    def make(folder: Path) -> None:
+        _cut(source, sparse).half().save_pretrained(folder)
         for name in COMPANIONS:
             if (source / name).is_file():
-                shutil.copy(source / name, work / name)
-        os.replace(work, folder)
-    except OSError:
-        # Another process may have put the same folder there first.
-        if not (folder / "config.json").is_file():
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
+                shutil.copy(source / name, folder / name)
+
+    return cached_folder(f"experts/{source.name}-{'sparse' if sparse else 'dense'}-{_RECIPE}", make)
 
 
 @torch.no_grad()

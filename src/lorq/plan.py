@@ -85,7 +85,7 @@ def plan_layers(
 
     Raises:
         ValueError: for patterns that are no regular expressions or match nothing, settings that do not exist,
-            and for group sizes that do not divide; these last all at once.
+            for settings that do not fit a layer, all at once, and for experts that cannot share factors as asked.
     """
     patterns = [_pattern(text, "exclude") for text in exclude]
     changes = [_override(text, method) for text in override]

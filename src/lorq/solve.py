@@ -183,7 +183,8 @@ def check_finite(weight: QuantizedWeight) -> None:
     if weight.codebook is not None:
         parts.append(weight.codebook.scale)
     if weight.tile is not None:
-        parts += [weight.tile.factors.lefts(), weight.tile.factors.rights()]
+        factors = weight.tile.factors
+        parts += [factors.lefts(), factors.rights(), *([] if factors.input_scale is None else [factors.input_scale])]
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise ArithmeticError("scales and factors must be finite, got NaN or infinite values; raise the damping")
 

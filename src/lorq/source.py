@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -82,14 +83,24 @@ def _decoded_gguf(path: Path) -> Path:
     with path.open("rb") as file:
         head = file.read(1 << 20)
     key = hashlib.sha256(head + json.dumps([path.name, stat.st_size]).encode()).hexdigest()[:16]
-    folder = cache_dir() / "gguf" / f"{path.stem}-{key}"
+    return cached_folder(f"gguf/{path.stem}-{key}", lambda work: _decode_gguf(path, work))
+
+
+def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
+    """A model folder in the cache, made once: ``make`` fills another folder, which is then renamed.
+
+    Args:
+        name: below `cache_dir`; tells everything that decides the content.
+        make: writes the model into the folder that it is given.
+    """
+    folder = cache_dir() / name
     if (folder / "config.json").is_file():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    logger.info("decoding %s into %s", path, folder)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".decoding-"))
+    logger.info("making %s", folder)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
-        _decode_gguf(path, work)
+        make(work)
         os.replace(work, folder)
     except OSError:
         # Another process may have put the same folder there first.

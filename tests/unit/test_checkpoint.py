@@ -586,7 +586,9 @@ def test_another_identity_is_refused_with_every_difference(tmp_path: Path) -> No
 
 def test_tuples_and_lists_are_the_same_identity(tmp_path: Path) -> None:
     CheckpointWriter.create(tmp_path, {"layers": (1, 2)})
-    CheckpointWriter.create(tmp_path, {"layers": (1, 2)}, resume=True)
+    assert CheckpointWriter.create(tmp_path, {"layers": [1, 2]}, resume=True).completed == {}
+    with pytest.raises(ValueError, match="layers"):
+        CheckpointWriter.create(tmp_path, {"layers": (2, 1)}, resume=True)
 
 
 def test_checking_a_folder_changes_nothing(tmp_path: Path) -> None:

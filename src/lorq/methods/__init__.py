@@ -19,7 +19,9 @@ class Method(Protocol):
     """What a method must have. Its dataclass fields are the settings: options, JSON keys and help at once.
 
     Attributes:
-        scope: what one call to `solve` covers; "layer" so far.
+        scope: what is solved in one call: "layer", one weight, by `solve`; "input", all weights that read one input, by
+            `solve_together(weights, stats, *, generators)`; "experts", as "input", and all experts of a layer by
+            `solve_experts`, with `largest_experts` for their formats (see `lorq.methods.tileq.TileQ`).
         needs_stats: whether `solve` reads the input statistics, so that calibration is run.
     """
 

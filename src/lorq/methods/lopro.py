@@ -45,7 +45,8 @@ class LoPRo:
             with them each row has one scale.
         symmetric: no zero points (single weights only).
         codebook: what codes stand for: "scalar" values of an integer grid, or "vector" entries of codebooks.
-        rounding: "gptq" passes errors on (with vector codebooks that is GPTVQ), "clip" and "nearest" do not.
+        rounding: "gptq" passes errors on (with vector codebooks that is GPTVQ), "clip" and "nearest" do not;
+            "clip" is for single weights.
         rotation: which columns are rotated: "full" all, "partial" all but the first (the paper), "none".
         block: columns of a Walsh-Hadamard block, a power of two; -1 for the largest that fits, up to 256.
         skip: columns that "partial" leaves alone; -1 for one block.
@@ -62,7 +63,7 @@ class LoPRo:
         factor_type: how factors are stored: "int8" or "e4m3" with a scale per vector, or "float16". The metric
             "activation" gives vectors that span decades, which int8 holds poorly: take "e4m3" there.
         epochs: rounds of refitting both parts.
-        range_search: how each group's range is found: "none" is the full range.
+        range_search: how each group's range is found (single weights only): "none" is the full range.
         vector: weights that share a code of a vector codebook; -1 for 4 at 2 bits and 2 above.
         codebook_columns: columns that share a codebook; -1 for the most that fit, up to 256.
         codebook_rows: rows that share a codebook; -1 for what makes 65536 weights (32768 at 3 bits).
@@ -125,6 +126,11 @@ class LoPRo:
         for name, least in (("vector", 2), ("codebook_columns", 1), ("codebook_rows", 1)):
             if -1 < getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, or -1 for what fits, got {getattr(self, name)}")
+        if self.codebook == "vector" and (self.rounding == "clip" or self.symmetric):
+            raise ValueError(
+                "vector codebooks have no ranges to clip and no zero points, got "
+                f"rounding {self.rounding!r}, symmetric {self.symmetric}; leave symmetric away and take gptq or nearest"
+            )
         if self.codebook == "vector" and self.bits not in _VECTOR:
             raise ValueError(f"bits must be {', '.join(map(str, _VECTOR))} with vector codebooks, got {self.bits}")
 
