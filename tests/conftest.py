@@ -4,9 +4,11 @@ import pytest
 import torch
 from helpers import byte_tokenizer, tiny_folder, tiny_model
 
+from lorq.activations import Activations
 from lorq.basis import Basis
 from lorq.factors import store_factors, store_vectors
 from lorq.grids import Codebook
+from lorq.scales import LowRankScale
 from lorq.tiles import TileFactors
 from lorq.weight import QuantizedWeight, permutation_dtype
 
@@ -95,14 +97,27 @@ def random_weight(generator):
         if format.has_basis:
             order = torch.randperm(in_, generator=generator).to(permutation_dtype(in_)) if format.permuted else None
             basis = Basis(order, format.rotation_block, format.rotation_skip)
+        factors = None
+        if format.scale_rank:
+            # Entries about as large as the scales above, of either sign.
+            sizes = ((out, format.scale_rank), (format.scale_rank, in_))
+            factors = LowRankScale(
+                *((torch.randn(*shape, generator=generator) / 8).to(torch.float16) for shape in sizes)
+            )
+        grid = ()
+        if format.input_quantization == "tensor":
+            grid = torch.tensor([6 / 255]), torch.tensor([120], dtype=torch.int32)  # from -2.82 to 3.18
         return QuantizedWeight(
             codes=codes(out, in_ // format.vector).to(torch.uint8),
-            scale=positive(out, groups),
+            scale=None if format.scale_rank else positive(out, groups),
             zero_point=None if format.symmetric else codes(out, groups, high=2**format.bits).to(torch.uint8),
             bits=format.bits,
             low_rank=low_rank,
             codebook=codebook,
             basis=basis,
+            grid=format.grid,
+            scale_factors=factors,
+            activations=Activations(format.input_quantization, format.output_quantization, *grid),
         )
 
     return make

@@ -6,29 +6,47 @@ from typing import TYPE_CHECKING, Any
 from lorq import _autoload
 
 if TYPE_CHECKING:
+    from lorq import adapt
     from lorq.evaluation import Evaluation, evaluate
     from lorq.hf import load
-    from lorq.methods import FLRQ, GPTQ, METHODS, FLRQPaper, LoPRo, LoPRoPaper, Nearest, TileQ
+    from lorq.methods import (
+        FLRQ,
+        GPTQ,
+        LRQ,
+        METHODS,
+        FLRQPaper,
+        LoPRo,
+        LoPRoPaper,
+        LoRDS,
+        LoRDSPaper,
+        LRQPaper,
+        Nearest,
+        TileQ,
+    )  # fmt: skip
     from lorq.pipeline import quantize
     from lorq.report import Report, read_report
 
 __version__ = "0.1.0"
 __all__ = [
-    "FLRQ", "GPTQ", "METHODS", "Evaluation", "FLRQPaper", "LoPRo", "LoPRoPaper", "Nearest", "Report", "TileQ",
-    "evaluate", "load", "quantize", "read_report",
+    "FLRQ", "GPTQ", "LRQ", "METHODS", "Evaluation", "FLRQPaper", "LRQPaper", "LoPRo", "LoPRoPaper", "LoRDS",
+    "LoRDSPaper", "Nearest", "Report", "TileQ", "adapt", "evaluate", "load", "quantize", "read_report",
 ]  # fmt: skip
 
 # Public names come when they are asked for: `import torch` runs this file (entry point of `_autoload`) and must
 # not pay for transformers.
-_HOME = {
-    "FLRQ": "methods", "FLRQPaper": "methods", "GPTQ": "methods", "LoPRo": "methods", "LoPRoPaper": "methods",
-    "METHODS": "methods", "Nearest": "methods", "TileQ": "methods",
+_METHODS = (
+    "FLRQ", "FLRQPaper", "GPTQ", "LRQ", "LRQPaper", "LoPRo", "LoPRoPaper", "LoRDS", "LoRDSPaper", "METHODS", "Nearest",
+    "TileQ",
+)  # fmt: skip
+_HOME = dict.fromkeys(_METHODS, "methods") | {
     "Evaluation": "evaluation", "evaluate": "evaluation", "load": "hf", "quantize": "pipeline",
     "Report": "report", "read_report": "report",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "adapt":
+        return import_module("lorq.adapt")
     if name not in _HOME:
         raise AttributeError(f"module 'lorq' has no attribute {name!r}; public names are {', '.join(__all__)}")
     return getattr(import_module(f"lorq.{_HOME[name]}"), name)

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,9 +242,20 @@ class StreamedModel:
     @torch.no_grad()
     def run(self, index: int, hidden: Float[Tensor, "length width"], calls: Calls) -> Float[Tensor, "length width"]:
         """The output of a resident block for one window."""
+        return self.differentiable_run(index, hidden, calls, {})
+
+    def differentiable_run(
+        self, index: int, hidden: Float[Tensor, "length width"], calls: Calls, weights: Mapping[Target, Tensor]
+    ) -> Float[Tensor, "length width"]:
+        """The same with other weights (out, in) for some of its layers; gradients flow into them."""
         args, kwargs = calls.of_block[index]
-        block = self.model.get_submodule(self.blocks[index])
-        out = block(hidden[None].to(self.device, self.dtype), *args, **kwargs)
+        name = self.blocks[index]
+        given = {
+            f"{target.name.removeprefix(name + '.')}.weight": weight.T if target.transposed else weight
+            for target, weight in weights.items()
+        }
+        inputs = (hidden[None].to(self.device, self.dtype), *args)
+        out = torch.func.functional_call(self.model.get_submodule(name), given, inputs, kwargs)
         return (out[0] if isinstance(out, tuple) else out)[0]
 
     @torch.no_grad()

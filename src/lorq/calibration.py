@@ -90,9 +90,10 @@ def load_text(source: str, *, split: Split = "calibration") -> str:
 
     Args:
         source: ``python-docs`` (the English documentation every CPython carries, 465,000 characters),
-            ``wikitext2`` and ``c4`` (through the package ``datasets``, by network or from its cache), or the
-            path of a UTF-8 text file or a ``.jsonl`` file (a JSON string or an object with the field ``text``
-            on every line). Documents are joined by an empty line. A name wins over a file of that name.
+            ``python-docs-even`` and ``python-docs-odd`` (every other topic of it), ``wikitext2`` and ``c4`` (through
+            the package ``datasets``, by network or from its cache), or the path of a UTF-8 text file or a ``.jsonl``
+            file (a JSON string or an object with the field ``text`` on every line). Documents are joined by an empty
+            line. A name wins over a file of that name.
         split: ``calibration`` reads training data, ``evaluation`` held-out data. ``python-docs`` and files
             have no split: both uses get the same text.
 
@@ -144,8 +145,12 @@ def _read_jsonl(path: Path) -> str:
 
 
 def _python_docs(split: Split) -> str:
+    return "".join(_topics())
+
+
+def _topics() -> list[str]:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return "".join(topics[name] for name in sorted(topics))
+    return [topics[name] for name in sorted(topics)]
 
 
 def _wikitext2(split: Split) -> str:
@@ -177,6 +182,9 @@ def _load_dataset(name: str, config: str, **options: Any) -> Any:
 
 TEXTS: dict[str, Callable[[Split], str]] = {
     "python-docs": _python_docs,
+    # Every other topic: to train on one half and measure on the other.
+    "python-docs-even": lambda split: "".join(_topics()[::2]),
+    "python-docs-odd": lambda split: "".join(_topics()[1::2]),
     "wikitext2": _wikitext2,
     "c4": _c4,
 }

@@ -6,18 +6,20 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import Parameter
 from rich.table import Table
 
 import lorq
+from lorq.adapt import Settings
+from lorq.bench_cli import bench_app
 from lorq.checkpoint import JOURNAL
 from lorq.methods import METHODS
-from lorq.plan import Options
+from lorq.options import Options
 from lorq.report import REPORT_NAME, read_report
-from lorq.show import console, notes, print_figures, print_summary, progress_bars, quiet
+from lorq.show import console, notes, print_summary, progress_bars, quiet
 
 app = cyclopts.App(
     name="lorq",
@@ -26,7 +28,6 @@ app = cyclopts.App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
-bench_app = cyclopts.App(name="bench", help="Measure speed on this machine.")
 app.command(bench_app)
 
 
@@ -66,8 +67,6 @@ def _quantize_command(kind: type[Any]) -> Callable[..., None]:
 
 
 def _choices(names: list[str]) -> Any:
-    from typing import Literal
-
     return Literal[tuple(names)]
 
 
@@ -76,6 +75,7 @@ def evaluate(
     model: str,
     *,
     reference: str | None = None,
+    adapter: Path | None = None,
     text: str = "python-docs",
     window: int = 2048,
     windows: int = 16,
@@ -88,7 +88,8 @@ def evaluate(
     Args:
         model: a lorq folder, or anything that quantize takes.
         reference: the original; adds KL divergence (mean, 99th percentile) and top-1 agreement.
-        text: python-docs, wikitext2, c4, or a text or JSONL file.
+        adapter: a folder that `lorq adapt` wrote, to be used on the model.
+        text: python-docs (or its halves, python-docs-even and python-docs-odd), wikitext2, c4, or a text or JSONL file.
         window: tokens of a window; windows do not overlap, the stride is the window.
         windows: how many, evenly spread over the text; 0 for all.
         device: auto, cpu, cuda and so on.
@@ -97,8 +98,8 @@ def evaluate(
     """
     with progress_bars() as progress:
         result = lorq.evaluate(
-            model, reference=reference, text=text, window=window, windows=windows or None, device=device,
-            dtype=dtype, progress=progress,
+            model, reference=reference, adapter=adapter, text=text, window=window, windows=windows or None,
+            device=device, dtype=dtype, progress=progress,
         )  # fmt: skip
     if Path(model, REPORT_NAME).is_file() and read_report(Path(model)).run.get("calibration") == text:
         notes.print(f"note: {model} was calibrated on {text} itself; these figures flatter it")
@@ -162,6 +163,7 @@ def generate(
     model: str,
     prompt: str,
     *,
+    adapter: Path | None = None,
     tokens: int = 64,
     chat: bool = True,
     temperature: float = 0.0,
@@ -174,6 +176,7 @@ def generate(
     Args:
         model: a lorq folder, or anything that quantize takes.
         prompt: the text to answer or continue.
+        adapter: a folder that `lorq adapt` wrote, to be used on the model.
         tokens: at most this many new tokens.
         chat: use the model's chat template if it has one; --no-chat continues the text as it stands.
         temperature: 0 always takes the likeliest token.
@@ -185,10 +188,80 @@ def generate(
 
     quiet()
     for piece in stream_text(
-        model, prompt, tokens=tokens, chat=chat, temperature=temperature, seed=seed, device=device, dtype=dtype
-    ):
+        model, prompt, adapter=adapter, tokens=tokens, chat=chat, temperature=temperature, seed=seed, device=device,
+        dtype=dtype,
+    ):  # fmt: skip
         print(piece, end="", flush=True)
     print()
+
+
+@app.command
+def adapt(
+    model: str,
+    out: Path,
+    *,
+    text: str,
+    mode: Annotated[Literal["peft", "qat"], Parameter()] = "peft",
+    reference: str | None = None,
+    device: str = "auto",
+    settings: Annotated[Settings, Parameter(name="*")] = Settings(),  # noqa: B008  # frozen
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Train MODEL, which was quantized with lords, on a text.
+
+    Args:
+        model: a lorq folder.
+        out: the new folder: an adapter's with peft, a model's with qat.
+        text: to train on: python-docs (or its halves, python-docs-even and python-docs-odd), wikitext2, c4, or a text
+            or JSONL file.
+        mode: peft trains the scale factors and leaves the codes; qat trains both and writes a new model.
+        reference: the original, whose weights qat starts from; left out, the dequantized ones.
+        device: auto, cpu, cuda and so on.
+        json_: print one JSON object.
+    """
+    from lorq.adapters import check_adapter_folder
+    from lorq.checkpoint import CheckpointWriter
+
+    check_adapter_folder(out) if mode == "peft" else CheckpointWriter.check(out)
+    loaded = lorq.load(model, device=device)
+    with progress_bars() as progress:
+        trained = lorq.adapt.train(loaded, text, mode, reference=reference, progress=progress, **vars(settings))
+    if mode == "peft":
+        lorq.adapt.save_adapter(loaded, out)
+    else:
+        lorq.adapt.save(loaded, out, base=model, note=f"trained for {settings.steps} steps")
+    last = trained.losses[-10:]
+    figures = {
+        "trained": trained.parameters, "first_loss": trained.losses[0], "last_loss": sum(last) / len(last),
+        "seconds": trained.seconds,
+    }  # fmt: skip
+    if json_:
+        print(json.dumps(figures))
+        return
+    console.print(
+        f"{trained.parameters:,} numbers trained in {trained.seconds:.0f} s; loss {trained.losses[0]:.4f} at the first "
+        f"step, {figures['last_loss']:.4f} over the last {len(last)}; wrote {out}",
+        markup=False,
+    )
+
+
+@app.command
+def merge(model: str, adapter: Path, out: Path) -> None:
+    """Make an adapter MODEL's own: OUT is an ordinary lorq folder.
+
+    Args:
+        model: the lorq folder that the adapter was trained on.
+        adapter: a folder that `lorq adapt` wrote.
+        out: the new folder.
+    """
+    from lorq.checkpoint import CheckpointWriter
+
+    CheckpointWriter.check(out)
+    loaded = lorq.load(model, device="cpu")
+    lorq.adapt.load_adapter(loaded, adapter)
+    lorq.adapt.merge(loaded)
+    lorq.adapt.save(loaded, out, base=model, note=f"merged with {adapter.name}")
+    console.print(f"wrote {out}", markup=False)
 
 
 @app.command
@@ -219,119 +292,6 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     console.print("[bold]3. Talk[/bold]: What is the capital of France?")
     generate(str(folder), "What is the capital of France?", tokens=48)
     console.print(f"\nTry it: lorq generate {folder} 'your question'     lorq inspect {folder}", markup=False)
-
-
-@bench_app.command(name="sketch")
-def bench_sketch(
-    *,
-    size: int = 4096,
-    rank: int = 64,
-    repeats: int = 3,
-    seed: int = 0,
-    svd: bool = True,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
-    """Time the blocked sketch against the full SVD, the rank-1 form and torch.svd_lowrank.
-
-    Args:
-        size: rows and columns of the matrix.
-        rank: components to find.
-        repeats: runs of each, in turn; medians are printed.
-        seed: of the test matrix and vectors.
-        svd: include the full SVD, which takes most of the time.
-        json_: print one JSON object.
-    """
-    from lorq import bench
-
-    print_figures(bench.bench_sketch(size=size, rank=rank, repeats=repeats, seed=seed, svd=svd), json_)
-
-
-@bench_app.command(name="experts")
-def bench_experts(
-    experts: int = 60,
-    *,
-    hidden: int = 2048,
-    width: int = 1408,
-    rank: int = 32,
-    rows: int = 8,
-    columns: int = 8,
-    top_k: int = 4,
-    tokens: tuple[int, ...] = (1, 16, 256),
-    repeats: int = 5,
-    seed: int = 0,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
-    """Time packed experts: without low rank, with shared factors expert by expert, and fused.
-
-    Args:
-        experts: of the layer.
-        hidden: width of the layer's input.
-        width: of an expert.
-        rank: of the shared factors.
-        rows: of the grid.
-        columns: of the grid.
-        top_k: experts of a token.
-        tokens: batch sizes.
-        repeats: timed rounds; medians are printed.
-        seed: of weights, inputs and routes.
-        json_: print JSON lines.
-    """
-    from lorq import bench
-
-    for row in bench.bench_experts(
-        experts, hidden=hidden, width=width, rank=rank, rows=rows, columns=columns, top_k=top_k, tokens=tokens,
-        repeats=repeats, seed=seed,
-    ):  # fmt: skip
-        print_figures(row, json_)
-
-
-@bench_app.command(name="quantize")
-def bench_quantize(
-    model: str | None = None,
-    *,
-    bits: tuple[int, ...] = (3,),
-    methods: tuple[str, ...] = ("nearest", "gptq", "flrq-paper", "flrq"),
-    group_size: int = 64,
-    calibration: str = "self",
-    samples: int = 16,
-    seq_len: int = 512,
-    text: str = "python-docs",
-    window: int = 512,
-    windows: int = 8,
-    seed: int = 0,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
-    """Quantize a model in several ways: quality, size, seconds and memory of each.
-
-    Args:
-        model: what to quantize; the demo's model if left out.
-        bits: widths; give the flag once for each.
-        methods: names of settings, once for each; flrq-paper is FLRQ as published.
-        group_size: columns that share a scale.
-        calibration: text for the statistics.
-        samples: calibration windows.
-        seq_len: tokens of a calibration window.
-        text: text for the evaluation.
-        window: tokens of an evaluation window.
-        windows: evaluation windows.
-        seed: of everything random.
-        json_: print one JSON object per run.
-    """
-    from lorq import bench
-
-    options = {"group-size": group_size, "calibration": calibration, "samples": samples, "seq-len": seq_len}
-    flags = [f"--{key}={value}" for key, value in (options | {"seed": seed}).items()]
-    table: Table | None = None
-    for row in bench.bench_quantize(
-        model, bits=bits, methods=methods, flags=flags, text=text, window=window, windows=windows
-    ):
-        if json_:
-            print(json.dumps(row), flush=True)
-            continue
-        table = table or Table(*row)
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    if table:
-        console.print(table)
 
 
 # -- entry --------------------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lorq.activations import INPUTS, OUTPUTS
 from lorq.factors import FACTOR_TYPES
+from lorq.grids import LEVEL_KINDS
 from lorq.tiles import TileFormat
 from lorq.weight import LayerFormat
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class LorqConfig(QuantizationConfigMixin):
@@ -44,6 +46,8 @@ class LorqConfig(QuantizationConfigMixin):
         self.format_version = version
         if version == 1:
             keys = _from_version_1(keys)
+        if version < 3 and isinstance(keys.get("layers"), dict):
+            keys["layers"] = {name: _entry_from_version_2(entry) for name, entry in keys["layers"].items()}
         for key, kind in (
             ("lorq_version", str), ("method", str), ("settings", dict), ("layers", dict), ("tiles", dict),
         ):  # fmt: skip
@@ -97,8 +101,23 @@ def _entry_from_version_1(entry: Any) -> Any:
     if not isinstance(entry, dict) or set(entry) != {"bits", "group_size", "symmetric", "rank", "factor_bits"}:
         return entry  # refused with the keys it has
     rest = {key: value for key, value in entry.items() if key != "factor_bits"}
-    new = {key: value for key, value in asdict(LayerFormat(4, 1, True)).items() if key not in entry}
-    return rest | new | {"factor_type": {8: "int8", 16: "float16"}.get(entry["factor_bits"], entry["factor_bits"])}
+    old = (
+        "vector", "codebook_rows", "codebook_columns", "permuted", "rotation_block", "rotation_skip",
+    )  # fmt: skip
+    defaults = asdict(LayerFormat(4, 1, True))
+    return (
+        rest
+        | {key: defaults[key] for key in old}
+        | {"factor_type": {8: "int8", 16: "float16"}.get(entry["factor_bits"], entry["factor_bits"])}
+    )
+
+
+def _entry_from_version_2(entry: Any) -> Any:
+    new = ("grid", "scale_rank", "input_quantization", "output_quantization")
+    if not isinstance(entry, dict) or not set(entry).isdisjoint(new):
+        return entry  # refused with the keys it has
+    defaults = asdict(LayerFormat(4, 1, True))
+    return entry | {key: defaults[key] for key in new}
 
 
 def _read_fields(where: str, entry: Any, kind: type[Any]) -> Any:
@@ -126,5 +145,20 @@ def _layer_format(name: str, entry: Any) -> LayerFormat:
         raise ValueError(
             f"quantization_config.layers[{name!r}] must have bits 1..8, group_size >= 1, rank >= 0 and factor_type "
             f"{', '.join(FACTOR_TYPES)}, got {asdict(format)}"
+        )
+    names = (
+        ("grid", LEVEL_KINDS), ("input_quantization", INPUTS), ("output_quantization", OUTPUTS),
+    )  # fmt: skip
+    for key, known in names:
+        if getattr(format, key) not in known:
+            raise ValueError(
+                f"quantization_config.layers[{name!r}].{key} must be one of {', '.join(known)}, "
+                f"got {getattr(format, key)!r}"
+            )
+    plain = format.vector == 1 and format.symmetric
+    if format.scale_rank < 0 or ((format.scale_rank or format.grid != "integer") and not plain):
+        raise ValueError(
+            f"quantization_config.layers[{name!r}] must have scale_rank >= 0, and be symmetric without codebooks where "
+            f"that is above 0 or the grid is not integer, got {asdict(format)}"
         )
     return format

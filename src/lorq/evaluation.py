@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lorq.adapters import load_adapter
 from lorq.calibration import load_text, token_windows
 from lorq.hf import load
 from lorq.linear import QuantLinear
@@ -121,6 +122,7 @@ def evaluate(
     model: str | Path,
     *,
     reference: str | Path | None = None,
+    adapter: str | Path | None = None,
     text: str = "python-docs",
     window: int = 2048,
     windows: int | None = 16,
@@ -133,6 +135,7 @@ def evaluate(
     Args:
         model: a lorq folder, or anything that `lorq.quantize` takes.
         reference: the original, likewise.
+        adapter: folder of an adapter to use on the model (`lorq.adapt`).
         text: "python-docs", "wikitext2", "c4", or a text or JSONL file.
         window: tokens of a window, which is the stride too: every window stands on its own.
         windows: how many, evenly spread over the text; None for all that fit side by side.
@@ -155,6 +158,8 @@ def evaluate(
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = token_windows(load_text(text, split="evaluation"), tokenizer, windows=windows, length=window, what=text)
     measured = load(folder, device=device, dtype=dtype)
+    if adapter is not None:
+        load_adapter(measured, adapter)
     original = None if original_folder is None else load(original_folder, device=device, dtype=dtype)
     return evaluate_model(
         measured,

@@ -1,6 +1,7 @@
 """Let a model continue a text, piece by piece."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -11,6 +12,7 @@ def stream_text(
     model: str,
     prompt: str,
     *,
+    adapter: str | Path | None = None,
     tokens: int = 64,
     chat: bool = True,
     temperature: float = 0.0,
@@ -23,6 +25,7 @@ def stream_text(
     Args:
         model: a lorq folder, or anything that `lorq.quantize` takes.
         prompt: the text to answer, or to continue.
+        adapter: folder of an adapter to use on the model (`lorq.adapt`).
         tokens: at most this many new tokens, at least 1.
         chat: put the prompt into the tokenizer's chat template, if it has one.
         temperature: 0 is greedy.
@@ -35,6 +38,7 @@ def stream_text(
     """
     from transformers import AutoConfig, AutoTokenizer, TextIteratorStreamer
 
+    from lorq.adapters import load_adapter
     from lorq.hf import load
     from lorq.source import resolve_model
 
@@ -60,6 +64,8 @@ def stream_text(
             f"prompt and answer must fit into the model's {limit} positions, got {length} + {tokens} tokens"
         )
     loaded: Any = load(folder, device=device, dtype=dtype)
+    if adapter is not None:
+        load_adapter(loaded, adapter)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """Grids: the finite set of values that codes stand for. Fit a range, encode, decode."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int8, UInt8
@@ -111,6 +112,82 @@ class IntGrid:
         """Scale and zero point that cover each group from its smallest to its largest weight."""
         groups = self.grouped(weight)
         return self.span(groups.amin(-1), groups.amax(-1))
+
+
+# Where NormalFloat's outermost quantile lies: halfway between those of the largest of 15 and of 16 normal samples.
+_NORMAL_OFFSET = 0.9677083
+LEVEL_KINDS = ("integer", "normal-float")
+
+
+@cache
+def levels(kind: str, bits: int, device: torch.device | str = "cpu") -> Float[Tensor, "levels"]:
+    """The values behind the codes of a fixed grid, rising, float32; codes are their positions.
+
+        integer:       c - 2^(bits-1)
+        normal-float:  quantiles of the normal distribution over the largest: 2^(bits-1) above zero, zero, and
+                       2^(bits-1) - 1 below it
+
+    Raises:
+        ValueError: for an unknown kind, or bits outside 2..8.
+
+    Source:
+        NormalFloat as in QLoRA (arXiv:2305.14314) and LoftQ's code, at any width.
+
+    Example:
+        >>> levels("normal-float", 2)
+        tensor([-1.0000,  0.0000,  0.3379,  1.0000])
+    """
+    if kind not in LEVEL_KINDS:
+        raise ValueError(f"grid must be one of {', '.join(LEVEL_KINDS)}, got {kind!r}")
+    if bits not in range(2, 9):
+        raise ValueError(f"bits of a grid of levels must be 2 to 8, got {bits}")
+    half = 2 ** (bits - 1)
+    if kind == "integer":
+        return torch.arange(-half, half, dtype=torch.float32, device=device)
+
+    def quantiles(count: int) -> Tensor:
+        steps = torch.linspace(_NORMAL_OFFSET, 0.5, count + 1, dtype=torch.float64)[:-1]
+        return torch.special.ndtri(steps)
+
+    all_ = torch.cat([-quantiles(half - 1), torch.zeros(1, dtype=torch.float64), quantiles(half).flip(0)])
+    return (all_ / all_.max()).to(device, torch.float32)
+
+
+@dataclass(frozen=True)
+class LevelGrid:
+    """Fixed levels times a scale: a code ``c`` stands for ``levels[c] * scale``, whatever shape the scale has.
+
+    Args:
+        bits: width of a code, 2..8.
+        kind: "integer" or "normal-float", see `levels`.
+    """
+
+    bits: int
+    kind: str
+
+    def encode(self, weight: Float[Tensor, "..."], scale: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The codes with the least ``(weight - levels[c] scale)^2``, as floats; shapes broadcast.
+
+        For scales of either sign: the square is ``scale^2 (weight / scale - levels[c])^2``, so the nearest level to the
+        quotient it is. A scale of 0 gets the nearest level to 0.
+        """
+        table = levels(self.kind, self.bits, weight.device)
+        quotient = torch.nan_to_num(weight / scale, nan=0.0)
+        if self.kind == "integer":
+            return (quotient + 2 ** (self.bits - 1)).round_().clamp_(0, 2**self.bits - 1)
+        return torch.bucketize(quotient, (table[1:] + table[:-1]) / 2, out_int32=True).to(weight.dtype)
+
+    def decode(self, codes: Tensor, scale: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """``levels[codes] * scale``; shapes broadcast."""
+        return level_values(codes, self.kind, self.bits, dtype=scale.dtype) * scale
+
+
+def level_values(codes: Tensor, kind: str, bits: int, *, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."]:
+    """``levels[codes]`` for codes of any integer or floating-point type."""
+    if kind == "integer":
+        return codes.to(dtype) - 2 ** (bits - 1)
+    table = levels(kind, bits, codes.device).to(dtype)
+    return table.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 @dataclass(frozen=True)

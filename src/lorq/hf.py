@@ -86,9 +86,16 @@ class LorqQuantizer(HfQuantizer):
         # so it is copied, not saved again.
         return False
 
+    # Set where an adapter or quantization-aware training is attached (`lorq.adapters`): codes alone do not train.
+    trains = False
+
     @property
     def is_trainable(self) -> bool:
-        return False
+        return self.trains
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.trains
 
 
 def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:

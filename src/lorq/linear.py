@@ -8,28 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorq.activations import Activations
 from lorq.basis import Basis
 from lorq.factors import FACTOR_TYPES, LowRank, factor_bits
-from lorq.grids import Codebook
-from lorq.kernels import quant_linear, rotate
+from lorq.grids import Codebook, levels
+from lorq.kernels import fake_quantize, int8_linear, misfit, quant_linear, rotate
 from lorq.packing import pack, pack_columns, packed_width, unpack, unpack_columns
+from lorq.scales import LowRankScale
 from lorq.weight import LayerFormat, QuantizedWeight, Tile, permutation_dtype
 
-# In the operator's order.
-_OPERANDS = (
-    "weight_packed", "weight_scale", "weight_zero_point", "codebook", "codebook_scale",
-    "left", "right", "left_scale", "right_scale",
+# In the operator's order; "levels" are not stored, the format tells them.
+OPERANDS = (
+    "weight_packed", "weight_scale", "weight_zero_point", "levels", "scale_left", "scale_right", "codebook",
+    "codebook_scale", "left", "right", "left_scale", "right_scale",
 )  # fmt: skip
-_STORED = (*_OPERANDS, "weight_shape", "permutation")
+_STORED = (
+    *(name for name in OPERANDS if name != "levels"), "weight_shape", "permutation", "input_scale", "input_zero_point",
+)  # fmt: skip
 
 
 def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
     """The tensors of a quantized weight as they are stored, by their local names (docs/format.md)."""
     tensors = {
         "weight_packed": pack(weight.codes, weight.format.code_bits),
-        "weight_scale": weight.scale.to(torch.float16),
         "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
     }
+    if weight.scale is not None:
+        tensors["weight_scale"] = weight.scale.to(torch.float16)
+    if weight.scale_factors is not None:
+        tensors |= {"scale_left": weight.scale_factors.left, "scale_right": weight.scale_factors.right}
     if weight.zero_point is not None:
         tensors["weight_zero_point"] = pack_columns(weight.zero_point, weight.bits)
     if weight.codebook is not None:
@@ -41,6 +48,8 @@ def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
         tensors |= {"left": parts.left, "right": parts.right}
         if parts.left_scale is not None and parts.right_scale is not None:
             tensors |= {"left_scale": parts.left_scale, "right_scale": parts.right_scale}
+    if weight.activations.scale is not None and weight.activations.zero_point is not None:
+        tensors |= {"input_scale": weight.activations.scale, "input_zero_point": weight.activations.zero_point}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -51,9 +60,13 @@ def stored_layout(
     groups, rank = in_features // format.group_size, format.rank
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "weight_packed": ((out_features, packed_width(in_features // format.vector, format.code_bits)), torch.int32),
-        "weight_scale": ((out_features, groups), torch.float16),
         "weight_shape": ((2,), torch.int64),
     }
+    if format.scale_rank:
+        layout["scale_left"] = ((out_features, format.scale_rank), torch.float16)
+        layout["scale_right"] = ((format.scale_rank, in_features), torch.float16)
+    else:
+        layout["weight_scale"] = ((out_features, groups), torch.float16)
     if not format.symmetric:
         layout["weight_zero_point"] = ((packed_width(out_features, format.bits), groups), torch.int32)
     if format.vector > 1:
@@ -67,6 +80,8 @@ def stored_layout(
         layout |= {"left": ((out_features, rank), kind), "right": ((rank, in_features), kind)}
         if factor_bits(format.factor_type) == 8:
             layout |= {"left_scale": ((rank,), torch.float16), "right_scale": ((rank,), torch.float16)}
+    if format.input_quantization == "tensor":
+        layout |= {"input_scale": ((1,), torch.float32), "input_zero_point": ((1,), torch.int32)}
     return layout
 
 
@@ -74,6 +89,7 @@ def unpack_weight(tensors: Mapping[str, Tensor], format: LayerFormat) -> Quantiz
     """The quantized weight behind stored tensors, without its record; the inverse of `pack_weight`."""
     out_features, in_features = tensors["weight_shape"].tolist()
     zero, low_rank, codebook, basis = tensors.get("weight_zero_point"), None, None, None
+    factors = LowRankScale(tensors["scale_left"], tensors["scale_right"]) if format.scale_rank else None
     if format.rank:
         low_rank = LowRank(tensors["left"], tensors["right"], tensors.get("left_scale"), tensors.get("right_scale"))
     if format.vector > 1:
@@ -82,13 +98,19 @@ def unpack_weight(tensors: Mapping[str, Tensor], format: LayerFormat) -> Quantiz
         basis = Basis(tensors.get("permutation"), format.rotation_block, format.rotation_skip)
     return QuantizedWeight(
         codes=unpack(tensors["weight_packed"], format.code_bits, in_features // format.vector),
-        scale=tensors["weight_scale"],
+        scale=tensors.get("weight_scale"),
         zero_point=None if zero is None else unpack_columns(zero, format.bits, out_features),
         bits=format.bits,
         low_rank=low_rank,
         codebook=codebook,
         basis=basis,
-    )
+        grid=format.grid,
+        scale_factors=factors,
+        activations=Activations(
+            format.input_quantization, format.output_quantization, tensors.get("input_scale"),
+            tensors.get("input_zero_point"),
+        ),
+    )  # fmt: skip
 
 
 class SharedRotation:
@@ -170,6 +192,8 @@ class QuantLinear(nn.Module):
     weight_shape: Tensor
     weight_packed: Tensor
     permutation: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
 
     def __init__(
         self, in_features: int, out_features: int, format: LayerFormat, *, bias: bool = False,
@@ -205,8 +229,26 @@ class QuantLinear(nn.Module):
 
     def multiply(self, z: Tensor) -> Tensor:
         """The output for an input that is in the basis already."""
-        y = quant_linear(z, *(getattr(self, name) for name in _OPERANDS), self.format.bits)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        y = self._product(z)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if self.format.output_quantization == "none" else fake_quantize(y, None, None)
+
+    def _product(self, z: Tensor) -> Tensor:
+        if self.format.input_quantization != "none":
+            grid = self.input_scale, self.input_zero_point
+            # Whole numbers have no gradient to give.
+            learns = z.requires_grad and torch.is_grad_enabled()
+            if not learns and misfit(self.format, self.in_features, z.device, z.dtype) is None:
+                codes = self.weight_packed, self.weight_scale, self.weight_zero_point
+                return int8_linear(z, *codes, *grid, self.format.bits)
+            z = fake_quantize(z, *grid)
+        return quant_linear(z, *(getattr(self, name) for name in OPERANDS), self.format.bits)
+
+    @property
+    def levels(self) -> Tensor | None:
+        """What codes stand for where that is not whole numbers, on the layer's device."""
+        f = self.format
+        return None if f.grid == "integer" else levels(f.grid, f.bits, self.weight_packed.device)
 
     def value(self) -> QuantizedWeight:
         """What is stored, an expert's part of shared factors included, as a value without its record."""
@@ -255,5 +297,6 @@ class QuantLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={f.bits}, "
             f"group_size={f.group_size}, rank={f.rank}, vector={f.vector}, rotation={f.rotation_block}, "
+            f"grid={f.grid}, scale_rank={f.scale_rank}, input={f.input_quantization}, "
             f"bias={self.bias is not None}"
         )

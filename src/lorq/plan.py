@@ -4,60 +4,21 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
 from lorq.blocks import StreamedModel, Target
 from lorq.experts import find_experts, routing_layers
-from lorq.methods import METHODS, Method
+from lorq.methods import Method
+from lorq.options import Options
 from lorq.report import LayerReport, Report
+from lorq.smooth import KEYS_AND_VALUES
 from lorq.solve import expert_formats
 from lorq.tiles import TileFormat
 
 # progress(stage, done, total): stages in order are "check", "write calibration text", "quantize", "verify".
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a run is done, whatever the method.
-
-    Attributes:
-        calibration: text that the inputs are measured on: "self" (the model writes it, kept for the next run),
-            "python-docs", "wikitext2", "c4", or a text or JSONL file.
-        samples: calibration windows.
-        seq_len: tokens of a window.
-        seed: of every random choice; the same seed gives the same bytes.
-        device: where blocks are run and solved: "auto", "cpu", "cuda", "cuda:1" and so on.
-        token_weights: "equal" counts each calibration token the same, "plain" by its squared length.
-        router_weights: weigh a routed token by its squared router weight in the expert's statistics.
-        expert_tokens: an expert that sees fewer calibration tokens than this gets the statistics of all tokens of
-            its layer; the report names it.
-        stream: whose outputs calibrate the next block: the "original" model's or the "quantized" one's.
-        exclude: regular expressions; layers whose name one of them matches stay as they are.
-        override: "REGEX:key=value"; matching layers get another setting of the method.
-        spill_bytes: hidden states larger than this go to a file mapped into memory.
-        dry_run: check everything, report the sizes, write nothing.
-        resume: continue an interrupted run in the same folder.
-        overwrite: replace a folder that lorq wrote.
-    """
-
-    calibration: str = "self"
-    samples: int = 128
-    seq_len: int = 2048
-    seed: int = 0
-    device: str = "auto"
-    token_weights: Literal["equal", "plain"] = "equal"
-    router_weights: bool = False
-    expert_tokens: int = 128
-    stream: Literal["original", "quantized"] = "original"
-    exclude: tuple[str, ...] = ()
-    override: tuple[str, ...] = ()
-    spill_bytes: int = 2 << 30
-    dry_run: bool = False
-    resume: bool = False
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +33,22 @@ class Run:
     name: str
     options: Options
     progress: Progress
+
+    @property
+    def blockwise(self) -> bool:
+        """The method fits a whole block to the original block's output."""
+        return self.method.scope == "block"
+
+    @property
+    def stream(self) -> str:
+        """Whose outputs the next block is calibrated on."""
+        chosen = self.options.stream
+        return chosen if chosen != "auto" else "quantized" if self.blockwise else "original"
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Statistics are needed for the activations, whatever the method."""
+        return self.options.activations == "tensor" or self.options.smoothing > 0
 
     def jobs(self) -> Iterator[tuple[Target, Method]]:
         for layers in self.plan.values():
@@ -119,6 +96,7 @@ def plan_layers(
                 chosen.largest(target.out_features, target.in_features)
             except ValueError as error:
                 unfit.setdefault(str(error), []).append(target.name)
+            _check_alike(chosen, method, target.name)
             plan[block][target] = chosen
     given = {("exclude", p.pattern) for p in patterns} | {("override", p.pattern) for p, _ in changes}
     if given - used:
@@ -142,6 +120,52 @@ def plan_layers(
     return plan, excluded
 
 
+def _check_alike(chosen: Any, method: Any, name: str) -> None:
+    """What is solved together cannot differ from layer to layer.
+
+    Raises:
+        ValueError: naming the setting, the layer and both values.
+    """
+    for key in ("scope", *getattr(method, "block_settings", ())):
+        if getattr(chosen, key) != getattr(method, key):
+            raise ValueError(
+                f"{key} serves a whole block and cannot differ from layer to layer, got {getattr(chosen, key)!r} for "
+                f"{name} and {getattr(method, key)!r} for the rest; override other settings"
+            )
+
+
+def mix_widths(
+    plan: dict[str, dict[Target, Method]], method: Method, options: Options
+) -> dict[str, dict[Target, Method]]:
+    """The plan with some layers' codes made wider, so that the average is as asked, and never above.
+
+    Raises:
+        ValueError: if the average is not between the two widths, or no layer is small enough to be widened.
+
+    Source:
+        LoftQ (arXiv:2310.08659) and LoRDS reach 2.25, 2.5 and 3 bits with 4 bits in the first layers and 2 in the rest.
+    """
+    average, low, wide = options.average_bits, method.bits, options.wide_bits
+    if not average:
+        return plan
+    if not low < average <= wide:
+        raise ValueError(
+            f"average_bits must be above the method's bits and at most wide_bits, got {average} with bits {low} and "
+            f"wide_bits {wide}"
+        )
+    sizes = {t: t.out_features * t.in_features for layers in plan.values() for t, m in layers.items() if m.bits == low}
+    room = (average - low) / (wide - low) * sum(sizes.values())
+    mixed = {block: dict(layers) for block, layers in plan.items()}
+    for block in mixed if options.wide_layers == "first" else reversed(list(mixed)):
+        for target in plan[block]:
+            if target in sizes and sizes[target] <= room:
+                mixed[block][target] = replace(plan[block][target], bits=wide)  # type: ignore[type-var]
+                room -= sizes[target]
+    if mixed == plan:
+        raise ValueError(f"average_bits {average} leaves no room for a single layer of {wide} bits; give more")
+    return mixed
+
+
 def _some(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -153,36 +177,6 @@ def _check_experts(model: StreamedModel, plan: dict[str, dict[Target, Method]]) 
     for layers in plan.values():
         for _ in expert_formats(layers, modules):
             pass  # refuses grids that are too small, and experts left out
-
-
-def read_options(options: dict[str, Any]) -> Options:
-    known = [field.name for field in fields(Options)]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise TypeError(f"unknown options: {', '.join(unknown)}; known are {', '.join(known)}")
-    for key in ("exclude", "override"):
-        if isinstance(options.get(key), str):
-            options[key] = (options[key],)
-        elif key in options:
-            options[key] = tuple(options[key])
-    chosen = Options(**options)
-    for name, least in (("samples", 1), ("seq_len", 2), ("expert_tokens", 1), ("spill_bytes", 0)):
-        if getattr(chosen, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(chosen, name)}")
-    if not 0 <= chosen.seed < 2**63:
-        raise ValueError(f"seed must be between 0 and 2^63 - 1, got {chosen.seed}")
-    for name, values in (("token_weights", ("equal", "plain")), ("stream", ("original", "quantized"))):
-        if getattr(chosen, name) not in values:
-            raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(chosen, name)!r}")
-    return chosen
-
-
-def read_method(method: str | Method) -> Method:
-    if not isinstance(method, str):
-        return method
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    return METHODS[method]()
 
 
 def _pattern(text: str, what: str) -> re.Pattern[str]:
@@ -208,6 +202,37 @@ def _override(text: str, method: Method) -> tuple[re.Pattern[str], dict[str, Any
         raise ValueError(f"{text!r}: {key} must be of type {kind.__name__}, got {value!r}") from None
     replace(method, **{key: parsed})  # type: ignore[type-var]  # the settings check themselves
     return _pattern(pattern, "override"), {key: parsed}
+
+
+def check_activations(run: Run) -> None:
+    """Refuse to round activations where that is not possible as asked.
+
+    Raises:
+        ValueError: naming the options and what does not fit.
+    """
+    options = run.options
+    if options.activations != "none" and run.method.scope == "experts":
+        raise ValueError(
+            f"activations must be none where experts share factors, got {options.activations!r} with {run.name}; "
+            "use --method lopro"
+        )
+    turned = [t.name for t, m in run.jobs() if m.largest(t.out_features, t.in_features).has_basis]
+    if options.activations == "tensor" and turned:
+        raise ValueError(
+            f"activations 'tensor' need inputs in the model's own channels, {run.name} rotates those of "
+            f"{_some(turned)}; use activations token, or a method without rotation"
+        )
+    if options.kv_cache != "none":
+        lacking = [
+            block
+            for block, layers in run.plan.items()
+            if not all(any(t.name.endswith(kind) for t in layers) for kind in KEYS_AND_VALUES)
+        ]
+        if lacking:
+            raise ValueError(
+                f"kv_cache {options.kv_cache!r} needs quantized layers {' and '.join(KEYS_AND_VALUES)} in every block, "
+                f"{_some(lacking)} {'has' if len(lacking) == 1 else 'have'} none; leave kv_cache none"
+            )
 
 
 def check_weights(run: Run) -> None:
@@ -238,7 +263,8 @@ def estimate(run: Run) -> Report:
             tiles |= dict.fromkeys(targets, tile)
     for target, method in run.jobs():
         shape = (target.out_features, target.in_features)
-        format, shared = method.largest(*shape), tiles.get(target)
+        format = replace(method.largest(*shape), input_quantization=run.options.activations)
+        shared = tiles.get(target)
         if shared is not None:
             format = replace(format, rank=0)
         bits = format.stored_bits(*shape) + (shared.share(*shape) if shared else 0)

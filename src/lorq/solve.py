@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorq.blocks import Target
 from lorq.methods import Method
+from lorq.reconstruct import BlockProblem
 from lorq.stats import InputStats
 from lorq.tiles import TileFormat
 from lorq.weight import QuantizedWeight
@@ -120,6 +121,24 @@ def solve_block(
     return {target: solved[target] for target in plan}
 
 
+def solve_whole_block(
+    plan: Mapping[Target, Method], problem: BlockProblem, *, seed: int, device: torch.device
+) -> dict[Target, QuantizedWeight]:
+    """Quantize the layers of one block by a method of scope "block", all in one call."""
+    method: Any = next(iter(plan.values()))
+    names = [target.name for target in plan]
+    with _Note(f"{names[0]} and the other layers of its block"):
+        results = method.solve_block(
+            problem,
+            methods={target.name: m for target, m in plan.items()},
+            generators={name: layer_generator(seed, name, device) for name in names},
+        )
+    for name, result in results.items():
+        with _Note(name):
+            check_finite(result)
+    return {target: results[target.name] for target in plan}
+
+
 def _together(plan: Mapping[Target, Method], stats: Mapping[str, InputStats]) -> list[list[Target]]:
     """Layers that are solved in one call: those with one input and one method, or each for itself."""
     groups: dict[Any, list[Target]] = {}
@@ -177,7 +196,11 @@ def check_finite(weight: QuantizedWeight) -> None:
     Raises:
         ArithmeticError: if a stored part is not finite.
     """
-    parts = [weight.scale]
+    parts = [] if weight.scale is None else [weight.scale]
+    if weight.scale_factors is not None:
+        parts += [weight.scale_factors.left, weight.scale_factors.right]
+    if weight.activations.scale is not None:
+        parts.append(weight.activations.scale)
     if weight.low_rank is not None:
         parts += weight.low_rank.factors()
     if weight.codebook is not None:

@@ -1,6 +1,6 @@
 """InputStats: what calibration knows about the inputs of a layer."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -27,12 +27,16 @@ class InputStats:
         tokens: calibration tokens seen.
         routed: how many of them the layer gets in use, where that is fewer: an expert that saw too few tokens has the
             statistics of all.
+        low: smallest value of each channel, unweighted; None where nobody looked.
+        high: largest.
     """
 
     hessian: Float[Tensor, "in in"]
     mean_abs: Float[Tensor, "in"]
     tokens: int
     routed: int | None = None
+    low: Float[Tensor, "in"] | None = None
+    high: Float[Tensor, "in"] | None = None
     _prepared: dict[tuple[float, float], "PreparedHessian"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -41,6 +45,16 @@ class InputStats:
     def load(self) -> int:
         """Tokens that the layer gets in use, at least 1."""
         return max(1, self.tokens if self.routed is None else self.routed)
+
+    def smoothed(self, scale: Float[Tensor, "in"]) -> "InputStats":
+        """Of the same inputs with each channel divided by ``scale``, the tokens weighted as before."""
+        return replace(
+            self,
+            hessian=self.hessian / torch.outer(scale, scale),
+            mean_abs=self.mean_abs / scale,
+            low=None if self.low is None else self.low / scale,
+            high=None if self.high is None else self.high / scale,
+        )
 
     def prepared(self, *, shrinkage: float, damping: float) -> "PreparedHessian":
         """The Hessian shrunk towards its diagonal, with its factors; made once for all layers that share it."""
@@ -86,6 +100,8 @@ class StatsAccumulator:
         self.token_weights = token_weights
         self.gram = torch.zeros(width, width, device=device)
         self.magnitude = torch.zeros(width, device=device)
+        self.low = torch.full((width,), torch.inf, device=device)
+        self.high = torch.full((width,), -torch.inf, device=device)
         self.tokens = 0
         self.weight = 0.0  # sum of v_t
 
@@ -107,6 +123,8 @@ class StatsAccumulator:
                 f"calibration inputs must be finite, got {bad} NaN or infinite values of {x.numel()}; "
                 "the model overflows on this text in this dtype"
             )
+        if len(x):
+            self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
         if self.token_weights == "equal":
             # A token of zeros has no direction; the clamp lets it add nothing.
             x = x * x.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
@@ -136,7 +154,8 @@ class StatsAccumulator:
         if not self.weight:
             raise ValueError(f"the weights of {self.tokens} tokens must sum to more than 0, got {self.weight}")
         upper = self.gram.triu() / self.weight
-        return InputStats(upper + upper.triu(1).T, self.magnitude / self.weight, self.tokens)
+        gram = upper + upper.triu(1).T
+        return InputStats(gram, self.magnitude / self.weight, self.tokens, low=self.low, high=self.high)
 
 
 def output_energy(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, ""]:

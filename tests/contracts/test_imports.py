@@ -13,9 +13,10 @@ import lorq
 SOURCE = Path(lorq.__file__).parent
 # A file may import only what comes before it. Folders count as one.
 ORDER = (
-    "grids linalg basis stats sketch ranks factors tiles rounding packing weight methods "
-    "kernels linear safefile checkpoint source calibration selftext experts tiled skeleton blocks observe report "
-    "config hf solve plan verify pipeline evaluation generate cut demo bench show cli"
+    "grids activations scales linalg basis stats sketch ranks factors tiles rounding packing weight reconstruct "
+    "methods kernels linear safefile checkpoint source calibration selftext experts tiled skeleton blocks "
+    "observe report config hf solve smooth options plan verify solver pipeline adapters qat adapt evaluation "
+    "generate cut demo bench bench_adapt show bench_cli cli"
 ).split()
 CORE = ORDER[: ORDER.index("methods") + 1]
 LAZY = ("__init__", "_autoload")  # the package's own door imports on demand

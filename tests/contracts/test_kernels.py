@@ -8,8 +8,9 @@ import torch
 from torch.testing import assert_close
 
 from lorq.basis import Basis
+from lorq.grids import levels
 from lorq.kernels import quant_linear, rotate
-from lorq.linear import pack_weight
+from lorq.linear import OPERANDS, pack_weight
 from lorq.weight import LayerFormat
 
 # Decibels that are kept at least. float32 decodes exactly and rounds its sums; bfloat16 and float16 round the
@@ -25,6 +26,9 @@ FORMATS = {
     "e4m3 factors": LayerFormat(3, 16, True, 3, "e4m3"),
     "vectors of 4": LayerFormat(2, 48, True, vector=4, codebook_rows=1, codebook_columns=16),
     "vectors of 2": LayerFormat(3, 24, True, 3, "int8", vector=2, codebook_rows=1, codebook_columns=24),
+    "normal floats": LayerFormat(4, 16, True, grid="normal-float"),
+    "a scale for each": LayerFormat(3, 48, True, 2, "int8", scale_rank=3),
+    "normal floats, a scale for each": LayerFormat(2, 48, True, grid="normal-float", scale_rank=2),
 }
 formats = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 
@@ -32,11 +36,9 @@ formats = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 def operands(weight):
     """What the operator takes after ``x``."""
     tensors = pack_weight(weight)
-    names = (
-        "weight_packed", "weight_scale", "weight_zero_point", "codebook", "codebook_scale",
-        "left", "right", "left_scale", "right_scale",
-    )  # fmt: skip
-    return *(tensors.get(name) for name in names), weight.bits
+    if weight.grid != "integer":
+        tensors["levels"] = levels(weight.grid, weight.bits)
+    return *(tensors.get(name) for name in OPERANDS), weight.bits
 
 
 def looked_up(codes, codebook):
@@ -50,15 +52,22 @@ def looked_up(codes, codebook):
 
 
 def dense(weight):
-    """The matrix in float64, straight from the parts."""
+    """The matrix in float64, straight from the parts, rounded to float32 where decoding in float32 rounds."""
     zero = 2 ** (weight.bits - 1) if weight.zero_point is None else weight.zero_point.double().unsqueeze(-1)
     values = weight.codes.double()
     if weight.codebook:
         values, zero = looked_up(weight.codes, weight.codebook), 0
-    groups = values.unflatten(1, (weight.scale.shape[1], -1))
-    matrix = ((groups - zero) * weight.scale.double().unsqueeze(-1)).flatten(1)
-    if weight.codebook:
-        matrix = matrix.float().double()  # 8 bits and two scales of 11: decoding in float32 rounds once
+    if weight.grid == "normal-float":
+        values, zero = levels("normal-float", weight.bits).double()[weight.codes.long()], 0
+    if weight.scale_factors:
+        left, right = weight.scale_factors.left.float(), weight.scale_factors.right.float()
+        matrix = (values - zero) * (left @ right).double()
+    else:
+        groups = values.unflatten(1, (weight.scale.shape[1], -1))
+        matrix = ((groups - zero) * weight.scale.double().unsqueeze(-1)).flatten(1)
+    # Codes times a scale of 11 bits fit float32; two scales of a codebook, levels and products of factors do not.
+    if weight.codebook or weight.grid == "normal-float" or weight.scale_factors:
+        matrix = matrix.float().double()
     if weight.low_rank:
         left, right = weight.low_rank.left.double(), weight.low_rank.right.double()
         if weight.low_rank.left_scale is not None:

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import lorq
 from lorq import safefile
+from lorq.adapters import ADAPTER_CONFIG
 from lorq.cli import main
+from lorq.methods.lords import LoRDS
 
 SMALL = ["--samples", "4", "--seq-len", "32"]
 NEAREST = ["--method", "nearest", "--group-size", "32"]
@@ -645,3 +647,169 @@ def test_a_name_that_neither_the_disk_nor_the_hub_knows_is_refused(failing_comma
     found = failing_command("quantize", "nobody/nothing", tmp_path / "out", *NEAREST)
     assert re.search(r"no such model: .*nobody/nothing.*\(no network\)", found)
     assert not (tmp_path / "out").exists()
+
+
+# ---- training and adapters --------------------------------------------------------------------------------
+
+if "lords" not in lorq.METHODS:
+    lorq.METHODS["lords"] = LoRDS
+TRAIN = ["--steps=3", "--batch=2", "--seq-len=16", "--learning-rate=5e-3"]
+
+
+@pytest.fixture(scope="module")
+def lords_folder(folder_of, text_file, tmp_path_factory):
+    """A model that can be trained, not to be changed."""
+    out = tmp_path_factory.mktemp("lords") / "out"
+    method = LoRDS(bits=4, group_size=32, rounding="nearest", weighting="none", steps=2, refine_steps=0)
+    lorq.quantize(folder_of("llama"), out, method, calibration=str(text_file), samples=4, seq_len=32)
+    return out
+
+
+@pytest.fixture(scope="module")
+def adapter(lords_folder, text_file, tmp_path_factory):
+    """What the adapt command writes, not to be changed."""
+    out = tmp_path_factory.mktemp("adapters") / "mine"
+    assert main(["adapt", str(lords_folder), str(out), "--text", str(text_file), "--rank=5", *TRAIN]) == 0
+    return out
+
+
+def test_an_adapter_trained_from_python_has_the_same_bytes(adapter, lords_folder, text_file, tmp_path):
+    model = lorq.load(lords_folder)
+    lorq.adapt.train(model, str(text_file), rank=5, steps=3, batch=2, seq_len=16, learning_rate=5e-3)
+    lorq.adapt.save_adapter(model, tmp_path / "same")
+    assert folder_digests(tmp_path / "same") == folder_digests(adapter)
+
+
+def test_adapt_tells_what_it_did(lorq_command, lords_folder, text_file, tmp_path):
+    run = ["adapt", lords_folder, tmp_path / "out", "--text", text_file, *TRAIN]
+    figures = json.loads(lorq_command(*run, "--json"))
+    model = lorq.load(lords_folder)
+    done = lorq.adapt.train(model, str(text_file), steps=3, batch=2, seq_len=16, learning_rate=5e-3)
+    last = pytest.approx(sum(done.losses) / 3)
+    assert figures.pop("seconds") > 0
+    assert figures == {"trained": done.parameters, "first_loss": done.losses[0], "last_loss": last}
+    printed = lorq_command(*run)  # an adapter is replaced
+    assert f"{done.parameters:,} numbers trained" in printed and f"{done.losses[0]:.4f} at the first" in printed
+
+
+def test_adapt_through_the_rounding_writes_a_model(lorq_command, lords_folder, source, text_file, tmp_path):
+    run = ["adapt", lords_folder, tmp_path / "out", "--text", text_file, "--mode=qat", "--reference", source, *TRAIN]
+    lorq_command(*run)
+    model = lorq.load(lords_folder)
+    settings = {"steps": 3, "batch": 2, "seq_len": 16, "learning_rate": 5e-3}
+    lorq.adapt.train(model, str(text_file), "qat", reference=source, **settings)
+    lorq.adapt.save(model, tmp_path / "same", note="trained for 3 steps")
+    assert folder_digests(tmp_path / "out") == folder_digests(tmp_path / "same") != folder_digests(lords_folder)
+    lorq_command("inspect", tmp_path / "out", "--verify")
+
+
+def test_a_merged_model_evaluates_and_talks_as_the_model_with_the_adapter(
+    lorq_command, lords_folder, adapter, source, text_file, tmp_path
+):
+    out = tmp_path / "out"
+    lorq_command("merge", lords_folder, adapter, out)
+    lorq_command("inspect", out, "--verify")
+    assert {layer.rank for layer in lorq.read_report(out).layers} == {5}
+    options = ["--reference", source, "--text", text_file, "--window=32", "--windows=2", "--json"]
+    results = [
+        json.loads(lorq_command("evaluate", *model, *options))
+        for model in ([lords_folder, "--adapter", adapter], [out], [lords_folder])
+    ]
+    assert results[0] == results[1] != results[2]
+    said = [
+        lorq_command("generate", *model, "Line 3:", "--tokens=8", "--no-chat")
+        for model in ([lords_folder, "--adapter", adapter], [out])
+    ]
+    assert said[0] == said[1]
+
+
+def test_settings_of_training_are_flags(lorq_command):
+    text = lorq_command("adapt", "--help")
+    for flag in (
+        "--steps",
+        "--learning-rate",
+        "--scale-rate",
+        "--warmup",
+        "--gradient-checkpointing",
+        "--rank",
+        "--seed",
+    ):
+        assert flag in text
+
+
+ADAPT = ["adapt", "{lords}", "{out}", "--text={text}", "--seq-len=16"]
+TRAINING_MISTAKES = {
+    "no text": (["adapt", "{lords}", "{out}"], r"[Tt][Ee][Xx][Tt]"),
+    "unknown text": ([*ADAPT[:3], "--text=nowhere.txt"], r"text must be one of python-docs.*'nowhere.txt'"),
+    "empty text": ([*ADAPT[:3], "--text={empty}"], r"empty.txt must hold text, got 0 bytes"),
+    "short text": (
+        [*ADAPT[:4], "--seq-len=100000"], r"1 windows of 100000 tokens need 100000 tokens.*text.txt",
+    ),
+    "windows beyond the model": ([*ADAPT[:4], "--seq-len=129"], r"as the model has positions, 128, got 129"),
+    "unknown mode": ([*ADAPT, "--mode=lora"], r"lora.*peft.*qat"),
+    "unknown setting": ([*ADAPT, "--epochs=3"], r"--epochs"),
+    "no steps": ([*ADAPT, "--steps=0"], r"steps must be at least 1, got 0"),
+    "a rate of 2": ([*ADAPT, "--learning-rate=2"], r"learning_rate must be between 0 and 1, got 2.0"),
+    "a rank too large": ([*ADAPT, "--rank=65"], r"at most a layer's smaller side, got 65: .* is 64 x 64 with rank 1"),
+    "a rank of 0": ([*ADAPT, "--rank=0"], r"rank must be at least 1, or -1 .* got 0"),
+    "a seed beyond 64 bits": ([*ADAPT, f"--seed={2**70}"], r"seed must be .* got 1180591620717411303424"),
+    "rank with qat": ([*ADAPT, "--mode=qat", "--rank=4"], r"rank serves mode peft, got 4 with mode qat"),
+    "reference with peft": (
+        [*ADAPT, "--reference={model}"], r"a reference serves mode qat, got '.*' with mode peft",
+    ),
+    "another architecture as reference": (
+        [*ADAPT, "--mode=qat", "--reference={other}"], r"must be the original of the model, .*has nothing for",
+    ),
+    "no such reference": ([*ADAPT, "--mode=qat", "--reference={tmp}/no/where"], r"no such model: .*where"),
+    "unknown device": ([*ADAPT, "--device=gpu"], r"device must be .*got 'gpu'"),
+    "not quantized": (["adapt", "{model}", *ADAPT[2:]], r"only models quantized with lords .* no packed layers"),
+    "quantized otherwise": (
+        ["adapt", "{flrq}", *ADAPT[2:]], r"only models quantized with lords .* 14 packed layers, none of them with",
+    ),
+    "no such model": (["adapt", "{tmp}/missing", *ADAPT[2:]], r"no such model: .*missing"),
+    "adapter into a model": (
+        ["adapt", "{lords}", "{lords}", *ADAPT[3:]], r"is a model's folder, an adapter needs one of its own",
+    ),
+    "adapter over a file": (["adapt", "{lords}", "{text}", *ADAPT[3:]], r"needs a folder, .*text.txt is a file"),
+    "model into a model": (
+        ["adapt", "{lords}", "{lords}", *ADAPT[3:], "--mode=qat"], r"complete lorq checkpoint",
+    ),
+    "merge without an adapter": (["merge", "{lords}", "{tmp}/missing", "{out}"], r"missing has no lorq_adapter.json"),
+    "merge another model": (["merge", "{model}", "{adapter}", "{out}"], r"only models quantized with lords"),
+    "merge into the model": (["merge", "{lords}", "{adapter}", "{lords}"], r"complete lorq checkpoint"),
+    "merge a damaged adapter": (["merge", "{lords}", "{damaged}", "{out}"], r"adapter version 2, this lorq reads 1"),
+    "evaluate with no adapter": (
+        ["evaluate", "{lords}", "--adapter={tmp}", "--text={text}", "--window=16", "--windows=1"],
+        r"has no lorq_adapter.json: no adapter of lorq is there",
+    ),
+    "evaluate the original with an adapter": (
+        ["evaluate", "{model}", "--adapter={adapter}", "--text={text}", "--window=16", "--windows=1"],
+        r"only models quantized with lords take adapters",
+    ),
+    "generate with another base's": (
+        ["generate", "{lords}", "hello", "--adapter={foreign}", "--tokens=1", "--no-chat"],
+        r"is an adapter for the base 000000000000, this model is [0-9a-f]{12}",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", list(TRAINING_MISTAKES))
+def test_a_mistake_in_training_gets_one_clear_line_and_writes_nothing(
+    mistake, failing_command, lords_folder, adapter, flrq_folder, folder_of, text_file, tmp_path_factory, tmp_path
+):
+    arguments, message = TRAINING_MISTAKES[mistake]
+    (tmp_path / "empty.txt").touch()
+    places = dict(
+        tmp=tmp_path, out=tmp_path / "out", model=folder_of("llama"), lords=lords_folder, adapter=adapter,
+        flrq=flrq_folder, other=folder_of("gpt2"), text=text_file, empty=tmp_path / "empty.txt",
+    )  # fmt: skip
+    for name, change in (("damaged", {"lorq_adapter": 2}), ("foreign", {"base": 64 * "0"})):
+        places[name] = shutil.copytree(adapter, tmp_path_factory.mktemp("adapters") / name)
+        config = json.loads((adapter / ADAPTER_CONFIG).read_bytes())
+        (places[name] / ADAPTER_CONFIG).write_text(json.dumps(config | change))
+    before = folder_digests(lords_folder)
+    found = failing_command(*(argument.format(**places) for argument in arguments))
+    assert re.search(message, found), found
+    assert "\n" not in found
+    assert {path.name for path in tmp_path.iterdir()} <= {"empty.txt", "cache"}
+    assert folder_digests(lords_folder) == before

@@ -32,6 +32,23 @@ def test_python_docs_are_all_topics_in_the_order_of_their_names():
     assert text.startswith(topics[min(topics)]) and text.endswith(topics[max(topics)])
 
 
+def test_the_halves_of_python_docs_are_every_other_topic_and_together_the_whole():
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    halves = load_text("python-docs-even"), load_text("python-docs-odd")
+    assert halves == tuple("".join(topics[name] for name in names[start::2]) for start in (0, 1))
+    # The topics are told apart again, taken from both halves in turn: none is missing, none is in both.
+    rest, whole = list(halves), ""
+    for index, name in enumerate(names):
+        assert rest[index % 2].startswith(topics[name])
+        rest[index % 2] = rest[index % 2][len(topics[name]) :]
+        whole += topics[name]
+    assert rest == ["", ""] and whole == load_text("python-docs")
+    assert all(len(half) > 150_000 for half in halves)
+    assert load_text("python-docs-odd", split="evaluation") == halves[1]
+
+
 def test_a_text_file_comes_back_as_it_is(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("Zwölf Boxkämpfer\n\njagen\n", encoding="utf-8")
@@ -70,7 +87,10 @@ def test_a_file_in_another_encoding_is_refused(tmp_path, name):
 
 
 def test_an_unknown_text_lists_the_known_names(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"one of python-docs, wikitext2, c4 .* got 'wikitext3'"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"one of python-docs, python-docs-even, python-docs-odd, wikitext2, c4 .* got 'wikitext3'",
+    ):
         load_text("wikitext3")
     with pytest.raises(FileNotFoundError, match="no such file exists"):
         load_text(str(tmp_path))  # a folder is no text

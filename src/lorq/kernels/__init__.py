@@ -1,5 +1,6 @@
 """The operators: one schema each, a torch reference, and faster implementations per device."""
 
-from lorq.kernels.reference import quant_linear, rotate
+from lorq.kernels.int8 import covers, int8_linear, misfit
+from lorq.kernels.reference import fake_quantize, quant_linear, rotate
 
-__all__ = ["quant_linear", "rotate"]
+__all__ = ["covers", "fake_quantize", "int8_linear", "misfit", "quant_linear", "rotate"]

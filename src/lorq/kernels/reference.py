@@ -3,16 +3,23 @@
 import torch
 from torch import Tensor
 
+from lorq.activations import TOP, quantize_activations
 from lorq.basis import Basis
 from lorq.factors import LowRank
 from lorq.grids import Codebook, decode_vectors, dequantize
 from lorq.packing import unpack, unpack_columns
 
+# Entries of the weight's gradient that are in memory at once, 16 MB.
+_STRIP_ENTRIES = 1 << 22
+
 
 def dense_weight(
     packed: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     zero_point: Tensor | None,
+    levels: Tensor | None,
+    scale_left: Tensor | None,
+    scale_right: Tensor | None,
     codebook: Tensor | None,
     codebook_scale: Tensor | None,
     *,
@@ -20,21 +27,37 @@ def dense_weight(
     in_features: int,
 ) -> Tensor:
     """``decode(codes, scale)`` of packed tensors, (out, in), float32."""
-    if codebook is not None and codebook_scale is not None:
+    if codebook is not None and codebook_scale is not None and scale is not None:
         vector = codebook.shape[-1]
         codes = unpack(packed, bits * vector, in_features // vector)
         return decode_vectors(codes, Codebook(codebook, codebook_scale), scale)
+    if scale_left is not None and scale_right is not None:
+        return _unscaled(packed, levels, bits, in_features) * (scale_left.float() @ scale_right.float())
+    assert scale is not None
+    if levels is not None:
+        values = _unscaled(packed, levels, bits, in_features).unflatten(1, (scale.shape[1], -1))
+        return (values * scale.float().unsqueeze(-1)).flatten(1)
+    zero = 2 ** (bits - 1) if zero_point is None else unpack_columns(zero_point, bits, packed.shape[0])
+    return dequantize(unpack(packed, bits, in_features), scale, zero)
+
+
+def _unscaled(packed: Tensor, levels: Tensor | None, bits: int, in_features: int) -> Tensor:
+    """The values of codes on a symmetric grid before their scale, float32."""
     codes = unpack(packed, bits, in_features)
-    zero = 2 ** (bits - 1) if zero_point is None else unpack_columns(zero_point, bits, scale.shape[0])
-    return dequantize(codes, scale, zero)
+    if levels is None:
+        return codes.float() - 2 ** (bits - 1)
+    return levels.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 @torch.library.custom_op("lorq::quant_linear", mutates_args=())
 def quant_linear(
     x: Tensor,
     packed: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     zero_point: Tensor | None,
+    levels: Tensor | None,
+    scale_left: Tensor | None,
+    scale_right: Tensor | None,
     codebook: Tensor | None,
     codebook_scale: Tensor | None,
     left: Tensor | None,
@@ -48,8 +71,12 @@ def quant_linear(
     Args:
         x: (..., in), floating point, in the weight's basis (`rotate`).
         packed: (out, words) int32, see `lorq.packing`.
-        scale: (out, groups) float16.
+        scale: (out, groups) float16; None where its factors are given.
         zero_point: (words, groups) int32, packed along the rows; None for symmetric grids and codebooks.
+        levels: (2^bits,) float32, what codes stand for; None for whole numbers around ``2^(bits-1)``.
+        scale_left: (out, scale rank), a scale for each weight as the product of this and the next; or None. Both may be
+            trained: they have gradients, and floating-point types other than float16 are taken.
+        scale_right: (scale rank, in), or None.
         codebook: (row tiles, column tiles, entries, vector) int8; None where codes stand for single weights.
         codebook_scale: (row tiles, column tiles) float16; likewise.
         left: (out, rank) float16, int8 or float8_e4m3fn; None without a low-rank part, as the next three.
@@ -62,7 +89,8 @@ def quant_linear(
         (..., out). The matrix is decoded in float32 and rounded once to the dtype of ``x``.
     """
     weight = dense_weight(
-        packed, scale, zero_point, codebook, codebook_scale, bits=bits, in_features=x.shape[-1]
+        packed, scale, zero_point, levels, scale_left, scale_right, codebook, codebook_scale,
+        bits=bits, in_features=x.shape[-1],
     )  # fmt: skip
     y = torch.nn.functional.linear(x, weight.to(x.dtype))
     if left is not None and right is not None:
@@ -72,28 +100,91 @@ def quant_linear(
 
 
 @quant_linear.register_fake
-def _fake(x, packed, scale, *rest):  # type: ignore[no-untyped-def]
-    return x.new_empty(*x.shape[:-1], scale.shape[0])
+def _fake(x, packed, *rest):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     x, *stored, bits = inputs
-    ctx.save_for_backward(*stored)
+    # Neither the dense weight nor its gradient is ever kept; the input is, and only where the scale's factors learn.
+    ctx.learns = any(factor is not None and factor.requires_grad for factor in stored[4:6])
+    ctx.save_for_backward(*stored, *([x] if ctx.learns else []))
     ctx.bits, ctx.in_features = bits, x.shape[-1]
 
 
 def _backward(ctx, grad):  # type: ignore[no-untyped-def]
-    # Only the input has a gradient: codes do not move, and the dense weight is not kept between passes.
-    *codes, left, right, left_scale, right_scale = ctx.saved_tensors
-    weight = dense_weight(*codes, bits=ctx.bits, in_features=ctx.in_features)
-    grad_x = grad @ weight.to(grad.dtype)
-    if left is not None:
-        l, r = LowRank(left, right, left_scale, right_scale).factors(grad.dtype)
-        grad_x = grad_x + (grad @ l) @ r
-    return (grad_x, *[None] * 10)
+    # Codes do not move: the input has a gradient, and so have factors of the scale.
+    saved = ctx.saved_tensors
+    *codes, left, right, left_scale, right_scale = saved[:12]
+    grads = [None] * 14
+    if ctx.needs_input_grad[0]:
+        weight = dense_weight(*codes, bits=ctx.bits, in_features=ctx.in_features)
+        grads[0] = grad @ weight.to(grad.dtype)
+        del weight
+        if left is not None:
+            l, r = LowRank(left, right, left_scale, right_scale).factors(grad.dtype)
+            grads[0] = grads[0] + (grad @ l) @ r
+    if ctx.learns:
+        grads[5], grads[6] = _scale_gradients(saved[12], grad, *codes, bits=ctx.bits)
+    return tuple(grads)
+
+
+def _scale_gradients(
+    x: Tensor, grad: Tensor, packed: Tensor, scale: None, zero_point: None, levels: Tensor | None,
+    scale_left: Tensor, scale_right: Tensor, *codebooks: None, bits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """``dB = (G o V) A^T`` and ``dA = B^T (G o V)``, with ``G = dy^T x`` made a strip of rows at a time."""
+    x, dy = x.flatten(0, -2), grad.flatten(0, -2)
+    l, r = scale_left.float(), scale_right.float()
+    d_left, d_right = torch.empty_like(l), torch.zeros_like(r)
+    rows = max(1, _STRIP_ENTRIES // x.shape[1])
+    for start in range(0, len(l), rows):
+        strip = slice(start, start + rows)
+        g = (dy[:, strip].T @ x).float().mul_(_unscaled(packed[strip], levels, bits, x.shape[1]))
+        d_left[strip] = g @ r.T
+        d_right += l[strip].T @ g
+    return d_left.to(scale_left.dtype), d_right.to(scale_right.dtype)
 
 
 quant_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+@torch.library.custom_op("lorq::fake_quantize", mutates_args=())
+def fake_quantize(x: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+    """Activations rounded to 8 bits, in the dtype of ``x``: ``(codes - zero_point) * scale``.
+
+    Args:
+        x: (..., in), floating point.
+        scale: (1,) float32 of a grid fixed by calibration; None takes each token's own range.
+        zero_point: (1,) int32; likewise.
+
+    Returns:
+        Of the shape of ``x``. Gradients pass straight through; values outside a fixed range have none.
+    """
+    codes, step, zero = quantize_activations(x, scale, zero_point)
+    return ((codes - zero) * step).to(x.dtype)
+
+
+@fake_quantize.register_fake
+def _fake_fake_quantize(x, scale, zero_point):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+def _keep_range(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, *grid = inputs
+    ctx.fixed = grid[0] is not None
+    ctx.save_for_backward(*([x, *grid] if ctx.fixed else []))
+
+
+def _backward_fake_quantize(ctx, grad):  # type: ignore[no-untyped-def]
+    if ctx.fixed:
+        x, scale, zero_point = ctx.saved_tensors
+        codes = (x.float() / scale).round() + zero_point
+        grad = grad * ((codes >= 0) & (codes <= TOP))
+    return grad, None, None
+
+
+fake_quantize.register_autograd(_backward_fake_quantize, setup_context=_keep_range)
 
 
 @torch.library.custom_op("lorq::rotate", mutates_args=())

@@ -1,6 +1,6 @@
 """The methods: each a frozen dataclass of settings with a pure `solve`."""
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -8,6 +8,8 @@ from torch import Tensor
 from lorq.methods.flrq import FLRQ, FLRQPaper
 from lorq.methods.gptq import GPTQ
 from lorq.methods.lopro import LoPRo, LoPRoPaper
+from lorq.methods.lords import LoRDS, LoRDSPaper
+from lorq.methods.lrq import LRQ, LRQPaper
 from lorq.methods.nearest import Nearest
 from lorq.methods.tileq import TileQ
 from lorq.stats import InputStats
@@ -21,13 +23,16 @@ class Method(Protocol):
     Attributes:
         scope: what is solved in one call: "layer", one weight, by `solve`; "input", all weights that read one input, by
             `solve_together(weights, stats, *, generators)`; "experts", as "input", and all experts of a layer by
-            `solve_experts`, with `largest_experts` for their formats (see `lorq.methods.tileq.TileQ`).
+            `solve_experts`, with `largest_experts` for their formats (see `lorq.methods.tileq.TileQ`); "block", all
+            layers of a block against its output, by `solve_block(problem, *, methods, generators)` with a
+            `lorq.reconstruct.BlockProblem`, and ``block_settings``, the names of those that all its layers share.
         needs_stats: whether `solve` reads the input statistics, so that calibration is run.
     """
 
-    scope: ClassVar[str]
-    needs_stats: ClassVar[bool]
-
+    @property
+    def scope(self) -> str: ...
+    @property
+    def needs_stats(self) -> bool: ...
     @property
     def bits(self) -> int: ...
 
@@ -51,8 +56,15 @@ METHODS: dict[str, type[Any]] = {
     "lopro": LoPRo,
     "lopro-paper": LoPRoPaper,
     "tileq": TileQ,
+    "lrq": LRQ,
+    "lrq-paper": LRQPaper,
+    "lords": LoRDS,
+    "lords-paper": LoRDSPaper,
     "gptq": GPTQ,
     "nearest": Nearest,
 }
 
-__all__ = ["FLRQ", "GPTQ", "METHODS", "FLRQPaper", "LoPRo", "LoPRoPaper", "Method", "Nearest", "TileQ"]
+__all__ = [
+    "FLRQ", "GPTQ", "LRQ", "METHODS", "FLRQPaper", "LRQPaper", "LoPRo", "LoPRoPaper", "LoRDS", "LoRDSPaper", "Method",
+    "Nearest", "TileQ",
+]  # fmt: skip

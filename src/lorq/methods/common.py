@@ -10,7 +10,7 @@ from torch import Tensor
 from lorq.basis import Basis
 from lorq.factors import LowRank
 from lorq.grids import IntGrid
-from lorq.rounding import RangeSearch, Rounded, VectorRounded, nearest
+from lorq.rounding import LevelRounded, RangeSearch, Rounded, VectorRounded, nearest
 from lorq.stats import InputStats, output_energy
 from lorq.weight import QuantizedWeight, Record, Tile
 
@@ -97,7 +97,7 @@ def activation_scale(stats: InputStats, exponent: float) -> Float[Tensor, "in"]:
 
 def assemble(
     weight: Float[Tensor, "out in"],
-    rounded: Rounded | VectorRounded,
+    rounded: Rounded | VectorRounded | LevelRounded,
     low_rank: LowRank | None,
     *,
     stop: str,

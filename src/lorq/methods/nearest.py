@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.methods.common import SEARCHES, assemble, check_choice, check_grid, layer_grid, layer_group
-from lorq.rounding import clip, nearest
+from lorq.grids import LEVEL_KINDS, IntGrid, LevelGrid
+from lorq.methods.common import SEARCHES, assemble, check_choice, check_grid, layer_group
+from lorq.rounding import LevelRounded, Rounded, clip, nearest, nearest_levels
 from lorq.stats import InputStats
 from lorq.weight import LayerFormat, QuantizedWeight
 
@@ -20,15 +21,18 @@ class Nearest:
     Attributes:
         bits: width of a code, 2 to 8.
         group_size: input columns that share a scale; -1 for one group per row.
-        symmetric: no zero points.
+        symmetric: no zero points. Always so on the normal-float grid.
         range_search: "none" takes each group's full range; "saturate" and "scale" look for the range with
-            the least squared error of the weights.
+            the least squared error of the weights. Both are one on the normal-float grid.
+        grid: "integer", equally spaced values; "normal-float", quantiles of the normal distribution
+            (`lorq.grids.levels`).
     """
 
     bits: int = 4
     group_size: int = 128
     symmetric: bool = False
     range_search: Literal["none", "saturate", "scale"] = "none"
+    grid: Literal["integer", "normal-float"] = "integer"
 
     scope: ClassVar[str] = "layer"
     needs_stats: ClassVar[bool] = False
@@ -36,19 +40,25 @@ class Nearest:
     def __post_init__(self) -> None:
         check_grid(self.bits, self.group_size)
         check_choice("range_search", self.range_search, SEARCHES)
+        check_choice("grid", self.grid, LEVEL_KINDS)
 
     def solve(
         self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
     ) -> QuantizedWeight:
         """Round ``weight``; ``stats`` only serve the record."""
-        grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
-        search = SEARCHES[self.range_search]
-        if search is None:
-            rounded = nearest(weight, None, grid)
+        size, search = layer_group(weight.shape[1], self.group_size), SEARCHES[self.range_search]
+        rounded: Rounded | LevelRounded
+        if self.grid != "integer":
+            shares = search.shares() if search else [1.0]
+            rounded = nearest_levels(weight, LevelGrid(self.bits, self.grid), size, shares=tuple(shares))
+        elif search is None:
+            rounded = nearest(weight, None, IntGrid(self.bits, size, self.symmetric))
         else:
-            rounded = clip(weight, torch.eye(weight.shape[1], device=weight.device), grid, search=search)
+            white = torch.eye(weight.shape[1], device=weight.device)
+            rounded = clip(weight, white, IntGrid(self.bits, size, self.symmetric), search=search)
         return assemble(weight, rounded, None, stop="none", hessian=None if stats is None else stats.hessian)
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer gets this format."""
-        return LayerFormat(self.bits, layer_group(in_, self.group_size), self.symmetric)
+        symmetric = self.symmetric or self.grid != "integer"
+        return LayerFormat(self.bits, layer_group(in_, self.group_size), symmetric, grid=self.grid)

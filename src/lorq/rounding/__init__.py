@@ -3,11 +3,24 @@
 from collections.abc import Callable
 
 from lorq.rounding.clip import RangeSearch, clip, search_range
-from lorq.rounding.gptq import gptq
+from lorq.rounding.gptq import gptq, gptq_levels
 from lorq.rounding.gptvq import VectorRounded, gptvq
-from lorq.rounding.nearest import Rounded, nearest
+from lorq.rounding.nearest import LevelRounded, Rounded, nearest, nearest_levels
 
 # Each takes (target, hessian, grid, *, search, damping) and returns Rounded.
 ROUNDINGS: dict[str, Callable[..., Rounded]] = {"nearest": nearest, "clip": clip, "gptq": gptq}
 
-__all__ = ["ROUNDINGS", "RangeSearch", "Rounded", "VectorRounded", "clip", "gptq", "gptvq", "nearest", "search_range"]
+__all__ = [
+    "ROUNDINGS",
+    "LevelRounded",
+    "RangeSearch",
+    "Rounded",
+    "VectorRounded",
+    "clip",
+    "gptq",
+    "gptq_levels",
+    "gptvq",
+    "nearest",
+    "nearest_levels",
+    "search_range",
+]

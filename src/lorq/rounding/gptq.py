@@ -1,12 +1,12 @@
 """GPTQ: round one column at a time and let the columns to come make up for the error."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.grids import IntGrid
+from lorq.grids import IntGrid, LevelGrid
 from lorq.linalg import damp, inverse_factor
 from lorq.rounding.clip import RangeSearch, search_range
 from lorq.rounding.nearest import Rounded
@@ -57,24 +57,80 @@ def gptq(
     codes = torch.empty_like(columns)
     scale = columns.new_empty(width // size, columns.shape[1])
     zero = torch.empty_like(scale)
+
+    def encode(i: int, column: Tensor) -> tuple[Tensor, Tensor]:
+        group = i // size
+        if i % size == 0:
+            part = columns[i : i + size].T
+            inner = hessian[i : i + size, i : i + size]
+            s, z = search_range(part, inner, grid, search) if search else grid.fit(part)
+            scale[group], zero[group] = s[:, 0], z[:, 0]
+        s, z = scale[group], zero[group]
+        code = grid.encode(column, s, z)
+        return code, grid.decode(code, s, z)
+
+    _feed_back(columns, codes, upper, _blocks(width, size), encode)
+    return Rounded(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
+
+
+def gptq_levels(
+    target: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out in"],
+    grid: LevelGrid,
+    *,
+    upper: Float[Tensor, "in in"],
+) -> Float[Tensor, "out in"]:
+    """Codes on fixed levels under a given scale of each weight, by the same passing on of errors.
+
+    Args:
+        target: what is to be rounded; unchanged.
+        scale: of each weight, of either sign.
+        grid: the levels.
+        upper: ``U`` of `gptq`, that is `lorq.stats.PreparedHessian.inverse_factor`; a diagonal one gives nearest codes.
+
+    Returns:
+        The codes, as floats.
+
+    Source:
+        GPTQ, arXiv:2210.17323; the scale is there before the first column, so that nothing is fitted on the way.
+    """
+    columns, scales = target.T.contiguous(), scale.T.contiguous()
+    codes = torch.empty_like(columns)
+
+    def encode(i: int, column: Tensor) -> tuple[Tensor, Tensor]:
+        code = grid.encode(column, scales[i])
+        return code, grid.decode(code, scales[i])
+
+    width = len(columns)
+    _feed_back(columns, codes, upper, _blocks(width, width), encode)
+    return codes.T.contiguous()
+
+
+def _feed_back(
+    columns: Float[Tensor, "in out"],
+    codes: Float[Tensor, "in out"],
+    upper: Float[Tensor, "in in"],
+    blocks: Iterator[tuple[int, int]],
+    encode: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+) -> None:
+    """Round the weight's columns one by one, in place in ``codes``; ``columns`` become what was rounded.
+
+    Args:
+        columns: the weight's.
+        codes: to be filled.
+        upper: ``U``.
+        blocks: of columns whose mutual updates are done one by one.
+        encode: codes of a column by its number and content, and what they stand for.
+    """
     diagonal = upper.diagonal().tolist()
-    for start, end in _blocks(width, size):
+    for start, end in blocks:
         errors = columns.new_empty(end - start, columns.shape[1])
         rows = columns[start:end].unbind()  # views, cheaper to make at once
         for i, column in enumerate(rows, start):
-            group = i // size
-            if i % size == 0:
-                part = columns[i : i + size].T
-                inner = hessian[i : i + size, i : i + size]
-                s, z = search_range(part, inner, grid, search) if search else grid.fit(part)
-                scale[group], zero[group] = s[:, 0], z[:, 0]
-                s, z = scale[group], zero[group]
-            code = grid.encode(column, s, z)
-            error = torch.sub(column, grid.decode(code, s, z), out=errors[i - start]).div_(diagonal[i])
+            codes[i], value = encode(i, column)
+            error = torch.sub(column, value, out=errors[i - start]).div_(diagonal[i])
             columns[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
-            codes[i] = code
         columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-    return Rounded(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
 
 
 def _blocks(width: int, size: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,398 @@
+"""Adapters: other scale factors for the codes of a LoRDS model; attached, swapped, kept in a folder, merged."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorq.checkpoint import INDEX, CheckpointWriter, SourceCheckpoint
+from lorq.linear import QuantLinear, pack_weight
+from lorq.plan import layer_bytes
+from lorq.report import REPORT_NAME, read_report
+from lorq.safefile import (
+    damaged,
+    json_bytes,
+    read_header,
+    read_json,
+    read_tensor,
+    rename_synced,
+    some_of,
+    write_synced,
+)  # fmt: skip
+from lorq.scales import LowRankScale
+from lorq.source import COMPANIONS, resolve_model
+
+ADAPTER_CONFIG = "lorq_adapter.json"
+ADAPTER_TENSORS = "lorq_adapter.safetensors"
+ADAPTER_VERSION = 1
+# The model's own factors.
+BASE = "base"
+
+Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
+
+
+@dataclass
+class Adapters:
+    """Which factors a model has: by adapter and layer, those of the base included, and which are in its layers."""
+
+    known: dict[str, dict[str, Factors]] = field(default_factory=dict)
+    active: str = BASE
+
+
+def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The layers whose scale is a product, by name.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    found = {name: layer for name, layer in packed.items() if layer.format.scale_rank}
+    if not found:
+        what = f"{len(packed)} packed layers, none of them with scale factors" if packed else "no packed layers"
+        raise ValueError(
+            f"only models quantized with lords take adapters and training, this one has {what}; use --method lords"
+        )
+    return found
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """The model's adapters; the first look notes its own factors as the base's."""
+    state: Adapters | None = getattr(model, "lorq_adapters", None)
+    if state is None:
+        state = Adapters({BASE: {name: _factors(layer) for name, layer in lords_layers(model).items()}})
+        model.lorq_adapters = state  # type: ignore[assignment]
+    return state
+
+
+def _factors(layer: nn.Module) -> Factors:
+    return layer.scale_left, layer.scale_right  # type: ignore[return-value]
+
+
+def attach(model: nn.Module, name: str = "default", *, rank: int = -1, seed: int = 0) -> list[nn.Parameter]:
+    """Give the model a new adapter that trains, and put it into use; everything else is frozen.
+
+    An adapter is a pair of factors for every layer in place of the base's: ``W = levels[codes] o (left right)``. It
+    begins with the base's own, so that the model computes what it did, to the last bit. There is no dropout, no
+    scaling and nothing to add when it runs.
+
+    Args:
+        model: quantized with lords, loaded.
+        name: of the adapter; new.
+        rank: of every layer's factors, at least the base's: the columns added to ``left`` are zero, the rows added to
+            ``right`` random and as large as its others. -1 keeps each layer's own.
+        seed: of these rows.
+
+    Returns:
+        What trains: float32 parameters, two a layer, which `transformers.Trainer` and plain loops find in
+        ``model.parameters()`` like any others. `save_pretrained` of the model then writes the adapter.
+
+    Raises:
+        ValueError: if the model is not quantized with lords, the name is taken, or the rank is below a layer's own or
+            above its width.
+
+    Source:
+        LoRDS, arXiv:2601.22716, multiplicative fine-tuning. The paper starts all layers at one rank from a
+        quantization of that rank; here a base of any smaller rank serves.
+    """
+    state = adapters_of(model)
+    if name in state.known:
+        raise ValueError(f"an adapter's name must be new, got {name!r}, known are {', '.join(state.known)}")
+    layers, base = lords_layers(model), state.known[BASE]
+    narrow = {n: l for n, l in layers.items() if rank > min(l.out_features, l.in_features)}
+    wide = {n: base[n][0].shape[1] for n in layers if rank != -1 and rank < base[n][0].shape[1]}
+    if narrow or wide:
+        n = next(iter(narrow or wide))
+        sizes = f"{n} is {layers[n].out_features} x {layers[n].in_features} with rank {base[n][0].shape[1]}"
+        raise ValueError(
+            f"an adapter's rank must be at least the base's and at most a layer's smaller side, got {rank}: {sizes}; "
+            "-1 keeps each layer's own"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    made: dict[str, Factors] = {}
+    for layer_name in layers:
+        left, right = (part.detach().float() for part in base[layer_name])
+        more = 0 if rank == -1 else rank - left.shape[1]
+        rows = torch.randn(more, right.shape[1], generator=generator).to(right.device) * right.square().mean().sqrt()
+        left = torch.cat([left, left.new_zeros(len(left), more)], dim=1)
+        made[layer_name] = nn.Parameter(left), nn.Parameter(torch.cat([right, rows]))
+    state.known[name] = made
+    use_adapter(model, name, trainable=True)
+    return [parameter for pair in made.values() for parameter in pair]  # type: ignore[misc]
+
+
+def use_adapter(model: nn.Module, name: str = BASE, *, trainable: bool = False) -> None:
+    """Put an adapter's factors into the layers; "base" puts the model's own back.
+
+    Args:
+        model: quantized with lords.
+        name: of a known adapter.
+        trainable: let it train on, all else frozen.
+
+    Raises:
+        ValueError: if there is no such adapter, or the base is to train.
+    """
+    state = adapters_of(model)
+    if name not in state.known:
+        raise ValueError(f"the adapter must be one of {', '.join(state.known)}, got {name!r}")
+    if trainable and name == BASE:
+        raise ValueError("the base itself cannot train; attach an adapter to it")
+    model.requires_grad_(False)
+    for layer_name, layer in lords_layers(model).items():
+        put_factors(layer, *state.known[name][layer_name])
+        state.known[name][layer_name] = _factors(layer)
+        if trainable:
+            layer.scale_left.requires_grad_(True)  # type: ignore[operator]
+            layer.scale_right.requires_grad_(True)  # type: ignore[operator]
+    state.active = name
+    let_train(model, trainable, partial(_save_like_transformers, model) if name != BASE else None)
+
+
+def put_factors(layer: QuantLinear, left: Tensor, right: Tensor) -> None:
+    """Other scale factors for a layer: parameters stay parameters, tensors become buffers; on the layer's device."""
+    device = layer.weight_packed.device
+    for name, tensor in (("scale_left", left), ("scale_right", right)):
+        layer._buffers.pop(name, None)
+        layer._parameters.pop(name, None)
+        if isinstance(tensor, nn.Parameter):
+            tensor.data = tensor.data.to(device)
+            layer.register_parameter(name, tensor)
+        else:
+            layer.register_buffer(name, tensor.to(device))
+    layer.format = replace(layer.format, scale_rank=left.shape[1])
+
+
+def let_train(model: nn.Module, trains: bool, save: Any) -> None:
+    """Tell `transformers.Trainer` whether the model trains, and how it is saved; None leaves that to transformers."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.trains = trains
+    if save is not None:
+        model.save_pretrained = save  # type: ignore[assignment]
+    else:
+        vars(model).pop("save_pretrained", None)  # the class has its own
+
+
+def _save_like_transformers(model: nn.Module, save_directory: str | Path, **ignored: Any) -> None:
+    save_adapter(model, save_directory)
+
+
+# -- folders ------------------------------------------------------------------------------------------------
+
+
+def base_hash(model: nn.Module) -> str:
+    """sha256 (hex) of the codes that adapters belong to: names, shapes, grids and packed words, not their scales."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(lords_layers(model).items()):
+        words = layer.weight_packed.cpu().contiguous()
+        head = f"{name} {layer.out_features} {layer.in_features} {layer.format.bits} {layer.format.grid} "
+        digest.update(head.encode() + len(head).to_bytes(8, "little"))
+        digest.update(words.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) -> None:
+    """Write an adapter: its factors in float16, and which base it belongs to.
+
+    Args:
+        model: that has the adapter.
+        folder: made if missing; an adapter in it is replaced.
+        name: of the adapter; None takes the one in use.
+
+    Raises:
+        ValueError: if there is no such adapter, or it is the base, which its own folder has.
+        FileExistsError: if the folder is a model's.
+    """
+    state, folder = adapters_of(model), Path(folder)
+    name = state.active if name is None else name
+    if name not in state.known or name == BASE:
+        own = [known for known in state.known if known != BASE]
+        raise ValueError(f"the adapter to save must be one of {', '.join(own) or 'none so far'}, got {name!r}")
+    check_adapter_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, ranks = {}, {}
+    for layer, pair in state.known[name].items():
+        ranks[layer] = pair[0].shape[1]
+        for part, tensor in zip(("scale_left", "scale_right"), pair, strict=True):
+            tensors[f"{layer}.{part}"] = tensor.detach().to("cpu", torch.float16).contiguous()
+    if bad := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        raise ArithmeticError(f"an adapter must be finite in float16, these are not: {some_of(bad)}; train it anew")
+    from safetensors.torch import save
+
+    config = {"lorq_adapter": ADAPTER_VERSION, "base": base_hash(model), "ranks": ranks}
+    for file, data in ((ADAPTER_TENSORS, save(tensors)), (ADAPTER_CONFIG, json_bytes(config))):
+        rename_synced(write_synced(folder / file, data), folder / file)
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse to write an adapter into a model's folder, or where a file is.
+
+    Raises:
+        FileExistsError: naming it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"an adapter needs a folder, {folder} is a file; choose another name")
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} is a model's folder, an adapter needs one of its own; choose another")
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None, *, trainable: bool = False) -> str:
+    """Read an adapter's folder onto its base, and put it into use.
+
+    Args:
+        model: the base.
+        folder: that `save_adapter` wrote.
+        name: to give it; None takes the folder's.
+        trainable: let it train on, all else frozen.
+
+    Returns:
+        Its name.
+
+    Raises:
+        FileNotFoundError: if the folder has no adapter.
+        ValueError: if it belongs to another base, is damaged or of a newer version, or the name is taken.
+    """
+    folder = Path(folder)
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {ADAPTER_CONFIG}: no adapter of lorq is there")
+    config = read_json(path)
+    version = config.get("lorq_adapter")
+    if version != ADAPTER_VERSION:
+        raise ValueError(f"{path} has adapter version {version!r}, this lorq reads {ADAPTER_VERSION}; upgrade lorq")
+    if (expected := base_hash(model)) != config.get("base"):
+        raise ValueError(
+            f"{folder} is an adapter for the base {str(config.get('base'))[:12]}, this model is {expected[:12]}; "
+            "load the model that it was trained on"
+        )
+    state = adapters_of(model)
+    name = folder.resolve().name if name is None else name
+    if name in state.known:
+        raise ValueError(
+            f"an adapter's name must be new, got {name!r}, known are {', '.join(state.known)}; give it another, or "
+            "rename its folder"
+        )
+    state.known[name] = _read_factors(folder, config.get("ranks"), lords_layers(model))
+    use_adapter(model, name, trainable=trainable)
+    return name
+
+
+def _read_factors(folder: Path, ranks: Any, layers: Mapping[str, QuantLinear]) -> dict[str, Factors]:
+    path = folder / ADAPTER_TENSORS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {ADAPTER_TENSORS}; copy the adapter again")
+    if not isinstance(ranks, dict) or set(ranks) != set(layers):
+        raise damaged(folder / ADAPTER_CONFIG, f"ranks must name the base's {len(layers)} layers")
+    header = read_header(path)
+    wanted = {f"{name}.{part}" for name in layers for part in ("scale_left", "scale_right")}
+    if more := set(header.tensors) - wanted:
+        raise damaged(path, f"it must hold the {len(wanted)} factors of the base's layers alone, got {some_of(more)}")
+    found: dict[str, Factors] = {}
+    for name, layer in layers.items():
+        if not isinstance(ranks[name], int) or not 1 <= ranks[name] <= min(layer.out_features, layer.in_features):
+            raise damaged(folder / ADAPTER_CONFIG, f"the rank of {name} must fit its layer, got {ranks[name]!r}")
+        shapes = {"scale_left": (layer.out_features, ranks[name]), "scale_right": (ranks[name], layer.in_features)}
+        parts = []
+        for part, shape in shapes.items():
+            entry = header.tensors.get(f"{name}.{part}")
+            if entry is None or entry.shape != shape or entry.dtype != torch.float16:
+                raise damaged(path, f"{name}.{part} must be float16 of shape {shape}")
+            tensor = read_tensor(path, header, f"{name}.{part}")
+            if not bool(torch.isfinite(tensor).all()):
+                raise damaged(path, f"{name}.{part} must be finite")
+            parts.append(nn.Parameter(tensor.float(), requires_grad=False))
+        found[name] = (parts[0], parts[1])
+    return found
+
+
+# -- merging ------------------------------------------------------------------------------------------------
+
+
+def merge(model: nn.Module) -> None:
+    """Make the adapter in use the model's own: its factors in float16 are the base from now on.
+
+    Raises:
+        ArithmeticError: if a factor is not finite in float16; the model is left as it is.
+    """
+    state = adapters_of(model)
+    merged = {name: half_factors(layer) for name, layer in lords_layers(model).items()}
+    state.known[BASE] = {name: (factors.left, factors.right) for name, factors in merged.items()}
+    if state.active != BASE:
+        del state.known[state.active]
+    use_adapter(model, BASE)
+
+
+def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: str = "merged") -> None:
+    """Write a trained or merged model as an ordinary lorq folder.
+
+    Args:
+        model: quantized with lords; the factors in use are written, in float16.
+        out: the new folder.
+        base: the lorq folder that the model was loaded from, for all that did not change; None takes the model's own
+            note of it.
+        note: what the report says of the changed layers.
+
+    Raises:
+        FileExistsError: if the folder is in use.
+        ValueError: if the base is no folder of this model.
+        ArithmeticError: if a factor is not finite in float16.
+    """
+    folder, out, layers = resolve_model(base or model.name_or_path), Path(out), lords_layers(model)
+    report, source = read_report(folder), SourceCheckpoint.open(folder, index_name=INDEX)
+    _check_own_folder(model, layers, source)
+    halves = {name: half_factors(layer) for name, layer in layers.items()}
+    config = read_json(folder / "config.json")
+    formats = config["quantization_config"]["layers"]
+    identity = {"trained_from": source.fingerprint(), "note": note, "base": base_hash(model)}
+    writer = CheckpointWriter.create(out, identity)
+    reports = {layer.name: layer for layer in report.layers}
+    for file, header in sorted(source.headers.items()):
+        tensors = {name: source.tensor(name) for name in header.tensors}
+        for name in sorted(layers.keys() & {tensor.rpartition(".")[0] for tensor in tensors}):
+            weight = replace(layers[name].value(), scale_factors=halves[name])
+            tensors = {key: t for key, t in tensors.items() if key.rpartition(".")[0] != name or key.endswith(".bias")}
+            tensors |= {f"{name}.{local}": tensor for local, tensor in pack_weight(weight).items()}
+            formats[name] = asdict(weight.format)
+            reports[name] = replace(
+                reports[name], rank=weight.rank, bytes=layer_bytes(weight.stored_bits()),
+                note="; ".join(part for part in (reports[name].note, note, "errors are those before") if part),
+            )  # fmt: skip
+        writer.write_shard(file, tensors, {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())})
+    stored = sum(record["bytes"] for record in writer.completed.values())
+    new = replace(report, layers=tuple(reports.values()), bytes=stored, checksums=writer.shard_checksums())
+    files: dict[str, bytes | Path] = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
+    writer.finish(config=config, files=files | {REPORT_NAME: new.to_bytes()})
+
+
+def _check_own_folder(model: nn.Module, layers: Mapping[str, QuantLinear], source: SourceCheckpoint) -> None:
+    """Refuse a folder that lacks a layer, or has anything beside them that the model has not."""
+    own = model.state_dict()
+    wrong = [name for name in layers if f"{name}.weight_packed" not in source.files]
+    for name in source.names:
+        path, _, leaf = name.rpartition(".")
+        if path in layers and leaf != "bias":
+            continue
+        mine = own.get(name)
+        if mine is None or not torch.equal(source.tensor(name).to(mine.dtype), mine.cpu()):
+            wrong.append(name)
+    if wrong:
+        raise ValueError(
+            f"{source.folder} must be the model's own folder, it lacks or differs in {some_of(wrong)}; give base"
+        )
+
+
+def half_factors(layer: nn.Module) -> LowRankScale:
+    """A layer's factors as they are stored.
+
+    Raises:
+        ArithmeticError: if they are not finite in float16.
+    """
+    left, right = (part.detach().to(torch.float16) for part in _factors(layer))
+    if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+        raise ArithmeticError("scale factors must be finite in float16, they are not; train with a lower learning rate")
+    return LowRankScale(left, right)

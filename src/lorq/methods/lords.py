@@ -1,0 +1,273 @@
+"""LoRDS: a scale for every weight, low rank as a matrix, fitted to the weight and then to the block's output."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from lorq.grids import LEVEL_KINDS, LevelGrid, level_values
+from lorq.methods.common import assemble, check_choice, check_grid, check_range, needed
+from lorq.reconstruct import BlockProblem, Descent, block_loss, cpu_generator, minimise
+from lorq.rounding import LevelRounded, gptq_levels
+from lorq.scales import (
+    LowRankScale,
+    block_scales,
+    fit_gradient,
+    fit_least_squares,
+    parity_rank,
+    start_block,
+    store_scale,
+    truncated,
+)
+from lorq.stats import InputStats, TokenWeights
+from lorq.weight import LayerFormat, QuantizedWeight
+
+# What is tried of a block's covering scale before the fit: 1, 0.95, ... 0.3. Two bits want about half.
+_SHARES = tuple(1 - i / 20 for i in range(15))
+
+
+class ScaledLevels(torch.autograd.Function):
+    """``V o (B A)`` with ``V = levels[codes]`` and B, A as float16 stores them.
+
+    That rounding passes gradients on unchanged; with ``G`` the gradient of the product,
+
+        dB = (G o V) A^T,    dA = B^T (G o V)
+
+    Kept for the backward pass: the factors and the codes, a byte each.
+
+    Source:
+        LoRDS, arXiv:2601.22716, the gradients of its multiplicative fine-tuning.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, codes: Tensor, grid: LevelGrid) -> Tensor:
+        left, right = left.to(torch.float16).to(left.dtype), right.to(torch.float16).to(right.dtype)
+        ctx.grid = grid
+        ctx.save_for_backward(left, right, codes)
+        return (left @ right).mul_(level_values(codes, grid.kind, grid.bits, dtype=left.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, codes = ctx.saved_tensors
+        slope = level_values(codes, ctx.grid.kind, ctx.grid.bits, dtype=left.dtype).mul_(gradients[0])
+        return slope @ right.T, left.T @ slope, None, None
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What is learned of one layer while its codes stay: the factors over a power of two near their size.
+
+    Attributes:
+        left: B / unit, a leaf.
+        right: A / unit, a leaf. With the unit taken out, one learning rate serves layers of all sizes.
+        unit: the power of two.
+        codes: of the layer.
+        start: the layer before the first step.
+    """
+
+    left: Float[Tensor, "out rank"]
+    right: Float[Tensor, "rank in"]
+    unit: float
+    codes: UInt8[Tensor, "out in"]
+    start: LevelRounded
+
+    @classmethod
+    def of(cls, rounded: LevelRounded) -> "Refined":
+        """Parameters with which `weight` is what ``rounded`` stores, exactly."""
+        scale = rounded.scale
+        assert isinstance(scale, LowRankScale)
+        left, right = scale.left.float(), scale.right.float()
+        size = float((left.square().mean() * right.square().mean()).sqrt().sqrt())
+        unit = 2.0 ** round(math.log2(max(size, 2.0**-24)))
+        left, right = ((part / unit).requires_grad_(True) for part in (left, right))
+        return cls(left, right, unit, rounded.codes.to(torch.uint8), rounded)
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        """W^, differentiable in the factors."""
+        weight = ScaledLevels.apply(self.left * self.unit, self.right * self.unit, self.codes, self.start.grid)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @torch.no_grad()
+    def rounded(self) -> LevelRounded:
+        """The codes, under the factors that `weight` computes with."""
+        left, right = ((part * self.unit).to(torch.float16) for part in (self.left, self.right))
+        return replace(self.start, scale=LowRankScale(left, right))
+
+
+@dataclass(frozen=True)
+class LoRDS:
+    """Round to fixed levels under a scale of low rank; then learn the scale against the block's output.
+
+    Attributes:
+        bits: width of a code, 2 to 8.
+        group_size: the rank is such that scales take no more bits than one for each so many columns would; need not
+            divide the width. -1 for one per row.
+        rank: of the matrix of scales; -1 for the one of ``group_size``.
+        grid: the levels, see `lorq.grids.levels`.
+        range_search: "scale" looks for the scale of each block that the fit starts from, "none" covers the block.
+        weighting: what a weight's squared error costs in the fit: "diagonal", the mean square of its input; "none", 1.
+        solver: of the fit: "least-squares" or "gradient".
+        steps: of the fit: sweeps, or gradient steps.
+        learning_rate: of gradient steps.
+        rounding: how codes are chosen at last: "gptq" passes errors on to later columns.
+        shrinkage: how far the Hessian moves towards its diagonal, 0 to 1.
+        damping: share of the mean diagonal added to the diagonal.
+        refine_steps: gradient steps on the scales of a whole block against its output, codes fixed; 0 leaves that out.
+        refine_rate: of the first of these, relative to the factors' size; it falls to 0.
+        batch: calibration windows of such a step, at most all.
+        token_weights: "equal" lets each token of the block's output count the same there, "plain" sums squares.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    rank: int = -1
+    grid: Literal["normal-float", "integer"] = "normal-float"
+    range_search: Literal["none", "scale"] = "scale"
+    weighting: Literal["none", "diagonal"] = "diagonal"
+    solver: Literal["least-squares", "gradient"] = "least-squares"
+    steps: int = 10
+    learning_rate: float = 1e-3
+    rounding: Literal["nearest", "gptq"] = "gptq"
+    shrinkage: float = 0.2
+    damping: float = 0.01
+    refine_steps: int = 0
+    refine_rate: float = 1e-2
+    batch: int = 2
+    token_weights: TokenWeights = "equal"
+
+    symmetric: ClassVar[bool] = True
+    block_settings: ClassVar[tuple[str, ...]] = ("refine_steps", "refine_rate", "batch", "token_weights")
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.group_size)
+        check_range("rank", self.rank, -1, 1 << 16)
+        if self.rank == 0:
+            raise ValueError("rank of the scales must be at least 1, or -1 for the one of group_size, got 0")
+        check_choice("grid", self.grid, LEVEL_KINDS)
+        check_choice("range_search", self.range_search, ("none", "scale"))
+        check_choice("weighting", self.weighting, ("none", "diagonal"))
+        check_choice("solver", self.solver, ("least-squares", "gradient"))
+        check_choice("rounding", self.rounding, ("nearest", "gptq"))
+        check_choice("token_weights", self.token_weights, ("equal", "plain"))
+        check_range("steps", self.steps, 0, 1_000_000)
+        check_range("learning_rate", self.learning_rate, 0.0, 1.0)
+        check_range("shrinkage", self.shrinkage, 0.0, 1.0)
+        check_range("damping", self.damping, 0.0, 10.0)
+        check_range("refine_steps", self.refine_steps, 0, 1_000_000)
+        check_range("refine_rate", self.refine_rate, 0.0, 1.0)
+        check_range("batch", self.batch, 1, 1 << 16)
+
+    @property
+    def scope(self) -> str:
+        """Layers are on their own unless scales are refined."""
+        return "block" if self.refine_steps else "layer"
+
+    @property
+    def needs_stats(self) -> bool:
+        """Only a plain fit with nearest codes does without."""
+        return self.weighting != "none" or self.rounding == "gptq" or self.refine_steps > 0
+
+    def solve(
+        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
+    ) -> QuantizedWeight:
+        """One layer alone: fit the scale, choose the codes."""
+        rounded = self._rounded(weight, stats)
+        return assemble(weight, rounded, None, stop="given", hessian=None if stats is None else stats.hessian)
+
+    def solve_block(
+        self, problem: BlockProblem, *, methods: Mapping[str, "LoRDS"], generators: Mapping[str, torch.Generator]
+    ) -> dict[str, QuantizedWeight]:
+        """Each layer as `solve` does it, then the scales of all together against the block's output.
+
+        Args:
+            problem: the block.
+            methods: settings of each layer; those of the refinement are this object's.
+            generators: one for each layer; the first draws the order of the windows.
+
+        Raises:
+            ArithmeticError: if the loss is not finite.
+
+        Source:
+            Ours: the loop of LRQ, arXiv:2407.11534, on the scales of LoRDS.
+        """
+        layers = {
+            name: Refined.of(methods[name]._rounded(weight, problem.stats[name]))
+            for name, weight in problem.weights.items()
+        }
+        loss = block_loss(problem, lambda: {name: layer.weight() for name, layer in layers.items()}, self.token_weights)
+        parameters = [part for layer in layers.values() for part in (layer.left, layer.right)]
+        descent = Descent(self.refine_steps, self.refine_rate, self.batch)
+        order = cpu_generator(generators[next(iter(layers))])
+        outcome = minimise(parameters, loss, len(problem.inputs), descent, generator=order)
+        results = {}
+        for name, layer in layers.items():
+            hessian = problem.stats[name].hessian
+            result = assemble(problem.weights[name], layer.rounded(), None, stop="given", hessian=hessian)
+            results[name] = replace(result, record=replace(result.record, note=f"block: {outcome}"))
+        return results
+
+    def _rounded(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> LevelRounded:
+        """Codes under a fitted scale. The codes are chosen under the factors as they are stored."""
+        out, in_ = weight.shape
+        grid, rank = LevelGrid(self.bits, self.grid), self._rank(out, in_)
+        importance = weight.new_ones(in_)
+        if self.weighting == "diagonal":
+            diagonal = needed(stats).hessian.diagonal()
+            # A channel that was never active still gets a scale.
+            importance = (diagonal / diagonal.mean().clamp(min=1e-30)).clamp(min=1e-6)
+        block = start_block(in_, rank)
+        shares = _SHARES if self.range_search == "scale" else (1.0,)
+        start = block_scales(weight, grid, block, importance=importance, shares=shares)
+        left, right = truncated(start, in_, rank)
+        if self.solver == "least-squares":
+            left, right, _ = fit_least_squares(weight, left, right, grid, importance=importance, sweeps=self.steps)
+        else:
+            left, right, _ = fit_gradient(
+                weight, left, right, grid, importance=importance, steps=self.steps, learning_rate=self.learning_rate
+            )
+        scale = store_scale(left, right)
+        if self.rounding == "gptq":
+            prepared = needed(stats).prepared(shrinkage=self.shrinkage, damping=self.damping)
+            codes = gptq_levels(weight, scale.dense(), grid, upper=prepared.inverse_factor)
+        else:
+            codes = grid.encode(weight, scale.dense())
+        return LevelRounded(codes, scale, grid, block)
+
+    def _rank(self, out: int, in_: int) -> int:
+        """The rank of the scales of a layer of this shape.
+
+        Raises:
+            ValueError: if it exceeds the layer's sides.
+        """
+        if self.rank == -1:
+            return min(out, in_, parity_rank(out, in_, in_ if self.group_size == -1 else self.group_size))
+        if self.rank > min(out, in_):
+            raise ValueError(
+                f"rank of the scales must be at most min(out, in) = {min(out, in_)} for a layer of shape {(out, in_)}, "
+                f"got {self.rank}; lower it, or take -1 for the one of group_size"
+            )
+        return self.rank
+
+    def largest(self, out: int, in_: int) -> LayerFormat:
+        """Every layer of this shape gets this format."""
+        return LayerFormat(self.bits, in_, True, grid=self.grid, scale_rank=self._rank(out, in_))
+
+
+@dataclass(frozen=True)
+class LoRDSPaper(LoRDS):
+    """LoRDS with the settings of its paper and its authors' code; see LoRDS for what each one does.
+
+    Looks at weights only. What is not the paper's: the best factors of the fit are kept, and scales may change sign.
+    """
+
+    range_search: Literal["none", "scale"] = "none"
+    weighting: Literal["none", "diagonal"] = "none"
+    solver: Literal["least-squares", "gradient"] = "gradient"
+    steps: int = 500
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    refine_steps: int = 0

@@ -1,0 +1,302 @@
+"""LRQ: what each weight is divided by before it is rounded, learned against the output of a whole decoder block."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorq.grids import SMALLEST_SCALE, IntGrid
+from lorq.methods.common import (
+    SEARCHES,
+    assemble,
+    check_choice,
+    check_grid,
+    check_range,
+    layer_grid,
+    layer_group,
+    needed,
+)
+from lorq.reconstruct import BlockProblem, Descent, block_loss, cpu_generator, layer_loss, minimise
+from lorq.rounding import Rounded, clip, nearest
+from lorq.stats import InputStats, TokenWeights
+from lorq.weight import LayerFormat, QuantizedWeight
+
+_HALF_MAX = torch.finfo(torch.float16).max
+
+
+class FakeQuantize(torch.autograd.Function):
+    """Quantize a weight and decode it again.
+
+        W^ = s (q - z),    q = clamp(round(W / (s e) + z), 0, 2^bits - 1),    e = exp(E)
+
+    The scale ``s`` is ``exp`` of its logarithm rounded to float16, as it is stored. Both roundings pass gradients on
+    unchanged; with ``M`` for what lies inside the range,
+
+        dW^ / dE = - (W / e) M,    dW^ / d log s = W^ - (W / e) M,  summed over the group
+
+    One operation instead of a dozen: the backward pass keeps two matrices.
+
+    Source:
+        LRQ, arXiv:2407.11534, eq. 2 with the straight-through estimator. That the scale is float16 inside is ours: the
+        paper's fake-quantized weights are stored as floats.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: Tensor, exponent: Tensor, log_scale: Tensor, zero_point: Tensor, grid: IntGrid
+    ) -> Tensor:
+        scaled = torch.exp(-exponent).mul_(weight)  # W / e
+        scale = stored_scale(log_scale)
+        s, z = scale.unsqueeze(-1), zero_point.unsqueeze(-1)
+        codes = (grid.grouped(scaled) / s).add_(z).round_()
+        inside = (codes >= 0) & (codes <= grid.top)
+        decoded = codes.clamp_(0, grid.top).sub_(z).mul_(s).flatten(1)
+        scaled.mul_(inside.flatten(1))
+        ctx.grid = grid
+        ctx.save_for_backward(scaled, decoded)
+        return decoded
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        scaled, decoded = ctx.saved_tensors
+        gradient = gradients[0]
+        of_scale = ctx.grid.grouped((decoded - scaled).mul_(gradient)).sum(-1)
+        return None, (scaled * gradient).neg_(), of_scale, None, None
+
+
+def stored_scale(log_scale: Tensor) -> Tensor:
+    """``exp`` of the logarithms, as float16 has it; never zero, never infinite."""
+    return log_scale.exp().clamp(SMALLEST_SCALE, _HALF_MAX).to(torch.float16).to(log_scale.dtype)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What is learned of one layer; thrown away once the codes are made, but for the scale.
+
+        E = L U + r + c  (low-rank),    E = S + r  (full)
+
+    Attributes:
+        weight: W.
+        log_scale: logarithm of each group's scale.
+        zero_point: of each group; stays as it is.
+        grid: bits, group size, symmetry.
+        rows: r, one for each row.
+        columns: c; None with a full S.
+        left: L; or S, where there is no ``right``.
+        right: U, or None.
+    """
+
+    weight: Float[Tensor, "out in"]
+    log_scale: Float[Tensor, "out groups"]
+    zero_point: Float[Tensor, "out groups"]
+    grid: IntGrid
+    rows: Float[Tensor, "out 1"]
+    columns: Float[Tensor, "1 in"] | None
+    left: Float[Tensor, "out rank"]
+    right: Float[Tensor, "rank in"] | None
+
+    @classmethod
+    def start(
+        cls, weight: Float[Tensor, "out in"], initial: Rounded, *, rank: int | None, generator: torch.Generator
+    ) -> "Scaling":
+        """Parameters with which `quantized` is ``initial``, exactly: E is 0.
+
+        Args:
+            weight: W.
+            initial: rounding to nearest of W on some grid.
+            rank: of L U; None for a full S.
+            generator: of U, which is uniform within ``+- 1 / sqrt(in)`` while L is 0 (Kaiming's with a = sqrt 5).
+        """
+        (out, in_), zeros = weight.shape, weight.new_zeros
+        left, right, columns = zeros(out, in_), None, None
+        if rank is not None:
+            bound = 1 / math.sqrt(in_)
+            left, columns = zeros(out, rank), zeros(1, in_)
+            right = torch.rand(rank, in_, generator=generator, device=weight.device, dtype=weight.dtype)
+            right = right.mul_(2 * bound).sub_(bound)
+        found = cls(weight, initial.scale.log(), initial.zero_point, initial.grid, zeros(out, 1), columns, left, right)
+        for parameter in found.parameters():
+            parameter.requires_grad_(True)
+        return found
+
+    def parameters(self) -> list[Tensor]:
+        """What is learned."""
+        learned = (self.log_scale, self.rows, self.columns, self.left, self.right)
+        return [tensor for tensor in learned if tensor is not None]
+
+    def exponent(self) -> Float[Tensor, "out in"]:
+        """E."""
+        if self.right is None:
+            return self.left + self.rows
+        assert self.columns is not None
+        return torch.addmm(self.rows + self.columns, self.left, self.right)
+
+    def quantized(self) -> Float[Tensor, "out in"]:
+        """W^, differentiable in the parameters."""
+        weight = FakeQuantize.apply(self.weight, self.exponent(), self.log_scale, self.zero_point, self.grid)
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @torch.no_grad()
+    def rounded(self) -> Rounded:
+        """The codes and scales that `quantized` decodes."""
+        scale = stored_scale(self.log_scale)
+        scaled = self.grid.grouped(torch.exp(-self.exponent()).mul_(self.weight))
+        codes = self.grid.encode(scaled, scale.unsqueeze(-1), self.zero_point.unsqueeze(-1)).flatten(1)
+        return Rounded(codes, scale, self.zero_point, self.grid)
+
+
+def _result(scaling: Scaling, stats: InputStats, note: str) -> QuantizedWeight:
+    result = assemble(scaling.weight, scaling.rounded(), None, stop="given", hessian=stats.hessian)
+    return replace(result, record=replace(result.record, note=note))
+
+
+@dataclass(frozen=True)
+class LRQ:
+    """Learn by gradient steps what each weight is divided by before it is rounded, so that the block's output stays.
+
+    Attributes:
+        bits: width of a code, 2 to 8.
+        group_size: input columns that share a scale; -1 for one group per row.
+        symmetric: no zero points.
+        rank: of the learned divisors' logarithms; -1 for a quarter of the layer's smaller side, at most 1024, or 2048
+            from 8192 x 8192 on. Costs no bits: only codes and scales are stored.
+        scaling: "low-rank" learns L U + r + c; "full" learns a whole matrix (FlexRound).
+        range_search: how each group's range is found before the steps: "none" is the full range.
+        steps: gradient steps for each block.
+        learning_rate: of the first step; it falls to 0.
+        batch: calibration windows of a step, at most all.
+        token_weights: "equal" lets each token of the block's output count the same; "plain" is the paper's sum.
+    """
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    rank: int = -1
+    scaling: Literal["low-rank", "full"] = "low-rank"
+    range_search: Literal["none", "saturate", "scale"] = "scale"
+    steps: int = 100
+    learning_rate: float = 1e-2
+    batch: int = 2
+    token_weights: TokenWeights = "equal"
+
+    scope: ClassVar[str] = "block"
+    block_settings: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "batch", "token_weights")
+    needs_stats: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_grid(self.bits, self.group_size)
+        check_choice("scaling", self.scaling, ("low-rank", "full"))
+        check_choice("range_search", self.range_search, SEARCHES)
+        check_choice("token_weights", self.token_weights, ("equal", "plain"))
+        check_range("rank", self.rank, -1, 1 << 16)
+        if self.rank == 0:
+            raise ValueError(f"rank must be at least 1, or -1 for a quarter of the smaller side, got {self.rank}")
+        check_range("steps", self.steps, 0, 1_000_000)
+        check_range("learning_rate", self.learning_rate, 0.0, 1.0)
+        check_range("batch", self.batch, 1, 1 << 16)
+
+    def solve(
+        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
+    ) -> QuantizedWeight:
+        """One layer alone, against its own output: the same parameters, ``tr[(W - W^) H (W - W^)^T]`` the loss."""
+        stats = needed(stats)
+        scaling = self._start(weight, stats, generator)
+        loss = layer_loss(weight, stats, scaling.quantized)
+        outcome = minimise(scaling.parameters(), loss, 1, self._descent, generator=cpu_generator(generator))
+        return _result(scaling, stats, f"layer alone: {outcome}")
+
+    def solve_block(
+        self,
+        problem: BlockProblem,
+        *,
+        methods: Mapping[str, "LRQ"],
+        generators: Mapping[str, torch.Generator],
+    ) -> dict[str, QuantizedWeight]:
+        """All layers of a block together, against the block's output.
+
+        Args:
+            problem: the block.
+            methods: settings of each layer; those of the steps, batches and tokens are this object's.
+            generators: one for each layer, on its weight's device. The first also draws the order of the windows.
+
+        Raises:
+            ArithmeticError: if the loss is not finite.
+
+        Source:
+            LRQ, arXiv:2407.11534. Deviations: groups within a row, rank and range search as the class has them, token
+            weights, the best parameters kept (`lorq.reconstruct.minimise`).
+        """
+        scalings = {
+            name: methods[name]._start(weight, problem.stats[name], generators[name])
+            for name, weight in problem.weights.items()
+        }
+
+        def weights() -> dict[str, Tensor]:
+            return {name: scaling.quantized() for name, scaling in scalings.items()}
+
+        parameters = [parameter for scaling in scalings.values() for parameter in scaling.parameters()]
+        loss = block_loss(problem, weights, self.token_weights)
+        order = cpu_generator(generators[next(iter(problem.weights))])
+        outcome = minimise(parameters, loss, len(problem.inputs), self._descent, generator=order)
+        return {name: _result(s, problem.stats[name], f"block: {outcome}") for name, s in scalings.items()}
+
+    @property
+    def _descent(self) -> Descent:
+        return Descent(self.steps, self.learning_rate, self.batch)
+
+    def _start(self, weight: Tensor, stats: InputStats, generator: torch.Generator) -> Scaling:
+        """The parameters before the first step: rounding to nearest."""
+        grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        search = SEARCHES[self.range_search]
+        if search is None:
+            initial = nearest(weight, None, grid)
+        else:
+            initial = clip(weight, stats.hessian, grid, search=search)
+        rank = None if self.scaling == "full" else self._rank(*weight.shape)
+        return Scaling.start(weight, initial, rank=rank, generator=generator)
+
+    def _rank(self, out: int, in_: int) -> int:
+        """The rank of a layer of this shape.
+
+        Raises:
+            ValueError: if it exceeds the layer's sides.
+        """
+        smaller = min(out, in_)
+        if self.rank == -1:
+            return max(1, min(smaller // 4, 2048 if smaller >= 8192 else 1024))
+        if self.rank > smaller:
+            raise ValueError(
+                f"rank must be at most min(out, in) = {smaller} for a layer of shape {(out, in_)}, got {self.rank}; "
+                "lower it, or take -1 for a quarter of that"
+            )
+        return self.rank
+
+    def largest(self, out: int, in_: int) -> LayerFormat:
+        """Every layer of this shape gets this format.
+
+        Raises:
+            ValueError: if the rank exceeds the layer, or the group size does not divide its width.
+        """
+        if self.scaling == "low-rank":
+            self._rank(out, in_)
+        return LayerFormat(self.bits, layer_group(in_, self.group_size), self.symmetric)
+
+
+@dataclass(frozen=True)
+class LRQPaper(LRQ):
+    """LRQ with the settings of its paper and its authors' code; see LRQ for what each one does.
+
+    One scale per row, 5000 steps; the rate is the code's for Llama-2-7B at 4 bits, where ranges are not searched.
+    What is not the paper's: the rank below 4096 columns, and that the best parameters are kept, not the last.
+    """
+
+    group_size: int = -1
+    range_search: Literal["none", "saturate", "scale"] = "none"
+    steps: int = 5000
+    learning_rate: float = 9e-4
+    token_weights: TokenWeights = "plain"
