@@ -138,10 +138,11 @@ def smooth_block(
         weights = {name: _out_in(layers[name]) for name in names}
         wanted = smoothing_scale(list(weights.values()), stats[names[0]], exponent)
         before = {key: p.detach().clone() for key, p in norm.named_parameters()}
+        originals = {name: weight.clone() for name, weight in weights.items()}
         for offset in (0.0, 1.0):  # Gemma's norms multiply by 1 + weight
             scale = _fold(norm, before, wanted, offset)
             for name in names:
-                weights[name].mul_(scale)
+                weights[name].copy_(originals[name] * scale)
             delta = run() - expected
             if bool(delta.square().sum() <= _SAME * expected.square().sum()):
                 smoothed.scales |= dict.fromkeys(names, scale)
@@ -150,7 +151,7 @@ def smooth_block(
                 stats |= {name: changed[id(stats[name])] for name in names}
                 break
             for name in names:
-                weights[name].div_(scale)
+                weights[name].copy_(originals[name])
             for key, parameter in norm.named_parameters():
                 parameter.data.copy_(before[key])
         else:

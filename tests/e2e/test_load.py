@@ -198,7 +198,7 @@ DAMAGES = {
     "a key too many for a layer": (
         edit_layers(lambda layers: layers[LAYER].update(basis="hadamard")), rf"{LAYER}.* must have the keys.*basis",
     ),
-    "a newer format": (edit_quantization(format_version=3), r"format version 3, this lorq reads up to 2.*upgrade"),
+    "a newer format": (edit_quantization(format_version=4), r"format version 4, this lorq reads up to 3.*upgrade"),
     "a format of 0": (edit_quantization(format_version=0), r"format_version.* got 0"),
     "a format in words": (edit_quantization(format_version="1"), r"format_version.* got '1'"),
     "an unknown key": (edit_quantization(rotation="hadamard"), r"unknown keys in quantization_config: rotation"),
