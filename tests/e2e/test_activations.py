@@ -1,0 +1,144 @@
+"""Activations in 8 bits, blocks fitted as a whole, and mixed widths, through whole runs."""
+
+import hashlib
+
+import pytest
+import torch
+
+import lorq
+from lorq.solver import Solver
+
+RUN = {"calibration": "python-docs", "samples": 4, "seq_len": 32}
+FEW_STEPS = lorq.LRQ(bits=4, group_size=16, steps=3)
+EIGHT = lorq.GPTQ(bits=8, group_size=-1)
+
+
+def logits(folder):
+    tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return lorq.load(folder)(tokens).logits
+
+
+def sqnr_db(expected, found):
+    return float(10 * torch.log10(expected.square().sum() / (expected - found).square().sum()))
+
+
+def digests(folder):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("method", [FEW_STEPS, EIGHT], ids=["lrq", "gptq"])
+@pytest.mark.parametrize(
+    "options",
+    [{"activations": "token", "kv_cache": "token"}, {"activations": "tensor", "smoothing": 0.5}],
+    ids=["token", "tensor"],
+)
+def test_rounded_activations_are_in_the_folder_and_cost_a_little(method, options, folder_of, tmp_path):
+    source = folder_of("llama")
+    lorq.quantize(source, tmp_path / "plain", method, **RUN)
+    report = lorq.quantize(source, tmp_path / "out", method, **RUN, **options)
+    model = lorq.load(tmp_path / "out")
+    for name, layer in model.named_modules():
+        if hasattr(layer, "weight_packed"):
+            assert layer.format.input_quantization == options["activations"]
+            cached = name.endswith(("k_proj", "v_proj")) and "kv_cache" in options
+            assert layer.format.output_quantization == ("token" if cached else "none")
+            assert (layer.input_scale is None) == (options["activations"] == "token")
+    if "smoothing" in options:
+        assert any("not smoothed" in note for note in report.notes.values())  # o_proj and down_proj follow no norm
+    original = logits(source)
+    plain, rounded = (sqnr_db(original, logits(tmp_path / name)) for name in ("plain", "out"))
+    assert rounded > 10 and rounded < plain + 3  # coarser, but the same model
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_smoothing_alone_changes_nothing_but_the_rounding(family, folder_of, tmp_path):
+    source = folder_of(family)
+    for smoothing in (0.0, 0.5):
+        lorq.quantize(source, tmp_path / str(smoothing), EIGHT, **RUN, activations="token", smoothing=smoothing)
+    assert sqnr_db(logits(tmp_path / "0.0"), logits(tmp_path / "0.5")) > 25
+
+
+def test_layers_that_stay_as_they_are_keep_their_norm_from_being_smoothed(folder_of, tmp_path):
+    report = lorq.quantize(
+        folder_of("llama"), tmp_path / "out", EIGHT, **RUN, activations="token", smoothing=0.5, exclude=("q_proj",)
+    )
+    notes = {layer.name: layer.note for layer in report.layers if layer.name.endswith("k_proj")}
+    assert notes and all("also serves what is not quantized" in note for note in notes.values())
+
+
+@pytest.mark.parametrize(
+    "method, options",
+    [
+        (FEW_STEPS, {}),
+        (FEW_STEPS, {"stream": "original"}),
+        (lorq.LoRDS(bits=3, group_size=16, steps=2, refine_steps=3), {}),
+        (FEW_STEPS, {"activations": "tensor", "smoothing": 0.5}),
+        (lorq.GPTQ(bits=4, group_size=16), {"activations": "token", "smoothing": 0.5, "stream": "quantized"}),
+    ],
+    ids=["lrq", "lrq original", "lords", "lrq smoothed", "gptq smoothed"],
+)
+def test_an_interrupted_run_goes_on_to_the_same_bytes(method, options, folder_of, tmp_path, monkeypatch):
+    source, solve, solved = folder_of("llama"), Solver._solve, []
+
+    def stop_at_the_second(self, index):
+        if index == 1 and not solved:
+            solved.append(index)
+            raise KeyboardInterrupt
+        return solve(self, index)
+
+    lorq.quantize(source, tmp_path / "whole", method, **RUN, **options)
+    monkeypatch.setattr(Solver, "_solve", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        lorq.quantize(source, tmp_path / "parts", method, **RUN, **options)
+    lorq.quantize(source, tmp_path / "parts", method, **RUN, **options, resume=True)
+    assert digests(tmp_path / "whole") == digests(tmp_path / "parts")
+
+
+def test_two_widths_meet_the_average_and_never_exceed_it(folder_of, tmp_path):
+    source, method = folder_of("llama"), lorq.GPTQ(bits=2, group_size=16)
+    for where in ("first", "last"):
+        report = lorq.quantize(
+            source, tmp_path / where, method, **RUN, average_bits=2.5, wide_layers=where, dry_run=True
+        )
+        sizes = [layer.shape[0] * layer.shape[1] for layer in report.layers]
+        average = sum(n * layer.bits for n, layer in zip(sizes, report.layers, strict=True)) / sum(sizes)
+        assert 2.4 < average <= 2.5
+        end = [
+            layer.bits
+            for layer in report.layers
+            if layer.name.startswith("model.layers.0" if where == "first" else "model.layers.1")
+        ]
+        assert max(end) == 4
+
+
+REFUSED = {
+    "smoothing without activations": (EIGHT, {"smoothing": 0.5}, "smoothing 0.5 and activations 'none'"),
+    "too much smoothing": (EIGHT, {"smoothing": 1.5, "activations": "token"}, "between 0 and 1, got 1.5"),
+    "a range in another basis": (
+        lorq.LoPRo(bits=4, group_size=16),
+        {"activations": "tensor"},
+        "'tensor' need inputs in the",
+    ),
+    "keys left out": (EIGHT, {"kv_cache": "token", "exclude": ("k_proj",)}, "k_proj and v_proj in every block"),
+    "an average below": (EIGHT, {"average_bits": 3.0}, "got 3.0 with bits 8 and wide_bits 4"),
+    "no room": (lorq.GPTQ(bits=2, group_size=16), {"average_bits": 2.001}, "2.001 leaves no room"),
+    "steps of one layer": (
+        FEW_STEPS,
+        {"override": ("q_proj:steps=5",)},
+        "steps serves a whole block.*got 5 for .*q_proj",
+    ),
+    "scope of one layer": (
+        lorq.LoRDS(group_size=16),
+        {"override": ("q_proj:refine_steps=5",)},
+        "scope serves a whole block",
+    ),
+    "too high a rank": (lorq.LoRDS(rank=999), {}, "at most min.*got 999"),
+}
+
+
+@pytest.mark.parametrize("method, options, message", REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused_before_the_work(method, options, message, folder_of, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        lorq.quantize(folder_of("llama"), tmp_path / "out", method, **RUN, **options)
+    assert not (tmp_path / "out").exists()
