@@ -138,7 +138,6 @@ def smooth_block(
         weights = {name: _out_in(layers[name]) for name in names}
         wanted = smoothing_scale(list(weights.values()), stats[names[0]], exponent)
         before = {key: p.detach().clone() for key, p in norm.named_parameters()}
-        unscaled = {name: weight.clone() for name, weight in weights.items()}  # dividing again would round
         originals = {name: weight.clone() for name, weight in weights.items()}
         for offset in (0.0, 1.0):  # Gemma's norms multiply by 1 + weight
             scale = _fold(norm, before, wanted, offset)
