@@ -16,7 +16,6 @@ import lorq
 from lorq import safefile
 from lorq.adapters import ADAPTER_CONFIG
 from lorq.cli import main
-from lorq.methods.lords import LoRDS
 
 SMALL = ["--samples", "4", "--seq-len", "32"]
 NEAREST = ["--method", "nearest", "--group-size", "32"]
@@ -651,8 +650,6 @@ def test_a_name_that_neither_the_disk_nor_the_hub_knows_is_refused(failing_comma
 
 # ---- training and adapters --------------------------------------------------------------------------------
 
-if "lords" not in lorq.METHODS:
-    lorq.METHODS["lords"] = LoRDS
 TRAIN = ["--steps=3", "--batch=2", "--seq-len=16", "--learning-rate=5e-3"]
 
 
@@ -660,7 +657,7 @@ TRAIN = ["--steps=3", "--batch=2", "--seq-len=16", "--learning-rate=5e-3"]
 def lords_folder(folder_of, text_file, tmp_path_factory):
     """A model that can be trained, not to be changed."""
     out = tmp_path_factory.mktemp("lords") / "out"
-    method = LoRDS(bits=4, group_size=32, rounding="nearest", weighting="none", steps=2, refine_steps=0)
+    method = lorq.LoRDS(bits=4, group_size=32, rounding="nearest", weighting="none", steps=2, refine_steps=0)
     lorq.quantize(folder_of("llama"), out, method, calibration=str(text_file), samples=4, seq_len=32)
     return out
 

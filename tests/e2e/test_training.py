@@ -13,13 +13,10 @@ import lorq
 from lorq.adapters import ADAPTER_TENSORS, adapters_of, lords_layers
 from lorq.checkpoint import verify_shards
 from lorq.linear import QuantLinear
-from lorq.methods.lords import LoRDS
 from lorq.qat import TrainableLinear
 
 # Nearest codes, so that training from the original begins where the quantized model is.
-METHOD = LoRDS(bits=4, group_size=32, rounding="nearest", weighting="none", steps=1, refine_steps=0)
-if "lords" not in lorq.METHODS:
-    lorq.METHODS["lords"] = LoRDS
+METHOD = lorq.LoRDS(bits=4, group_size=32, rounding="nearest", weighting="none", steps=1, refine_steps=0)
 QUICK = {"steps": 3, "batch": 2, "seq_len": 16, "learning_rate": 5e-3}
 CALIBRATION = {"samples": 4, "seq_len": 32}
 
@@ -160,7 +157,9 @@ def test_generating_with_an_adapter_is_generating_with_the_merged_model(base, tr
 
 
 def test_an_adapter_of_another_base_is_refused(quantized, trained, folder_of):
-    other = lorq.load(quantized("llama", LoRDS(bits=3, group_size=32, rounding="nearest", steps=0, refine_steps=0)))
+    other = lorq.load(
+        quantized("llama", lorq.LoRDS(bits=3, group_size=32, rounding="nearest", steps=0, refine_steps=0))
+    )
     with pytest.raises(ValueError, match=r"is an adapter for the base [0-9a-f]{12}, this model is [0-9a-f]{12}; load"):
         lorq.adapt.load_adapter(other, trained[0])
     with pytest.raises(ValueError, match="this one has no packed layers"):
@@ -260,7 +259,7 @@ VARIANTS = {
     "biases": ("qwen2", {}),
     "biases and positions": ("opt", {}),
     "transposed weights": ("gpt2", {}),
-    "integers": ("llama", {"method": LoRDS(bits=3, group_size=32, grid="integer", steps=1, refine_steps=0)}),
+    "integers": ("llama", {"method": lorq.LoRDS(bits=3, group_size=32, grid="integer", steps=1, refine_steps=0)}),
     "8-bit activations": ("llama", {"activations": "token", "kv_cache": "token"}),
     "smoothed": ("llama", {"activations": "tensor", "smoothing": 0.5}),
     "some layers left out": ("llama", {"exclude": ("down_proj",)}),
