@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorq.grids import SMALLEST_SCALE, Codebook, IntGrid, VectorGrid, decode_vectors, dequantize
+from lorq.grids import (
+    LEVEL_KINDS, SMALLEST_SCALE, Codebook, IntGrid, LevelGrid, VectorGrid, decode_vectors, dequantize, level_values,
+    levels,
+)  # fmt: skip
 
 every_grid = pytest.mark.parametrize(
     "grid",
@@ -195,3 +198,70 @@ def test_decode_vectors_is_the_table_element_by_element(tiles, groups, generator
     # 8 bits times 11 fit float32, times 11 more are rounded once.
     assert torch.equal(decode_vectors(codes, book, scale), expected.float())
     assert decode_vectors(codes, book, scale, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+# ---- fixed levels -----------------------------------------------------------------------------------------
+
+level_grids = pytest.mark.parametrize(
+    "grid", [LevelGrid(bits, kind) for bits in (2, 3, 4, 8) for kind in LEVEL_KINDS], ids=str
+)
+NF4 = (
+    -1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0910, 0,
+    0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bits, expected", [(2, (-1, 0, 0.3379, 1)), (4, NF4)])
+def test_normal_floats_are_those_of_qlora_and_loftq(bits, expected):
+    assert_close(levels("normal-float", bits), torch.tensor(expected).float(), rtol=0, atol=6e-5)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_levels_rise_have_a_zero_and_one_more_on_one_side(bits):
+    half = 2 ** (bits - 1)
+    assert torch.equal(levels("integer", bits), torch.arange(-half, half).float())
+    table = levels("normal-float", bits)
+    assert table.shape == (2**bits,) and (table.diff() > 0).all()
+    assert (table[0], table[half - 1], table[-1]) == (-1, 0, 1)
+
+
+@level_grids
+def test_codes_have_the_least_squared_error_of_all_whatever_the_scales_sign(grid, generator):
+    weight = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    scale = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    scale[0], weight[1] = 1e-4, 0  # far outside the range; nothing
+    codes = grid.encode(weight, scale)
+    table = levels(grid.kind, grid.bits).double()
+    errors = (weight.unsqueeze(-1) - table * scale.unsqueeze(-1)).square()
+    assert torch.equal(codes, errors.argmin(-1).double())
+    assert torch.equal(grid.decode(codes, scale), table[codes.long()] * scale)
+
+
+@level_grids
+def test_a_scale_of_zero_gives_a_code_and_nothing(grid):
+    codes = grid.encode(torch.tensor([0.0]), torch.tensor([0.0]))
+    assert float(grid.decode(codes, torch.tensor([1.0]))) == 0
+    far = grid.encode(torch.tensor([1.0, -1.0]), torch.tensor([0.0, 0.0]))
+    assert ((far >= 0) & (far < 2**grid.bits)).all()
+
+
+@level_grids
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32], ids=str)
+def test_levels_come_back_from_their_own_codes_of_any_type(grid, dtype):
+    codes = torch.arange(2**grid.bits).to(dtype)
+    values = level_values(codes, grid.kind, grid.bits)
+    assert torch.equal(values, levels(grid.kind, grid.bits))
+    assert torch.equal(grid.encode(values * -0.5, torch.tensor(-0.5)), codes.float())
+
+
+@pytest.mark.parametrize(
+    "kind, bits, message",
+    [
+        ("float", 4, "grid must be one of integer, normal-float, got 'float'"),
+        ("integer", 1, "bits of a grid of levels must be 2 to 8, got 1"),
+        ("normal-float", 9, "bits of a grid of levels must be 2 to 8, got 9"),
+    ],
+)
+def test_unknown_levels_are_refused_with_what_is_known(kind, bits, message):
+    with pytest.raises(ValueError, match=message):
+        levels(kind, bits)

@@ -26,6 +26,18 @@ FORMATS = {
     "permuted": LayerFormat(4, 16, True, permuted=True),
     "rotated": LayerFormat(3, 16, False, rotation_block=16),
     "all": LayerFormat(2, 48, True, 3, "e4m3", 4, 1, 16, permuted=True, rotation_block=8, rotation_skip=24),
+    "normal floats": LayerFormat(4, 16, True, grid="normal-float"),
+    "a scale for each": LayerFormat(3, 48, True, 2, "int8", scale_rank=3),
+    "normal floats, a scale for each": LayerFormat(2, 48, True, grid="normal-float", scale_rank=2),
+}
+# Those that round inputs or outputs besides.
+ROUNDING = {
+    "inputs by token": LayerFormat(4, 48, False, input_quantization="token"),
+    "inputs by tensor": LayerFormat(8, 48, True, input_quantization="tensor"),
+    "outputs": LayerFormat(4, 16, False, output_quantization="token"),
+    "inputs in groups": LayerFormat(3, 16, False, 2, "int8", input_quantization="token", output_quantization="token"),
+    "rotated inputs": LayerFormat(4, 48, True, rotation_block=16, input_quantization="token"),
+    "inputs, normal floats": LayerFormat(2, 48, True, grid="normal-float", scale_rank=2, input_quantization="tensor"),
 }
 SCALAR = [
     LayerFormat(bits, group_size, symmetric, rank, factor_type)
@@ -47,10 +59,16 @@ def every_format(out):
             ((2, 4), (3, 2), (4, 2)), ((48, 48), (48, 16), (24, 24)), (1, out), ((0, "float16"), (2, "int8"))
         )
     ]
-    return SCALAR + [dataclasses.replace(f, **basis) for f in (*books, SCALAR[0], SCALAR[-1]) for basis in BASES]
+    levels = [
+        LayerFormat(bits, 16 if rank == 0 else 48, True, grid=grid, scale_rank=rank)
+        for bits, grid, rank in itertools.product((2, 3, 4, 8), ("integer", "normal-float"), (0, 1, 5))
+    ]
+    bases = [dataclasses.replace(f, **basis) for f in (*books, SCALAR[0], SCALAR[-1]) for basis in BASES]
+    return [*SCALAR, *levels, *ROUNDING.values(), *bases]
 
 
 formats = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+all_formats = pytest.mark.parametrize("format", (FORMATS | ROUNDING).values(), ids=FORMATS | ROUNDING)
 widths = pytest.mark.parametrize("out", [7, 32])
 
 
@@ -59,7 +77,8 @@ def same(a, b):
 
     def parts(weight):
         pieces = {"codes": weight.codes, "scale": weight.scale, "zero_point": weight.zero_point}
-        for part in (weight.low_rank, weight.codebook, weight.basis):
+        pieces |= {"grid": weight.grid}
+        for part in (weight.low_rank, weight.codebook, weight.basis, weight.scale_factors, weight.activations):
             pieces |= {f"{type(part).__name__} {name}": value for name, value in vars(part).items()} if part else {}
         return pieces
 
@@ -95,6 +114,50 @@ def test_output_is_that_of_the_dense_weight(format, out, bias, dtype, tolerance,
     assert_close(y.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
+def stepped(x, scale=None, zero=None):
+    """8 bits of one token in plain Python: its own range with zero in it, or the fixed one."""
+    if scale is None:
+        low, high = min(*x, 0.0), max(*x, 0.0)
+        scale = max((high - low) / 255, 1e-30)
+        zero = round(-low / scale)
+    return [(min(max(round(value / scale) + zero, 0), 255) - zero) * scale for value in x]
+
+
+@pytest.mark.parametrize("format", ROUNDING.values(), ids=ROUNDING)
+@pytest.mark.parametrize("learns", [False, True], ids=["no gradient", "gradient"])
+def test_inputs_and_outputs_are_rounded_as_in_a_plain_loop(format, learns, random_weight, generator):
+    weight = random_weight(7, 48, format)
+    layer = QuantLinear.from_weight(weight, offset := torch.randn(7, generator=generator))
+    x = torch.randn(2, 3, 48, generator=generator)
+    y = layer(x.clone().requires_grad_(learns))
+    assert y.shape == (2, 3, 7)
+    tokens = (x if weight.basis is None else weight.basis.rotate(x)).flatten(0, 1).tolist()
+    if format.input_quantization != "none":
+        grid = (float(layer.input_scale), int(layer.input_zero_point)) if layer.input_scale is not None else ()
+        tokens = [stepped(token, *grid) for token in tokens]
+    matrix = weight.dense(torch.float64) if weight.basis is None else weight.basis.rotate(weight.dense(torch.float64))
+    expected = torch.tensor(tokens, dtype=torch.float64) @ matrix.T + offset.double()
+    found = y.detach().flatten(0, 1).double()
+    if format.output_quantization == "none":
+        assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    else:
+        # The last digit of a sum may take a value over the middle between two codes, by a whole step.
+        codes = torch.tensor([stepped(token) for token in expected.tolist()], dtype=torch.float64)
+        step = (expected.amax(1, keepdim=True).clamp(min=0) - expected.amin(1, keepdim=True).clamp(max=0)) / 255
+        assert ((found - codes).abs() < 1e-3 * step).double().mean() > 0.9
+        assert ((found - codes).abs() < 1.001 * step).all()
+
+
+def test_the_gradient_of_a_rounding_layer_passes_straight_through(random_weight, generator):
+    layer = QuantLinear.from_weight(random_weight(7, 48, ROUNDING["inputs by tensor"]))
+    x = (2 * torch.randn(5, 48, generator=generator)).requires_grad_()
+    grad = torch.randn(5, 7, generator=generator)
+    (found,) = torch.autograd.grad(layer(x), x, grad)
+    inside = (x > -2.84) & (x < 3.19)  # the fixture's range
+    assert 0.5 < inside.double().mean() < 0.95
+    assert_close(found, (grad @ layer.weight) * inside, rtol=1e-5, atol=1e-5)
+
+
 @widths
 def test_stored_tensors_come_back_bit_for_bit(out, random_weight):
     for format in every_format(out):
@@ -115,7 +178,7 @@ def test_the_layout_and_the_stored_bits_are_those_of_the_packed_tensors(out, ran
         assert format.stored_bits(out, 48) == counted, format
 
 
-@formats
+@all_formats
 def test_a_layer_stores_exactly_the_packed_tensors(format, random_weight):
     weight = random_weight(7, 48, format)
     tensors, layer = pack_weight(weight), QuantLinear.from_weight(weight)
@@ -127,7 +190,7 @@ def test_a_layer_stores_exactly_the_packed_tensors(format, random_weight):
     assert f"vector={format.vector}" in repr(layer) and f"rotation={format.rotation_block}" in repr(layer)
 
 
-@formats
+@all_formats
 def test_a_state_dict_fills_an_empty_layer(format, random_weight, generator):
     layer = QuantLinear.from_weight(random_weight(7, 48, format), torch.randn(7, generator=generator))
     empty = QuantLinear(48, 7, format, bias=True)
@@ -137,7 +200,7 @@ def test_a_state_dict_fills_an_empty_layer(format, random_weight, generator):
     assert torch.equal(empty(x), layer(x))
 
 
-@formats
+@all_formats
 @pytest.mark.parametrize(
     "convert, dtype",
     [
@@ -168,7 +231,7 @@ def test_a_bias_of_another_dtype_does_not_change_the_outputs_dtype(random_weight
     assert layer(torch.randn(2, 48, generator=generator).to(torch.bfloat16)).dtype == torch.bfloat16
 
 
-@formats
+@all_formats
 def test_a_meta_layer_has_room_for_every_tensor_and_can_be_filled(format, random_weight, generator):
     layer = QuantLinear(48, 7, format, bias=True, dtype=torch.float16, device="meta")
     for name, (shape, dtype) in stored_layout(7, 48, format).items():
@@ -202,7 +265,7 @@ def test_a_dense_layer_has_the_same_weight_and_bias(format, random_weight, gener
     assert_close(dense(x), QuantLinear.from_weight(weight, offset)(x), rtol=1e-4, atol=1e-4)
 
 
-@formats
+@all_formats
 def test_the_weight_attribute_is_the_dense_weight_in_the_biass_dtype(format, random_weight, generator):
     weight, offset = random_weight(7, 48, format), torch.randn(7, generator=generator)
     assert torch.equal(QuantLinear.from_weight(weight).weight, weight.dense())

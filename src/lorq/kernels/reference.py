@@ -134,7 +134,7 @@ def _scale_gradients(
     scale_left: Tensor, scale_right: Tensor, *codebooks: None, bits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``dB = (G o V) A^T`` and ``dA = B^T (G o V)``, with ``G = dy^T x`` made a strip of rows at a time."""
-    x, dy = x.flatten(0, -2), grad.flatten(0, -2)
+    x, dy = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     l, r = scale_left.float(), scale_right.float()
     d_left, d_right = torch.empty_like(l), torch.zeros_like(r)
     rows = max(1, _STRIP_ENTRIES // x.shape[1])
