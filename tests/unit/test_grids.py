@@ -7,7 +7,15 @@ import torch
 from torch.testing import assert_close
 
 from lorq.grids import (
-    LEVEL_KINDS, SMALLEST_SCALE, Codebook, IntGrid, LevelGrid, VectorGrid, decode_vectors, dequantize, level_values,
+    LEVEL_KINDS,
+    SMALLEST_SCALE,
+    Codebook,
+    IntGrid,
+    LevelGrid,
+    VectorGrid,
+    decode_vectors,
+    dequantize,
+    level_values,
     levels,
 )  # fmt: skip
 
