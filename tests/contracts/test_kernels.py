@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from lorq.activations import quantize_activations
 from lorq.basis import Basis
 from lorq.grids import levels
-from lorq.kernels import quant_linear, rotate
+from lorq.kernels import fake_quantize, quant_linear, rotate
 from lorq.linear import OPERANDS, pack_weight
 from lorq.weight import LayerFormat
 
@@ -187,12 +188,135 @@ def test_the_gradient_has_the_dtype_and_precision_of_the_inputs(dtype, floor, ra
     assert sqnr_db(grad.double() @ dense(weight), found) > floor
 
 
+# Positions of scale_left and scale_right among the operator's arguments.
+FACTORS = slice(1 + OPERANDS.index("scale_left"), 3 + OPERANDS.index("scale_left"))
+scaled = pytest.mark.parametrize(
+    "format", [FORMATS["a scale for each"], FORMATS["normal floats, a scale for each"]], ids=["integer", "normal-float"]
+)
+
+
+def learning(weight, x, dtype):
+    """The operator's arguments with factors of the scale that learn, and a function of these with the same values."""
+    arguments = [x, *operands(weight)]
+    factors = [part.to(dtype).requires_grad_() for part in arguments[FACTORS]]
+    arguments[FACTORS] = factors
+    table = levels(weight.grid, weight.bits).double()[weight.codes.long()]
+    rest = weight.low_rank.dense(torch.float64) if weight.low_rank else 0
+
+    def formula(x, left, right):
+        return x @ (table * (left @ right) + rest).T
+
+    return arguments, factors, formula
+
+
+@scaled
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3)], ids=str)
+@pytest.mark.parametrize("strip", [50, 1 << 22], ids=["row by row", "at once"])
+def test_factors_of_the_scale_have_the_gradients_of_the_dense_formula(
+    strip, batch, format, random_weight, generator, monkeypatch
+):
+    monkeypatch.setattr("lorq.kernels.reference._STRIP_ENTRIES", strip)
+    weight = random_weight(7, 48, format)
+    x = torch.randn(*batch, 48, generator=generator, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(*batch, 7, generator=generator, dtype=torch.float64)
+    arguments, factors, formula = learning(weight, x, torch.float64)
+    found = torch.autograd.grad(quant_linear(*arguments), (x, *factors), grad)
+    expected = torch.autograd.grad(formula(x, *factors), (x, *factors), grad)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert_close(one, other, rtol=1e-5, atol=1e-5)  # scales are multiplied and gradients summed in float32
+
+
+@scaled
+def test_gradients_of_the_scales_factors_are_those_of_finite_differences(format, random_weight, generator):
+    weight = random_weight(5, 48, format)
+    x = torch.randn(4, 48, generator=generator, dtype=torch.float64)
+    arguments, factors, _ = learning(weight, x, torch.float64)
+
+    def run(left, right):
+        arguments[FACTORS] = left, right
+        return quant_linear(*arguments)
+
+    # The matrix is decoded in float32: differences over a hundredth are exact to about 1e-4. It is linear in each
+    # factor.
+    assert torch.autograd.gradcheck(run, factors, eps=1e-2, atol=1e-3, rtol=1e-3, fast_mode=True)
+
+
+@scaled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_the_scales_factors_have_their_dtype_and_are_left_out_where_nothing_learns(
+    dtype, format, random_weight, generator
+):
+    weight = random_weight(7, 48, format)
+    x = torch.randn(4, 48, generator=generator).to(dtype)
+    arguments, factors, formula = learning(weight, x, dtype)
+    grad = torch.randn(4, 7, generator=generator).to(dtype)
+    found = torch.autograd.grad(quant_linear(*arguments), factors, grad)
+    wide = [factor.detach().double().requires_grad_() for factor in factors]
+    expected = torch.autograd.grad(formula(x.double(), *wide), wide, grad.double())
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype and sqnr_db(other, one) > SQNR_DB[dtype] - 6
+    assert not quant_linear(x, *operands(weight)).requires_grad
+
+
+@scaled
+def test_the_operator_with_factors_that_learn_is_registered_as_torch_wants_it(format, random_weight, generator):
+    x = torch.randn(2, 48, generator=generator, requires_grad=True)
+    arguments, *_ = learning(random_weight(7, 48, format), x, torch.float32)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(quant_linear, tuple(arguments), test_utils=checks)
+
+
 def test_words_that_do_not_fit_the_inputs_width_are_refused_with_both_numbers(random_weight, generator):
     parts = operands(random_weight(7, 48, FORMATS["asymmetric"]))
     with pytest.raises(
         ValueError, match=r"96 codes of 3 bits take 9 words per row, got packed words of shape \(7, 5\)"
     ):
         quant_linear(torch.randn(2, 96, generator=generator), *parts)
+
+
+# ---- fake_quantize ----------------------------------------------------------------------------------------
+
+GRIDS = {"token": (None, None), "tensor": (torch.tensor([0.01]), torch.tensor([100], dtype=torch.int32))}
+grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+
+
+@grids
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_rounded_activations_are_their_codes_decoded_in_the_dtype_of_the_inputs(dtype, grid, generator):
+    for batch in ((), (1,), (2, 5), (0,)):
+        x = torch.randn(*batch, 48, generator=generator).to(dtype)
+        before = x.clone()
+        y = fake_quantize(x, *grid)
+        codes, scale, zero = quantize_activations(x, *grid)
+        assert torch.equal(y, ((codes - zero) * scale).to(dtype)) and y.dtype == dtype
+        assert torch.equal(x, before)
+        if dtype == torch.float32:
+            assert_close(fake_quantize(y, *grid), y)  # what is on the grid stays
+
+
+@grids
+def test_fake_quantize_is_registered_as_torch_wants_it(grid, generator):
+    x = torch.randn(2, 3, 48, generator=generator, requires_grad=True)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(fake_quantize, (x, *grid), test_utils=checks)
+    fake = fake_quantize(x.to("meta"), *(part if part is None else part.to("meta") for part in grid))
+    assert fake.is_meta and (fake.shape, fake.stride()) == (x.shape, x.stride())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_pass_straight_through_a_tokens_own_range(dtype, generator):
+    x = torch.randn(5, 48, generator=generator).to(dtype).requires_grad_()
+    grad = torch.randn(5, 48, generator=generator).to(dtype)
+    (found,) = torch.autograd.grad(fake_quantize(x, None, None), x, grad)
+    assert found.dtype == dtype and torch.equal(found, grad)
+
+
+def test_values_outside_a_fixed_range_have_no_gradient():
+    # The grid reaches from -1 to 1.55; half a step beyond still rounds to its ends.
+    x = torch.tensor([-9.0, -1.006, -1.004, 0.0, 1.554, 1.556, 9.0], requires_grad=True)
+    (found,) = torch.autograd.grad(fake_quantize(x, *GRIDS["tensor"]), x, torch.full((7,), 3.0))
+    assert found.tolist() == [0.0, 0.0, 3.0, 3.0, 3.0, 0.0, 0.0]
 
 
 # ---- rotate -----------------------------------------------------------------------------------------------
