@@ -15,6 +15,7 @@ _USUAL_BLOCK = 256
 
 
 @functools.cache
+@torch.inference_mode(False)  # kept: made while measuring, it must serve training too
 def hadamard(size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
     """Sylvester's Hadamard matrix over ``sqrt(size)``: symmetric, orthogonal, its own inverse.
 

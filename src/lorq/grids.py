@@ -120,6 +120,7 @@ LEVEL_KINDS = ("integer", "normal-float")
 
 
 @cache
+@torch.inference_mode(False)  # kept: made while measuring, it must serve training too
 def levels(kind: str, bits: int, device: torch.device | str = "cpu") -> Float[Tensor, "levels"]:
     """The values behind the codes of a fixed grid, rising, float32; codes are their positions.
 

@@ -144,3 +144,10 @@ def test_blocks_that_do_not_fit_are_refused_and_those_named_do_fit(width, block,
     assert named == (", ".join(map(str, fits)) or "none")
     for size in fits:
         check_block(width, size, skip)
+
+
+def test_a_matrix_that_was_made_while_measuring_serves_training():
+    hadamard.cache_clear()
+    with torch.inference_mode():
+        matrix = hadamard(4)
+    assert not matrix.is_inference()

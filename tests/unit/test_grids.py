@@ -273,3 +273,10 @@ def test_levels_come_back_from_their_own_codes_of_any_type(grid, dtype):
 def test_unknown_levels_are_refused_with_what_is_known(kind, bits, message):
     with pytest.raises(ValueError, match=message):
         levels(kind, bits)
+
+
+def test_levels_that_were_made_while_measuring_serve_training():
+    levels.cache_clear()
+    with torch.inference_mode():
+        table = levels("normal-float", 3)
+    assert not table.is_inference()
