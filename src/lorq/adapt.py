@@ -17,12 +17,11 @@ from lorq.adapters import (
     attach,
     load_adapter,
     lords_layers,
-    merge,
-    save,
     save_adapter,
     use_adapter,
 )  # fmt: skip
 from lorq.calibration import load_text, token_windows
+from lorq.merge import merge, save
 from lorq.plan import Progress
 from lorq.qat import cancel_qat, finish_qat, prepare_qat
 from lorq.source import resolve_model

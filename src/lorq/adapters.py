@@ -1,8 +1,8 @@
-"""Adapters: other scale factors for the codes of a LoRDS model; attached, swapped, kept in a folder, merged."""
+"""Adapters: other scale factors for the codes of a LoRDS model; attached, swapped, kept in a folder."""
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorq.checkpoint import INDEX, CheckpointWriter, SourceCheckpoint
-from lorq.linear import QuantLinear, pack_weight
-from lorq.plan import layer_bytes
-from lorq.report import REPORT_NAME, read_report
+from lorq.linear import QuantLinear
 from lorq.safefile import (
     damaged,
     json_bytes,
@@ -26,7 +23,6 @@ from lorq.safefile import (
     write_synced,
 )  # fmt: skip
 from lorq.scales import LowRankScale
-from lorq.source import COMPANIONS, resolve_model
 
 ADAPTER_CONFIG = "lorq_adapter.json"
 ADAPTER_TENSORS = "lorq_adapter.safetensors"
@@ -182,6 +178,18 @@ def _save_like_transformers(model: nn.Module, save_directory: str | Path, **igno
     save_adapter(model, save_directory)
 
 
+def half_factors(layer: nn.Module) -> LowRankScale:
+    """A layer's factors as they are stored.
+
+    Raises:
+        ArithmeticError: if they are not finite in float16.
+    """
+    left, right = (part.detach().to(torch.float16) for part in _factors(layer))
+    if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+        raise ArithmeticError("scale factors must be finite in float16, they are not; train with a lower learning rate")
+    return LowRankScale(left, right)
+
+
 # -- folders ------------------------------------------------------------------------------------------------
 
 
@@ -258,13 +266,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None, 
         ValueError: if it belongs to another base, is damaged or of a newer version, or the name is taken.
     """
     folder = Path(folder)
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {ADAPTER_CONFIG}: no adapter of lorq is there")
-    config = read_json(path)
-    version = config.get("lorq_adapter")
-    if version != ADAPTER_VERSION:
-        raise ValueError(f"{path} has adapter version {version!r}, this lorq reads {ADAPTER_VERSION}; upgrade lorq")
+    config = read_adapter_config(folder)
     if (expected := base_hash(model)) != config.get("base"):
         raise ValueError(
             f"{folder} is an adapter for the base {str(config.get('base'))[:12]}, this model is {expected[:12]}; "
@@ -280,6 +282,23 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None, 
     state.known[name] = _read_factors(folder, config.get("ranks"), lords_layers(model))
     use_adapter(model, name, trainable=trainable)
     return name
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """What an adapter's folder says of itself: version, base, ranks.
+
+    Raises:
+        FileNotFoundError: if the folder has no adapter.
+        ValueError: if it is damaged, or of a newer version.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {ADAPTER_CONFIG}: no adapter of lorq is there")
+    config = read_json(path)
+    version = config.get("lorq_adapter")
+    if version != ADAPTER_VERSION:
+        raise ValueError(f"{path} has adapter version {version!r}, this lorq reads {ADAPTER_VERSION}; upgrade lorq")
+    return config
 
 
 def _read_factors(folder: Path, ranks: Any, layers: Mapping[str, QuantLinear]) -> dict[str, Factors]:
@@ -308,91 +327,3 @@ def _read_factors(folder: Path, ranks: Any, layers: Mapping[str, QuantLinear]) -
             parts.append(nn.Parameter(tensor.float(), requires_grad=False))
         found[name] = (parts[0], parts[1])
     return found
-
-
-# -- merging ------------------------------------------------------------------------------------------------
-
-
-def merge(model: nn.Module) -> None:
-    """Make the adapter in use the model's own: its factors in float16 are the base from now on.
-
-    Raises:
-        ArithmeticError: if a factor is not finite in float16; the model is left as it is.
-    """
-    state = adapters_of(model)
-    merged = {name: half_factors(layer) for name, layer in lords_layers(model).items()}
-    state.known[BASE] = {name: (factors.left, factors.right) for name, factors in merged.items()}
-    if state.active != BASE:
-        del state.known[state.active]
-    use_adapter(model, BASE)
-
-
-def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: str = "merged") -> None:
-    """Write a trained or merged model as an ordinary lorq folder.
-
-    Args:
-        model: quantized with lords; the factors in use are written, in float16.
-        out: the new folder.
-        base: the lorq folder that the model was loaded from, for all that did not change; None takes the model's own
-            note of it.
-        note: what the report says of the changed layers.
-
-    Raises:
-        FileExistsError: if the folder is in use.
-        ValueError: if the base is no folder of this model.
-        ArithmeticError: if a factor is not finite in float16.
-    """
-    folder, out, layers = resolve_model(base or model.name_or_path), Path(out), lords_layers(model)
-    report, source = read_report(folder), SourceCheckpoint.open(folder, index_name=INDEX)
-    _check_own_folder(model, layers, source)
-    halves = {name: half_factors(layer) for name, layer in layers.items()}
-    config = read_json(folder / "config.json")
-    formats = config["quantization_config"]["layers"]
-    identity = {"trained_from": source.fingerprint(), "note": note, "base": base_hash(model)}
-    writer = CheckpointWriter.create(out, identity)
-    reports = {layer.name: layer for layer in report.layers}
-    for file, header in sorted(source.headers.items()):
-        tensors = {name: source.tensor(name) for name in header.tensors}
-        for name in sorted(layers.keys() & {tensor.rpartition(".")[0] for tensor in tensors}):
-            weight = replace(layers[name].value(), scale_factors=halves[name])
-            tensors = {key: t for key, t in tensors.items() if key.rpartition(".")[0] != name or key.endswith(".bias")}
-            tensors |= {f"{name}.{local}": tensor for local, tensor in pack_weight(weight).items()}
-            formats[name] = asdict(weight.format)
-            reports[name] = replace(
-                reports[name], rank=weight.rank, bytes=layer_bytes(weight.stored_bits()),
-                note="; ".join(part for part in (reports[name].note, note, "errors are those before") if part),
-            )  # fmt: skip
-        writer.write_shard(file, tensors, {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())})
-    stored = sum(record["bytes"] for record in writer.completed.values())
-    new = replace(report, layers=tuple(reports.values()), bytes=stored, checksums=writer.shard_checksums())
-    files: dict[str, bytes | Path] = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    writer.finish(config=config, files=files | {REPORT_NAME: new.to_bytes()})
-
-
-def _check_own_folder(model: nn.Module, layers: Mapping[str, QuantLinear], source: SourceCheckpoint) -> None:
-    """Refuse a folder that lacks a layer, or has anything beside them that the model has not."""
-    own = model.state_dict()
-    wrong = [name for name in layers if f"{name}.weight_packed" not in source.files]
-    for name in source.names:
-        path, _, leaf = name.rpartition(".")
-        if path in layers and leaf != "bias":
-            continue
-        mine = own.get(name)
-        if mine is None or not torch.equal(source.tensor(name).to(mine.dtype), mine.cpu()):
-            wrong.append(name)
-    if wrong:
-        raise ValueError(
-            f"{source.folder} must be the model's own folder, it lacks or differs in {some_of(wrong)}; give base"
-        )
-
-
-def half_factors(layer: nn.Module) -> LowRankScale:
-    """A layer's factors as they are stored.
-
-    Raises:
-        ArithmeticError: if they are not finite in float16.
-    """
-    left, right = (part.detach().to(torch.float16) for part in _factors(layer))
-    if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
-        raise ArithmeticError("scale factors must be finite in float16, they are not; train with a lower learning rate")
-    return LowRankScale(left, right)

@@ -254,9 +254,11 @@ def merge(model: str, adapter: Path, out: Path) -> None:
         adapter: a folder that `lorq adapt` wrote.
         out: the new folder.
     """
+    from lorq.adapters import read_adapter_config
     from lorq.checkpoint import CheckpointWriter
 
     CheckpointWriter.check(out)
+    read_adapter_config(adapter)  # before the model is read
     loaded = lorq.load(model, device="cpu")
     lorq.adapt.load_adapter(loaded, adapter)
     lorq.adapt.merge(loaded)
@@ -297,6 +299,13 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
 # -- entry --------------------------------------------------------------------------------------------------
 
 
+# What a command keeps when it is interrupted.
+_GOES_ON = {
+    "quantize": "; what is finished is kept, the same command with --resume goes on",
+    "demo": "; what is finished is kept, the same command goes on",
+}
+
+
 def _chosen_method(arguments: list[str]) -> str:
     """The method named on the command line; its settings become the flags."""
     for i, argument in enumerate(arguments):
@@ -320,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     except cyclopts.CycloptsError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
-        _fail("interrupted; what is finished is kept, the same command with --resume goes on")
+        _fail("interrupted" + _GOES_ON.get(arguments[0] if arguments else "", ""))
         return 130  # as shells report SIGINT
     except (ValueError, TypeError, OSError, ArithmeticError, ImportError) as error:
         if os.environ.get("LORQ_TRACE"):

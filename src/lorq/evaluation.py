@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lorq.adapters import load_adapter
+from lorq.adapters import load_adapter, read_adapter_config
 from lorq.calibration import load_text, token_windows
 from lorq.hf import load
 from lorq.linear import QuantLinear
@@ -151,6 +151,8 @@ def evaluate(
     from transformers import AutoConfig, AutoTokenizer
 
     folder = resolve_model(model)
+    if adapter is not None:
+        read_adapter_config(Path(adapter))  # before the model is read
     original_folder = None if reference is None else resolve_model(reference)
     limit = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
     if limit is not None and window > limit:

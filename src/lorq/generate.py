@@ -38,7 +38,7 @@ def stream_text(
     """
     from transformers import AutoConfig, AutoTokenizer, TextIteratorStreamer
 
-    from lorq.adapters import load_adapter
+    from lorq.adapters import load_adapter, read_adapter_config
     from lorq.hf import load
     from lorq.source import resolve_model
 
@@ -47,16 +47,10 @@ def stream_text(
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
     folder = resolve_model(model)
+    if adapter is not None:
+        read_adapter_config(Path(adapter))  # before the model is read
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        inputs: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].shape[1] == 0:
-        raise ValueError("the prompt must have at least one token, got an empty one")
+    inputs = _read_prompt(tokenizer, prompt, chat=chat)
     limit = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
     length = inputs["input_ids"].shape[1]
     if limit is not None and length + tokens > limit:
@@ -84,3 +78,17 @@ def stream_text(
     writer.join()
     if failure:
         raise failure[0]
+
+
+def _read_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
+    """The prompt's tokens, in the chat template if there is one and it is wanted."""
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt must have at least one token, got an empty one")
+    return inputs

@@ -31,6 +31,8 @@ def smaller(text: str) -> str:
     """The README's sizes, cut down for a test."""
     for big, small in (
         ("512", "32"),
+        ("256", "32"),
+        ("steps 100", "steps 2"),
         ("16", "2"),
         ("group_size=64", "group_size=32"),
         ("group-size 64", "group-size 32"),
@@ -49,7 +51,8 @@ def test_the_readmes_python_runs_and_generates(model, capsys):
 def test_the_readmes_commands_run_in_their_order(model, capsys):
     commands = [line.strip() for line in README.splitlines() if line.startswith("    lorq ")]
     verbs = [shlex.split(command)[1] for command in commands]
-    assert verbs == ["quantize", "evaluate", "inspect", "generate", "quantize", "quantize"]
+    first, training = ["quantize", "evaluate", "inspect", "generate"], ["adapt", "evaluate", "merge", "adapt"]
+    assert verbs == [*first, "quantize", "quantize", "quantize", *training]
     for command in commands:
         assert main(shlex.split(smaller(command))[1:]) == 0, command
 

@@ -15,7 +15,7 @@ SOURCE = Path(lorq.__file__).parent
 ORDER = (
     "grids activations scales linalg basis stats sketch ranks factors tiles rounding packing weight reconstruct "
     "methods kernels linear safefile checkpoint source calibration selftext experts tiled skeleton blocks "
-    "observe report config hf solve smooth options plan verify solver pipeline adapters qat adapt evaluation "
+    "observe report config hf solve smooth options plan verify solver pipeline adapters merge qat adapt evaluation "
     "generate cut demo bench bench_adapt show bench_cli cli"
 ).split()
 CORE = ORDER[: ORDER.index("methods") + 1]

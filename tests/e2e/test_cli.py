@@ -631,6 +631,32 @@ def test_an_interrupt_says_how_to_go_on_and_exits_as_shells_expect(source, tmp_p
     assert "--resume" in capsys.readouterr().err
 
 
+def test_an_interrupted_training_promises_no_resume(source, tmp_path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lorq, "load", interrupt)
+    assert main(["adapt", str(source), str(tmp_path / "out"), "--text", "python-docs-even"]) == 130
+    assert capsys.readouterr().err == "lorq: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("evaluate", "{source}", "--adapter", "{nothing}"), ("generate", "{source}", "Hi", "--adapter", "{nothing}"),
+     ("merge", "{source}", "{nothing}", "{nothing}-out")],
+    ids=lambda command: command[0],
+)  # fmt: skip
+def test_a_missing_adapter_is_missed_before_the_model_is_read(command, source, tmp_path, failing_command, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("the model was read")
+
+    for place in ("lorq.load", "lorq.hf.load", "lorq.evaluation.load"):
+        monkeypatch.setattr(place, read)
+    nothing = tmp_path / "nothing"
+    found = failing_command(*(part.format(source=source, nothing=nothing) for part in command))
+    assert f"{nothing} has no {ADAPTER_CONFIG}" in found
+
+
 def test_a_model_of_few_positions_is_quantized_too(lorq_command, tmp_path):
     folder = tiny_folder(tmp_path / "short", "gpt2", n_positions=32)
     lorq_command("quantize", folder, tmp_path / "out", *NEAREST)

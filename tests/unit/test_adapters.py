@@ -17,12 +17,12 @@ from lorq.adapters import (
     attach,
     base_hash,
     load_adapter,
-    merge,
     save_adapter,
     use_adapter,
 )
 from lorq.grids import levels
 from lorq.linear import QuantLinear
+from lorq.merge import merge
 from lorq.scales import LowRankScale
 from lorq.weight import QuantizedWeight
 
