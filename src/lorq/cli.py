@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,15 @@ from lorq.checkpoint import JOURNAL
 from lorq.methods import METHODS
 from lorq.options import Options
 from lorq.report import REPORT_NAME, read_report
-from lorq.show import console, notes, print_summary, progress_bars, quiet
+from lorq.show import (
+    console,
+    implementation_lines,
+    layer_implementations,
+    notes,
+    print_summary,
+    progress_bars,
+    quiet,
+)  # fmt: skip
 
 app = cyclopts.App(
     name="lorq",
@@ -121,7 +130,7 @@ def inspect(
     verify: Annotated[bool, Parameter(negative="")] = False,
     html: Path | None = None,
 ) -> None:
-    """The layers of a lorq folder: bits, rank, stop reason, errors and bytes, and the totals.
+    """The layers of a lorq folder: bits, rank, stop reason, errors and bytes, what multiplies them, and the totals.
 
     Args:
         out: a folder that `lorq quantize` wrote.
@@ -132,7 +141,7 @@ def inspect(
     from lorq.checkpoint import verify_shards
     from lorq.report import html_page
 
-    report = read_report(out)
+    report, runs = read_report(out), layer_implementations(out)
     if verify:
         verify_shards(out, report.checksums)
         notes.print(f"{len(report.checksums)} weight files match their checksums")
@@ -140,7 +149,7 @@ def inspect(
         html.write_text(html_page(report, title=str(out)), encoding="utf-8")
         notes.print(f"wrote {html}")
     if json_:
-        print(json.dumps(report.as_dict()))
+        print(json.dumps(report.as_dict() | {"runs": {name: asdict(by) for name, by in runs.items()}}))
         return
     table = Table()
     for title in ("layer", "shape", "bits", "rank", "stop", "error before", "error after", "bytes"):
@@ -155,6 +164,8 @@ def inspect(
         console.print(f"not quantized: {name}: {reason}", highlight=False, markup=False)
     for name, note in report.notes.items():
         console.print(f"note: {name}: {note}", highlight=False, markup=False)
+    for line in implementation_lines(runs):
+        console.print(line, highlight=False, markup=False)
     print_summary(report, out)
 
 

@@ -12,7 +12,7 @@ from lorq.activations import Activations
 from lorq.basis import Basis
 from lorq.factors import FACTOR_TYPES, LowRank, factor_bits
 from lorq.grids import Codebook, levels
-from lorq.kernels import fake_quantize, int8_linear, misfit, quant_linear, rotate
+from lorq.kernels import fake_quantize, int8_linear, misfit, multiply, rotate
 from lorq.packing import pack, pack_columns, packed_width, unpack, unpack_columns
 from lorq.scales import LowRankScale
 from lorq.weight import LayerFormat, QuantizedWeight, Tile, permutation_dtype
@@ -242,7 +242,7 @@ class QuantLinear(nn.Module):
                 codes = self.weight_packed, self.weight_scale, self.weight_zero_point
                 return int8_linear(z, *codes, *grid, self.format.bits)
             z = fake_quantize(z, *grid)
-        return quant_linear(z, *(getattr(self, name) for name in OPERANDS), self.format.bits)
+        return multiply(z, *(getattr(self, name) for name in OPERANDS), self.format.bits)
 
     @property
     def levels(self) -> Tensor | None:

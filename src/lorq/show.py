@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lorq.report import Report
+from lorq.kernels import Implementation, implementation
+from lorq.report import Report, read_report
+from lorq.safefile import read_json, some_of
 
 # In a pipe there is no width to fit into, and cut names are of no use to anyone.
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -74,6 +76,32 @@ def print_summary(report: Report, out: Path | None) -> None:
         parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
         table.add_row("seconds", f"{report.seconds:.1f}" + (f" ({parts})" if parts else ""))
     console.print(table)
+
+
+def layer_implementations(folder: Path) -> dict[str, Implementation]:
+    """What multiplies each layer of a folder on this machine: on its accelerator, or the CPU with float32 inputs."""
+    import torch
+
+    from lorq.config import LorqConfig
+    from lorq.hf import read_device
+
+    config = read_json(folder / "config.json")
+    formats = LorqConfig(**config["quantization_config"]).formats()
+    widths = {layer.name: layer.shape[1] for layer in read_report(folder).layers}
+    device = read_device("auto")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {name: implementation(format, widths[name], device, dtype) for name, format in formats.items()}
+
+
+def implementation_lines(runs: dict[str, Implementation]) -> Iterator[str]:
+    """A line for each way in which layers run: how many, by what, and why nothing faster."""
+    alike: dict[tuple[str, tuple[tuple[str, str], ...]], list[str]] = {}
+    for name, by in runs.items():
+        alike.setdefault((by.name, tuple(by.declined.items())), []).append(name)
+    for (name, declined), layers in alike.items():
+        why = "; ".join(f"not {other}: {reason}" for other, reason in declined)
+        which = some_of(layers) if len(alike) > 1 else "all of them"
+        yield f"runs on {name}: {len(layers)} layers, {which}" + (f" ({why})" if why else "")
 
 
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:

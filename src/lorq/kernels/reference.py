@@ -49,6 +49,34 @@ def _unscaled(packed: Tensor, levels: Tensor | None, bits: int, in_features: int
     return levels.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
+def quant_linear_reference(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    levels: Tensor | None,
+    scale_left: Tensor | None,
+    scale_right: Tensor | None,
+    codebook: Tensor | None,
+    codebook_scale: Tensor | None,
+    left: Tensor | None,
+    right: Tensor | None,
+    left_scale: Tensor | None,
+    right_scale: Tensor | None,
+    bits: int,
+) -> Tensor:
+    """`quant_linear` in torch, on any device: what the fast implementations are checked against."""
+    weight = dense_weight(
+        packed, scale, zero_point, levels, scale_left, scale_right, codebook, codebook_scale,
+        bits=bits, in_features=x.shape[-1],
+    )  # fmt: skip
+    y = torch.nn.functional.linear(x, weight.to(x.dtype))
+    if left is not None and right is not None:
+        l, r = LowRank(left, right, left_scale, right_scale).factors(x.dtype)
+        y += (x @ r.T) @ l.T
+    return y
+
+
 @torch.library.custom_op("lorq::quant_linear", mutates_args=())
 def quant_linear(
     x: Tensor,
@@ -88,15 +116,10 @@ def quant_linear(
     Returns:
         (..., out). The matrix is decoded in float32 and rounded once to the dtype of ``x``.
     """
-    weight = dense_weight(
-        packed, scale, zero_point, levels, scale_left, scale_right, codebook, codebook_scale,
-        bits=bits, in_features=x.shape[-1],
+    return quant_linear_reference(
+        x, packed, scale, zero_point, levels, scale_left, scale_right, codebook, codebook_scale, left, right,
+        left_scale, right_scale, bits,
     )  # fmt: skip
-    y = torch.nn.functional.linear(x, weight.to(x.dtype))
-    if left is not None and right is not None:
-        l, r = LowRank(left, right, left_scale, right_scale).factors(x.dtype)
-        y += (x @ r.T) @ l.T
-    return y
 
 
 @quant_linear.register_fake

@@ -1,0 +1,393 @@
+// The quantized linear on a CPU. A module is compiled from this for each instruction set: one library for all of them
+// would share the inline functions of the standard library, compiled for whichever set the linker took.
+//
+// Whole numbers (integer codes of 2, 3, 4, 8 bits, a scale for each group). Lane l of a chunk of eight holds the codes of
+// neighbouring columns, so a right shift and a mask bring one code into each 16-bit half, and one instruction multiplies
+// them by the inputs' 16-bit numbers and adds pairs: 16 weights in three or four instructions. A lane's sums are of its
+// own columns alone; at the end of a group they become float32 and are multiplied by the scale. Codes count from the middle
+// of the grid, since the sums begin below zero; what zero points are off it is taken away once a group, as scale *
+// (zero - middle) * (sum of the inputs).
+//
+// Floating point (fixed levels, scales of low rank, vector codebooks): eight neighbouring columns at a time are decoded
+// to float32 and multiplied by the inputs.
+#pragma once
+#include "inputs.hpp"
+#include "parallel.hpp"
+
+namespace lorq {
+
+template <int BITS>
+inline I code_at(I v, int p);  // p is a constant after unrolling
+template <>
+inline I code_at<2>(I v, int p) { return both(shift_right(v, 2 * p), spread_i(0x00030003)); }
+template <>
+inline I code_at<3>(I v, int p) { return both(shift_right(v, 4 + 3 * p), spread_i(0x00070007)); }
+template <>
+inline I code_at<4>(I v, int p) { return both(shift_right(v, 4 * p), spread_i(0x000f000f)); }
+template <>
+inline I code_at<8>(I v, int p) { return both(shift_right(v, 8 * p), spread_i(0x00ff00ff)); }
+
+// Chunk c of a row; what lies past the row's end reads as zeros.
+template <int BITS>
+inline I load_chunk(const uint8_t* row, int64_t c, int64_t row_bytes) {
+    constexpr int size = 8 * Lane<BITS>::bytes, reach = BITS == 3 ? 28 : 32;
+    const uint8_t* p = row + c * size;
+    uint8_t tail[32];
+    if (c * size + reach > row_bytes) {
+        std::memset(tail, 0, sizeof tail);
+        std::memcpy(tail, p, size_t(std::min<int64_t>(size, row_bytes - c * size)));
+        p = tail;
+    }
+    if constexpr (BITS == 3) return load_threes(p);
+    else return load_i(p);
+}
+
+// The steps (scale * input step) of a row's groups, and what its zero points take away.
+template <int BITS>
+inline float read_groups(const Weight& w, const Inputs& x, int64_t row, float* steps) {
+    const int64_t groups = w.groups();
+    const int64_t word = row * BITS / 32;
+    const int shift = int(row * BITS % 32);
+    F taken = zero_f();
+    for (int64_t g = 0; g < groups; g += 8) {
+        uint16_t halves[8] = {};
+        uint32_t zeros[8] = {}, more[8] = {};
+        const size_t n = size_t(std::min<int64_t>(8, groups - g));
+        F scale;
+        I zero = zero_i();
+        if (n == 8) {
+            scale = load_half(w.scale + row * groups + g);
+            if (w.zero) {
+                zero = shift_right(load_i(w.zero + word * groups + g), shift);
+                if (shift + BITS > 32) zero = either(zero, shift_left(load_i(w.zero + (word + 1) * groups + g), 32 - shift));
+            }
+        } else {
+            std::memcpy(halves, w.scale + row * groups + g, n * 2);
+            scale = load_half(halves);
+            if (w.zero) {
+                std::memcpy(zeros, w.zero + word * groups + g, n * 4);
+                zero = shift_right(load_i(zeros), shift);
+                if (shift + BITS > 32) {
+                    std::memcpy(more, w.zero + (word + 1) * groups + g, n * 4);
+                    zero = either(zero, shift_left(load_i(more), 32 - shift));
+                }
+            }
+        }
+        if (w.zero) {
+            const F shift = add(to_float(both(zero, spread_i((1u << BITS) - 1))), spread_f(-float(1 << (BITS - 1))));
+            taken = fma(times(scale, shift), load_f(&x.total[g]), taken);
+        }
+        store_f(steps + g, times(scale, load_f(&x.step[g])));
+    }
+    return sum(taken);
+}
+
+template <int BITS, bool EXACT, int ROWS>
+void multiply_rows(const Weight& w, const Inputs& x, int64_t row, float* steps, float* y) {
+    constexpr int P = Lane<BITS>::positions;
+    const int64_t pitch = w.groups() + 16, row_bytes = 4 * w.words;
+    const int64_t lanes = w.group_size / Lane<BITS>::columns;  // of a group: 1, 2, 4, or whole chunks
+    const int64_t chunks = (w.in + 8 * Lane<BITS>::columns - 1) / (8 * Lane<BITS>::columns);
+    const int64_t in_group = lanes >= 8 ? lanes / 8 : 1;
+    const int spread = lanes >= 8 ? 3 : lanes == 4 ? 2 : lanes == 2 ? 1 : 0;  // log2 of the lanes that share a scale
+    const I which = both(shift_right(load_i((const uint32_t[8]){0, 1, 2, 3, 4, 5, 6, 7}), spread), spread_i(7));
+    float taken[ROWS];
+    F total[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        taken[r] = read_groups<BITS>(w, x, row + r, steps + r * pitch);
+        total[r] = zero_f();
+    }
+    for (int64_t c = 0, group = 0, run = 0; c < chunks;) {
+        const int64_t end = std::min(c + in_group, chunks);
+        while (c < end) {
+            I high[ROWS], low[ROWS];
+            for (int r = 0; r < ROWS; ++r) {
+                high[r] = load_i(&x.high_start[8 * run]);
+                low[r] = EXACT ? load_i(&x.low_start[8 * run]) : zero_i();
+            }
+            ++run;
+            for (const int64_t stop = std::min(c + summed_chunks<BITS>(w.group_size, end - c), end); c < stop; ++c) {
+                I v[ROWS];
+                for (int r = 0; r < ROWS; ++r) {
+                    const uint8_t* own = w.row(row + r);
+                    v[r] = load_chunk<BITS>(own, c, row_bytes);
+                    // Rows are too short for the processor to see a stream in each.
+                    prefetch(own + ROWS * row_bytes + c * 8 * Lane<BITS>::bytes);
+                }
+                const int16_t* h = &x.high[c * P * 16];
+                const int16_t* l = EXACT ? &x.low[c * P * 16] : nullptr;
+#pragma GCC unroll 8
+                for (int p = 0; p < P; ++p) {
+                    const I xh = load_i(h + 16 * p), xl = EXACT ? load_i(l + 16 * p) : zero_i();
+                    for (int r = 0; r < ROWS; ++r) {
+                        const I code = code_at<BITS>(v[r], p);
+                        high[r] = dot(high[r], code, xh);
+                        if (EXACT) low[r] = dot(low[r], code, xl);
+                    }
+                }
+            }
+            for (int r = 0; r < ROWS; ++r) {
+                F whole = to_float(high[r]);
+                if (EXACT) whole = fma(to_float(low[r]), spread_f(1.0f / 32768), whole);
+                const float* s = steps + r * pitch;
+                const F step = lanes >= 8 ? spread_f(s[group]) : pick(load_f(s + group), which);
+                total[r] = fma(whole, step, total[r]);
+            }
+        }
+        group += lanes >= 8 ? 1 : 8 / lanes;
+    }
+    for (int r = 0; r < ROWS; ++r) y[r] = sum(total[r]) - taken[r];
+}
+
+// ---- eight columns at a time in floating point ------------------------------------------------------------------
+
+struct Tables {  // levels of up to 16 codes; with fewer than eight they repeat, so that no index needs a mask
+    F low, high;
+    explicit Tables(const Weight& w) {
+        float t[16] = {};
+        for (int i = 0; i < 16 && w.bits <= 4; ++i) {
+            const int code = i % (1 << w.bits);
+            t[i] = w.levels ? w.levels[code] : float(code - (1 << (w.bits - 1)));
+        }
+        low = load_f(t);
+        high = load_f(t + 8);
+    }
+};
+
+inline I eight_codes(const uint8_t* row, int64_t column, int bits) {
+    if (bits == 8) return load_ubytes(row + column);
+    uint32_t word = 0;
+    std::memcpy(&word, row + column / 8 * bits, size_t(bits));
+    const uint32_t steps[8] = {0, uint32_t(bits), uint32_t(2 * bits), uint32_t(3 * bits), uint32_t(4 * bits),
+                               uint32_t(5 * bits), uint32_t(6 * bits), uint32_t(7 * bits)};
+    return shift_each(spread_i(word), load_i(steps));
+}
+
+// What the codes of eight columns of a row stand for, before the scale.
+inline F eight_values(const Weight& w, const Tables& t, int64_t row, int64_t column) {
+    if (w.vector > 1) {
+        uint32_t word = 0;
+        std::memcpy(&word, w.row(row) + column / 8 * w.bits, size_t(w.bits));
+        const int width = w.bits * w.vector;
+        const int64_t tile = row / w.codebook_rows * (w.in / w.codebook_columns) + column / w.codebook_columns;
+        const int8_t* entries = w.codebook + (tile << width) * w.vector;
+        int8_t values[8];
+        for (int k = 0; k < 8 / w.vector; ++k) {
+            const uint32_t code = word >> (k * width) & ((1u << width) - 1);
+            if (w.vector == 4) std::memcpy(values + 4 * k, entries + 4 * code, 4);
+            else if (w.vector == 2) std::memcpy(values + 2 * k, entries + 2 * code, 2);
+            else std::memcpy(values, entries + 8 * code, 8);
+        }
+        return load_bytes(values);
+    }
+    const I codes = eight_codes(w.row(row), column, w.bits);
+    if (w.bits == 8) return add(to_float(codes), spread_f(-128.0f));
+    if (w.bits == 4) return pick16(t.low, t.high, codes);
+    return pick(t.low, codes);
+}
+
+inline float scale_at(const Weight& w, int64_t row, int64_t column) {
+    const float scale = from_half(w.scale[row * w.groups() + column / w.group_size]);
+    if (w.vector == 1) return scale;
+    const int64_t tile = row / w.codebook_rows * (w.in / w.codebook_columns) + column / w.codebook_columns;
+    return scale * from_half(w.codebook_scale[tile]);
+}
+
+inline int64_t common_divisor(int64_t a, int64_t b) { return b ? common_divisor(b, a % b) : a; }
+
+// Columns over which a row's scale is one number.
+inline int64_t scale_run(const Weight& w) {
+    return w.vector > 1 ? common_divisor(w.group_size, w.codebook_columns) : w.group_size;
+}
+
+inline float multiply_row(const Weight& w, const Tables& t, const Inputs& x, int64_t row) {
+    F total = zero_f();
+    const int64_t run = scale_run(w);
+    for (int64_t start = 0; start < w.in; start += run) {
+        F part = zero_f();
+        for (int64_t j = start; j < start + run; j += 8) part = fma(eight_values(w, t, row, j), load_f(&x.x[j]), part);
+        total = fma(part, spread_f(scale_at(w, row, start)), total);
+    }
+    return sum(total);
+}
+
+// Rows whose scale is a product: sum over j of level_j sum over k of left_k (right_kj x_j), the inner one first.
+template <int ROWS>
+void multiply_scaled_rows(const Weight& w, const Tables& t, const Inputs& x, int64_t row, float* left, float* y) {
+    F total[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        total[r] = zero_f();
+        read_row(w.scale_left, row + r, w.scale_rank, left + r * w.scale_rank);
+    }
+    for (int64_t j = 0; j < w.in; j += 8) {
+        F scaled[ROWS];
+        for (int r = 0; r < ROWS; ++r) scaled[r] = zero_f();
+        for (int k = 0; k < w.scale_rank; ++k) {
+            const F mixed = load_f(&x.mixed[j * w.scale_rank + 8 * k]);
+            for (int r = 0; r < ROWS; ++r) scaled[r] = fma(spread_f(left[r * w.scale_rank + k]), mixed, scaled[r]);
+        }
+        for (int r = 0; r < ROWS; ++r) total[r] = fma(eight_values(w, t, row + r, j), scaled[r], total[r]);
+    }
+    for (int r = 0; r < ROWS; ++r) y[r] = sum(total[r]);
+}
+
+// The right factor of the scale times x (or alone), eight columns of each rank next to each other.
+inline void mix(const Weight& w, const float* x, std::vector<float>& to) {
+    std::vector<float> right(size_t(w.in));
+    to.resize(size_t(w.in * w.scale_rank));
+    for (int k = 0; k < w.scale_rank; ++k) {
+        read_row(w.scale_right, k, w.in, right.data());
+        for (int64_t j = 0; j < w.in; j += 8) {
+            const F part = load_f(&right[j]);
+            store_f(&to[j * w.scale_rank + 8 * k], x ? times(part, load_f(x + j)) : part);
+        }
+    }
+}
+
+// ---- one call -----------------------------------------------------------------------------------------------------
+
+struct Call {
+    const Weight& w;
+    void* y;
+    Type type;
+    bool exact, whole;
+    std::vector<Inputs>& inputs;
+    int64_t tokens;
+    std::vector<float> z;  // (tokens, rank): what the right factor makes of the inputs
+};
+
+template <int BITS, bool EXACT>
+void whole_block(const Weight& w, const Inputs& x, int64_t row, int64_t count, float* steps, float* y) {
+    constexpr int ROWS = EXACT ? 2 : 4;
+    int64_t r = 0;
+    for (; r + ROWS <= count; r += ROWS) multiply_rows<BITS, EXACT, ROWS>(w, x, row + r, steps, y + r);
+    for (; r < count; ++r) multiply_rows<BITS, EXACT, 1>(w, x, row + r, steps, y + r);
+}
+
+template <int BITS>
+void whole_block(const Call& c, const Inputs& x, int64_t row, int64_t count, float* steps, float* y) {
+    if (c.exact) whole_block<BITS, true>(c.w, x, row, count, steps, y);
+    else whole_block<BITS, false>(c.w, x, row, count, steps, y);
+}
+
+inline void multiply_block(const Call& c, const Tables& t, const Inputs& x, int64_t row, int64_t count, float* scratch, float* y) {
+    const Weight& w = c.w;
+    if (c.whole) {
+        if (w.bits == 2) whole_block<2>(c, x, row, count, scratch, y);
+        else if (w.bits == 3) whole_block<3>(c, x, row, count, scratch, y);
+        else if (w.bits == 4) whole_block<4>(c, x, row, count, scratch, y);
+        else whole_block<8>(c, x, row, count, scratch, y);
+    } else if (w.scale_rank) {
+        int64_t r = 0;
+        for (; r + 4 <= count; r += 4) multiply_scaled_rows<4>(w, t, x, row + r, scratch, y + r);
+        for (; r < count; ++r) multiply_scaled_rows<1>(w, t, x, row + r, scratch, y + r);
+    } else {
+        for (int64_t r = 0; r < count; ++r) y[r] = multiply_row(w, t, x, row + r);
+    }
+}
+
+constexpr int64_t BLOCK = 16;  // rows that a thread takes at once
+
+inline void multiply_job(Team& team, int thread, void* data) {
+    Call& c = *static_cast<Call*>(data);
+    const Weight& w = c.w;
+    const int64_t tokens = c.tokens;
+    int64_t first, last;
+    if (w.rank) {
+        team.share(w.rank, 1, thread, first, last);
+        for (int64_t token = 0; token < tokens; ++token)
+            for (int64_t k = first; k < last; ++k) {
+                float z = dot_row(w.right, k, c.inputs[token].x.data(), w.in);
+                if (w.right.scale) z *= from_half(w.right.scale[k]);
+                if (w.left.scale) z *= from_half(w.left.scale[k]);
+                c.z[token * w.rank + k] = z;
+            }
+        team.wait();
+    }
+    const Tables tables(w);
+    std::vector<float> scratch(size_t(4 * std::max<int64_t>(w.whole_scratch(), w.scale_rank)));
+    team.share(w.out, BLOCK, thread, first, last);
+    for (int64_t row = first; row < last; row += BLOCK) {
+        const int64_t count = std::min(BLOCK, last - row);
+        for (int64_t token = 0; token < tokens; ++token) {
+            float y[BLOCK];
+            multiply_block(c, tables, c.inputs[token], row, count, scratch.data(), y);
+            for (int64_t r = 0; r < count; ++r) {
+                if (w.rank) y[r] += dot_row(w.left, row + r, &c.z[token * w.rank], w.rank);
+                store_value(c.y, token * w.out + row + r, y[r], c.type);
+            }
+        }
+    }
+}
+
+// y = W x for tokens (tokens, in) -> (tokens, out). False, with y unfinished, where inputs are not finite or all but
+// zero: whole numbers cannot carry that. `exact` keeps 31 bits of each input, otherwise 16.
+inline bool multiply(const Weight& w, const void* x, void* y, int64_t tokens, Type type, bool exact, int threads) {
+    const bool whole = w.vector == 1 && !w.levels && !w.scale_rank;
+    static thread_local std::vector<Inputs> inputs;  // kept from call to call: making room costs as much as a small layer
+    if (int64_t(inputs.size()) < tokens) inputs.resize(size_t(tokens));
+    Call call{w, y, type, exact, whole, inputs, tokens, std::vector<float>(size_t(tokens * w.rank))};
+    for (int64_t token = 0; token < tokens; ++token) {
+        Inputs& own = call.inputs[token];
+        if (!read_inputs(w, x, token, type, whole, exact, own)) return false;
+        if (w.scale_rank) mix(w, own.x.data(), own.mixed);
+    }
+    Team::run(threads, multiply_job, &call);
+    return true;
+}
+
+struct Decoding {
+    const Weight& w;
+    void* to;
+    int64_t first, count;
+    Type type;
+    std::vector<float> mixed;
+};
+
+inline void decode_job(Team& team, int thread, void* data) {
+    const Decoding& d = *static_cast<Decoding*>(data);
+    const Weight& w = d.w;
+    const Tables tables(w);
+    const int64_t run = w.scale_rank ? w.in : scale_run(w);
+    std::vector<float> left(size_t(w.scale_rank));
+    int64_t begin, end;
+    team.share(d.count, 1, thread, begin, end);
+    for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = d.first + i;
+        if (w.scale_rank) read_row(w.scale_left, row, w.scale_rank, left.data());
+        for (int64_t start = 0; start < w.in; start += run) {
+            F scale = zero_f(), shift = zero_f();
+            if (!w.scale_rank) scale = spread_f(scale_at(w, row, start));
+            if (w.zero) {  // values are codes less the middle
+                const int64_t bit = row * w.bits, groups = w.groups(), g = start / w.group_size;
+                uint64_t two = w.zero[bit / 32 * groups + g];
+                if (bit % 32 + w.bits > 32) two |= uint64_t(w.zero[(bit / 32 + 1) * groups + g]) << 32;
+                shift = spread_f(float(1 << (w.bits - 1)) - float(two >> bit % 32 & ((1u << w.bits) - 1)));
+            }
+            for (int64_t j = start; j < start + run; j += 8) {
+                if (w.scale_rank) {
+                    scale = zero_f();
+                    for (int k = 0; k < w.scale_rank; ++k)
+                        scale = fma(spread_f(left[k]), load_f(&d.mixed[j * w.scale_rank + 8 * k]), scale);
+                }
+                const F value = times(add(eight_values(w, tables, row, j), shift), scale);
+                if (d.type == Type::f32) {
+                    store_f(static_cast<float*>(d.to) + i * w.in + j, value);
+                } else {
+                    float v[8];
+                    store_f(v, value);
+                    for (int k = 0; k < 8; ++k) store_value(d.to, i * w.in + j + k, v[k], d.type);
+                }
+            }
+        }
+    }
+}
+
+// decode(codes, scale) of rows first .. first + count - 1, (count, in).
+inline void decode(const Weight& w, void* to, int64_t first, int64_t count, Type type, int threads) {
+    Decoding d{w, to, first, count, type, {}};
+    if (w.scale_rank) mix(w, nullptr, d.mixed);
+    Team::run(threads, decode_job, &d);
+}
+
+}  // namespace lorq

@@ -1,0 +1,68 @@
+// The kernels as a Python module, one for each instruction set: LORQ_MODULE is its name.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+
+#include <string>
+#include <tuple>
+
+#include "kernels.hpp"
+
+namespace nb = nanobind;
+using namespace lorq;
+
+namespace {
+
+using Pointer = uintptr_t;
+using Stored = std::tuple<Pointer, int, Pointer>;  // data, type, scale; zeros where there is nothing
+
+Factor factor(const Stored& s) {
+    return {reinterpret_cast<const void*>(std::get<0>(s)), Type(std::get<1>(s)),
+            reinterpret_cast<const uint16_t*>(std::get<2>(s))};
+}
+
+template <class T>
+const T* at(Pointer p) { return reinterpret_cast<const T*>(p); }
+
+// The best instruction set of this machine that a module is built for.
+std::string best() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni"))
+        return "vnni";
+    if (avx2) return "avx2";
+#endif
+    return "portable";
+}
+
+}  // namespace
+
+NB_MODULE(LORQ_MODULE, m) {
+    m.def("best", &best);
+    nb::class_<Weight>(m, "Weight")
+        .def(
+            "__init__",
+            [](Weight* w, int64_t out, int64_t in, int bits, int vector, int64_t words, int64_t group_size, Pointer packed,
+               Pointer scale, Pointer zero, Pointer levels, Stored scale_left, Stored scale_right, int scale_rank,
+               Pointer codebook, Pointer codebook_scale, int64_t codebook_rows, int64_t codebook_columns, Stored left,
+               Stored right, int rank) {
+                new (w) Weight{out, in, bits, vector, words, group_size, at<uint32_t>(packed), at<uint16_t>(scale),
+                               at<uint32_t>(zero), at<float>(levels), factor(scale_left), factor(scale_right), scale_rank,
+                               at<int8_t>(codebook), at<uint16_t>(codebook_scale), codebook_rows, codebook_columns,
+                               factor(left), factor(right), rank};
+            })
+        .def(
+            "multiply",
+            [](const Weight& w, Pointer x, Pointer y, int64_t tokens, int type, bool exact, int threads) {
+                return multiply(w, at<void>(x), reinterpret_cast<void*>(y), tokens, Type(type), exact, threads);
+            },
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "decode",
+            [](const Weight& w, Pointer to, int64_t first, int64_t count, int type, int threads) {
+                decode(w, reinterpret_cast<void*>(to), first, count, Type(type), threads);
+            },
+            nb::call_guard<nb::gil_scoped_release>());
+}

@@ -1,0 +1,199 @@
+// Eight lanes of 32 bits: the little of an instruction set that the kernels need, with AVX2 (and VNNI on top), or as
+// plain loops that a compiler may turn into what the machine has.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+namespace lorq {
+
+inline void prefetch(const void* p) {
+#ifdef __GNUC__
+    __builtin_prefetch(p);
+#else
+    (void)p;
+#endif
+}
+
+inline float from_half(uint16_t h) {
+    const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
+    uint32_t bits;
+    if (magnitude >= 0x7c00) {
+        bits = sign | 0x7f800000 | (magnitude & 0x3ff) << 13;
+    } else {  // exact: float16's numbers are float32's, moved by 2^112
+        float value;
+        bits = magnitude << 13;
+        std::memcpy(&value, &bits, 4);
+        value *= 5.192296858534828e33f;
+        std::memcpy(&bits, &value, 4);
+        bits |= sign;
+    }
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline float from_bfloat(uint16_t b) {
+    const uint32_t bits = uint32_t(b) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint16_t to_bfloat(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);  // NaN stays one
+    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);                 // to nearest, ties to even
+}
+
+inline uint16_t to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x477ff000) return sign | 0x7c00;  // rounds to infinity
+    if (bits < 0x38800000) {                       // subnormal: whole multiples of 2^-24
+        float magnitude;
+        std::memcpy(&magnitude, &bits, 4);
+        return sign | uint16_t(std::nearbyint(magnitude * 16777216.0f));
+    }
+    return sign | uint16_t((bits + 0xfff + (bits >> 13 & 1) - 0x38000000) >> 13);
+}
+
+#ifdef __AVX2__
+using I = __m256i;
+using F = __m256;
+inline I zero_i() { return _mm256_setzero_si256(); }
+inline F zero_f() { return _mm256_setzero_ps(); }
+inline I load_i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline F load_f(const float* p) { return _mm256_loadu_ps(p); }
+inline void store_f(float* p, F v) { _mm256_storeu_ps(p, v); }
+inline I spread_i(uint32_t v) { return _mm256_set1_epi32(int(v)); }
+inline F spread_f(float v) { return _mm256_set1_ps(v); }
+template <int N>
+inline I shift_right(I v) { return _mm256_srli_epi32(v, N); }
+inline I shift_right(I v, int n) { return _mm256_srl_epi32(v, _mm_cvtsi32_si128(n)); }
+inline I shift_left(I v, int n) { return _mm256_sll_epi32(v, _mm_cvtsi32_si128(n)); }
+inline I shift_each(I v, I n) { return _mm256_srlv_epi32(v, n); }
+inline I both(I a, I b) { return _mm256_and_si256(a, b); }
+inline I either(I a, I b) { return _mm256_or_si256(a, b); }
+inline F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+inline I nearest(F v) { return _mm256_cvtps_epi32(v); }
+inline void store_i(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+inline F larger(F a, F b) { return _mm256_max_ps(a, b); }
+inline F smaller(F a, F b) { return _mm256_min_ps(a, b); }
+inline F size(F v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
+inline F minus(F a, F b) { return _mm256_sub_ps(a, b); }
+inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+inline F times(F a, F b) { return _mm256_mul_ps(a, b); }
+inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+// acc + the sums of products of neighbouring 16-bit halves
+inline I dot(I acc, I a, I b) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_dpwssd_epi32(acc, a, b);
+#else
+    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+    __asm__("" : "+x"(acc));  // or gcc makes a tree of the sums, for which there are not registers enough
+    return acc;
+#endif
+}
+inline F pick(F v, I lanes) { return _mm256_permutevar8x32_ps(v, lanes); }  // low three bits of each lane
+inline F pick16(F low, F high, I lanes) {                                  // low four bits
+    return _mm256_blendv_ps(pick(low, lanes), pick(high, lanes), _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28)));
+}
+inline F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline F load_bfloat(const uint16_t* p) {
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+inline F load_bytes(const int8_t* p) {
+    return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline I load_ubytes(const void* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))); }
+inline float most(F v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline float sum(F v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+// 24 bytes of 3-bit codes, four to each half of a lane, in its bits 4 to 15; reads 28 bytes.
+inline I load_threes(const uint8_t* p) {
+    const __m256i order = _mm256_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11, 0, 1, 1, 2, 3, 4, 4, 5, 6, 7,
+                                           7, 8, 9, 10, 10, 11);
+    const __m256i v = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+                                              _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 12)), 1);
+    return _mm256_mullo_epi16(_mm256_shuffle_epi8(v, order), _mm256_set1_epi32(0x00010010));
+}
+#else
+struct I { uint32_t v[8]; };
+struct F { float v[8]; };
+#define LORQ_EACH for (int i = 0; i < 8; ++i)
+inline I zero_i() { return I{}; }
+inline F zero_f() { return F{}; }
+inline I load_i(const void* p) { I r; std::memcpy(r.v, p, 32); return r; }
+inline F load_f(const float* p) { F r; std::memcpy(r.v, p, 32); return r; }
+inline void store_f(float* p, F v) { std::memcpy(p, v.v, 32); }
+inline I spread_i(uint32_t v) { I r; LORQ_EACH r.v[i] = v; return r; }
+inline F spread_f(float v) { F r; LORQ_EACH r.v[i] = v; return r; }
+inline I shift_right(I v, int n) { LORQ_EACH v.v[i] >>= n; return v; }
+template <int N>
+inline I shift_right(I v) { return shift_right(v, N); }
+inline I shift_left(I v, int n) { LORQ_EACH v.v[i] <<= n; return v; }
+inline I shift_each(I v, I n) { LORQ_EACH v.v[i] >>= n.v[i]; return v; }
+inline I both(I a, I b) { LORQ_EACH a.v[i] &= b.v[i]; return a; }
+inline I either(I a, I b) { LORQ_EACH a.v[i] |= b.v[i]; return a; }
+inline F to_float(I v) { F r; LORQ_EACH r.v[i] = float(int32_t(v.v[i])); return r; }
+inline I nearest(F v) { I r; LORQ_EACH r.v[i] = uint32_t(int32_t(std::nearbyint(v.v[i]))); return r; }
+inline void store_i(int32_t* p, I v) { std::memcpy(p, v.v, 32); }
+inline F larger(F a, F b) { LORQ_EACH a.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i]; return a; }
+inline F smaller(F a, F b) { LORQ_EACH a.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i]; return a; }
+inline F size(F v) { LORQ_EACH v.v[i] = std::fabs(v.v[i]); return v; }
+inline F minus(F a, F b) { LORQ_EACH a.v[i] -= b.v[i]; return a; }
+inline F add(F a, F b) { LORQ_EACH a.v[i] += b.v[i]; return a; }
+inline F times(F a, F b) { LORQ_EACH a.v[i] *= b.v[i]; return a; }
+inline F fma(F a, F b, F c) { LORQ_EACH c.v[i] += a.v[i] * b.v[i]; return c; }
+inline I dot(I acc, I a, I b) {
+    LORQ_EACH acc.v[i] += uint32_t(int32_t(int16_t(a.v[i])) * int16_t(b.v[i]) +
+                                   int32_t(int16_t(a.v[i] >> 16)) * int16_t(b.v[i] >> 16));
+    return acc;
+}
+inline F pick(F v, I lanes) { F r; LORQ_EACH r.v[i] = v.v[lanes.v[i] & 7]; return r; }
+inline F pick16(F low, F high, I lanes) {
+    F r;
+    LORQ_EACH r.v[i] = (lanes.v[i] & 8 ? high : low).v[lanes.v[i] & 7];
+    return r;
+}
+inline F load_half(const uint16_t* p) { F r; LORQ_EACH r.v[i] = from_half(p[i]); return r; }
+inline F load_bfloat(const uint16_t* p) { F r; LORQ_EACH r.v[i] = from_bfloat(p[i]); return r; }
+inline F load_bytes(const int8_t* p) { F r; LORQ_EACH r.v[i] = float(p[i]); return r; }
+inline I load_ubytes(const void* p) { I r; LORQ_EACH r.v[i] = static_cast<const uint8_t*>(p)[i]; return r; }
+inline float most(F v) {
+    float m = v.v[0];
+    for (int i = 1; i < 8; ++i) m = v.v[i] > m ? v.v[i] : m;
+    return m;
+}
+inline float sum(F v) {  // in the order of the vector form
+    float s[4];
+    for (int i = 0; i < 4; ++i) s[i] = v.v[i] + v.v[i + 4];
+    return (s[0] + s[2]) + (s[1] + s[3]);
+}
+inline I load_threes(const uint8_t* p) {
+    I r;
+    LORQ_EACH {
+        const uint32_t bits = p[3 * i] | uint32_t(p[3 * i + 1]) << 8 | uint32_t(p[3 * i + 2]) << 16;
+        r.v[i] = (bits << 4 & 0xffff) | (bits & 0xfff000) << 8;  // as above; the lowest four bits of a half are not looked at
+    }
+    return r;
+}
+#endif
+
+}  // namespace lorq

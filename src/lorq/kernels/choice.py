@@ -1,0 +1,58 @@
+"""Which implementation multiplies a layer, and the short way to it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorq.kernels import cpu, int8
+from lorq.kernels.reference import quant_linear
+from lorq.weight import LayerFormat
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What multiplies a layer.
+
+    Attributes:
+        name: such as "C++ (avx2)", "bytes (oneDNN)" or "reference (torch)".
+        declined: why each faster one does not; empty where the fastest runs.
+    """
+
+    name: str
+    declined: dict[str, str]
+
+
+def implementation(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> Implementation:
+    """What multiplies a layer of this format when it runs, without a gradient.
+
+    Args:
+        format: of the layer.
+        in_features: its width.
+        device: that it runs on.
+        dtype: of its inputs.
+    """
+    declined = {}
+    if format.input_quantization != "none":
+        why = int8.covers(format, in_features, device, dtype)
+        if why is None:
+            return Implementation("bytes (oneDNN)", {})
+        declined["bytes (oneDNN)"] = why
+    why = cpu.covers(format, in_features, device, dtype)
+    if why is None:
+        return Implementation(f"C++ ({cpu.library()[1]})", declined)
+    return Implementation("reference (torch)", declined | {"C++": why})
+
+
+def multiply(x: Tensor, *arguments: Any) -> Tensor:
+    """`quant_linear`, without torch's dispatcher where nothing is traced and nothing learns: that costs as much as a
+    small layer. Arguments and result are the operator's."""
+    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if plain and not (torch.is_grad_enabled() and _learns(x, *arguments)):
+        return cpu.run(x, *arguments)
+    return quant_linear(x, *arguments)
+
+
+def _learns(*tensors: Any) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)

@@ -1,0 +1,233 @@
+"""The quantized linear on the CPU in C++ (native/): the checkpoint's own words, read as they are.
+
+Few tokens are multiplied straight from the codes: integer codes by the inputs in whole numbers (31 bits of each float32
+input, 16 bits of each half-precision one, on a step for each group that is a power of two), everything else in float32.
+Many tokens decode a strip of rows at a time and multiply it with torch's matrix product. Inputs that are not finite, or
+all but zero, take the second way, where they come out as the reference has them.
+
+The library is one module for each instruction set; the best that this machine has is checked against the portable one
+on a small product before it is used.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lorq.factors import LowRank
+from lorq.kernels.reference import quant_linear, quant_linear_reference
+from lorq.packing import packed_width
+from lorq.weight import LayerFormat
+
+_TYPES = {
+    torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4, torch.float8_e4m3fn: 5,
+}  # fmt: skip
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Columns whose codes lie in one lane (native/inputs.hpp).
+_LANE = {2: 16, 3: 8, 4: 8, 8: 4}
+# Tokens up to which codes are multiplied directly: where the two ways took the same time (docs/kernels.md).
+FEW_TOKENS = 8
+# Bytes of a decoded strip: it should still be in the second-level cache, or nearly, when it is multiplied.
+_STRIP_BYTES = 4 << 20
+
+
+@cache
+def library() -> tuple[Any, str]:
+    """The module of this machine's instruction set and its name; None and why not, where there is none."""
+    try:
+        portable = import_module("lorq.kernels._cpu_portable")
+    except ImportError as error:
+        return None, f"the C++ kernels were not built ({error}); install a C++ compiler and lorq again"
+    name = portable.best()
+    try:
+        fast = import_module(f"lorq.kernels._cpu_{name}")
+    except ImportError:
+        return portable, "portable"
+    return (fast, name) if _agree(portable, fast) else (portable, "portable")
+
+
+def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a layer is not multiplied by the C++ kernels; None where it is.
+
+    Args:
+        format: of the layer.
+        in_features: its width.
+        device: that it runs on.
+        dtype: of its inputs.
+    """
+    if device.type != "cpu":
+        return f"the device is {device.type}"
+    if dtype not in _DTYPES:
+        return f"inputs are {dtype}"
+    if library()[0] is None:
+        return library()[1]
+    return _misfit(format, in_features)
+
+
+def _misfit(f: LayerFormat, in_features: int) -> str | None:
+    if f.vector > 1:
+        if f.vector not in (2, 4, 8) or f.bits > 4:
+            return f"codes of {f.bits} bits for {f.vector} weights have no kernel"
+        run = {"a codebook": f.codebook_columns, "a group": f.group_size}
+        return next((f"{what} of {n} columns is no multiple of 8" for what, n in run.items() if n % 8), None)
+    if f.bits not in _LANE or (f.bits == 8 and f.grid != "integer"):
+        return f"{f.grid} codes of {f.bits} bits have no kernel"
+    if f.scale_rank:
+        return None if in_features % 8 == 0 else f"the width {in_features} is no multiple of 8"
+    if f.grid != "integer":
+        return None if f.group_size % 8 == 0 else f"a group of {f.group_size} columns is no multiple of 8"
+    if f.group_size % 8 == 0:
+        lanes, rest = divmod(f.group_size, _LANE[f.bits])
+        if not rest and (lanes in (1, 2, 4) or lanes % 8 == 0):
+            return None
+    return f"a group of {f.group_size} columns does not end where a register of {8 * _LANE[f.bits]} does"
+
+
+def format_of(operands: Sequence[Tensor | None], bits: int, in_features: int) -> LayerFormat:
+    """As much of a layer's format as the operator's arguments tell, and the kernels ask."""
+    _, scale, zero, levels, _, scale_right, codebook, codebook_scale, left, _, _, _ = operands
+    rows = 0 if codebook_scale is None else operands[0].shape[0] // codebook_scale.shape[0]  # type: ignore[union-attr]
+    return LayerFormat(
+        bits=bits,
+        group_size=in_features if scale is None else in_features // scale.shape[1],
+        symmetric=zero is None,
+        rank=0 if left is None else left.shape[1],
+        vector=1 if codebook is None else codebook.shape[-1],
+        codebook_rows=rows,
+        codebook_columns=0 if codebook_scale is None else in_features // codebook_scale.shape[1],
+        grid="integer" if levels is None else "normal-float",
+        scale_rank=0 if scale_right is None else scale_right.shape[0],
+    )
+
+
+def run(x: Tensor, *arguments: Any) -> Tensor:
+    """`lorq.kernels.quant_linear` on the CPU: these kernels where they cover the weight, else the reference.
+
+    Args and result are the operator's.
+    """
+    *operands, bits = arguments
+    in_features = x.shape[-1]
+    weight = _weight(operands, bits, in_features) if x.dtype in _DTYPES else None
+    if weight is None:
+        return quant_linear_reference(x, *arguments)
+    out = operands[0].shape[0]
+    x = x.contiguous()
+    tokens = x.numel() // in_features
+    y = x.new_empty(*x.shape[:-1], out)
+    if tokens <= FEW_TOKENS:
+        kind, exact = _TYPES[x.dtype], x.dtype == torch.float32
+        if weight.multiply(x.data_ptr(), y.data_ptr(), tokens, kind, exact, torch.get_num_threads()):
+            return y
+    return _by_strips(x.view(tokens, in_features), y.view(tokens, out), weight, operands[8:]).view(y.shape)
+
+
+def _by_strips(x: Tensor, y: Tensor, weight: Any, low_rank: Sequence[Tensor | None]) -> Tensor:
+    """Into ``y``: rows decoded a strip at a time, and torch's product of each; then the low-rank part."""
+    dtype = _product_type(x.dtype)
+    z = x.to(dtype)
+    rows = max(16, _STRIP_BYTES // (x.shape[1] * dtype.itemsize))
+    strip = torch.empty(min(rows, y.shape[1]), x.shape[1], dtype=dtype)
+    for first in range(0, y.shape[1], rows):
+        count = min(rows, y.shape[1] - first)
+        weight.decode(strip.data_ptr(), first, count, _TYPES[dtype], torch.get_num_threads())
+        y[:, first : first + count] = torch.nn.functional.linear(z, strip[:count])
+    left, right, left_scale, right_scale = low_rank
+    if left is not None and right is not None:
+        l, r = LowRank(left, right, left_scale, right_scale).factors(x.dtype)
+        y += (x @ r.T) @ l.T
+    return y
+
+
+@cache
+def _product_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which this machine multiplies matrices of such inputs fastest."""
+    fast = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype if fast else torch.float32
+
+
+# The pointers of a weight's tensors, by its packed tensor and for as long as that lives. They are compared at every
+# call, so that a tensor that was replaced is seen; one that was written to needs nothing.
+_KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _weight(operands: Sequence[Tensor | None], bits: int, in_features: int) -> Any:
+    """The weight as the library sees it, or None where it is not covered."""
+    packed = operands[0]
+    assert packed is not None
+    pointers = tuple(0 if t is None else t.data_ptr() for t in operands)
+    kept = _KEPT.get(packed)
+    if kept is None or kept[0] != (pointers, in_features):
+        kept = _KEPT[packed] = (pointers, in_features), _new_weight(library()[0], operands, bits, in_features)
+    return kept[1]
+
+
+def _new_weight(module: Any, operands: Sequence[Tensor | None], bits: int, in_features: int) -> Any:
+    if module is None or any(t is not None and not (t.is_contiguous() and t.device.type == "cpu") for t in operands):
+        return None
+    f = format_of(operands, bits, in_features)
+    if _misfit(f, in_features) is not None or not _fits(operands, f, in_features):
+        return None
+    packed, scale, zero, levels, scale_left, scale_right, codebook, codebook_scale = operands[:8]
+    left, right, left_scale, right_scale = operands[8:]
+
+    def at(tensor: Tensor | None) -> int:
+        return 0 if tensor is None else tensor.data_ptr()
+
+    def factor(tensor: Tensor | None, its_scale: Tensor | None = None) -> tuple[int, int, int]:
+        return (0, 0, 0) if tensor is None else (at(tensor), _TYPES[tensor.dtype], at(its_scale))
+
+    assert packed is not None
+    return module.Weight(
+        packed.shape[0], in_features, bits, f.vector, packed.shape[1], f.group_size, at(packed), at(scale), at(zero),
+        at(levels), factor(scale_left), factor(scale_right), f.scale_rank, at(codebook), at(codebook_scale),
+        f.codebook_rows, f.codebook_columns, factor(left, left_scale), factor(right, right_scale), f.rank,
+    )  # fmt: skip
+
+
+def _fits(operands: Sequence[Tensor | None], f: LayerFormat, in_features: int) -> bool:
+    """Whether every tensor is as large as its neighbours and the width say: C++ reads what it is told."""
+    packed, scale, zero, levels, scale_left, scale_right, codebook, codebook_scale = operands[:8]
+    left, right, left_scale, right_scale = operands[8:]
+    assert packed is not None
+    out, entries = packed.shape[0], 2**f.code_bits
+    groups, tiles = in_features // f.group_size, () if codebook_scale is None else tuple(codebook_scale.shape)
+    wanted: list[tuple[Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = [
+        (packed, (out, packed_width(in_features // f.vector, f.code_bits)), (torch.int32,)),
+        (scale, (out, groups), (torch.float16,)),
+        (zero, (packed_width(out, f.bits), groups), (torch.int32,)),
+        (levels, (2**f.bits,), (torch.float32,)),
+        (scale_left, (out, f.scale_rank), _DTYPES),
+        (scale_right, (f.scale_rank, in_features), _DTYPES),
+        (codebook, (*tiles, entries, f.vector), (torch.int8,)),
+        (codebook_scale, tiles, (torch.float16,)),
+        (left, (out, f.rank), tuple(_TYPES)),
+        (right, (f.rank, in_features), tuple(_TYPES)),
+        (left_scale, (f.rank,), (torch.float16,)),
+        (right_scale, (f.rank,), (torch.float16,)),
+    ]
+    return all(t is None or (tuple(t.shape) == shape and t.dtype in dtypes) for t, shape, dtypes in wanted) and (
+        not tiles or (out % tiles[0] == 0 and in_features % tiles[1] == 0)
+    )
+
+
+def _agree(portable: Any, fast: Any) -> bool:
+    """Whether a module computes what the portable one does, on one product of each width of whole numbers."""
+    generator = torch.Generator().manual_seed(0)
+    for bits in _LANE:
+        x = torch.randn(2, 256, generator=generator)
+        packed = torch.randint(-(2**31), 2**31, (8, 8 * bits), generator=generator, dtype=torch.int64).to(torch.int32)
+        scale = torch.rand(8, 4, generator=generator).to(torch.float16)
+        y = torch.empty(2, 2, 8)
+        for module, to in zip((portable, fast), y, strict=True):
+            weight = _new_weight(module, [packed, scale, *[None] * 10], bits, 256)
+            weight.multiply(x.data_ptr(), to.data_ptr(), 2, 1, True, 1)
+        if not torch.allclose(y[0], y[1], rtol=1e-4, atol=1e-3 * 2**bits):
+            return False
+    return True
+
+
+quant_linear.register_kernel("cpu")(run)

@@ -1,0 +1,259 @@
+"""The C++ kernels of every instruction set that this machine has, against the reference."""
+
+import math
+import shutil
+import subprocess
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from contracts.test_kernels import FORMATS, SQNR_DB, dense, operands, sqnr_db
+
+from lorq.kernels import cpu, implementation, multiply, quant_linear
+from lorq.kernels.reference import quant_linear_reference
+from lorq.weight import LayerFormat
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+if cpu.library()[0] is None and shutil.which("c++") is None:
+    pytest.skip("the C++ kernels are not built, and there is no compiler", allow_module_level=True)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Shapes end in the middle of rows, chunks and blocks of threads; (out, in).
+INTEGER = [
+    (LayerFormat(bits, group, symmetric, rank, kind), shape)
+    for bits, (group, shape), symmetric, (rank, kind) in product(
+        (2, 3, 4, 8),
+        [(32, (7, 96)), (64, (33, 576)), (128, (16, 256)), (16, (5, 48)), (96, (2, 96)), (1536, (3, 1536))],
+        (False, True),
+        [(0, "float16"), (5, "int8")],
+    )
+]
+OTHERS = [
+    (LayerFormat(2, 96, True, vector=4, codebook_rows=1, codebook_columns=16), (7, 96)),
+    (LayerFormat(3, 24, True, 3, "int8", vector=2, codebook_rows=11, codebook_columns=24), (33, 72)),
+    (LayerFormat(1, 16, True, vector=8, codebook_rows=5, codebook_columns=16), (5, 80)),
+    (LayerFormat(4, 16, True, grid="normal-float"), (9, 80)),
+    (LayerFormat(3, 24, True, 3, "e4m3", grid="normal-float"), (9, 48)),
+    (LayerFormat(2, 80, True, grid="normal-float", scale_rank=2), (6, 80)),
+    (LayerFormat(3, 72, True, 2, "int8", scale_rank=3), (35, 72)),
+    (LayerFormat(4, 72, True, 4, "float16", grid="normal-float", scale_rank=5), (4, 72)),
+    (LayerFormat(8, 48, True, scale_rank=1), (3, 48)),
+]
+
+
+@pytest.fixture(params=["portable", "avx2", "vnni"])
+def module(request, monkeypatch):
+    """The library of one instruction set, in use."""
+    order = ["portable", "avx2", "vnni"]
+    best = import_module("lorq.kernels._cpu_portable").best()
+    if request.param not in order[: order.index(best) + 1]:
+        pytest.skip(f"this processor's best is {best}")
+    found = import_module(f"lorq.kernels._cpu_{request.param}")
+    monkeypatch.setattr(cpu, "library", lambda: (found, request.param))
+    cpu._KEPT.clear()
+    yield found
+    cpu._KEPT.clear()
+
+
+def covered(weight, x):
+    """The operator's arguments, having made sure that the kernels take them."""
+    assert cpu.covers(weight.format, weight.shape[1], CPU, x.dtype) is None
+    arguments = operands(weight)
+    assert cpu._weight(arguments[:-1], weight.bits, weight.shape[1]) is not None
+    return arguments
+
+
+@dtypes
+def test_whole_numbers_match_the_dense_product_at_every_width_and_shape(module, dtype, random_weight, generator):
+    for format, (out, in_) in INTEGER:
+        weight = random_weight(out, in_, format)
+        if in_ * format.bits % 32:
+            continue
+        x = torch.randn(3, in_, generator=generator).to(dtype)
+        if cpu._misfit(format, in_) is not None:
+            assert (format.bits == 2 and format.group_size in (96, 1536)) or format.group_size == 16 or in_ == 96
+            continue
+        arguments = covered(weight, x)
+        y, expected = cpu.run(x, *arguments), x.double() @ dense(weight).T
+        assert y.dtype == dtype and sqnr_db(expected, y) > SQNR_DB[dtype], (format, out, in_)
+
+
+@dtypes
+def test_codebooks_levels_and_scales_of_low_rank_match_the_dense_product(module, dtype, random_weight, generator):
+    for format, (out, in_) in OTHERS:
+        weight = random_weight(out, in_, format)
+        x = torch.randn(3, in_, generator=generator).to(dtype)
+        y, expected = cpu.run(x, *covered(weight, x)), x.double() @ dense(weight).T
+        assert y.dtype == dtype and sqnr_db(expected, y) > SQNR_DB[dtype], (format, out, in_)
+
+
+@dtypes
+@pytest.mark.parametrize("tokens", [0, 1, cpu.FEW_TOKENS, cpu.FEW_TOKENS + 1, 40])
+def test_few_and_many_tokens_agree_with_the_reference_whatever_the_threads(
+    module, tokens, dtype, random_weight, generator, monkeypatch
+):
+    monkeypatch.setattr(cpu, "_STRIP_BYTES", 16 * 64 * 4)  # strips of 16 rows
+    for format in (LayerFormat(3, 32, False, 4, "int8"), FORMATS["normal floats"], FORMATS["vectors of 4"]):
+        width = 48 if format.group_size != 32 else 64
+        weight = random_weight(50, width, format)
+        x = torch.randn(tokens, width, generator=generator).to(dtype)
+        results, threads = [], torch.get_num_threads()
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(cpu.run(x, *covered(weight, x)))
+        torch.set_num_threads(threads)
+        if tokens <= cpu.FEW_TOKENS:  # more are multiplied by torch, whose sums may depend on the threads
+            assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+        expected = quant_linear_reference(x, *operands(weight)).double()
+        for y in results:
+            assert not tokens or sqnr_db(expected, y) > SQNR_DB[dtype] - 6
+
+
+@pytest.mark.parametrize("shape", [(48,), (1, 48), (2, 3, 48)], ids=str)
+def test_batches_slices_and_odd_addresses_are_read_as_they_are(module, shape, random_weight, generator):
+    weight = random_weight(7, 48, FORMATS["asymmetric"])
+    whole = torch.randn(*shape[:-1], 97, generator=generator)
+    x = whole[..., 1:97:2]  # neither contiguous nor aligned
+    y = cpu.run(x, *covered(weight, x))
+    assert y.shape == (*shape[:-1], 7)
+    assert sqnr_db(x.double() @ dense(weight).T, y) > SQNR_DB[torch.float32]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
+def test_inputs_that_are_not_finite_come_out_as_the_reference_has_them(module, bad, bits, random_weight, generator):
+    weight = random_weight(7, 64, LayerFormat(bits, 32, False))
+    x = torch.randn(2, 64, generator=generator)
+    x[1, 5] = bad
+    y = cpu.run(x, *covered(weight, x))
+    expected = quant_linear_reference(x, *operands(weight))
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+    assert bool(y[0].isfinite().all()) and sqnr_db(expected[0].double(), y[0]) > SQNR_DB[torch.float32]
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-20, 1e20, 1e30], ids=str)
+def test_inputs_of_any_size_keep_their_precision(module, size, random_weight, generator):
+    weight = random_weight(9, 64, LayerFormat(4, 32, False))
+    x = torch.randn(1, 64, generator=generator) * size
+    y = cpu.run(x, *covered(weight, x))
+    expected = x.double() @ dense(weight).T
+    floor = SQNR_DB[torch.float32] if size > 1e-37 else 60  # there float32 itself has fewer bits
+    assert sqnr_db(expected, y) > floor
+
+
+def test_one_enormous_channel_leaves_the_others_their_precision(module, random_weight, generator):
+    weight = random_weight(9, 64, LayerFormat(4, 32, False))
+    x = torch.randn(1, 64, generator=generator)
+    with_it = x.clone()
+    with_it[0, 3] = 3e4
+    difference = cpu.run(with_it, *covered(weight, x)).double() - (with_it.double() @ dense(weight).T)
+    assert float(difference.abs().max()) < 3e4 * 2**-22
+
+
+def test_a_tensor_that_was_written_to_or_replaced_is_seen(module, random_weight, generator):
+    first, second = (random_weight(7, 64, LayerFormat(4, 32, False)) for _ in range(2))
+    x = torch.randn(1, 64, generator=generator)
+    arguments, others = list(operands(first)), operands(second)
+    before = cpu.run(x, *arguments)
+    arguments[1] = others[1]  # another scale under the same codes
+    replaced = cpu.run(x, *arguments)
+    arguments[0].copy_(others[0])
+    arguments[2].copy_(others[2])
+    assert not torch.equal(before, replaced)
+    assert torch.equal(cpu.run(x, *arguments), cpu.run(x, *others))
+
+
+@pytest.mark.parametrize(
+    "format, width, why",
+    [
+        (LayerFormat(5, 32, False), 64, "codes of 5 bits have no kernel"),
+        (LayerFormat(4, 24, False), 72, "a group of 24 columns does not end"),
+        (LayerFormat(2, 8, False), 64, "a group of 8 columns does not end"),
+        (LayerFormat(5, 16, True, grid="normal-float"), 64, "normal-float codes of 5 bits"),
+        (LayerFormat(4, 12, True, grid="normal-float"), 48, "12 columns is no multiple of 8"),
+        (LayerFormat(3, 12, True, scale_rank=2), 12, "width 12 is no multiple of 8"),
+        (LayerFormat(2, 48, True, vector=4, codebook_rows=1, codebook_columns=12), 48, "a codebook of 12 columns"),
+    ],
+)
+def test_what_the_kernels_do_not_cover_is_named_and_left_to_the_reference(format, width, why, random_weight, generator):
+    by = implementation(format, width, CPU, torch.float32)
+    assert by.name == "reference (torch)" and why in by.declined["C++"]
+    weight = random_weight(4, width, format)
+    x = torch.randn(2, width, generator=generator)
+    assert torch.equal(cpu.run(x, *operands(weight)), quant_linear_reference(x, *operands(weight)))
+
+
+def test_the_implementation_depends_on_device_type_and_activations():
+    format = LayerFormat(4, 32, False)
+    assert implementation(format, 64, CPU, torch.float32).name.startswith("C++ (")
+    assert "cuda" in implementation(format, 64, torch.device("cuda"), torch.float32).declined["C++"]
+    assert "float64" in implementation(format, 64, CPU, torch.float64).declined["C++"]
+    rounded = implementation(LayerFormat(4, 32, False, input_quantization="token"), 64, CPU, torch.float32)
+    assert rounded.name.startswith("C++ (") and "more than one scale" in rounded.declined["bytes (oneDNN)"]
+    bytes_ = implementation(LayerFormat(4, 64, False, input_quantization="token"), 64, CPU, torch.float32)
+    assert bytes_.name == "bytes (oneDNN)" and not bytes_.declined
+
+
+def test_a_missing_library_is_named_and_the_reference_runs(monkeypatch, random_weight, generator):
+    monkeypatch.setattr(cpu, "library", lambda: (None, "the C++ kernels were not built"))
+    cpu._KEPT.clear()
+    weight = random_weight(7, 64, LayerFormat(4, 32, False))
+    x = torch.randn(2, 64, generator=generator)
+    assert torch.equal(cpu.run(x, *operands(weight)), quant_linear_reference(x, *operands(weight)))
+    assert implementation(weight.format, 64, CPU, torch.float32).declined == {"C++": "the C++ kernels were not built"}
+    cpu._KEPT.clear()
+
+
+def test_a_module_that_computes_something_else_is_not_used(monkeypatch):
+    portable = import_module("lorq.kernels._cpu_portable")
+
+    class Wrong:
+        class Weight:
+            def __init__(self, *arguments):
+                self.right = portable.Weight(*arguments)
+
+            def multiply(self, x, y, *rest):
+                self.right.multiply(x + 4, y, *rest)
+
+    assert cpu._agree(portable, portable) and not cpu._agree(portable, Wrong)
+
+
+def test_the_short_way_and_the_dispatcher_give_the_same_and_gradients_take_the_latter(random_weight, generator):
+    arguments = operands(random_weight(7, 64, LayerFormat(4, 32, False)))
+    x = torch.randn(2, 64, generator=generator)
+    assert torch.equal(multiply(x, *arguments), quant_linear(x, *arguments))
+    x.requires_grad_()
+    assert multiply(x, *arguments).requires_grad
+    with torch.no_grad():
+        assert not multiply(x, *arguments).requires_grad
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_no_kernel_reads_or_writes_outside_its_tensors(tmp_path):
+    """The kernels on heap blocks of exactly their size, under the address and undefined-behaviour sanitizers."""
+    flags = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+    best = import_module("lorq.kernels._cpu_portable").best()
+    for isa, options in flags.items():
+        if isa != "portable" and best == "portable":
+            continue
+        program = tmp_path / isa
+        build = [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-fsanitize=address,undefined",
+            "-fno-sanitize-recover=all",
+            *options,
+        ]
+        native = ROOT / "native"
+        subprocess.run(
+            [*build, "-I", native, ROOT / "tests/native/bounds.cpp", "-o", program, "-ldl", "-pthread"], check=True
+        )
+        done = subprocess.run([program], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.endswith("products checked\n"), done.stderr[-3000:]
+        assert int(done.stdout.split()[0]) > 100

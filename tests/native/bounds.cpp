@@ -1,0 +1,119 @@
+// Products on heap blocks of exactly their size, for the sanitizers to watch; their values against plain loops.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "kernels.hpp"
+
+using namespace lorq;
+
+static std::mt19937 source(0);
+static uint32_t any() { return source(); }
+static float small() { return float(any() % 2001) / 1000.0f - 1.0f; }
+static uint16_t half(float v) { return to_half(v); }
+
+template <class T, class Make>
+std::vector<T> filled(size_t n, Make make) {
+    std::vector<T> v;
+    v.reserve(n);  // a block of exactly n
+    for (size_t i = 0; i < n; ++i) v.push_back(make());
+    return v;
+}
+
+static int64_t words_of(int64_t n, int bits) { return (n * bits + 31) / 32; }
+
+static uint32_t code_of(const std::vector<uint32_t>& words, int64_t first, int64_t i, int bits) {
+    uint32_t code = 0;
+    for (int b = 0; b < bits; ++b) code |= (words[size_t(first + (i * bits + b) / 32)] >> ((i * bits + b) % 32) & 1) << b;
+    return code;
+}
+
+static int checked = 0;
+
+static void check(const Weight& w, int64_t tokens, int threads, double tolerance) {
+    const auto x = filled<float>(size_t(tokens * w.in), small);
+    std::vector<float> y(size_t(tokens * w.out)), dense(size_t(w.out * w.in));
+    if (!multiply(w, x.data(), y.data(), tokens, Type::f32, true, threads)) std::abort();
+    decode(w, dense.data(), 0, w.out, Type::f32, threads);
+    std::vector<uint16_t> halves(size_t(w.in));
+    decode(w, halves.data(), w.out - 1, 1, Type::bf16, 1);
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t o = 0; o < w.out; ++o) {
+            double expected = 0, size = 0;
+            for (int64_t i = 0; i < w.in; ++i) {
+                expected += double(dense[size_t(o * w.in + i)]) * x[size_t(t * w.in + i)];
+                size += std::fabs(double(dense[size_t(o * w.in + i)]));
+            }
+            if (std::fabs(expected - y[size_t(t * w.out + o)]) > tolerance * (size + 1e-3)) {
+                std::fprintf(stderr, "bits %d out %ld in %ld group %ld: %g, not %g\n", w.bits, long(w.out), long(w.in),
+                             long(w.group_size), double(y[size_t(t * w.out + o)]), expected);
+                std::exit(1);
+            }
+        }
+    ++checked;
+}
+
+int main() {
+    const int64_t shapes[][3] = {{1, 64, 32}, {7, 96, 32}, {5, 576, 64}, {17, 128, 128}, {33, 64, 64}, {3, 160, 32}, {18, 256, 128}};
+    for (int bits : {2, 3, 4, 8})
+        for (const auto& [out, in, group] : shapes)
+            for (bool symmetric : {false, true})
+                for (int threads : {1, 3}) {
+                    const auto packed = filled<uint32_t>(size_t(out * words_of(in, bits)), any);
+                    const auto scale = filled<uint16_t>(size_t(out * (in / group)), [] { return half(0.01f); });
+                    const auto zero = filled<uint32_t>(size_t(words_of(out, bits) * (in / group)), any);
+                    Weight w;
+                    w.out = out, w.in = in, w.bits = bits, w.words = words_of(in, bits), w.group_size = group;
+                    w.packed = packed.data(), w.scale = scale.data(), w.zero = symmetric ? nullptr : zero.data();
+                    // The decoded matrix against the layout's definition, code by code.
+                    std::vector<float> dense(size_t(out * in));
+                    decode(w, dense.data(), 0, out, Type::f32, threads);
+                    for (int64_t o = 0; o < out; ++o)
+                        for (int64_t i = 0; i < in; ++i) {
+                            int64_t z = 1 << (bits - 1);
+                            if (!symmetric) {
+                                std::vector<uint32_t> column;
+                                for (int64_t k = 0; k < words_of(out, bits); ++k) column.push_back(zero[size_t(k * (in / group) + i / group)]);
+                                z = code_of(column, 0, o, bits);
+                            }
+                            const float expected = float(int64_t(code_of(packed, o * w.words, i, bits)) - z) * from_half(half(0.01f));
+                            if (std::fabs(expected - dense[size_t(o * in + i)]) > 1e-6f) return std::fprintf(stderr, "decode\n"), 1;
+                        }
+                    check(w, 2, threads, 1e-6);
+                    const auto left = filled<int8_t>(size_t(out * 3), [] { return int8_t(any()); });
+                    const auto right = filled<int8_t>(size_t(3 * in), [] { return int8_t(0); });
+                    const auto scales = filled<uint16_t>(3, [] { return half(0.5f); });
+                    w.left = {left.data(), Type::i8, scales.data()}, w.right = {right.data(), Type::i8, scales.data()}, w.rank = 3;
+                    check(w, 1, threads, 1e-6);
+                }
+    for (int bits : {2, 3, 4}) {  // levels, with groups and with scales of low rank
+        const int64_t out = 7, in = 72;
+        const auto packed = filled<uint32_t>(size_t(out * words_of(in, bits)), any);
+        const auto levels = filled<float>(size_t(1) << bits, small);
+        const auto scale = filled<uint16_t>(size_t(out * 3), [] { return half(small()); });
+        Weight w;
+        w.out = out, w.in = in, w.bits = bits, w.words = words_of(in, bits), w.group_size = 24;
+        w.packed = packed.data(), w.levels = levels.data(), w.scale = scale.data();
+        check(w, 2, 2, 1e-6);
+        const auto left = filled<uint16_t>(size_t(out * 5), [] { return half(small()); });
+        const auto right = filled<uint16_t>(size_t(5 * in), [] { return half(small()); });
+        w.scale = nullptr, w.group_size = in, w.scale_rank = 5;
+        w.scale_left = {left.data(), Type::f16, nullptr}, w.scale_right = {right.data(), Type::f16, nullptr};
+        check(w, 2, 2, 3e-6);
+    }
+    for (const auto& [bits, vector] : {std::pair{2, 4}, std::pair{3, 2}, std::pair{1, 8}}) {
+        const int64_t out = 6, in = 80;
+        const auto packed = filled<uint32_t>(size_t(out * words_of(in, bits)), any);
+        const auto codebook = filled<int8_t>(size_t(3 * 5 * vector) << (bits * vector), [] { return int8_t(any()); });
+        const auto tile_scale = filled<uint16_t>(15, [] { return half(0.01f); });
+        const auto scale = filled<uint16_t>(size_t(out), [] { return half(small()); });
+        Weight w;
+        w.out = out, w.in = in, w.bits = bits, w.vector = vector, w.words = words_of(in, bits), w.group_size = in;
+        w.packed = packed.data(), w.scale = scale.data(), w.codebook = codebook.data(), w.codebook_scale = tile_scale.data();
+        w.codebook_rows = 2, w.codebook_columns = 16;
+        check(w, 2, 2, 1e-6);
+    }
+    std::printf("%d products checked\n", checked);
+}
