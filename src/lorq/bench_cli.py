@@ -1,14 +1,12 @@
 """The command line of `lorq bench`."""
 
-import json
 from typing import Annotated
 
 import cyclopts
 from cyclopts import Parameter
-from rich.table import Table
 
 from lorq.adapt import Settings
-from lorq.show import console, print_figures
+from lorq.show import print_figures, print_rows
 
 bench_app = cyclopts.App(name="bench", help="Measure speed and quality on this machine.")
 
@@ -75,6 +73,44 @@ def bench_experts(
         repeats=repeats, seed=seed,
     ):  # fmt: skip
         print_figures(row, json_)
+
+
+@bench_app.command(name="decode")
+def bench_decode(
+    *shapes: str,
+    bits: tuple[int, ...] = (4, 3, 2),
+    kinds: tuple[str, ...] = ("integer",),
+    group_size: int = 128,
+    ranks: tuple[int, ...] = (0, 32),
+    tokens: int = 1,
+    repeats: int = 9,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    seed: int = 0,
+    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Time the quantized linear against the dense product, torch's int4 operator and a plain read of memory.
+
+    Args:
+        shapes: of the weights, such as 4096x4096; the usual four if left out.
+        bits: widths of the codes; give the flag once for each.
+        kinds: integer, lords or vector, once for each.
+        group_size: columns that share a scale.
+        ranks: of the low-rank part, once for each; 0 for none.
+        tokens: of the input.
+        repeats: rounds in which all take turns; medians are printed.
+        dtype: of the input and of the dense weight.
+        device: auto, cpu, cuda and so on.
+        seed: of weights and inputs.
+        json_: print one JSON object per row.
+    """
+    from lorq import bench_decode
+
+    rows = bench_decode.bench_decode(
+        shapes or bench_decode.SHAPES, bits=bits, kinds=kinds, group_size=group_size, ranks=ranks, tokens=tokens,
+        repeats=repeats, dtype=dtype, device=device, seed=seed,
+    )  # fmt: skip
+    print_rows(rows, json_)
 
 
 @bench_app.command(name="adapt")
@@ -148,14 +184,7 @@ def bench_quantize(
 
     options = {"group-size": group_size, "calibration": calibration, "samples": samples, "seq-len": seq_len}
     flags = [f"--{key}={value}" for key, value in (options | {"seed": seed}).items()]
-    table: Table | None = None
-    for row in bench.bench_quantize(
+    rows = bench.bench_quantize(
         model, bits=bits, methods=methods, flags=flags, text=text, window=window, windows=windows
-    ):
-        if json_:
-            print(json.dumps(row), flush=True)
-            continue
-        table = table or Table(*row)
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
-    if table:
-        console.print(table)
+    )
+    print_rows(rows, json_)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -112,3 +112,16 @@ def print_figures(figures: dict[str, Any], as_json: bool) -> None:
     for key, value in figures.items():
         table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
+
+
+def print_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
+    """Rows with the same keys as one table, or each as a line of JSON when it comes."""
+    table: Table | None = None
+    for row in rows:
+        if as_json:
+            print(json.dumps(row), flush=True)
+            continue
+        table = table or Table(*row)
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    if table:
+        console.print(table)

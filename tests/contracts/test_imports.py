@@ -16,7 +16,7 @@ ORDER = (
     "grids activations scales linalg basis stats sketch ranks factors tiles rounding packing weight reconstruct "
     "methods kernels linear safefile checkpoint source calibration selftext experts tiled skeleton blocks "
     "observe report config hf solve smooth options plan verify solver pipeline adapters merge qat adapt evaluation "
-    "generate cut demo bench bench_adapt show bench_cli cli"
+    "generate cut demo bench bench_adapt bench_decode show bench_cli cli"
 ).split()
 CORE = ORDER[: ORDER.index("methods") + 1]
 LAZY = ("__init__", "_autoload")  # the package's own door imports on demand

@@ -7,6 +7,7 @@ from helpers import tiny_folder
 
 import lorq
 from lorq.bench import bench_quantize
+from lorq.bench_decode import bench_decode
 from lorq.cli import main
 from lorq.report import html_page
 
@@ -58,3 +59,49 @@ def test_the_experts_bench_counts_what_the_low_rank_part_needs(capsys):
     fused = 2 * (3 * 2 * 4 * 64 + 6 * 4 * 32) + 6 * 4 * 32 + 3 * 2 * 4 * 64
     assert row["fused_megaproducts"] == pytest.approx(fused / 1e6)
     assert row["fused_megabytes"] <= row["each_megabytes"]
+
+
+def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys):
+    command = ["bench", "decode", "64x128", "--bits", "2", "--bits", "4", "--kinds", "integer", "--kinds", "lords"]
+    options = [
+        "--kinds",
+        "vector",
+        "--ranks",
+        "0",
+        "--ranks",
+        "4",
+        "--group-size",
+        "64",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert main([*command, *options, "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["kind"], row["bits"]) for row in rows[::2]] == [
+        ("integer", 2), ("integer", 4), ("lords", 2), ("lords", 4), ("vector", 2),
+    ]  # fmt: skip
+    assert [row["rank"] for row in rows] == [0, 4] * 5
+    for row in rows:
+        assert row["of_plain_read"] == pytest.approx(row["gigabytes_a_second"] / row["plain_read"])
+        dense, int4 = row["times_dense"] * row["milliseconds"], row["times_int4"] * row["milliseconds"]
+        first = rows[0]
+        assert dense == pytest.approx(first["times_dense"] * first["milliseconds"]) and int4 > 0
+    assert rows[0]["gigabytes_a_second"] * rows[0]["milliseconds"] * 1e6 == pytest.approx(
+        64 * 128 / 4 + 2 * 64 * 2 + 64 * 2 / 4
+    )
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"shapes": ["4096"]}, "out x in such as 4096x4096, got '4096'"),
+        ({"kinds": ["float"]}, "among integer, lords, vector, got float"),
+        ({"tokens": 0}, "at least 1, got 9 and 0"),
+    ],
+    ids=lambda value: "",
+)
+def test_the_decode_bench_refuses_what_it_cannot_time(options, why):
+    with pytest.raises(ValueError, match=why):
+        list(bench_decode(**options))

@@ -1,0 +1,182 @@
+"""Measure the quantized linear: time, share of the memory's bandwidth, ratios to dense and to torch's own int4."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorq.hf import read_device, read_dtype
+from lorq.kernels import implementation
+from lorq.linear import QuantLinear
+from lorq.weight import LayerFormat
+
+SHAPES = ("4096x4096", "11008x4096", "4096x11008", "14336x4096")
+KINDS = ("integer", "lords", "vector")
+# Weights of one kind in rotation are larger than any cache, but for very small ones.
+_ROTATION_BYTES = 128 << 20
+_MOST_LAYERS = 64
+_READ_BYTES = 256 << 20
+
+
+def bench_decode(
+    shapes: Iterable[str] = SHAPES,
+    *,
+    bits: Iterable[int] = (4, 3, 2),
+    kinds: Iterable[str] = ("integer",),
+    group_size: int = 128,
+    ranks: Iterable[int] = (0, 32),
+    tokens: int = 1,
+    repeats: int = 9,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Time random layers against the dense product and torch's int4 operator, all in turn, round after round.
+
+    Args:
+        shapes: of the weights, out x in.
+        bits: widths of the codes.
+        kinds: "integer" codes with group scales and zero points; "lords", NormalFloat levels under a scale of low rank,
+            as large as the group scales; "vector", codebooks for 4 weights (2 bits) or 2 weights (3 bits).
+        group_size: columns that share a scale.
+        ranks: of the low-rank part, 8-bit factors; 0 for none.
+        tokens: of the input.
+        repeats: rounds; medians are reported.
+        dtype: of the input and of the dense weight.
+        device: "auto" takes an accelerator if there is one.
+        seed: of weights and inputs.
+
+    Yields:
+        For each shape, kind, width and rank: milliseconds, gigabytes a second of what is stored, their share of what a
+        plain read (a sum) reaches in the same rounds, how many times faster than the dense product and than torch's
+        int4 operator (CPU, group 32 to 256; else None), and what multiplied.
+
+    Raises:
+        ValueError: for a shape that is none, an unknown kind, or repeats or tokens below 1.
+    """
+    if repeats < 1 or tokens < 1:
+        raise ValueError(f"repeats and tokens must be at least 1, got {repeats} and {tokens}")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}")
+    place, kind_of_input = read_device(device), read_dtype(dtype)
+    for shape in shapes:
+        out, in_ = _read_shape(shape)
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(tokens, in_, generator=generator).to(place, kind_of_input)
+        ways: dict[Any, list[Callable[[], Any]]] = {"read": [_reader(place)], "dense": _dense(out, in_, x, generator)}
+        int4 = _int4(out, in_, group_size, x, generator)
+        ways |= {"int4": int4} if int4 else {}
+        made = {}
+        for kind, width, rank in ((k, b, r) for k in kinds for b in bits for r in ranks):
+            format = _format(kind, width, rank, out, in_, group_size)
+            if format is None:
+                continue
+            made[kind, width, rank] = format
+            ways[kind, width, rank] = _layers(out, in_, format, x, generator)
+        seconds = _medians(ways, repeats, place)
+        bandwidth = _READ_BYTES / seconds["read"] / 1e9
+        for key, format in made.items():
+            gigabytes = format.stored_bits(out, in_) / 8e9
+            name = implementation(format, in_, place, kind_of_input).name
+            yield {
+                "shape": shape, "kind": key[0], "bits": key[1], "rank": key[2], "tokens": tokens,
+                "milliseconds": 1e3 * seconds[key], "gigabytes_a_second": gigabytes / seconds[key],
+                "of_plain_read": gigabytes / seconds[key] / bandwidth, "plain_read": bandwidth,
+                "times_dense": seconds["dense"] / seconds[key],
+                "times_int4": seconds["int4"] / seconds[key] if int4 else None, "runs_on": name,
+            }  # fmt: skip
+
+
+def _read_shape(shape: str) -> tuple[int, int]:
+    parts = shape.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"a shape must be out x in such as 4096x4096, got {shape!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _format(kind: str, bits: int, rank: int, out: int, in_: int, group_size: int) -> LayerFormat | None:
+    """The layer's format; None where a kind has none of that width."""
+    if kind == "integer":
+        return LayerFormat(bits, group_size, False, rank, "int8")
+    if kind == "lords":
+        parity = max(1, out * in_ // (group_size * (out + in_)))
+        return LayerFormat(bits, in_, True, rank, "int8", grid="normal-float", scale_rank=parity)
+    vector = {2: 4, 3: 2}.get(bits)
+    if vector is None:
+        return None
+    columns = math.gcd(in_, 256)
+    rows = max(n for n in range(1, 257) if out % n == 0)
+    return LayerFormat(bits, in_, True, rank, "int8", vector, rows, columns)
+
+
+def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
+    """Calls of as many random layers as no cache holds."""
+    layers = []
+    for _ in range(_rotation(format.stored_bits(out, in_) / 8)):
+        layer = QuantLinear(in_, out, format)
+        for name, tensor in layer.stored().items():
+            if name == "weight_shape":
+                tensor.copy_(torch.tensor([out, in_]))
+            elif tensor.dtype == torch.int32:
+                tensor.random_(-(2**31), 2**31 - 1, generator=generator)
+            elif tensor.dtype == torch.int8:
+                tensor.random_(-127, 128, generator=generator)
+            else:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.02)
+        layers.append(layer.to(x.device))
+    return [partial(layer, x) for layer in layers]
+
+
+def _dense(out: int, in_: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
+    count = _rotation(out * in_ * x.element_size())
+    weights = [torch.randn(out, in_, generator=generator).to(x) for _ in range(count)]
+    return [partial(torch.nn.functional.linear, x, weight) for weight in weights]
+
+
+def _int4(out: int, in_: int, group_size: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
+    """Calls of torch's own operator for 4-bit codes on the CPU; none where it does not fit."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or group_size not in (32, 64, 128, 256) or out % 32:
+        return []
+    calls: list[Callable[[], Any]] = []
+    for _ in range(_rotation(out * in_ / 2)):
+        codes = torch.randint(0, 16, (out, in_), generator=generator, dtype=torch.int32)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        scales = torch.rand(in_ // group_size, out, 2, generator=generator).to(torch.bfloat16)
+        calls.append(lambda p=packed, s=scales: torch.ops.aten._weight_int4pack_mm_for_cpu(x, p, group_size, s))
+    return calls
+
+
+def _rotation(layer_bytes: float) -> int:
+    """How many layers take turns."""
+    return min(_MOST_LAYERS, max(2, math.ceil(_ROTATION_BYTES / layer_bytes)))
+
+
+def _reader(device: torch.device) -> Callable[[], Any]:
+    buffer = torch.ones(_READ_BYTES // 4, dtype=torch.float32, device=device)
+    return lambda: buffer.sum()
+
+
+@torch.no_grad()
+def _medians(ways: dict[Any, list[Callable[[], Any]]], repeats: int, device: torch.device) -> dict[Any, float]:
+    """Seconds of one call by way, the median over rounds in which all ways take turns; one round is not counted."""
+    taken: dict[Any, list[float]] = {key: [] for key in ways}
+    for round_ in range(repeats + 1):
+        for key, calls in ways.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            _synchronize(device)
+            if round_:
+                taken[key].append((time.perf_counter() - start) / len(calls))
+    return {key: statistics.median(seconds) for key, seconds in taken.items()}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
