@@ -117,7 +117,7 @@ def _format(kind: str, bits: int, rank: int, out: int, in_: int, group_size: int
 def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
     """Calls of as many random layers as no cache holds."""
     layers = []
-    for _ in range(_rotation(format.stored_bits(out, in_) / 8)):
+    for _ in range(_rotation(format.stored_bits(out, in_))):
         layer = QuantLinear(in_, out, format)
         for name, tensor in layer.stored().items():
             if name == "weight_shape":
@@ -133,7 +133,7 @@ def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch
 
 
 def _dense(out: int, in_: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
-    count = _rotation(out * in_ * x.element_size())
+    count = _rotation(8 * out * in_ * x.element_size())
     weights = [torch.randn(out, in_, generator=generator).to(x) for _ in range(count)]
     return [partial(torch.nn.functional.linear, x, weight) for weight in weights]
 
@@ -143,17 +143,17 @@ def _int4(out: int, in_: int, group_size: int, x: Tensor, generator: torch.Gener
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or group_size not in (32, 64, 128, 256) or out % 32:
         return []
     calls: list[Callable[[], Any]] = []
-    for _ in range(_rotation(out * in_ / 2)):
+    for _ in range(_rotation(4 * out * in_)):
         codes = torch.randint(0, 16, (out, in_), generator=generator, dtype=torch.int32)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
         scales = torch.rand(in_ // group_size, out, 2, generator=generator).to(torch.bfloat16)
-        calls.append(lambda p=packed, s=scales: torch.ops.aten._weight_int4pack_mm_for_cpu(x, p, group_size, s))
+        calls.append(partial(torch.ops.aten._weight_int4pack_mm_for_cpu, x, packed, group_size, scales))
     return calls
 
 
-def _rotation(layer_bytes: float) -> int:
+def _rotation(layer_bits: int) -> int:
     """How many layers take turns."""
-    return min(_MOST_LAYERS, max(2, math.ceil(_ROTATION_BYTES / layer_bytes)))
+    return min(_MOST_LAYERS, max(2, math.ceil(8 * _ROTATION_BYTES / layer_bits)))
 
 
 def _reader(device: torch.device) -> Callable[[], Any]:
