@@ -332,7 +332,7 @@ inline bool multiply(const Weight& w, const void* x, void* y, int64_t tokens, Ty
         if (!read_inputs(w, x, token, type, whole, exact, own)) return false;
         if (w.scale_rank) mix(w, own.x.data(), own.mixed);
     }
-    Team::run(threads, multiply_job, &call);
+    Team::run(Team::useful(threads, tokens * w.out * w.in), multiply_job, &call);
     return true;
 }
 
@@ -387,7 +387,7 @@ inline void decode_job(Team& team, int thread, void* data) {
 inline void decode(const Weight& w, void* to, int64_t first, int64_t count, Type type, int threads) {
     Decoding d{w, to, first, count, type, {}};
     if (w.scale_rank) mix(w, nullptr, d.mixed);
-    Team::run(threads, decode_job, &d);
+    Team::run(Team::useful(threads, count * w.in), decode_job, &d);
 }
 
 }  // namespace lorq

@@ -2,7 +2,9 @@
 // and no core has two threads waiting on it. Its entry points are looked up at run time (libgomp's, which LLVM's and
 // Intel's runtimes have too); where there is none, threads are started for the call.
 #pragma once
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <thread>
 #include <vector>
 #ifndef _WIN32
@@ -38,6 +40,11 @@ struct OpenMP {
 
 class Team {
    public:
+    // As many threads as have something to do: starting one costs as much as half a million weights.
+    static int useful(int threads, int64_t weights) {
+        return int(std::max<int64_t>(1, std::min<int64_t>(threads, weights >> 19)));
+    }
+
     static void run(int threads, Job job, void* data) {
         Team team(job, data);
         const OpenMP& omp = OpenMP::loaded();
