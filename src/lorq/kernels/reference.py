@@ -49,8 +49,7 @@ def _unscaled(packed: Tensor, levels: Tensor | None, bits: int, in_features: int
     return levels.index_select(0, codes.flatten().int()).view(codes.shape)
 
 
-@torch.library.custom_op("lorq::quant_linear", mutates_args=())
-def quant_linear(
+def multiply(
     x: Tensor,
     packed: Tensor,
     scale: Tensor | None,
@@ -97,6 +96,10 @@ def quant_linear(
         l, r = LowRank(left, right, left_scale, right_scale).factors(x.dtype)
         y += (x @ r.T) @ l.T
     return y
+
+
+# The function keeps its name: kernels for some devices call it for what they do not cover.
+quant_linear = torch.library.custom_op("lorq::quant_linear", multiply, mutates_args=())
 
 
 @quant_linear.register_fake
@@ -187,8 +190,7 @@ def _backward_fake_quantize(ctx, grad):  # type: ignore[no-untyped-def]
 fake_quantize.register_autograd(_backward_fake_quantize, setup_context=_keep_range)
 
 
-@torch.library.custom_op("lorq::rotate", mutates_args=())
-def rotate(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False) -> Tensor:
+def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False) -> Tensor:
     """``x T`` (or ``x T^T``): into the basis of a weight, or back; see `lorq.basis.Basis`.
 
     Args:
@@ -205,6 +207,9 @@ def rotate(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse
     turned = basis.unrotate(x) if inverse else basis.rotate(x)
     # An operator must not return its input.
     return turned.clone(memory_format=torch.contiguous_format) if turned is x else turned
+
+
+rotate = torch.library.custom_op("lorq::rotate", turn, mutates_args=())
 
 
 @rotate.register_fake
