@@ -11,7 +11,7 @@ so that the same inputs give the same bits; how many there are depends on the sh
 Nothing is tuned at run time: docs/kernels.md has the reasons for the tiles and what they take of a multiprocessor.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import log2
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ class Tile:
     Attributes:
         tokens: of a tile, the power of two that its tokens fit.
         rows: of the weight.
-        columns: of the weight that are in registers at once; a multiple of 64.
+        columns: of the weight that are in registers at once; a power of two from 32.
         warps: threads of a program over 32.
         stages: tiles of input and words under way to a program.
     """
@@ -54,13 +54,19 @@ class Tile:
     stages: int
 
 
-# By bytes of an input's number; the first tile that holds the tokens, or the last.
+# By bytes of an input's number, then by the largest number of tokens; the last one serves all larger ones.
 TILES = {
-    2: (Tile(1, 16, 256, 4, 3), Tile(16, 64, 128, 4, 3), Tile(64, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3)),
+    2: {
+        1: Tile(1, 32, 128, 4, 3),
+        16: Tile(16, 64, 64, 4, 3),
+        64: Tile(64, 64, 64, 4, 3),
+        256: Tile(64, 128, 64, 8, 3),
+        257: Tile(128, 128, 64, 8, 3),
+    },
     # Without tensor cores (float32 is not rounded to fewer bits) both factors of a tile's product lie in registers.
-    4: (Tile(1, 16, 256, 4, 3), Tile(16, 32, 64, 4, 2), Tile(32, 64, 64, 8, 2)),
+    4: {1: Tile(1, 32, 128, 4, 3), 16: Tile(16, 32, 64, 4, 2), 17: Tile(32, 64, 64, 8, 2)},
 }
-SPLIT_UP_TO = 16  # tokens
+SPLIT_UP_TO = 64  # tokens; more fill a device without spans, where they are not float32
 
 
 def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -164,13 +170,13 @@ def linear(x: Tensor, *operands: Tensor | int | None) -> Tensor:
         return y.view(*x.shape[:-1], out)
     format = format_of(p, bits, in_features)
     assert format is not None
-    tile = choose_tile(tokens, x.dtype)
+    tile = choose_tile(tokens, x.dtype, format)
     weight, sizes = _weight_arguments(p, format)
     left, e4m3 = (None, False) if p.left is None else _stored(p.left)
     shape = {"T": tile.tokens, "N": tile.rows, "K": tile.columns}
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = _options(tile.warps, tile.stages)
     words, rows = p.packed.shape[1], -(-out // tile.rows)
-    if tile.tokens <= SPLIT_UP_TO:
+    if tokens <= min(SPLIT_UP_TO, tile.tokens):
         z = None if p.right is None else _projected(flat, p.right, p.right_scale)
         span = span_of(out, in_features, tile)
         splits = -(-in_features // span)
@@ -180,7 +186,7 @@ def linear(x: Tensor, *operands: Tensor | int | None) -> Tensor:
             **options,
         )  # fmt: skip
         triton_tile.finish[-(-out // 128), tokens](
-            partial, y, z, left, p.left_scale, tokens, out, splits, format.rank, E4M3=e4m3, N=128, R=32, num_warps=4
+            partial, y, z, left, p.left_scale, tokens, out, splits, format.rank, E4M3=e4m3, N=128, R=32, **_options()
         )
     else:
         # Sums over thousands of columns in the dtype of x: scales come first, bytes alone would not fit float16.
@@ -192,10 +198,17 @@ def linear(x: Tensor, *operands: Tensor | int | None) -> Tensor:
     return y.view(*x.shape[:-1], out)
 
 
-def choose_tile(tokens: int, dtype: torch.dtype) -> Tile:
-    """The default tile for so many tokens."""
+def _options(warps: int = 4, stages: int = 3) -> dict[str, int | bool]:
+    """How a kernel is compiled. Products and sums fuse: Triton 3.9 wants that said."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def choose_tile(tokens: int, dtype: torch.dtype, format: LayerFormat) -> Tile:
+    """The default tile for so many tokens, no wider than a group where that is a tile's width."""
     tiles = TILES[dtype.itemsize]
-    return next((tile for tile in tiles if tokens <= tile.tokens), tiles[-1])
+    tile = tiles[next((most for most in tiles if tokens <= most), max(tiles))]
+    narrow = format.group_size if format.group_size in (32, 64) and format.vector == 1 else tile.columns
+    return replace(tile, columns=min(tile.columns, narrow))
 
 
 def span_of(out_features: int, in_features: int, tile: Tile) -> int:
@@ -233,7 +246,7 @@ def _projected(x: Tensor, right: Tensor, right_scale: Tensor | None) -> Tensor:
     (tokens, in_features), (factor, e4m3) = x.shape, _stored(right)
     z = torch.empty(tokens, len(right), dtype=torch.float32, device=x.device)
     triton_tile.project[tokens, -(-len(right) // 4)](
-        x, factor, right_scale, z, in_features, len(right), E4M3=e4m3, R=4, K=1024, num_warps=4
+        x, factor, right_scale, z, in_features, len(right), E4M3=e4m3, R=4, K=1024, **_options()
     )
     return z
 
@@ -257,7 +270,7 @@ def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: 
     blocks = (width - kept) // size
     triton_tile.turn[y.numel() // width, blocks + -(-kept // size)](
         flat, y, None if permutation is None else permutation.contiguous(), width, kept, blocks, INVERSE=inverse,
-        BLOCK=size, STEPS=int(log2(block)) if block else 0, NORM=size**-0.5, num_warps=max(1, min(8, size // 256)),
+        BLOCK=size, STEPS=int(log2(block)) if block else 0, NORM=size**-0.5, **_options(max(1, min(8, size // 256))),
     )  # fmt: skip
     return y
 

@@ -38,6 +38,20 @@ def jit(function: Any) -> Any:
 
 @jit
 @no_type_check
+def _spread(fields, BITS: constexpr, PER: constexpr, N: constexpr, K: constexpr):
+    """(N, K / PER) integers side by side with what is above each of their parts of ``BITS`` bits, (N, K).
+
+    By halves, since what is joined lies in the registers of one thread: no word leaves the thread that fetched it.
+    """
+    if PER == 1:
+        return fields
+    else:
+        halves = tl.reshape(tl.join(fields, fields >> (BITS * PER // 2)), (N, 2 * K // PER))
+        return _spread(halves, BITS, PER // 2, N, K)
+
+
+@jit
+@no_type_check
 def _codes(packed, rows, inside, first, words, BITS: constexpr, N: constexpr, K: constexpr):
     """Codes ``first .. first + K - 1`` of each row, (N, K) uint32; ``first`` begins a word, and at 3 bits a triple."""
     if 32 % BITS == 0:
@@ -55,8 +69,7 @@ def _codes(packed, rows, inside, first, words, BITS: constexpr, N: constexpr, K:
         even = tl.join(a, (b >> 16) | (c << 16))
         odd = tl.join((a >> 24) | (b << 8), c >> 8)
         fields = tl.reshape(tl.join(even, odd), (N, K // PER))
-    shifts = (BITS * tl.arange(0, PER)).to(tl.uint32)
-    return tl.reshape((fields[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1), (N, K))
+    return _spread(fields, BITS, PER, N, K) & ((1 << BITS) - 1)
 
 
 @jit
@@ -83,6 +96,16 @@ def _zeros(zero, rows, inside, group, groups, BITS: constexpr):
 
 @jit
 @no_type_check
+def _repeated(values, TIMES: constexpr, N: constexpr, K: constexpr):
+    """Each number of (N, K / TIMES) as often as told, (N, K)."""
+    if TIMES == 1:
+        return values
+    else:
+        return _repeated(tl.reshape(tl.join(values, values), (N, 2 * K // TIMES)), TIMES // 2, N, K)
+
+
+@jit
+@no_type_check
 def _entries(book, book_scale, codes, rows, inside, k0, in_features, BITS: constexpr, VECTOR: constexpr,
              BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, N: constexpr, K: constexpr):  # fmt: skip
     """Entries of codebooks times their scales, (N, K) float32; ``book`` holds a whole entry in each integer."""
@@ -91,32 +114,41 @@ def _entries(book, book_scale, codes, rows, inside, k0, in_features, BITS: const
     tile = (rows // BOOK_ROWS)[:, None] * tiles + (column // BOOK_COLUMNS)[None, :]
     ok = inside[:, None] & (column < in_features)[None, :]
     entry = tl.load(book + (tile << (BITS * VECTOR)) + codes.to(tl.int32), ok, 0)
-    shifts = (8 * tl.arange(0, VECTOR)).to(entry.dtype)
-    values = (entry[:, :, None] >> shifts[None, None, :]).to(tl.int8).to(tl.float32)
+    values = _spread(entry, 8, VECTOR, N, K).to(tl.int8).to(tl.float32)
     step = tl.load(book_scale + tile, ok, 0.0).to(tl.float32)
-    return tl.reshape(values * step[:, :, None], (N, K))
+    return values * _repeated(step, VECTOR, N, K)
 
 
 @jit
 @no_type_check
 def _scaled(values, scale, zero, rows, inside, k0, in_features, BITS: constexpr, GROUP: constexpr,
-            N: constexpr, K: constexpr):  # fmt: skip
+            K: constexpr):  # fmt: skip
     """``(values - zero_point) scale`` with a scale for each group, (N, K) float32; ``values`` begin at 2^23 then."""
     groups = in_features // GROUP
     if GROUP % K == 0:  # one group for the whole tile
-        S: tl.constexpr = 1
-    elif K % GROUP == 0:
-        S: tl.constexpr = K // GROUP
-    else:  # groups that the tiles cut anywhere: a scale is fetched for each column
-        S: tl.constexpr = K
-    group = (k0 + (K // S) * tl.arange(0, S)) // GROUP
-    ok = inside[:, None] & (group < groups)[None, :]
-    step = tl.load(scale + rows[:, None] * groups + group[None, :], ok, 0.0).to(tl.float32)
-    values = tl.reshape(values, (N, S, K // S))
-    if zero is not None:
-        offset = _whole(_zeros(zero, rows[:, None], ok, group[None, :], groups, BITS))
-        values -= offset[:, :, None]
-    return tl.reshape(values * step[:, :, None], (N, K))
+        group = k0 // GROUP
+        step = tl.load(scale + rows * groups + group, inside, 0.0).to(tl.float32)[:, None]
+        if zero is not None:
+            values -= _whole(_zeros(zero, rows, inside, group, groups, BITS))[:, None]
+    else:  # tiles cut groups, or the other way round: every column fetches its own
+        group = ((k0 + tl.arange(0, K)) // GROUP)[None, :]
+        ok = inside[:, None] & (group < groups)
+        step = tl.load(scale + rows[:, None] * groups + group, ok, 0.0).to(tl.float32)
+        if zero is not None:
+            values -= _whole(_zeros(zero, rows[:, None], ok, group, groups, BITS))
+    return values * step
+
+
+@jit
+@no_type_check
+def _product_of_scales(scale_left, scale_right, rows, inside, k0, in_features, scale_rank, S: constexpr,
+                       K: constexpr):  # fmt: skip
+    """A scale for each weight, (N, K) float32: this tile's part of the product, never more of it."""
+    column, s = k0 + tl.arange(0, K), tl.arange(0, S)
+    ok = s < scale_rank
+    l = tl.load(scale_left + rows[:, None] * scale_rank + s[None, :], inside[:, None] & ok[None, :], 0.0)
+    at = scale_right + s[:, None] * in_features + column[None, :]
+    return tl.dot(l, tl.load(at, ok[:, None] & (column < in_features)[None, :], 0.0), input_precision="ieee")
 
 
 @jit
@@ -138,29 +170,22 @@ def _weights(packed, scale, zero, levels, scale_left, scale_right, book, book_sc
     else:
         values = _whole(codes) - (8388608.0 + (1 << (BITS - 1)))
     if scale_left is None:
-        return _scaled(values, scale, zero, rows, inside, k0, in_features, BITS, GROUP, N, K)
-    # A scale for each weight: this tile's part of the product, never more of it.
-    column, s = k0 + tl.arange(0, K), tl.arange(0, S)
-    l = tl.load(
-        scale_left + rows[:, None] * scale_rank + s[None, :], inside[:, None] & (s < scale_rank)[None, :], 0.0
-    )
-    r = tl.load(
-        scale_right + s[:, None] * in_features + column[None, :],
-        (s < scale_rank)[:, None] & (column < in_features)[None, :], 0.0,
-    )  # fmt: skip
-    return values * tl.dot(l, r, input_precision="ieee")
+        return _scaled(values, scale, zero, rows, inside, k0, in_features, BITS, GROUP, K)
+    else:
+        return values * _product_of_scales(scale_left, scale_right, rows, inside, k0, in_features, scale_rank, S, K)
 
 
 @jit
 @no_type_check
 def _stored(values, E4M3: constexpr):
     """Entries of a stored factor as float32. Bytes of e4m3 are read as such: sm_80 has no instruction for them."""
-    if not E4M3:
+    if E4M3:
+        # Sign, exponent and mantissa in float16's places, whose exponent counts from 15 and not from 7.
+        bits = ((values & 0x80).to(tl.uint16) << 8) | ((values & 0x7F).to(tl.uint16) << 7)
+        number = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where((values & 0x7F) == 0x7F, float("nan"), number)
+    else:  # not left out: what follows a return is compiled all the same
         return values.to(tl.float32)
-    # Sign, exponent and mantissa in float16's places; its exponent counts from 15 and not from 7, denormals included.
-    bits = ((values & 0x80).to(tl.uint16) << 8) | ((values & 0x7F).to(tl.uint16) << 7)
-    number = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return tl.where((values & 0x7F) == 0x7F, float("nan"), number)
 
 
 @jit
@@ -200,17 +225,16 @@ def few_tokens(x, partial, packed, scale, zero, levels, scale_left, scale_right,
                T: constexpr, N: constexpr, K: constexpr):  # fmt: skip
     """The sums over one span of the columns: ``partial[split, token, row]``, float32."""
     row, split = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1)
-    inside, rows = row < out_features, row.to(tl.int64)
-    token = tl.arange(0, T)
+    inside, token = row < out_features, tl.arange(0, T)
     first = split * span
     if T == 1:
         sums = tl.zeros((N, K), tl.float32)
     else:
         sums = tl.zeros((N, T), tl.float32)
-    for k0 in range(first, tl.minimum(first + span, in_features), K):
+    for k0 in tl.range(first, tl.minimum(first + span, in_features), K):
         k = k0 + tl.arange(0, K)
         w = _weights(
-            packed, scale, zero, levels, scale_left, scale_right, book, book_scale, rows, inside, k0, in_features,
+            packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, k0, in_features,
             words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, N, K,
         )  # fmt: skip
         if T == 1:
@@ -241,7 +265,7 @@ def finish(partial, y, z, left, left_scale, tokens, out_features, splits, rank, 
     if left is not None:
         for r0 in range(0, rank, R):
             r = r0 + tl.arange(0, R)
-            l = _left_tile(left, left_scale, row.to(tl.int64), inside, r, rank, E4M3)
+            l = _left_tile(left, left_scale, row, inside, r, rank, E4M3)
             total += tl.sum(l * tl.load(z + token * rank + r, r < rank, 0.0)[None, :], 1)
     tl.store(y + token * out_features + row, total.to(y.dtype.element_ty), inside)
 
@@ -259,13 +283,12 @@ def many_tokens(x, y, z, left, left_scale, packed, scale, zero, levels, scale_le
     tile = tl.program_id(0)
     row_tile, token_tile = tl.swizzle2d(tile // token_tiles, tile % token_tiles, row_tiles, token_tiles, 8)
     row, token = row_tile * N + tl.arange(0, N), token_tile * T + tl.arange(0, T)
-    inside, rows, at = row < out_features, row.to(tl.int64), token.to(tl.int64)
-    real = token < tokens
+    inside, real, at = row < out_features, token < tokens, token.to(tl.int64)
     sums = tl.zeros((N, T), tl.float32)
     for k0 in range(0, in_features, K):
         k = k0 + tl.arange(0, K)
         w = _weights(
-            packed, scale, zero, levels, scale_left, scale_right, book, book_scale, rows, inside, k0, in_features,
+            packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, k0, in_features,
             words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, N, K,
         )  # fmt: skip
         values = tl.load(x + at[:, None] * in_features + k[None, :], real[:, None] & (k < in_features)[None, :], 0.0)
@@ -273,10 +296,10 @@ def many_tokens(x, y, z, left, left_scale, packed, scale, zero, levels, scale_le
     if left is not None:
         for r0 in range(0, rank, R):
             r = r0 + tl.arange(0, R)
-            l = _left_tile(left, left_scale, rows, inside, r, rank, E4M3)
+            l = _left_tile(left, left_scale, row, inside, r, rank, E4M3)
             part = tl.load(z + at[:, None] * rank + r[None, :], real[:, None] & (r < rank)[None, :], 0.0)
             sums = tl.dot(l.to(x.dtype.element_ty), tl.trans(part), sums, input_precision="ieee")
-    to = y + at[None, :] * out_features + rows[:, None]
+    to = y + at[None, :] * out_features + row[:, None]
     tl.store(to, sums.to(y.dtype.element_ty), inside[:, None] & real[None, :])
 
 
