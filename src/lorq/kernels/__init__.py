@@ -2,5 +2,9 @@
 
 from lorq.kernels.int8 import covers, int8_linear, misfit
 from lorq.kernels.reference import fake_quantize, quant_linear, rotate
+from lorq.kernels.triton_linear import register
+
+# Whether CUDA devices have kernels of their own; the reason if not is for who asks.
+register()
 
 __all__ = ["covers", "fake_quantize", "int8_linear", "misfit", "quant_linear", "rotate"]

@@ -13,7 +13,7 @@ Nothing is tuned at run time: docs/kernels.md has the reasons for the tiles and 
 
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from math import log2
+from math import gcd, log2
 from types import SimpleNamespace
 
 import torch
@@ -204,11 +204,10 @@ def _options(warps: int = 4, stages: int = 3) -> dict[str, int | bool]:
 
 
 def choose_tile(tokens: int, dtype: torch.dtype, format: LayerFormat) -> Tile:
-    """The default tile for so many tokens, no wider than a group where that is a tile's width."""
+    """The default tile for so many tokens, made narrower until groups are whole tiles, down to 32 columns."""
     tiles = TILES[dtype.itemsize]
     tile = tiles[next((most for most in tiles if tokens <= most), max(tiles))]
-    narrow = format.group_size if format.group_size in (32, 64) and format.vector == 1 else tile.columns
-    return replace(tile, columns=min(tile.columns, narrow))
+    return replace(tile, columns=max(32, gcd(tile.columns, format.group_size)))
 
 
 def span_of(out_features: int, in_features: int, tile: Tile) -> int:
@@ -246,7 +245,7 @@ def _projected(x: Tensor, right: Tensor, right_scale: Tensor | None) -> Tensor:
     (tokens, in_features), (factor, e4m3) = x.shape, _stored(right)
     z = torch.empty(tokens, len(right), dtype=torch.float32, device=x.device)
     triton_tile.project[tokens, -(-len(right) // 4)](
-        x, factor, right_scale, z, in_features, len(right), E4M3=e4m3, R=4, K=1024, **_options()
+        x, factor, right_scale, z, in_features, len(right), E4M3=e4m3, R=4, K=512, **_options()
     )
     return z
 
