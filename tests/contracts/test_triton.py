@@ -30,11 +30,14 @@ compiled = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted")
 SQNR_DB = {torch.float32: 120, torch.float16: 62, torch.bfloat16: 40}
 TOKENS = (1, 3, 17, 40)
 # (out, in, group): rows and columns that no tile divides, groups of every relation to a tile.
-SHAPES = {"groups of 16": (7, 80, 16), "of 32": (33, 416, 32), "of 64": (65, 448, 64), "of 128": (130, 640, 128)}
-SHAPES |= {"of 48": (31, 240, 48), "of a row": (40, 272, 272)}
+SHAPES = {"groups of 16": (7, 80, 16), "of 32": (33, 96, 32), "of 64": (65, 192, 64), "of 128": (40, 384, 128)}
+SHAPES |= {"of 48": (31, 144, 48), "of a row": (40, 176, 176)}
 FACTORS = {"none": (0, "float16"), "3": (3, "float16"), "32 int8": (32, "int8"), "32 e4m3": (32, "e4m3")}
 FACTORS["40"] = 40, "int8"  # more than the kernels take at once
 OTHERS = {
+    "1 bit": (33, 96, LayerFormat(1, 32, False)),
+    "6 bits": (33, 192, LayerFormat(6, 64, False, 3, "int8")),
+    "6 bits, groups of 16": (7, 80, LayerFormat(6, 16, True)),
     "vectors of 4": (64, 160, LayerFormat(2, 160, True, 3, "int8", 4, 16, 32)),
     "vectors of 4, many codebooks": (21, 144, LayerFormat(2, 48, True, 0, "float16", 4, 7, 16)),
     "vectors of 2": (33, 120, LayerFormat(3, 120, True, 0, "float16", 2, 3, 24)),
@@ -48,14 +51,12 @@ OTHERS = {
 
 
 def grid_of_formats():
-    for bits, symmetric in itertools.product((1, 2, 3, 4, 6, 8), (False, True)):
-        for (name, (out, in_, group)), (rank, type) in zip(
-            SHAPES.items(), itertools.cycle(FACTORS.values()), strict=False
-        ):
+    ranks = itertools.cycle(FACTORS.values())  # six shapes, five kinds of factors: all pairs in the end
+    for bits, symmetric in itertools.product((2, 3, 4, 8), (False, True)):
+        shapes = list(SHAPES.items())[:: 2 if symmetric else 1]
+        for (name, (out, in_, group)), (rank, type) in zip(shapes, ranks, strict=False):
             kind = "symmetric" if symmetric else "asymmetric"
             yield pytest.param(out, in_, LayerFormat(bits, group, symmetric, rank, type), id=f"{bits}-{kind}-{name}")
-    for (name, (rank, type)), bits in itertools.product(FACTORS.items(), (3, 4)):
-        yield pytest.param(70, 256, LayerFormat(bits, 128, False, rank, type), id=f"{bits}-factors-{name}")
     for name, (out, in_, format) in OTHERS.items():
         yield pytest.param(out, in_, format, id=name)
 
@@ -65,7 +66,10 @@ every_format = pytest.mark.parametrize("out, in_, format", list(grid_of_formats(
 
 @pytest.fixture
 def whole_interpreter(monkeypatch):
-    """Triton 3.9's interpreter multiplies the bits of bfloat16 as whole numbers: here, what they stand for."""
+    """Triton 3.9's interpreter multiplies the bits of bfloat16 as whole numbers: here, what they stand for.
+
+    float16 goes the same way, exactly, since numpy's products of it are a hundred times as slow.
+    """
     if not INTERPRETED:
         return
     import numpy
@@ -74,7 +78,7 @@ def whole_interpreter(monkeypatch):
     def floats(handle):
         if handle.dtype.scalar == triton.language.bfloat16:
             return (handle.data.astype(numpy.uint32) << 16).view(numpy.float32)
-        return handle.data
+        return handle.data.astype(numpy.float32)
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         product = numpy.matmul(floats(a), floats(b), dtype=d.data.dtype)
@@ -86,7 +90,9 @@ def whole_interpreter(monkeypatch):
 def check_linear(weight, in_, generator, device="cpu"):
     parts = [part.to(device) if isinstance(part, torch.Tensor) else part for part in operands(weight)]
     expected = dense(weight).T
-    for tokens, (dtype, floor) in itertools.product(TOKENS, SQNR_DB.items()):
+    # Which dtypes meet which numbers of tokens is drawn for each format: all of them by all formats together.
+    for tokens, draw in zip(TOKENS, torch.randint(3, (len(TOKENS),), generator=generator).tolist(), strict=True):
+        dtype, floor = list(SQNR_DB.items())[draw]
         x = torch.randn(tokens, in_, generator=generator).to(dtype)
         y = triton_linear.linear(x.to(device), *parts)
         assert y.dtype == dtype and y.shape == (tokens, len(weight.codes))
@@ -127,7 +133,7 @@ def test_this_file_passes_in_the_interpreter():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed > 90, done.stdout[-500:]
+    assert passed > 60, done.stdout[-500:]
 
 
 @interpreted
@@ -138,11 +144,10 @@ def test_every_format_is_the_dense_product(out, in_, format, random_weight, gene
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-def test_tiles_for_hundreds_of_tokens_are_the_dense_product(dtype, random_weight, generator):
-    format = LayerFormat(3, 64, False, 32, "int8")
-    weight = random_weight(150, 192, format)
-    for tokens in (64, 65, 256, 300):  # both sides of every border between tiles
-        x = torch.randn(tokens, 192, generator=generator).to(dtype)
+def test_tiles_for_hundreds_of_tokens_are_the_dense_product(dtype, random_weight, generator, whole_interpreter):
+    weight = random_weight(150, 128, LayerFormat(3, 64, False, 32, "int8"))
+    for tokens in (64, 65, 257):  # both sides of every border between tiles
+        x = torch.randn(tokens, 128, generator=generator).to(dtype)
         y = triton_linear.linear(x, *operands(weight))
         assert sqnr_db(x.double() @ dense(weight).T, y) > SQNR_DB[dtype], tokens
 
@@ -171,14 +176,12 @@ def test_factors_of_the_scale_may_be_trained_ones(dtype, random_weight, generato
 
 
 @interpreted
-def test_a_factor_of_every_byte_of_e4m3_is_decoded_as_torch_does():
-    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(1, 256)
-    right = codes.view(torch.float8_e4m3fn)
-    found = triton_linear._projected(torch.eye(256), torch.where(right.float().isnan(), 0.0, right.float()).to(
-        torch.float8_e4m3fn), None)  # fmt: skip
-    expected = torch.where(right.float().isnan(), 0.0, right.float())
-    assert torch.equal(found.T, expected)
-    assert triton_linear._projected(torch.ones(1, 1), right[:, 127:128].contiguous(), None).isnan().all()
+def test_every_byte_of_e4m3_is_decoded_as_torch_does():
+    right = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(256, 1).view(torch.float8_e4m3fn)
+    operands = triton_linear.Operands(left=right.T, right=right, left_scale=None, right_scale=None)
+    found = triton_linear._projected(torch.ones(1, 1), operands)
+    assert torch.equal(found.isnan(), right.T.float().isnan()) and int(found.isnan().sum()) == 2
+    assert torch.equal(found.nan_to_num(), right.T.float().nan_to_num())
 
 
 @interpreted
@@ -189,7 +192,7 @@ def test_leading_dimensions_are_tokens_and_no_token_is_none(random_weight, gener
     x = torch.randn(2, 3, 48, generator=generator)
     assert sqnr_db(x.double() @ dense(weight).T, triton_linear.linear(x, *parts)) > 120
     assert triton_linear.linear(x[0, 0], *parts).shape == (31,)
-    assert torch.equal(triton_linear.linear(x, *parts), triton_linear.linear(x, *parts))
+    assert torch.equal(triton_linear.linear(x, *parts), triton_linear.linear(x, *parts))  # the same bits
 
 
 @interpreted
@@ -376,7 +379,7 @@ def check_format(name, tokens, dtype, launches, folder):
     launch_linear(LARGE[name], tokens, dtype)
     kernels = [kernel.__name__ for kernel, _, _ in launches]
     few = tokens <= (64 if dtype.itemsize == 2 else 32)
-    low_rank = ["project"] if LARGE[name].rank else []
+    low_rank = ["project"] if LARGE[name].rank and tokens <= 16 else []
     assert kernels == ([*low_rank, "few_tokens", "finish"] if few else ["many_tokens"])
     check_usage(f"{name} | {str(dtype)[6:]} | {tokens}", launches, folder)
 
@@ -390,8 +393,15 @@ def test_default_tiles_fit_the_devices(name, tokens, launches, tmp_path):
 
 @compiled
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [1, 16, 32, 64, 256, 512])
+@pytest.mark.parametrize(
+    "dtype, tokens",
+    [
+        *((torch.bfloat16, tokens) for tokens in (1, 16, 64, 256, 512)),  # one for each tile of 16 bits
+        *((torch.float32, tokens) for tokens in (1, 16, 64)),
+        *((torch.float16, tokens) for tokens in (1, 512)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("name", LARGE)
 def test_every_default_tile_fits_the_devices(name, tokens, dtype, launches, tmp_path):
     check_format(name, tokens, dtype, launches, tmp_path)

@@ -59,13 +59,14 @@ TILES = {
     2: {
         1: Tile(1, 32, 128, 4, 3),
         16: Tile(16, 64, 64, 4, 3),
-        64: Tile(64, 64, 64, 4, 3),
+        64: Tile(64, 64, 64, 8, 3),
         256: Tile(64, 128, 64, 8, 3),
         257: Tile(128, 128, 64, 8, 3),
     },
     # Without tensor cores (float32 is not rounded to fewer bits) both factors of a tile's product lie in registers.
     4: {1: Tile(1, 32, 128, 4, 3), 16: Tile(16, 32, 64, 4, 2), 17: Tile(32, 64, 64, 8, 2)},
 }
+PROJECT_UP_TO = 16  # tokens; each of them reads the right factor by itself
 SPLIT_UP_TO = 64  # tokens; more fill a device without spans, where they are not float32
 
 
@@ -177,7 +178,7 @@ def linear(x: Tensor, *operands: Tensor | int | None) -> Tensor:
     options = _options(tile.warps, tile.stages)
     words, rows = p.packed.shape[1], -(-out // tile.rows)
     if tokens <= min(SPLIT_UP_TO, tile.tokens):
-        z = None if p.right is None else _projected(flat, p.right, p.right_scale)
+        z = _projected(flat, p)
         span = span_of(out, in_features, tile)
         splits = -(-in_features // span)
         partial = torch.empty(splits, tokens, out, dtype=torch.float32, device=x.device)
@@ -189,8 +190,7 @@ def linear(x: Tensor, *operands: Tensor | int | None) -> Tensor:
             partial, y, z, left, p.left_scale, tokens, out, splits, format.rank, E4M3=e4m3, N=128, R=32, **_options()
         )
     else:
-        # Sums over thousands of columns in the dtype of x: scales come first, bytes alone would not fit float16.
-        z = None if p.left is None or p.right is None else flat @ _right(p, x.dtype).T
+        z = _projected(flat, p)
         triton_tile.many_tokens[(rows * -(-tokens // tile.tokens),)](
             flat, y, z, left, p.left_scale, *weight, tokens, out, in_features, words, format.scale_rank, format.rank,
             **sizes, E4M3=e4m3, **shape, R=32, **options,
@@ -238,22 +238,21 @@ def _stored(factor: Tensor) -> tuple[Tensor, bool]:
     return (factor.view(torch.uint8) if e4m3 else factor).contiguous(), e4m3
 
 
-def _projected(x: Tensor, right: Tensor, right_scale: Tensor | None) -> Tensor:
-    """``x right^T`` of few tokens, (tokens, rank) float32."""
+def _projected(x: Tensor, p: Operands) -> Tensor | None:
+    """``x right^T``, (tokens, rank): float32 for few tokens, else in the dtype of ``x``; None without factors."""
     from lorq.kernels import triton_tile
 
-    (tokens, in_features), (factor, e4m3) = x.shape, _stored(right)
+    if p.left is None or p.right is None:
+        return None
+    if len(x) > PROJECT_UP_TO:
+        # Scales come first: thousands of products with bytes alone would not fit float16.
+        return x @ LowRank(p.left[:0], p.right, p.left_scale, p.right_scale).factors(x.dtype)[1].T
+    (tokens, in_features), (right, e4m3) = x.shape, _stored(p.right)
     z = torch.empty(tokens, len(right), dtype=torch.float32, device=x.device)
     triton_tile.project[tokens, -(-len(right) // 4)](
-        x, factor, right_scale, z, in_features, len(right), E4M3=e4m3, R=4, K=512, **_options()
+        x, right, p.right_scale, z, in_features, len(right), E4M3=e4m3, R=4, K=512, **_options()
     )
     return z
-
-
-def _right(p: Operands, dtype: torch.dtype) -> Tensor:
-    """The right factor with its scales."""
-    assert p.left is not None and p.right is not None
-    return LowRank(p.left[:0], p.right, p.left_scale, p.right_scale).factors(dtype)[1]
 
 
 def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False) -> Tensor:

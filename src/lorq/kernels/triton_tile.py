@@ -115,8 +115,11 @@ def _entries(book, book_scale, codes, rows, inside, k0, in_features, BITS: const
     ok = inside[:, None] & (column < in_features)[None, :]
     entry = tl.load(book + (tile << (BITS * VECTOR)) + codes.to(tl.int32), ok, 0)
     values = _spread(entry, 8, VECTOR, N, K).to(tl.int8).to(tl.float32)
-    step = tl.load(book_scale + tile, ok, 0.0).to(tl.float32)
-    return values * _repeated(step, VECTOR, N, K)
+    if BOOK_COLUMNS % K == 0:  # one column of codebooks for the whole tile
+        at = (rows // BOOK_ROWS) * tiles + k0 // BOOK_COLUMNS
+        return values * tl.load(book_scale + at, inside, 0.0).to(tl.float32)[:, None]
+    else:
+        return values * _repeated(tl.load(book_scale + tile, ok, 0.0).to(tl.float32), VECTOR, N, K)
 
 
 @jit
@@ -266,7 +269,7 @@ def finish(partial, y, z, left, left_scale, tokens, out_features, splits, rank, 
         for r0 in range(0, rank, R):
             r = r0 + tl.arange(0, R)
             l = _left_tile(left, left_scale, row, inside, r, rank, E4M3)
-            total += tl.sum(l * tl.load(z + token * rank + r, r < rank, 0.0)[None, :], 1)
+            total += tl.sum(l * tl.load(z + token * rank + r, r < rank, 0.0).to(tl.float32)[None, :], 1)
     tl.store(y + token * out_features + row, total.to(y.dtype.element_ty), inside)
 
 
