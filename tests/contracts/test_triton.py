@@ -1,7 +1,7 @@
 """The Triton kernels: against the reference in Triton's interpreter, and compiled ahead of time for three devices.
 
-The interpreter is chosen when kernels are defined, by ``TRITON_INTERPRET=1``: the tests that need it are skipped without
-it, and one test runs this file again with it. Nothing here needs a GPU but what is marked so.
+The interpreter is chosen when kernels are defined, by ``TRITON_INTERPRET=1``: the tests that need it are skipped
+without it, and one test runs this file again with it. Nothing here needs a GPU but what is marked so.
 """
 
 import itertools
@@ -268,7 +268,9 @@ def test_what_is_not_covered_goes_to_the_reference(random_weight, generator):
 def test_tensors_that_do_not_belong_together_are_the_references_to_refuse(random_weight, generator, monkeypatch):
     parts = operands(random_weight(7, 48, LayerFormat(3, 16, False)))
     monkeypatch.setattr(triton_linear, "covers", lambda *_: None)
-    with pytest.raises(ValueError, match=r"96 codes of 3 bits take 9 words per row, got packed words of shape \(7, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"96 codes of 3 bits take 9 words per row, got packed words of shape \(7, 5\)"
+    ):
         triton_linear._linear_or_reference(torch.randn(2, 96, generator=generator), *parts)
 
 

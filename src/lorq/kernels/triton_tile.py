@@ -1,4 +1,4 @@
-"""The kernels for CUDA devices, in Triton: packed codes become tiles of weights in registers, and tiles become products.
+"""The kernels for CUDA devices, in Triton: packed codes become tiles of weights in registers, and those products.
 
 What: every kernel walks the columns in tiles of ``K``. A tile of ``N`` rows is read as the words it is stored in
 (`lorq.packing`), each word once, and spread in registers::
