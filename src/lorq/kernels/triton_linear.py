@@ -12,6 +12,7 @@ Nothing is tuned at run time: docs/kernels.md has the reasons for the tiles and 
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from math import gcd, log2
 from types import SimpleNamespace
@@ -80,8 +81,6 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
         dtype: of its inputs.
     """
     why = misfit(format, in_features, device, dtype)
-    if why is None and find_spec("triton") is None:
-        return "the package triton is not installed"
     return _unfit(device) if why is None else why
 
 
@@ -101,8 +100,11 @@ def misfit(format: LayerFormat, in_features: int, device: torch.device, dtype: t
     return None
 
 
+@cache
 def _unfit(device: torch.device) -> str | None:
-    """Why no kernel runs on a CUDA device."""
+    """Why no kernel runs on a CUDA device; asked at every forward."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
     if torch.version.hip is not None:
         return "the device is not NVIDIA's"
     capability = torch.cuda.get_device_capability(device)
@@ -130,7 +132,10 @@ _NAMES = tuple(Operands.__annotations__)
 
 
 def format_of(p: Operands, bits: int, in_features: int) -> LayerFormat | None:
-    """What the operator's tensors are, or None where their shapes do not belong together."""
+    """What the operator's tensors are; None where their shapes do not belong together, or one is too large to number.
+
+    Kernels number a weight's words and scales in 32 bits.
+    """
     out = p.packed.shape[0]
     vector, tiles = 1, None
     if p.codebook is not None and p.codebook_scale is not None:
@@ -153,6 +158,8 @@ def format_of(p: Operands, bits: int, in_features: int) -> LayerFormat | None:
         "left": (out, rank), "right": (rank, in_features), "left_scale": (rank,), "right_scale": (rank,),
     }  # fmt: skip
     found = {name: tensor.shape for name in expected if (tensor := getattr(p, name)) is not None}
+    if any(shape.numel() >= 2**31 for shape in found.values()):
+        return None
     whole = in_features % (groups * vector) == 0 and (not tiles or not (out % tiles[0] or in_features % tiles[1]))
     return format if whole and all(shape == expected[name] for name, shape in found.items()) else None
 
@@ -281,7 +288,7 @@ def covers_basis(block: int, device: torch.device, dtype: torch.dtype) -> str | 
         return f"blocks of {block} are not between 2 and {_LARGEST_BLOCK}"
     if dtype not in _DTYPES:
         return f"inputs are {dtype}"
-    return "the package triton is not installed" if find_spec("triton") is None else _unfit(device)
+    return _unfit(device)
 
 
 def _linear_or_reference(
