@@ -65,7 +65,7 @@ TILES = {
         257: Tile(128, 128, 64, 8, 3),
     },
     # Without tensor cores (float32 is not rounded to fewer bits) both factors of a tile's product lie in registers.
-    4: {1: Tile(1, 32, 128, 4, 3), 16: Tile(16, 32, 64, 4, 2), 17: Tile(32, 64, 64, 8, 2)},
+    4: {1: Tile(1, 32, 128, 4, 3), 16: Tile(16, 32, 64, 4, 3), 17: Tile(32, 64, 64, 8, 2)},
 }
 PROJECT_UP_TO = 16  # tokens; each of them reads the right factor by itself
 SPLIT_UP_TO = 64  # tokens; more fill a device without spans, where they are not float32
