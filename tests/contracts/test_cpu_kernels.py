@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from contracts.test_kernels import FORMATS, SQNR_DB, dense, operands, sqnr_db
+from test_kernels import FORMATS, SQNR_DB, dense, operands, sqnr_db
 
 from lorq.kernels import cpu, implementation, multiply, quant_linear
 from lorq.kernels.reference import quant_linear_reference
@@ -190,7 +190,8 @@ def test_what_the_kernels_do_not_cover_is_named_and_left_to_the_reference(format
 def test_the_implementation_depends_on_device_type_and_activations():
     format = LayerFormat(4, 32, False)
     assert implementation(format, 64, CPU, torch.float32).name.startswith("C++ (")
-    assert "cuda" in implementation(format, 64, torch.device("cuda"), torch.float32).declined["C++"]
+    far = implementation(format, 64, torch.device("mps"), torch.float32)
+    assert far.name == "reference (torch)" and far.declined == {"Triton": "the device is mps"}
     assert "float64" in implementation(format, 64, CPU, torch.float64).declined["C++"]
     rounded = implementation(LayerFormat(4, 32, False, input_quantization="token"), 64, CPU, torch.float32)
     assert rounded.name.startswith("C++ (") and "more than one scale" in rounded.declined["bytes (oneDNN)"]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorq.kernels import cpu, int8
+from lorq.kernels import cpu, int8, triton_linear
 from lorq.kernels.reference import quant_linear
 from lorq.weight import LayerFormat
 
@@ -16,7 +16,7 @@ class Implementation:
     """What multiplies a layer.
 
     Attributes:
-        name: such as "C++ (avx2)", "bytes (oneDNN)" or "reference (torch)".
+        name: such as "C++ (avx2)", "Triton", "bytes (oneDNN)" or "reference (torch)".
         declined: why each faster one does not; empty where the fastest runs.
     """
 
@@ -39,10 +39,11 @@ def implementation(format: LayerFormat, in_features: int, device: torch.device, 
         if why is None:
             return Implementation("bytes (oneDNN)", {})
         declined["bytes (oneDNN)"] = why
-    why = cpu.covers(format, in_features, device, dtype)
+    kernels, name = (cpu, "C++") if device.type == "cpu" else (triton_linear, "Triton")
+    why = kernels.covers(format, in_features, device, dtype)
     if why is None:
-        return Implementation(f"C++ ({cpu.library()[1]})", declined)
-    return Implementation("reference (torch)", declined | {"C++": why})
+        return Implementation(f"C++ ({cpu.library()[1]})" if name == "C++" else name, declined)
+    return Implementation("reference (torch)", declined | {name: why})
 
 
 def multiply(x: Tensor, *arguments: Any) -> Tensor:

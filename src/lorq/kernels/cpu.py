@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorq.factors import LowRank
+from lorq.kernels.operands import NAMES, Operands, format_of
 from lorq.kernels.reference import quant_linear, quant_linear_reference
-from lorq.packing import packed_width
 from lorq.weight import LayerFormat
 
 _TYPES = {
@@ -87,23 +87,6 @@ def _misfit(f: LayerFormat, in_features: int) -> str | None:
     return f"a group of {f.group_size} columns does not end where a register of {8 * _LANE[f.bits]} does"
 
 
-def format_of(operands: Sequence[Tensor | None], bits: int, in_features: int) -> LayerFormat:
-    """As much of a layer's format as the operator's arguments tell, and the kernels ask."""
-    _, scale, zero, levels, _, scale_right, codebook, codebook_scale, left, _, _, _ = operands
-    rows = 0 if codebook_scale is None else operands[0].shape[0] // codebook_scale.shape[0]  # type: ignore[union-attr]
-    return LayerFormat(
-        bits=bits,
-        group_size=in_features if scale is None else in_features // scale.shape[1],
-        symmetric=zero is None,
-        rank=0 if left is None else left.shape[1],
-        vector=1 if codebook is None else codebook.shape[-1],
-        codebook_rows=rows,
-        codebook_columns=0 if codebook_scale is None else in_features // codebook_scale.shape[1],
-        grid="integer" if levels is None else "normal-float",
-        scale_rank=0 if scale_right is None else scale_right.shape[0],
-    )
-
-
 def run(x: Tensor, *arguments: Any) -> Tensor:
     """`lorq.kernels.quant_linear` on the CPU: these kernels where they cover the weight, else the reference.
 
@@ -168,11 +151,10 @@ def _weight(operands: Sequence[Tensor | None], bits: int, in_features: int) -> A
 def _new_weight(module: Any, operands: Sequence[Tensor | None], bits: int, in_features: int) -> Any:
     if module is None or any(t is not None and not (t.is_contiguous() and t.device.type == "cpu") for t in operands):
         return None
-    f = format_of(operands, bits, in_features)
-    if _misfit(f, in_features) is not None or not _fits(operands, f, in_features):
+    p = Operands(**dict(zip(NAMES, operands, strict=True)))
+    f = format_of(p, bits, in_features)
+    if f is None or _misfit(f, in_features) is not None or not _types_fit(p):
         return None
-    packed, scale, zero, levels, scale_left, scale_right, codebook, codebook_scale = operands[:8]
-    left, right, left_scale, right_scale = operands[8:]
 
     def at(tensor: Tensor | None) -> int:
         return 0 if tensor is None else tensor.data_ptr()
@@ -180,38 +162,22 @@ def _new_weight(module: Any, operands: Sequence[Tensor | None], bits: int, in_fe
     def factor(tensor: Tensor | None, its_scale: Tensor | None = None) -> tuple[int, int, int]:
         return (0, 0, 0) if tensor is None else (at(tensor), _TYPES[tensor.dtype], at(its_scale))
 
-    assert packed is not None
     return module.Weight(
-        packed.shape[0], in_features, bits, f.vector, packed.shape[1], f.group_size, at(packed), at(scale), at(zero),
-        at(levels), factor(scale_left), factor(scale_right), f.scale_rank, at(codebook), at(codebook_scale),
-        f.codebook_rows, f.codebook_columns, factor(left, left_scale), factor(right, right_scale), f.rank,
+        p.packed.shape[0], in_features, bits, f.vector, p.packed.shape[1], f.group_size, at(p.packed), at(p.scale),
+        at(p.zero_point), at(p.levels), factor(p.scale_left), factor(p.scale_right), f.scale_rank, at(p.codebook),
+        at(p.codebook_scale), f.codebook_rows, f.codebook_columns, factor(p.left, p.left_scale),
+        factor(p.right, p.right_scale), f.rank,
     )  # fmt: skip
 
 
-def _fits(operands: Sequence[Tensor | None], f: LayerFormat, in_features: int) -> bool:
-    """Whether every tensor is as large as its neighbours and the width say: C++ reads what it is told."""
-    packed, scale, zero, levels, scale_left, scale_right, codebook, codebook_scale = operands[:8]
-    left, right, left_scale, right_scale = operands[8:]
-    assert packed is not None
-    out, entries = packed.shape[0], 2**f.code_bits
-    groups, tiles = in_features // f.group_size, () if codebook_scale is None else tuple(codebook_scale.shape)
-    wanted: list[tuple[Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = [
-        (packed, (out, packed_width(in_features // f.vector, f.code_bits)), (torch.int32,)),
-        (scale, (out, groups), (torch.float16,)),
-        (zero, (packed_width(out, f.bits), groups), (torch.int32,)),
-        (levels, (2**f.bits,), (torch.float32,)),
-        (scale_left, (out, f.scale_rank), _DTYPES),
-        (scale_right, (f.scale_rank, in_features), _DTYPES),
-        (codebook, (*tiles, entries, f.vector), (torch.int8,)),
-        (codebook_scale, tiles, (torch.float16,)),
-        (left, (out, f.rank), tuple(_TYPES)),
-        (right, (f.rank, in_features), tuple(_TYPES)),
-        (left_scale, (f.rank,), (torch.float16,)),
-        (right_scale, (f.rank,), (torch.float16,)),
-    ]
-    return all(t is None or (tuple(t.shape) == shape and t.dtype in dtypes) for t, shape, dtypes in wanted) and (
-        not tiles or (out % tiles[0] == 0 and in_features % tiles[1] == 0)
-    )
+def _types_fit(p: Operands) -> bool:
+    """Whether every tensor has a type that C++ is told of or takes for granted."""
+    wanted = {
+        "packed": (torch.int32,), "scale": (torch.float16,), "zero_point": (torch.int32,), "levels": (torch.float32,),
+        "scale_left": _DTYPES, "scale_right": _DTYPES, "codebook": (torch.int8,), "codebook_scale": (torch.float16,),
+        "left": tuple(_TYPES), "right": tuple(_TYPES), "left_scale": (torch.float16,), "right_scale": (torch.float16,),
+    }  # fmt: skip
+    return all(getattr(p, name) is None or getattr(p, name).dtype in dtypes for name, dtypes in wanted.items())
 
 
 def _agree(portable: Any, fast: Any) -> bool:

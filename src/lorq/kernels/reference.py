@@ -65,35 +65,6 @@ def quant_linear_reference(
     right_scale: Tensor | None,
     bits: int,
 ) -> Tensor:
-    """`quant_linear` in torch, on any device: what the fast implementations are checked against."""
-    weight = dense_weight(
-        packed, scale, zero_point, levels, scale_left, scale_right, codebook, codebook_scale,
-        bits=bits, in_features=x.shape[-1],
-    )  # fmt: skip
-    y = torch.nn.functional.linear(x, weight.to(x.dtype))
-    if left is not None and right is not None:
-        l, r = LowRank(left, right, left_scale, right_scale).factors(x.dtype)
-        y += (x @ r.T) @ l.T
-    return y
-
-
-@torch.library.custom_op("lorq::quant_linear", mutates_args=())
-def quant_linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    levels: Tensor | None,
-    scale_left: Tensor | None,
-    scale_right: Tensor | None,
-    codebook: Tensor | None,
-    codebook_scale: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
-    left_scale: Tensor | None,
-    right_scale: Tensor | None,
-    bits: int,
-) -> Tensor:
     """``y = x decode(codes, scale)^T + (x right^T) left^T``, in the dtype of ``x``.
 
     Args:
@@ -116,10 +87,19 @@ def quant_linear(
     Returns:
         (..., out). The matrix is decoded in float32 and rounded once to the dtype of ``x``.
     """
-    return quant_linear_reference(
-        x, packed, scale, zero_point, levels, scale_left, scale_right, codebook, codebook_scale, left, right,
-        left_scale, right_scale, bits,
+    weight = dense_weight(
+        packed, scale, zero_point, levels, scale_left, scale_right, codebook, codebook_scale,
+        bits=bits, in_features=x.shape[-1],
     )  # fmt: skip
+    y = torch.nn.functional.linear(x, weight.to(x.dtype))
+    if left is not None and right is not None:
+        l, r = LowRank(left, right, left_scale, right_scale).factors(x.dtype)
+        y += (x @ r.T) @ l.T
+    return y
+
+
+# The function keeps its name: kernels for some devices call it for what they do not cover.
+quant_linear = torch.library.custom_op("lorq::quant_linear", quant_linear_reference, mutates_args=())
 
 
 @quant_linear.register_fake
@@ -210,8 +190,7 @@ def _backward_fake_quantize(ctx, grad):  # type: ignore[no-untyped-def]
 fake_quantize.register_autograd(_backward_fake_quantize, setup_context=_keep_range)
 
 
-@torch.library.custom_op("lorq::rotate", mutates_args=())
-def rotate(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False) -> Tensor:
+def rotate_reference(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False) -> Tensor:
     """``x T`` (or ``x T^T``): into the basis of a weight, or back; see `lorq.basis.Basis`.
 
     Args:
@@ -228,6 +207,9 @@ def rotate(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse
     turned = basis.unrotate(x) if inverse else basis.rotate(x)
     # An operator must not return its input.
     return turned.clone(memory_format=torch.contiguous_format) if turned is x else turned
+
+
+rotate = torch.library.custom_op("lorq::rotate", rotate_reference, mutates_args=())
 
 
 @rotate.register_fake

@@ -1,0 +1,272 @@
+"""The operators on CUDA devices: what `lorq.kernels.triton_tile` covers, in which tiles it runs, and its launches.
+
+Three shapes of work, by the number of tokens:
+
+    1          a tile of weights times one input, element by element; the columns are cut into spans
+    2 .. 16    tensor cores on a tile of 16 tokens; the columns are cut into spans
+    17 ..      tensor cores on tiles of 64 or 128 tokens, every program over all columns
+
+Spans give every multiprocessor work where the rows alone do not. Their sums are written apart and added in their order,
+so that the same inputs give the same bits; how many there are depends on the shape alone and not on the device.
+Nothing is tuned at run time: docs/kernels.md has the reasons for the tiles and what they take of a multiprocessor.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from math import gcd, log2
+
+import torch
+from torch import Tensor
+
+from lorq.factors import FACTOR_TYPES, LowRank
+from lorq.kernels.operands import NAMES, Operands, format_of
+from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate, rotate_reference
+from lorq.weight import LayerFormat
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CODE_BITS = (1, 2, 3, 4, 6, 8)  # whole codes in a word, or in 24 bits
+_ENTRIES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # one integer for a codebook's entry
+_LARGEST_SCALE_RANK = 64
+_LARGEST_BLOCK = 4096
+_COPIED_AT_ONCE = 1024  # columns of a basis that are moved and not mixed
+# Programs that one launch for few tokens aims at: some ten for each multiprocessor of the devices of docs/kernels.md.
+_PROGRAMS = 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel is cut.
+
+    Attributes:
+        tokens: of a tile, the power of two that its tokens fit.
+        rows: of the weight.
+        columns: of the weight that are in registers at once; a power of two from 32.
+        warps: threads of a program over 32.
+        stages: tiles of input and words under way to a program.
+    """
+
+    tokens: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+# By bytes of an input's number, then by the largest number of tokens; the last one serves all larger ones.
+TILES = {
+    2: {
+        1: Tile(1, 32, 128, 4, 3),
+        16: Tile(16, 64, 64, 4, 3),
+        64: Tile(64, 64, 64, 8, 3),
+        256: Tile(64, 128, 64, 8, 3),
+        257: Tile(128, 128, 64, 8, 3),
+    },
+    # Without tensor cores (float32 is not rounded to fewer bits) both factors of a tile's product lie in registers.
+    4: {1: Tile(1, 32, 128, 4, 3), 16: Tile(16, 32, 64, 4, 3), 17: Tile(32, 64, 64, 8, 2)},
+}
+PROJECT_UP_TO = 16  # tokens; each of them reads the right factor by itself
+SPLIT_UP_TO = 64  # tokens; more fill a device without spans, where they are not float32
+
+
+def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels do not run a layer; None where they do.
+
+    Args:
+        format: of the layer.
+        in_features: its width.
+        device: that it runs on.
+        dtype: of its inputs.
+    """
+    why = misfit(format, in_features, device, dtype)
+    return _unfit(device) if why is None else why
+
+
+def misfit(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """`covers`, but for what only the machine can tell."""
+    f = format
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if dtype not in _DTYPES:
+        return f"inputs are {dtype}"
+    if f.code_bits not in _CODE_BITS or f.vector not in _ENTRIES:
+        return f"codes take {f.code_bits} bits for {f.vector} weights"
+    if f.scale_rank > _LARGEST_SCALE_RANK:
+        return f"the scale has rank {f.scale_rank}, more than {_LARGEST_SCALE_RANK}"
+    if f.rank and f.factor_type not in FACTOR_TYPES:
+        return f"low-rank factors are {f.factor_type}"
+    return None
+
+
+@cache
+def _unfit(device: torch.device) -> str | None:
+    """Why no kernel runs on a CUDA device; asked at every forward."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    if torch.version.hip is not None:
+        return "the device is not NVIDIA's"
+    capability = torch.cuda.get_device_capability(device)
+    return None if capability >= (8, 0) else f"the device has compute capability {capability}, less than (8, 0)"
+
+
+def linear(x: Tensor, *operands: Tensor | int | None) -> Tensor:
+    """`quant_linear` by the kernels, whatever the device: for operands that `covers` accepts."""
+    from lorq.kernels import triton_tile
+
+    *tensors, bits = operands
+    assert isinstance(bits, int)
+    p = Operands(**dict(zip(NAMES, tensors, strict=True)))
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    (tokens, in_features), out = flat.shape, p.packed.shape[0]
+    y = flat.new_empty(tokens, out)
+    if not y.numel():
+        return y.view(*x.shape[:-1], out)
+    format = format_of(p, bits, in_features)
+    assert format is not None
+    tile = choose_tile(tokens, x.dtype, format)
+    weight, sizes = _weight_arguments(p, format)
+    left, e4m3 = (None, False) if p.left is None else _stored(p.left)
+    shape = {"T": tile.tokens, "N": tile.rows, "K": tile.columns}
+    options = _options(tile.warps, tile.stages)
+    words, rows = p.packed.shape[1], -(-out // tile.rows)
+    if tokens <= min(SPLIT_UP_TO, tile.tokens):
+        z = _projected(flat, p)
+        span = span_of(out, in_features, tile)
+        splits = -(-in_features // span)
+        partial = torch.empty(splits, tokens, out, dtype=torch.float32, device=x.device)
+        triton_tile.few_tokens[rows, splits](
+            flat, partial, *weight, tokens, out, in_features, words, format.scale_rank, span, **sizes, **shape,
+            **options,
+        )  # fmt: skip
+        triton_tile.finish[-(-out // 128), tokens](
+            partial, y, z, left, p.left_scale, tokens, out, splits, format.rank, E4M3=e4m3, N=128, R=32, **_options()
+        )
+    else:
+        z = _projected(flat, p)
+        triton_tile.many_tokens[(rows * -(-tokens // tile.tokens),)](
+            flat, y, z, left, p.left_scale, *weight, tokens, out, in_features, words, format.scale_rank, format.rank,
+            **sizes, E4M3=e4m3, **shape, R=32, **options,
+        )  # fmt: skip
+    return y.view(*x.shape[:-1], out)
+
+
+def _options(warps: int = 4, stages: int = 3) -> dict[str, int | bool]:
+    """How a kernel is compiled. Products and sums fuse: Triton 3.9 wants that said."""
+    return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+
+
+def choose_tile(tokens: int, dtype: torch.dtype, format: LayerFormat) -> Tile:
+    """The default tile for so many tokens, made narrower until groups are whole tiles, down to 32 columns."""
+    tiles = TILES[dtype.itemsize]
+    tile = tiles[next((most for most in tiles if tokens <= most), max(tiles))]
+    return replace(tile, columns=max(32, gcd(tile.columns, format.group_size)))
+
+
+def span_of(out_features: int, in_features: int, tile: Tile) -> int:
+    """Columns that one program sums for few tokens: whole tiles, at least two where there are two."""
+    rows, tiles = -(-out_features // tile.rows), -(-in_features // tile.columns)
+    splits = max(1, min(-(-_PROGRAMS // rows), tiles // 2))
+    return -(-tiles // splits) * tile.columns
+
+
+def _weight_arguments(p: Operands, format: LayerFormat) -> tuple[list[Tensor | None], dict[str, int]]:
+    """The kernels' arguments that tell of the weight: tensors, and what they are compiled for."""
+    book = None if p.codebook is None else p.codebook.contiguous().view(_ENTRIES[format.vector])
+    factors = [t if t is None or t.dtype in _DTYPES else t.float() for t in (p.scale_left, p.scale_right)]
+    if factors[0] is not None and factors[1] is not None and factors[0].dtype != factors[1].dtype:
+        factors = [t if t is None else t.float() for t in factors]
+    tensors = [p.packed, p.scale, p.zero_point, p.levels, *factors, book, p.codebook_scale]
+    sizes = {
+        "BITS": format.bits, "VECTOR": format.vector, "GROUP": format.group_size,
+        "BOOK_ROWS": format.codebook_rows, "BOOK_COLUMNS": format.codebook_columns,
+        "S": max(16, 1 << (format.scale_rank - 1).bit_length()) if format.scale_rank else 0,
+    }  # fmt: skip
+    return [t if t is None else t.contiguous() for t in tensors], sizes
+
+
+def _stored(factor: Tensor) -> tuple[Tensor, bool]:
+    """A factor as the kernels read it, and whether its bytes are e4m3."""
+    e4m3 = factor.dtype == torch.float8_e4m3fn
+    return (factor.view(torch.uint8) if e4m3 else factor).contiguous(), e4m3
+
+
+def _projected(x: Tensor, p: Operands) -> Tensor | None:
+    """``x right^T``, (tokens, rank): float32 for few tokens, else in the dtype of ``x``; None without factors."""
+    from lorq.kernels import triton_tile
+
+    if p.left is None or p.right is None:
+        return None
+    if len(x) > PROJECT_UP_TO:
+        # Scales come first: thousands of products with bytes alone would not fit float16.
+        return x @ LowRank(p.left[:0], p.right, p.left_scale, p.right_scale).factors(x.dtype)[1].T
+    (tokens, in_features), (right, e4m3) = x.shape, _stored(p.right)
+    z = torch.empty(tokens, len(right), dtype=torch.float32, device=x.device)
+    triton_tile.project[tokens, -(-len(right) // 4)](
+        x, right, p.right_scale, z, in_features, len(right), E4M3=e4m3, R=4, K=512, **_options()
+    )
+    return z
+
+
+def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False) -> Tensor:
+    """`rotate` by the kernel, whatever the device: for bases that `covers_basis` accepts."""
+    from lorq.kernels import triton_tile
+
+    flat = x.contiguous()
+    y = torch.empty_like(flat)
+    width = x.shape[-1]
+    if not y.numel():
+        return y
+    size, kept = (block, skip) if block else (_COPIED_AT_ONCE, width)
+    blocks = (width - kept) // size
+    triton_tile.turn[y.numel() // width, blocks + -(-kept // size)](
+        flat, y, None if permutation is None else permutation.contiguous(), width, kept, blocks, INVERSE=inverse,
+        BLOCK=size, STEPS=int(log2(block)) if block else 0, NORM=size**-0.5, **_options(max(1, min(8, size // 256))),
+    )  # fmt: skip
+    return y
+
+
+def covers_basis(block: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel does not take inputs into a basis; None where it does. Arguments as those of `covers`."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if block > _LARGEST_BLOCK or block == 1:
+        return f"blocks of {block} are not between 2 and {_LARGEST_BLOCK}"
+    if dtype not in _DTYPES:
+        return f"inputs are {dtype}"
+    return _unfit(device)
+
+
+def _linear_or_reference(
+    x: Tensor, packed: Tensor, scale: Tensor | None, zero_point: Tensor | None, levels: Tensor | None,
+    scale_left: Tensor | None, scale_right: Tensor | None, codebook: Tensor | None, codebook_scale: Tensor | None,
+    left: Tensor | None, right: Tensor | None, left_scale: Tensor | None, right_scale: Tensor | None, bits: int,
+) -> Tensor:  # fmt: skip
+    tensors = (
+        packed, scale, zero_point, levels, scale_left, scale_right, codebook, codebook_scale, left, right, left_scale,
+        right_scale,
+    )  # fmt: skip
+    format = format_of(Operands(**dict(zip(NAMES, tensors, strict=True))), bits, x.shape[-1])
+    # Kernels number a weight's words and scales in 32 bits.
+    large = any(tensor is not None and tensor.numel() >= 2**31 for tensor in tensors)
+    if format is None or large or covers(format, x.shape[-1], x.device, x.dtype) is not None:
+        return quant_linear_reference(x, *tensors, bits)
+    with torch.cuda.device(x.device):
+        return linear(x, *tensors, bits)
+
+
+def _turn_or_reference(
+    x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False
+) -> Tensor:  # fmt: skip
+    if covers_basis(block, x.device, x.dtype) is not None:
+        return rotate_reference(x, permutation, block, skip, inverse)
+    with torch.cuda.device(x.device):
+        return turn(x, permutation, block, skip, inverse)
+
+
+def register() -> str | None:
+    """Make the kernels the operators' implementations on CUDA devices, or say why not; triton is not imported yet."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    quant_linear.register_kernel("cuda")(_linear_or_reference)
+    rotate.register_kernel("cuda")(_turn_or_reference)
+    return None

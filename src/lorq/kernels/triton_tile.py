@@ -1,0 +1,334 @@
+"""The kernels for CUDA devices, in Triton: packed codes become tiles of weights in registers, and those products.
+
+What: every kernel walks the columns in tiles of ``K``. A tile of ``N`` rows is read as the words it is stored in
+(`lorq.packing`), each word once, and spread in registers::
+
+    2, 4, 8 bits   a word holds 32 / bits codes:   word -> [word >> 0, word >> bits, ...] & mask
+    3, 6 bits      three words hold four fields of 24 bits:
+                   a = words 0, 1, 2   ->   a0,  a0 >> 24 | a1 << 8,  a1 >> 16 | a2 << 16,  a2 >> 8
+                   and a field holds 24 / bits codes
+
+so that no code is looked for by itself, and one that straddles two words costs a shift for its whole field.
+
+Why so: the weight is the left factor of ``weight x^T``. Tensor cores of sm_90 take their left factor from registers,
+where the weight is made, and only their right one must come from shared memory, where the input arrives by itself.
+
+What is given up: the number of tokens of a tile is a power of two from 16 on, so that two tokens cost as much as
+sixteen do; a single one has a path of its own.
+
+Whole numbers become floating point by writing them into the low bits of 2^23: a conversion would run at a quarter of
+the rate of the two operations that replace it. Exact below 2^23, and so is the zero point's subtraction.
+"""
+
+from typing import Any, no_type_check
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # nobody calls what is below then; the file can still be read and collected
+    triton, tl = None, None
+
+constexpr = Any if tl is None else tl.constexpr
+
+
+def jit(function: Any) -> Any:
+    """`triton.jit` where there is the package."""
+    return function if triton is None else triton.jit(function)
+
+
+@jit
+@no_type_check
+def _spread(fields, BITS: constexpr, PER: constexpr, N: constexpr, K: constexpr):
+    """(N, K / PER) integers side by side with what is above each of their parts of ``BITS`` bits, (N, K).
+
+    By halves, since what is joined lies in the registers of one thread: no word leaves the thread that fetched it.
+    """
+    if PER == 1:
+        return fields
+    else:
+        halves = tl.reshape(tl.join(fields, fields >> (BITS * PER // 2)), (N, 2 * K // PER))
+        return _spread(halves, BITS, PER // 2, N, K)
+
+
+@jit
+@no_type_check
+def _codes(packed, rows, inside, first, words, BITS: constexpr, N: constexpr, K: constexpr):
+    """Codes ``first .. first + K - 1`` of each row, (N, K) uint32; ``first`` begins a word, and at 3 bits a triple."""
+    if 32 % BITS == 0:
+        PER: tl.constexpr = 32 // BITS
+        at = first // PER + tl.arange(0, K // PER)
+        fields = tl.load(packed + rows[:, None] * words + at[None, :], inside[:, None] & (at < words)[None, :], 0)
+        fields = fields.to(tl.uint32, bitcast=True)
+    else:
+        PER: tl.constexpr = 24 // BITS
+        at = (first // (4 * PER) + tl.arange(0, K // (4 * PER))) * 3
+        pointers = packed + rows[:, None] * words + at[None, :]
+        a = tl.load(pointers, inside[:, None] & (at < words)[None, :], 0).to(tl.uint32, bitcast=True)
+        b = tl.load(pointers + 1, inside[:, None] & (at + 1 < words)[None, :], 0).to(tl.uint32, bitcast=True)
+        c = tl.load(pointers + 2, inside[:, None] & (at + 2 < words)[None, :], 0).to(tl.uint32, bitcast=True)
+        even = tl.join(a, (b >> 16) | (c << 16))
+        odd = tl.join((a >> 24) | (b << 8), c >> 8)
+        fields = tl.reshape(tl.join(even, odd), (N, K // PER))
+    return _spread(fields, BITS, PER, N, K) & ((1 << BITS) - 1)
+
+
+@jit
+@no_type_check
+def _whole(codes):
+    """``2^23 + codes`` as float32, exact below 2^23."""
+    return (codes | 0x4B000000).to(tl.float32, bitcast=True)
+
+
+@jit
+@no_type_check
+def _zeros(zero, rows, inside, group, groups, BITS: constexpr):
+    """Zero points of (rows, groups) from words down the rows, uint32; a code may straddle two words."""
+    bit = rows * BITS
+    pointers = zero + (bit // 32) * groups + group
+    shift = (bit % 32).to(tl.uint32)
+    codes = tl.load(pointers, inside, 0).to(tl.uint32, bitcast=True) >> shift
+    if 32 % BITS != 0:
+        more = inside & (shift + BITS > 32)
+        high = tl.load(pointers + groups, more, 0).to(tl.uint32, bitcast=True)
+        codes |= tl.where(more, high << ((32 - shift) & 31), 0)
+    return codes & ((1 << BITS) - 1)
+
+
+@jit
+@no_type_check
+def _repeated(values, TIMES: constexpr, N: constexpr, K: constexpr):
+    """Each number of (N, K / TIMES) as often as told, (N, K)."""
+    if TIMES == 1:
+        return values
+    else:
+        return _repeated(tl.reshape(tl.join(values, values), (N, 2 * K // TIMES)), TIMES // 2, N, K)
+
+
+@jit
+@no_type_check
+def _entries(book, book_scale, codes, rows, inside, k0, in_features, BITS: constexpr, VECTOR: constexpr,
+             BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, N: constexpr, K: constexpr):  # fmt: skip
+    """Entries of codebooks times their scales, (N, K) float32; ``book`` holds a whole entry in each integer."""
+    column = k0 + VECTOR * tl.arange(0, K // VECTOR)
+    tiles = in_features // BOOK_COLUMNS
+    tile = (rows // BOOK_ROWS)[:, None] * tiles + (column // BOOK_COLUMNS)[None, :]
+    ok = inside[:, None] & (column < in_features)[None, :]
+    entry = tl.load(book + (tile << (BITS * VECTOR)) + codes.to(tl.int32), ok, 0)
+    values = _spread(entry, 8, VECTOR, N, K).to(tl.int8).to(tl.float32)
+    if BOOK_COLUMNS % K == 0:  # one column of codebooks for the whole tile
+        at = (rows // BOOK_ROWS) * tiles + k0 // BOOK_COLUMNS
+        return values * tl.load(book_scale + at, inside, 0.0).to(tl.float32)[:, None]
+    else:
+        return values * _repeated(tl.load(book_scale + tile, ok, 0.0).to(tl.float32), VECTOR, N, K)
+
+
+@jit
+@no_type_check
+def _scaled(values, scale, zero, rows, inside, k0, in_features, BITS: constexpr, GROUP: constexpr,
+            K: constexpr):  # fmt: skip
+    """``(values - zero_point) scale`` with a scale for each group, (N, K) float32; ``values`` begin at 2^23 then."""
+    groups = in_features // GROUP
+    if GROUP % K == 0:  # one group for the whole tile
+        group = k0 // GROUP
+        step = tl.load(scale + rows * groups + group, inside, 0.0).to(tl.float32)[:, None]
+        if zero is not None:
+            values -= _whole(_zeros(zero, rows, inside, group, groups, BITS))[:, None]
+    else:  # tiles cut groups, or the other way round: every column fetches its own
+        group = ((k0 + tl.arange(0, K)) // GROUP)[None, :]
+        ok = inside[:, None] & (group < groups)
+        step = tl.load(scale + rows[:, None] * groups + group, ok, 0.0).to(tl.float32)
+        if zero is not None:
+            values -= _whole(_zeros(zero, rows[:, None], ok, group, groups, BITS))
+    return values * step
+
+
+@jit
+@no_type_check
+def _product_of_scales(scale_left, scale_right, rows, inside, k0, in_features, scale_rank, S: constexpr,
+                       K: constexpr):  # fmt: skip
+    """A scale for each weight, (N, K) float32: this tile's part of the product, never more of it."""
+    column, s = k0 + tl.arange(0, K), tl.arange(0, S)
+    ok = s < scale_rank
+    l = tl.load(scale_left + rows[:, None] * scale_rank + s[None, :], inside[:, None] & ok[None, :], 0.0)
+    at = scale_right + s[:, None] * in_features + column[None, :]
+    return tl.dot(l, tl.load(at, ok[:, None] & (column < in_features)[None, :], 0.0), input_precision="ieee")
+
+
+@jit
+@no_type_check
+def _weights(packed, scale, zero, levels, scale_left, scale_right, book, book_scale, rows, inside, k0, in_features,
+             words, scale_rank, BITS: constexpr, VECTOR: constexpr, GROUP: constexpr,
+             BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, S: constexpr, N: constexpr,
+             K: constexpr):  # fmt: skip
+    """``decode(codes, scale)`` of columns ``k0 .. k0 + K - 1``, (N, K) float32; zero past the last row or column."""
+    codes = _codes(packed, rows, inside, k0 // VECTOR, words, BITS * VECTOR, N, K // VECTOR)
+    if book is not None:
+        values = _entries(
+            book, book_scale, codes, rows, inside, k0, in_features, BITS, VECTOR, BOOK_ROWS, BOOK_COLUMNS, N, K
+        )
+    elif levels is not None:
+        values = tl.load(levels + codes.to(tl.int32))
+    elif zero is not None:
+        values = _whole(codes)
+    else:
+        values = _whole(codes) - (8388608.0 + (1 << (BITS - 1)))
+    if scale_left is None:
+        return _scaled(values, scale, zero, rows, inside, k0, in_features, BITS, GROUP, K)
+    else:
+        return values * _product_of_scales(scale_left, scale_right, rows, inside, k0, in_features, scale_rank, S, K)
+
+
+@jit
+@no_type_check
+def _stored(values, E4M3: constexpr):
+    """Entries of a stored factor as float32. Bytes of e4m3 are read as such: sm_80 has no instruction for them."""
+    if E4M3:
+        # Sign, exponent and mantissa in float16's places, whose exponent counts from 15 and not from 7.
+        bits = ((values & 0x80).to(tl.uint16) << 8) | ((values & 0x7F).to(tl.uint16) << 7)
+        number = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where((values & 0x7F) == 0x7F, float("nan"), number)
+    else:  # not left out: what follows a return is compiled all the same
+        return values.to(tl.float32)
+
+
+@jit
+@no_type_check
+def _left_tile(left, left_scale, rows, inside, r, rank, E4M3: constexpr):
+    """Columns ``r`` of the left factor with their scales, (N, R) float32."""
+    ok = (r < rank)[None, :]
+    l = _stored(tl.load(left + rows[:, None] * rank + r[None, :], inside[:, None] & ok, 0), E4M3)
+    if left_scale is not None:
+        l *= tl.load(left_scale + r, r < rank, 0.0).to(tl.float32)[None, :]
+    return l
+
+
+@jit
+@no_type_check
+def project(x, right, right_scale, z, in_features, rank, E4M3: constexpr, R: constexpr,
+            K: constexpr):  # fmt: skip
+    """``z = x right^T`` for one token and ``R`` rows of ``right``; z float32."""
+    token, r = tl.program_id(0).to(tl.int64), tl.program_id(1) * R + tl.arange(0, R)
+    sums = tl.zeros((R, K), tl.float32)
+    for k0 in range(0, in_features, K):
+        k = k0 + tl.arange(0, K)
+        ok = (r < rank)[:, None] & (k < in_features)[None, :]
+        factor = _stored(tl.load(right + r[:, None] * in_features + k[None, :], ok, 0), E4M3)
+        sums += factor * tl.load(x + token * in_features + k, k < in_features, 0.0).to(tl.float32)[None, :]
+    total = tl.sum(sums, 1)
+    if right_scale is not None:
+        total *= tl.load(right_scale + r, r < rank, 0.0).to(tl.float32)
+    tl.store(z + token * rank + r, total, r < rank)
+
+
+@jit
+@no_type_check
+def few_tokens(x, partial, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, tokens, out_features,
+               in_features, words, scale_rank, span, BITS: constexpr, VECTOR: constexpr,
+               GROUP: constexpr, BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, S: constexpr,
+               T: constexpr, N: constexpr, K: constexpr):  # fmt: skip
+    """The sums over one span of the columns: ``partial[split, token, row]``, float32."""
+    row, split = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1)
+    inside, token = row < out_features, tl.arange(0, T)
+    first = split * span
+    if T == 1:
+        sums = tl.zeros((N, K), tl.float32)
+    else:
+        sums = tl.zeros((N, T), tl.float32)
+    for k0 in tl.range(first, tl.minimum(first + span, in_features), K):
+        k = k0 + tl.arange(0, K)
+        w = _weights(
+            packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, k0, in_features,
+            words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, N, K,
+        )  # fmt: skip
+        if T == 1:
+            # Rounded as the reference rounds it, so that one token and many see the same weight.
+            values = tl.load(x + k, k < in_features, 0.0)
+            sums += w.to(x.dtype.element_ty).to(tl.float32) * values.to(tl.float32)[None, :]
+        else:
+            at = x + token[:, None] * in_features + k[None, :]
+            values = tl.load(at, (token < tokens)[:, None] & (k < in_features)[None, :], 0.0)
+            sums = tl.dot(w.to(x.dtype.element_ty), tl.trans(values), sums, input_precision="ieee")
+    if T == 1:
+        tl.store(partial + split * out_features + row, tl.sum(sums, 1), inside)
+    else:
+        to = partial + (split * tokens + token)[None, :] * out_features + row[:, None]
+        tl.store(to, sums, inside[:, None] & (token < tokens)[None, :])
+
+
+@jit
+@no_type_check
+def finish(partial, y, z, left, left_scale, tokens, out_features, splits, rank, E4M3: constexpr,
+           N: constexpr, R: constexpr):  # fmt: skip
+    """``y``: the spans' sums in their order, and ``z left^T``, for one token and ``N`` rows."""
+    row, token = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1)
+    inside = row < out_features
+    total = tl.zeros((N,), tl.float32)
+    for split in range(splits):
+        total += tl.load(partial + (split * tokens + token) * out_features + row, inside, 0.0)
+    if left is not None:
+        for r0 in range(0, rank, R):
+            r = r0 + tl.arange(0, R)
+            l = _left_tile(left, left_scale, row, inside, r, rank, E4M3)
+            total += tl.sum(l * tl.load(z + token * rank + r, r < rank, 0.0).to(tl.float32)[None, :], 1)
+    tl.store(y + token * out_features + row, total.to(y.dtype.element_ty), inside)
+
+
+@jit
+@no_type_check
+def many_tokens(x, y, z, left, left_scale, packed, scale, zero, levels, scale_left, scale_right, book, book_scale,
+                tokens, out_features, in_features, words, scale_rank, rank, BITS: constexpr,
+                VECTOR: constexpr, GROUP: constexpr, BOOK_ROWS: constexpr,
+                BOOK_COLUMNS: constexpr, S: constexpr, E4M3: constexpr, T: constexpr,
+                N: constexpr, K: constexpr, R: constexpr):  # fmt: skip
+    """A tile of ``y^T = weight x^T + left z^T``, (N, T), over all columns."""
+    token_tiles, row_tiles = tl.cdiv(tokens, T), tl.cdiv(out_features, N)
+    # Neighbouring programs share eight tiles of rows, so that what they read stays in the second-level cache.
+    tile = tl.program_id(0)
+    row_tile, token_tile = tl.swizzle2d(tile // token_tiles, tile % token_tiles, row_tiles, token_tiles, 8)
+    row, token = row_tile * N + tl.arange(0, N), token_tile * T + tl.arange(0, T)
+    inside, real, at = row < out_features, token < tokens, token.to(tl.int64)
+    sums = tl.zeros((N, T), tl.float32)
+    for k0 in range(0, in_features, K):
+        k = k0 + tl.arange(0, K)
+        w = _weights(
+            packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, k0, in_features,
+            words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, N, K,
+        )  # fmt: skip
+        values = tl.load(x + at[:, None] * in_features + k[None, :], real[:, None] & (k < in_features)[None, :], 0.0)
+        sums = tl.dot(w.to(x.dtype.element_ty), tl.trans(values), sums, input_precision="ieee")
+    if left is not None:
+        for r0 in range(0, rank, R):
+            r = r0 + tl.arange(0, R)
+            l = _left_tile(left, left_scale, row, inside, r, rank, E4M3)
+            part = tl.load(z + at[:, None] * rank + r[None, :], real[:, None] & (r < rank)[None, :], 0.0)
+            sums = tl.dot(l.to(x.dtype.element_ty), tl.trans(part), sums, input_precision="ieee")
+    to = y + at[None, :] * out_features + row[:, None]
+    tl.store(to, sums.to(y.dtype.element_ty), inside[:, None] & real[None, :])
+
+
+@jit
+@no_type_check
+def turn(x, y, permutation, in_features, skip, blocks, INVERSE: constexpr, BLOCK: constexpr,
+         STEPS: constexpr, NORM: constexpr):  # fmt: skip
+    """One block of one token into another basis or back; programs past the last block copy what is not mixed.
+
+    Every step of the transform takes pairs that lie half a block apart and puts their sum and difference side by side:
+    it turns the bits of the places round by one, and after all steps every place is where it was.
+    """
+    token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    mixed = block < blocks
+    place = tl.arange(0, BLOCK) + tl.where(mixed, skip + block * BLOCK, (block - blocks) * BLOCK)
+    ok = place < tl.where(mixed, in_features, skip)
+    channel = place
+    if permutation is not None:
+        channel = tl.load(permutation + place, ok, 0).to(tl.int32)
+    source, target = channel, place
+    if INVERSE:
+        source, target = place, channel
+    values = tl.load(x + token * in_features + source, ok, 0.0).to(tl.float32)
+    turned = values
+    for _ in tl.static_range(STEPS):
+        a, b = tl.split(tl.trans(tl.reshape(turned, (2, BLOCK // 2))))
+        turned = tl.reshape(tl.join(a + b, a - b), (BLOCK,))
+    values = tl.where(mixed, turned * NORM, values)
+    tl.store(y + token * in_features + target, values.to(y.dtype.element_ty), ok)
