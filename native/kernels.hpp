@@ -143,7 +143,11 @@ void multiply_rows(const Weight& w, const Inputs& x, int64_t row, float* steps, 
 
 struct Tables {  // levels of up to 16 codes; with fewer than eight they repeat, so that no index needs a mask
     F low, high;
+    I steps;  // by which eight codes in one word are shifted
     explicit Tables(const Weight& w) {
+        uint32_t shifts[8];
+        for (int i = 0; i < 8; ++i) shifts[i] = uint32_t(w.bits * i % 32);
+        steps = load_i(shifts);
         float t[16] = {};
         for (int i = 0; i < 16 && w.bits <= 4; ++i) {
             const int code = i % (1 << w.bits);
@@ -154,20 +158,22 @@ struct Tables {  // levels of up to 16 codes; with fewer than eight they repeat,
     }
 };
 
-inline I eight_codes(const uint8_t* row, int64_t column, int bits) {
-    if (bits == 8) return load_ubytes(row + column);
+// The bits of eight codes of at most four bits, or of as many bits of wider ones. The sizes are constants, so that no
+// function is called for so little.
+inline uint32_t eight_bits(const uint8_t* row, int64_t column, int bits) {
+    const uint8_t* p = row + column / 8 * bits;
     uint32_t word = 0;
-    std::memcpy(&word, row + column / 8 * bits, size_t(bits));
-    const uint32_t steps[8] = {0, uint32_t(bits), uint32_t(2 * bits), uint32_t(3 * bits), uint32_t(4 * bits),
-                               uint32_t(5 * bits), uint32_t(6 * bits), uint32_t(7 * bits)};
-    return shift_each(spread_i(word), load_i(steps));
+    if (bits == 4) std::memcpy(&word, p, 4);
+    else if (bits == 2) std::memcpy(&word, p, 2);
+    else if (bits == 1) word = *p;
+    else word = p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16;
+    return word;
 }
 
 // What the codes of eight columns of a row stand for, before the scale.
 inline F eight_values(const Weight& w, const Tables& t, int64_t row, int64_t column) {
     if (w.vector > 1) {
-        uint32_t word = 0;
-        std::memcpy(&word, w.row(row) + column / 8 * w.bits, size_t(w.bits));
+        const uint32_t word = eight_bits(w.row(row), column, w.bits);
         const int width = w.bits * w.vector;
         const int64_t tile = row / w.codebook_rows * (w.in / w.codebook_columns) + column / w.codebook_columns;
         const int8_t* entries = w.codebook + (tile << width) * w.vector;
@@ -180,8 +186,8 @@ inline F eight_values(const Weight& w, const Tables& t, int64_t row, int64_t col
         }
         return load_bytes(values);
     }
-    const I codes = eight_codes(w.row(row), column, w.bits);
-    if (w.bits == 8) return add(to_float(codes), spread_f(-128.0f));
+    if (w.bits == 8) return add(to_float(load_ubytes(w.row(row) + column)), spread_f(-128.0f));
+    const I codes = shift_each(spread_i(eight_bits(w.row(row), column, w.bits)), t.steps);
     if (w.bits == 4) return pick16(t.low, t.high, codes);
     return pick(t.low, codes);
 }
