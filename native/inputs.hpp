@@ -8,21 +8,18 @@
 
 namespace lorq {
 
-// How codes of a width lie in a lane: `positions` in each 16-bit half, the high half having the later columns.
+// How codes of a width lie in a lane of 32 bits (24 at 3 bits): `positions` in each byte, of neighbouring columns. A code
+// of 8 bits is multiplied in two parts of 4.
 template <int BITS>
 struct Lane {
-    static constexpr int positions = BITS == 2 ? 8 : BITS == 8 ? 2 : 4;
-    static constexpr int columns = 2 * positions;
+    static constexpr int positions = BITS == 2 ? 4 : BITS == 8 ? 1 : 2;
+    static constexpr int parts = BITS == 8 ? 2 : 1;
+    static constexpr int columns = 4 * positions;
     static constexpr int bytes = BITS == 3 ? 3 : 4;
-    // Chunks whose sums fit 31 bits: all positions of both halves, the largest code, 2^15.
-    static constexpr int64_t fit = (int64_t(1) << 31) / (int64_t(2 * positions) * ((1 << BITS) - 1) << 15) - 1;
+    // Chunks whose sums of pairs fit 16 bits. They begin at -2^(bits-1) times the inputs, so that each pair moves them by
+    // at most 2 * 2^(bits-1) * 128; the lower part of 8 bits begins at 0 and has 2 * 15 * 128.
+    static constexpr int64_t fit = (BITS == 8 ? 8 : (1 << (8 - BITS)) - 1) / positions;
 };
-
-// Chunks that are summed before a scale is applied: a group's, or fewer where they would not fit, or one of several groups.
-template <int BITS>
-int64_t summed_chunks(int64_t group_size, int64_t left_in_group) {
-    return std::min(group_size / Lane<BITS>::columns >= 8 ? left_in_group : 1, Lane<BITS>::fit);
-}
 
 inline float load_value(const void* p, int64_t i, Type type) {
     switch (type) {
@@ -71,74 +68,94 @@ inline float dot_row(const Factor& f, int64_t row, const float* x, int64_t colum
     return sum(acc) + rest;
 }
 
-// x = step (high + low 2^-15) within 2^-31 of the group's largest entry, or within 2^-16 without `low`. The step is a
-// power of two, so that dividing by it rounds nothing.
+// x = step * sum over p of 256^p piece_p, pieces being bytes with a sign: three of them keep 23 bits of the largest entry
+// of a group, two keep 15, one keeps 7. With two and three the step is a power of two, so that dividing by it rounds nothing.
 struct Inputs {
     std::vector<float> x;            // padded with zeros to whole chunks
-    std::vector<int16_t> high, low;  // in the order of the codes' positions
-    std::vector<int32_t> high_start, low_start;  // what makes codes c sum up as c - 2^(bits-1), for each run of chunks
+    std::vector<int32_t> whole;      // x / step
+    std::vector<int8_t> pieces;      // of each chunk and position: 32 bytes of each piece, in the order of the codes
+    std::vector<int32_t> start;      // of each run of chunks, part and piece: where its sums begin
     std::vector<float> step, total;  // of each group; padded
     std::vector<float> mixed;        // x times each row of the scale's right factor
-    std::vector<int32_t> whole, rest;  // high and low in the order of the columns
 };
 
-template <int BITS>
-void place(const int32_t* from, int64_t in, int16_t* to) {
-    constexpr int P = Lane<BITS>::positions, C = Lane<BITS>::columns;
-    const int64_t chunks = (in + 8 * C - 1) / (8 * C);
-    for (int64_t c = 0; c < chunks; ++c, to += 16 * P)
-        for (int l = 0; l < 8; ++l, from += C)
-            for (int p = 0; p < P; ++p) {
-                to[16 * p + 2 * l] = int16_t(from[p]);
-                to[16 * p + 2 * l + 1] = int16_t(from[P + p]);
+template <int BITS, int PIECES>
+void place(const Weight& w, Inputs& x) {
+    constexpr int P = Lane<BITS>::positions, C = 8 * Lane<BITS>::columns;
+    x.pieces.resize(size_t(PIECES) * x.whole.size());
+    const int64_t chunks = (w.in + C - 1) / C;
+    for (int64_t c = 0; c < chunks; ++c)
+        for (int p = 0; p < P; ++p) {
+            const int32_t* from = &x.whole[size_t(c * C + p)];
+            int8_t* to = &x.pieces[size_t((c * P + p) * PIECES * 32)];
+            for (int i = 0; i < 32; ++i) {
+                int32_t rest = from[i * P];
+                for (int k = 0; k + 1 < PIECES; ++k) {
+                    const int8_t low = int8_t(rest & 255);
+                    to[32 * k + i] = low;
+                    rest = (rest - low) >> 8;
+                }
+                to[32 * (PIECES - 1) + i] = int8_t(rest);
             }
+        }
 }
 
 // Where the sums over the chunks of each run begin: at -2^(bits-1) times the sum of a lane's inputs.
-template <int BITS>
-void begin_sums(const Weight& w, const std::vector<int16_t>& placed, std::vector<int32_t>& to) {
-    constexpr int P = Lane<BITS>::positions;
-    constexpr uint32_t middle = uint16_t(-(1 << (BITS - 1)));
+template <int BITS, int PIECES>
+void begin_sums(const Weight& w, Inputs& x) {
+    constexpr int P = Lane<BITS>::positions, H = Lane<BITS>::parts;
     const int64_t chunks = (w.in + 8 * Lane<BITS>::columns - 1) / (8 * Lane<BITS>::columns);
     const int64_t in_group = std::max<int64_t>(w.group_size / Lane<BITS>::columns / 8, 1);
-    to.resize(size_t(8 * chunks));
-    int64_t run = 0;
-    for (int64_t c = 0; c < chunks; ++run) {
-        I sum = zero_i();
-        const int64_t stop = std::min(c + summed_chunks<BITS>(w.group_size, in_group - c % in_group), chunks);
+    x.start.assign(size_t(8 * H * PIECES * chunks), 0);
+    const I middle = spread_i(0x01010101u << (BITS == 8 ? 3 : BITS - 1));
+    int32_t* to = x.start.data();
+    for (int64_t c = 0; c < chunks; to += 8 * H * PIECES) {
+        I sum[PIECES];
+        for (I& s : sum) s = zero_i();
+        const int64_t stop = std::min(c + std::min(in_group - c % in_group, Lane<BITS>::fit), chunks);
         for (; c < stop; ++c)
-            for (int p = 0; p < P; ++p) sum = dot(sum, spread_i(middle | middle << 16), load_i(&placed[size_t((c * P + p) * 16)]));
-        store_i(&to[size_t(8 * run)], sum);
+            for (int p = 0; p < P; ++p)
+                for (int k = 0; k < PIECES; ++k) sum[k] = dot(sum[k], middle, load_i(&x.pieces[size_t(((c * P + p) * PIECES + k) * 32)]));
+        for (int k = 0; k < PIECES; ++k) store_i(to + 8 * ((H - 1) * PIECES + k), negative(sum[k]));
     }
 }
 
 template <int BITS>
-void place_all(const Weight& w, const std::vector<int32_t>& from, std::vector<int16_t>& to, std::vector<int32_t>& start) {
-    to.resize(from.size());
-    place<BITS>(from.data(), w.in, to.data());
-    begin_sums<BITS>(w, to, start);
+void place(const Weight& w, int pieces, Inputs& x) {
+    if (pieces == 1) place<BITS, 1>(w, x), begin_sums<BITS, 1>(w, x);
+    else if (pieces == 2) place<BITS, 2>(w, x), begin_sums<BITS, 2>(w, x);
+    else place<BITS, 3>(w, x), begin_sums<BITS, 3>(w, x);
 }
 
-inline void place(const Weight& w, const std::vector<int32_t>& from, std::vector<int16_t>& to, std::vector<int32_t>& start) {
-    if (w.bits == 2) place_all<2>(w, from, to, start);
-    else if (w.bits == 3) place_all<3>(w, from, to, start);
-    else if (w.bits == 4) place_all<4>(w, from, to, start);
-    else place_all<8>(w, from, to, start);
+inline void place(const Weight& w, int pieces, Inputs& x) {
+    if (w.bits == 2) place<2>(w, pieces, x);
+    else if (w.bits == 3) place<3>(w, pieces, x);
+    else if (w.bits == 4) place<4>(w, pieces, x);
+    else place<8>(w, pieces, x);
+}
+
+// The step of a group whose largest entry is `most`; 0 where its inverse would not be finite.
+inline float step_of(float most, int pieces) {
+    if (most == 0.0f) return 1.0f;
+    if (pieces == 1) return most < 1e-35f ? 0.0f : most / 127.0f;
+    int exponent;
+    std::frexp(most * 1.008f, &exponent);  // so that the uppermost piece is at most 127
+    exponent -= 8 * pieces - 1;
+    return exponent < -120 ? 0.0f : std::ldexp(1.0f, exponent);
 }
 
 // False where an entry is not finite, or a whole group so small that its step's inverse would not be.
-inline bool read_inputs(const Weight& w, const void* x, int64_t token, Type type, bool whole, bool exact, Inputs& to) {
+inline bool read_inputs(const Weight& w, const void* x, int64_t token, Type type, int pieces, Inputs& to) {
     const int64_t padded = (w.in + 127) / 128 * 128, groups = w.groups();
-    to.x.assign(padded, 0.0f);
+    to.x.assign(size_t(padded), 0.0f);
     read_row(Factor{x, type, nullptr}, token, w.in, to.x.data());
     F check = zero_f();
     for (int64_t i = 0; i < padded; i += 8) check = fma(load_f(&to.x[i]), zero_f(), check);
     if (!(sum(check) == 0.0f)) return false;
-    if (!whole) return true;
-    to.whole.assign(padded, 0);
-    if (exact) to.rest.assign(padded, 0);
-    to.step.assign(groups + 16, 0.0f);
-    to.total.assign(groups + 16, 0.0f);
+    if (!pieces) return true;
+    to.whole.assign(size_t(padded), 0);
+    to.step.assign(size_t(groups + 16), 0.0f);
+    to.total.assign(size_t(groups + 16), 0.0f);
     for (int64_t g = 0; g < groups; ++g) {
         const float* v = &to.x[g * w.group_size];
         F largest = zero_f(), total = zero_f();
@@ -146,27 +163,14 @@ inline bool read_inputs(const Weight& w, const void* x, int64_t token, Type type
             largest = larger(largest, size(load_f(v + i)));
             total = add(total, load_f(v + i));
         }
-        int exponent;
-        std::frexp(most(largest), &exponent);  // the largest is below 2^exponent
-        exponent -= 15;
-        if (exponent < -120) {
-            if (most(largest) > 0) return false;
-            exponent = 0;
-        }
-        to.step[g] = std::ldexp(1.0f, exponent);
+        to.step[g] = step_of(most(largest), pieces);
+        if (to.step[g] == 0.0f) return false;
         to.total[g] = sum(total);
-        const F inverse = spread_f(std::ldexp(1.0f, -exponent)), top = spread_f(32767.0f);
-        for (int64_t i = 0; i < w.group_size; i += 8) {
-            const F scaled = times(load_f(v + i), inverse);
-            const I whole_part = nearest(smaller(scaled, top));
-            store_i(&to.whole[g * w.group_size + i], whole_part);
-            if (!exact) continue;
-            const F rest = times(minus(scaled, to_float(whole_part)), spread_f(32768.0f));
-            store_i(&to.rest[g * w.group_size + i], nearest(smaller(rest, top)));
-        }
+        const F inverse = spread_f(1.0f / to.step[g]);
+        for (int64_t i = 0; i < w.group_size; i += 8)
+            store_i(&to.whole[g * w.group_size + i], nearest(times(load_f(v + i), inverse)));
     }
-    place(w, to.whole, to.high, to.high_start);
-    if (exact) place(w, to.rest, to.low, to.low_start);
+    place(w, pieces, to);
     return true;
 }
 

@@ -16,35 +16,38 @@
 
 namespace lorq {
 
+// The codes of a position, a byte each; `part` 1 is the upper half of an 8-bit code.
 template <int BITS>
-inline I code_at(I v, int p);  // p is a constant after unrolling
-template <>
-inline I code_at<2>(I v, int p) { return both(shift_right(v, 2 * p), spread_i(0x00030003)); }
-template <>
-inline I code_at<3>(I v, int p) { return both(shift_right(v, 4 + 3 * p), spread_i(0x00070007)); }
-template <>
-inline I code_at<4>(I v, int p) { return both(shift_right(v, 4 * p), spread_i(0x000f000f)); }
-template <>
-inline I code_at<8>(I v, int p) { return both(shift_right(v, 8 * p), spread_i(0x00ff00ff)); }
+inline I code_at(I v, int p, int part) {  // constants after unrolling
+    constexpr uint32_t mask = (BITS == 8 ? 15 : (1 << BITS) - 1) * 0x01010101u;
+    return both(shift_right(v, BITS == 8 ? 4 * part : BITS * p), spread_i(mask));
+}
 
-// Chunk c of a row; what lies past the row's end reads as zeros.
 template <int BITS>
-inline I load_chunk(const uint8_t* row, int64_t c, int64_t row_bytes) {
-    constexpr int size = 8 * Lane<BITS>::bytes, reach = BITS == 3 ? 28 : 32;
-    const uint8_t* p = row + c * size;
-    uint8_t tail[32];
-    if (c * size + reach > row_bytes) {
-        std::memset(tail, 0, sizeof tail);
-        std::memcpy(tail, p, size_t(std::min<int64_t>(size, row_bytes - c * size)));
-        p = tail;
-    }
+inline I load_chunk(const uint8_t* p) {
     if constexpr (BITS == 3) return load_threes(p);
     else return load_i(p);
 }
 
-// The steps (scale * input step) of a row's groups, and what its zero points take away.
+// How groups lie in chunks: a unit is a group of whole chunks, or a chunk of several groups.
 template <int BITS>
-inline float read_groups(const Weight& w, const Inputs& x, int64_t row, float* steps) {
+struct Units {
+    int64_t count, chunks;  // of a row; chunks of a unit
+    int groups;             // of a unit
+    I which;                // of these, each lane's
+
+    explicit Units(const Weight& w) {
+        const int64_t lanes = w.group_size / Lane<BITS>::columns;  // of a group: 1, 2, 4, or whole chunks
+        groups = lanes >= 8 ? 1 : int(8 / lanes);
+        chunks = std::max<int64_t>(1, lanes / 8);
+        count = (w.groups() + groups - 1) / groups;
+        which = shift_right(load_i((const uint32_t[8]){0, 1, 2, 3, 4, 5, 6, 7}), lanes >= 8 ? 3 : lanes == 4 ? 2 : lanes == 2 ? 1 : 0);
+    }
+};
+
+// The steps (scale * input step) of a row, for each lane of each unit, `pitch` apart; returns what its zero points take away.
+template <int BITS>
+inline float read_groups(const Weight& w, const Inputs& x, const Units<BITS>& units, int64_t row, int64_t pitch, float* steps) {
     const int64_t groups = w.groups();
     const int64_t word = row * BITS / 32;
     const int shift = int(row * BITS % 32);
@@ -75,68 +78,95 @@ inline float read_groups(const Weight& w, const Inputs& x, int64_t row, float* s
         }
         if (w.zero) {
             const F shift = add(to_float(both(zero, spread_i((1u << BITS) - 1))), spread_f(-float(1 << (BITS - 1))));
-            taken = fma(times(scale, shift), load_f(&x.total[g]), taken);
+            taken = fma(times(scale, shift), load_f(&x.total[size_t(g)]), taken);
         }
-        store_f(steps + g, times(scale, load_f(&x.step[g])));
+        const F step = times(scale, load_f(&x.step[size_t(g)]));
+        for (int i = 0; i < 8; i += units.groups, steps += pitch) store_f(steps, pick(step, plus(units.which, spread_i(uint32_t(i)))));
     }
     return sum(taken);
 }
 
-template <int BITS, bool EXACT, int ROWS>
-void multiply_rows(const Weight& w, const Inputs& x, int64_t row, float* steps, float* y) {
-    constexpr int P = Lane<BITS>::positions;
-    const int64_t pitch = w.groups() + 16, row_bytes = 4 * w.words;
-    const int64_t lanes = w.group_size / Lane<BITS>::columns;  // of a group: 1, 2, 4, or whole chunks
+// Sums of one run of chunks, for a few rows: of each part of a code times each piece of an input. All loops over them are
+// unrolled, so that they live in registers.
+template <int BITS, int PIECES, int ROWS>
+struct Sums {
+    static constexpr int P = Lane<BITS>::positions, H = Lane<BITS>::parts;
+    I acc[ROWS][H][PIECES];
+
+    LORQ_INLINE void begin(const int32_t* start) {
+        LORQ_UNROLL for (int r = 0; r < ROWS; ++r)
+            LORQ_UNROLL for (int h = 0; h < H; ++h)
+                LORQ_UNROLL for (int k = 0; k < PIECES; ++k) acc[r][h][k] = load_i(start + 8 * (h * PIECES + k));
+    }
+
+    // The chunk at `from` of each row.
+    LORQ_INLINE void add(const uint8_t* const (&from)[ROWS], int64_t offset, const int8_t* pieces) {
+        I v[ROWS];
+        LORQ_UNROLL for (int r = 0; r < ROWS; ++r) v[r] = load_chunk<BITS>(from[r] + offset);
+        LORQ_UNROLL for (int p = 0; p < P; ++p) {
+            I part[PIECES];
+            LORQ_UNROLL for (int k = 0; k < PIECES; ++k) part[k] = load_i(pieces + 32 * (p * PIECES + k));
+            LORQ_UNROLL for (int r = 0; r < ROWS; ++r)
+                LORQ_UNROLL for (int h = 0; h < H; ++h) {
+                    const I code = code_at<BITS>(v[r], p, h);
+                    LORQ_UNROLL for (int k = 0; k < PIECES; ++k) acc[r][h][k] = dot(acc[r][h][k], code, part[k]);
+                }
+        }
+    }
+
+    LORQ_INLINE F of(int r) const {
+        I low = widen<0>(acc[r][0][0]);
+        if constexpr (H == 2) low = plus(low, widen<4>(acc[r][1][0]));
+        if constexpr (PIECES > 1) low = plus(low, widen<8>(acc[r][0][1]));
+        if constexpr (PIECES > 1 && H == 2) low = plus(low, widen<12>(acc[r][1][1]));
+        if constexpr (PIECES < 3) return to_float(low);
+        I high = widen<0>(acc[r][0][PIECES - 1]);
+        if constexpr (H == 2) high = plus(high, widen<4>(acc[r][1][PIECES - 1]));
+        return fma(to_float(high), spread_f(65536.0f), to_float(low));
+    }
+};
+
+template <int BITS, int PIECES, int ROWS>
+void multiply_rows(const Weight& w, const Inputs& x, const Units<BITS>& units, int64_t row, float* steps, float* y) {
+    constexpr int64_t P = Lane<BITS>::positions, H = Lane<BITS>::parts, SIZE = 8 * Lane<BITS>::bytes, REACH = BITS == 3 ? 28 : 32;
+    const int64_t row_bytes = 4 * w.words, last_row = (w.out - row - ROWS + 1) * row_bytes;  // from the last of these rows to the end
     const int64_t chunks = (w.in + 8 * Lane<BITS>::columns - 1) / (8 * Lane<BITS>::columns);
-    const int64_t in_group = lanes >= 8 ? lanes / 8 : 1;
-    const int spread = lanes >= 8 ? 3 : lanes == 4 ? 2 : lanes == 2 ? 1 : 0;  // log2 of the lanes that share a scale
-    const I which = both(shift_right(load_i((const uint32_t[8]){0, 1, 2, 3, 4, 5, 6, 7}), spread), spread_i(7));
+    // Chunks that can be read in place. What follows a row in its last one meets inputs that are 0.
+    const int64_t whole = last_row < REACH ? 0 : std::min(chunks, (last_row - REACH) / SIZE + 1);
     float taken[ROWS];
     F total[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-        taken[r] = read_groups<BITS>(w, x, row + r, steps + r * pitch);
+    const uint8_t* from[ROWS];
+    LORQ_UNROLL for (int r = 0; r < ROWS; ++r) {
+        taken[r] = read_groups<BITS>(w, x, units, row + r, 8 * ROWS, steps + 8 * r);
         total[r] = zero_f();
+        from[r] = w.row(row + r);
     }
-    for (int64_t c = 0, group = 0, run = 0; c < chunks;) {
-        const int64_t end = std::min(c + in_group, chunks);
-        while (c < end) {
-            I high[ROWS], low[ROWS];
-            for (int r = 0; r < ROWS; ++r) {
-                high[r] = load_i(&x.high_start[8 * run]);
-                low[r] = EXACT ? load_i(&x.low_start[8 * run]) : zero_i();
+    const int32_t* start = x.start.data();
+    const int8_t* pieces = x.pieces.data();
+    for (int64_t c = 0, unit = 0; unit < units.count; ++unit, steps += 8 * ROWS)
+        for (int64_t left = units.chunks; left > 0;) {
+            Sums<BITS, PIECES, ROWS> sums;
+            sums.begin(start);
+            start += 8 * H * PIECES;
+            int64_t n = std::min(left, Lane<BITS>::fit);
+            left -= n;
+            for (; n && c < whole; --n, ++c, pieces += 32 * P * PIECES) {
+                // Rows are too short for the processor to see a stream in each.
+                LORQ_UNROLL for (int r = 0; r < ROWS; ++r) prefetch(from[r] + ROWS * row_bytes + c * SIZE);
+                sums.add(from, c * SIZE, pieces);
             }
-            ++run;
-            for (const int64_t stop = std::min(c + summed_chunks<BITS>(w.group_size, end - c), end); c < stop; ++c) {
-                I v[ROWS];
+            for (; n; --n, ++c, pieces += 32 * P * PIECES) {
+                uint8_t rest[ROWS][32] = {};
+                const uint8_t* copies[ROWS];
                 for (int r = 0; r < ROWS; ++r) {
-                    const uint8_t* own = w.row(row + r);
-                    v[r] = load_chunk<BITS>(own, c, row_bytes);
-                    // Rows are too short for the processor to see a stream in each.
-                    prefetch(own + ROWS * row_bytes + c * 8 * Lane<BITS>::bytes);
+                    std::memcpy(rest[r], from[r] + c * SIZE, size_t(std::min(SIZE, row_bytes - c * SIZE)));
+                    copies[r] = rest[r];
                 }
-                const int16_t* h = &x.high[c * P * 16];
-                const int16_t* l = EXACT ? &x.low[c * P * 16] : nullptr;
-#pragma GCC unroll 8
-                for (int p = 0; p < P; ++p) {
-                    const I xh = load_i(h + 16 * p), xl = EXACT ? load_i(l + 16 * p) : zero_i();
-                    for (int r = 0; r < ROWS; ++r) {
-                        const I code = code_at<BITS>(v[r], p);
-                        high[r] = dot(high[r], code, xh);
-                        if (EXACT) low[r] = dot(low[r], code, xl);
-                    }
-                }
+                sums.add(copies, 0, pieces);
             }
-            for (int r = 0; r < ROWS; ++r) {
-                F whole = to_float(high[r]);
-                if (EXACT) whole = fma(to_float(low[r]), spread_f(1.0f / 32768), whole);
-                const float* s = steps + r * pitch;
-                const F step = lanes >= 8 ? spread_f(s[group]) : pick(load_f(s + group), which);
-                total[r] = fma(whole, step, total[r]);
-            }
+            LORQ_UNROLL for (int r = 0; r < ROWS; ++r) total[r] = fma(sums.of(r), load_f(steps + 8 * r), total[r]);
         }
-        group += lanes >= 8 ? 1 : 8 / lanes;
-    }
-    for (int r = 0; r < ROWS; ++r) y[r] = sum(total[r]) - taken[r];
+    LORQ_UNROLL for (int r = 0; r < ROWS; ++r) y[r] = sum(total[r]) - taken[r];
 }
 
 // ---- eight columns at a time in floating point ------------------------------------------------------------------
@@ -256,29 +286,31 @@ struct Call {
     const Weight& w;
     void* y;
     Type type;
-    bool exact, whole;
+    int pieces;  // bytes of each input; 0 for products in floating point
     std::vector<Inputs>& inputs;
     int64_t tokens;
     std::vector<float> z;  // (tokens, rank): what the right factor makes of the inputs
 };
 
-template <int BITS, bool EXACT>
+template <int BITS, int PIECES>
 void whole_block(const Weight& w, const Inputs& x, int64_t row, int64_t count, float* steps, float* y) {
-    constexpr int ROWS = EXACT ? 2 : 4;
+    constexpr int ROWS = BITS == 8 || PIECES == 3 ? 2 : 4;
+    const Units<BITS> units(w);
     int64_t r = 0;
-    for (; r + ROWS <= count; r += ROWS) multiply_rows<BITS, EXACT, ROWS>(w, x, row + r, steps, y + r);
-    for (; r < count; ++r) multiply_rows<BITS, EXACT, 1>(w, x, row + r, steps, y + r);
+    for (; r + ROWS <= count; r += ROWS) multiply_rows<BITS, PIECES, ROWS>(w, x, units, row + r, steps, y + r);
+    for (; r < count; ++r) multiply_rows<BITS, PIECES, 1>(w, x, units, row + r, steps, y + r);
 }
 
 template <int BITS>
 void whole_block(const Call& c, const Inputs& x, int64_t row, int64_t count, float* steps, float* y) {
-    if (c.exact) whole_block<BITS, true>(c.w, x, row, count, steps, y);
-    else whole_block<BITS, false>(c.w, x, row, count, steps, y);
+    if (c.pieces == 1) whole_block<BITS, 1>(c.w, x, row, count, steps, y);
+    else if (c.pieces == 2) whole_block<BITS, 2>(c.w, x, row, count, steps, y);
+    else whole_block<BITS, 3>(c.w, x, row, count, steps, y);
 }
 
 inline void multiply_block(const Call& c, const Tables& t, const Inputs& x, int64_t row, int64_t count, float* scratch, float* y) {
     const Weight& w = c.w;
-    if (c.whole) {
+    if (c.pieces) {
         if (w.bits == 2) whole_block<2>(c, x, row, count, scratch, y);
         else if (w.bits == 3) whole_block<3>(c, x, row, count, scratch, y);
         else if (w.bits == 4) whole_block<4>(c, x, row, count, scratch, y);
@@ -327,15 +359,15 @@ inline void multiply_job(Team& team, int thread, void* data) {
 }
 
 // y = W x for tokens (tokens, in) -> (tokens, out). False, with y unfinished, where inputs are not finite or all but
-// zero: whole numbers cannot carry that. `exact` keeps 31 bits of each input, otherwise 16.
-inline bool multiply(const Weight& w, const void* x, void* y, int64_t tokens, Type type, bool exact, int threads) {
-    const bool whole = w.vector == 1 && !w.levels && !w.scale_rank;
+// zero: whole numbers cannot carry that. `pieces` bytes are kept of each input, where codes are whole numbers.
+inline bool multiply(const Weight& w, const void* x, void* y, int64_t tokens, Type type, int pieces, int threads) {
+    if (w.vector > 1 || w.levels || w.scale_rank) pieces = 0;
     static thread_local std::vector<Inputs> inputs;  // kept from call to call: making room costs as much as a small layer
     if (int64_t(inputs.size()) < tokens) inputs.resize(size_t(tokens));
-    Call call{w, y, type, exact, whole, inputs, tokens, std::vector<float>(size_t(tokens * w.rank))};
+    Call call{w, y, type, pieces, inputs, tokens, std::vector<float>(size_t(tokens * w.rank))};
     for (int64_t token = 0; token < tokens; ++token) {
         Inputs& own = call.inputs[token];
-        if (!read_inputs(w, x, token, type, whole, exact, own)) return false;
+        if (!read_inputs(w, x, token, type, pieces, own)) return false;
         if (w.scale_rank) mix(w, own.x.data(), own.mixed);
     }
     Team::run(Team::useful(threads, tokens * w.out * w.in), multiply_job, &call);

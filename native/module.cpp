@@ -55,8 +55,8 @@ NB_MODULE(LORQ_MODULE, m) {
             })
         .def(
             "multiply",
-            [](const Weight& w, Pointer x, Pointer y, int64_t tokens, int type, bool exact, int threads) {
-                return multiply(w, at<void>(x), reinterpret_cast<void*>(y), tokens, Type(type), exact, threads);
+            [](const Weight& w, Pointer x, Pointer y, int64_t tokens, int type, int pieces, int threads) {
+                return multiply(w, at<void>(x), reinterpret_cast<void*>(y), tokens, Type(type), pieces, threads);
             },
             nb::call_guard<nb::gil_scoped_release>())
         .def(

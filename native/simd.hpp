@@ -8,6 +8,14 @@
 #include <immintrin.h>
 #endif
 
+#ifdef __GNUC__
+#define LORQ_INLINE __attribute__((always_inline)) inline
+#define LORQ_UNROLL _Pragma("GCC unroll 8")
+#else
+#define LORQ_INLINE inline
+#define LORQ_UNROLL
+#endif
+
 namespace lorq {
 
 inline void prefetch(const void* p) {
@@ -92,16 +100,33 @@ inline F minus(F a, F b) { return _mm256_sub_ps(a, b); }
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F times(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
-// acc + the sums of products of neighbouring 16-bit halves
+// acc + products of bytes without a sign by bytes with one, summed over neighbours: pairs in 16 bits, or fours in 32.
 inline I dot(I acc, I a, I b) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return _mm256_dpwssd_epi32(acc, a, b);
+    return _mm256_dpbusd_epi32(acc, a, b);
 #else
-    acc = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+    acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b));
     __asm__("" : "+x"(acc));  // or gcc makes a tree of the sums, for which there are not registers enough
     return acc;
 #endif
 }
+// 2^N times such a sum, in lanes of 32 bits.
+template <int N>
+inline I widen(I acc) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_slli_epi32(acc, N);
+#else
+    return _mm256_madd_epi16(acc, _mm256_set1_epi16(1 << N));
+#endif
+}
+inline I negative(I acc) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return _mm256_sub_epi32(_mm256_setzero_si256(), acc);
+#else
+    return _mm256_sub_epi16(_mm256_setzero_si256(), acc);
+#endif
+}
+inline I plus(I a, I b) { return _mm256_add_epi32(a, b); }
 inline F pick(F v, I lanes) { return _mm256_permutevar8x32_ps(v, lanes); }  // low three bits of each lane
 inline F pick16(F low, F high, I lanes) {                                  // low four bits
     return _mm256_blendv_ps(pick(low, lanes), pick(high, lanes), _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28)));
@@ -125,13 +150,15 @@ inline float sum(F v) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-// 24 bytes of 3-bit codes, four to each half of a lane, in its bits 4 to 15; reads 28 bytes.
+// 24 bytes of 3-bit codes, two to each byte, in its lower six bits; reads 28 bytes.
 inline I load_threes(const uint8_t* p) {
     const __m256i order = _mm256_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11, 0, 1, 1, 2, 3, 4, 4, 5, 6, 7,
                                            7, 8, 9, 10, 10, 11);
     const __m256i v = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
                                               _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 12)), 1);
-    return _mm256_mullo_epi16(_mm256_shuffle_epi8(v, order), _mm256_set1_epi32(0x00010010));
+    // Twelve bits in the upper part of each half, then six to each of its bytes.
+    const __m256i twelve = _mm256_mullo_epi16(_mm256_shuffle_epi8(v, order), _mm256_set1_epi32(0x00010010));
+    return either(both(shift_right<4>(twelve), spread_i(0x003f003f)), both(shift_right<2>(twelve), spread_i(0x3f003f00)));
 }
 #else
 struct I { uint32_t v[8]; };
@@ -162,10 +189,13 @@ inline F add(F a, F b) { LORQ_EACH a.v[i] += b.v[i]; return a; }
 inline F times(F a, F b) { LORQ_EACH a.v[i] *= b.v[i]; return a; }
 inline F fma(F a, F b, F c) { LORQ_EACH c.v[i] += a.v[i] * b.v[i]; return c; }
 inline I dot(I acc, I a, I b) {
-    LORQ_EACH acc.v[i] += uint32_t(int32_t(int16_t(a.v[i])) * int16_t(b.v[i]) +
-                                   int32_t(int16_t(a.v[i] >> 16)) * int16_t(b.v[i] >> 16));
+    LORQ_EACH for (int k = 0; k < 32; k += 8) acc.v[i] += uint32_t(int32_t(uint8_t(a.v[i] >> k)) * int8_t(b.v[i] >> k));
     return acc;
 }
+template <int N>
+inline I widen(I acc) { return shift_left(acc, N); }
+inline I negative(I acc) { LORQ_EACH acc.v[i] = 0 - acc.v[i]; return acc; }
+inline I plus(I a, I b) { LORQ_EACH a.v[i] += b.v[i]; return a; }
 inline F pick(F v, I lanes) { F r; LORQ_EACH r.v[i] = v.v[lanes.v[i] & 7]; return r; }
 inline F pick16(F low, F high, I lanes) {
     F r;
@@ -189,8 +219,8 @@ inline float sum(F v) {  // in the order of the vector form
 inline I load_threes(const uint8_t* p) {
     I r;
     LORQ_EACH {
-        const uint32_t bits = p[3 * i] | uint32_t(p[3 * i + 1]) << 8 | uint32_t(p[3 * i + 2]) << 16;
-        r.v[i] = (bits << 4 & 0xffff) | (bits & 0xfff000) << 8;  // as above; the lowest four bits of a half are not looked at
+        const uint32_t b = p[3 * i] | uint32_t(p[3 * i + 1]) << 8 | uint32_t(p[3 * i + 2]) << 16;
+        r.v[i] = (b & 0x3f) | (b & 0xfc0) << 2 | (b & 0x3f000) << 4 | (b & 0xfc0000) << 6;
     }
     return r;
 }

@@ -31,7 +31,7 @@ struct Weight {
     Factor left, right;  // (out, rank), (rank, in)
     int rank = 0;
 
-    int64_t whole_scratch() const { return groups() + 16; }
+    int64_t whole_scratch() const { return 8 * (groups() + 16); }
     int64_t groups() const { return in / group_size; }
     const uint8_t* row(int64_t o) const { return reinterpret_cast<const uint8_t*>(packed + o * words); }
 };

@@ -102,8 +102,8 @@ def run(x: Tensor, *arguments: Any) -> Tensor:
     tokens = x.numel() // in_features
     y = x.new_empty(*x.shape[:-1], out)
     if tokens <= FEW_TOKENS:
-        kind, exact = _TYPES[x.dtype], x.dtype == torch.float32
-        if weight.multiply(x.data_ptr(), y.data_ptr(), tokens, kind, exact, torch.get_num_threads()):
+        kind, pieces = _TYPES[x.dtype], 3 if x.dtype == torch.float32 else 2
+        if weight.multiply(x.data_ptr(), y.data_ptr(), tokens, kind, pieces, torch.get_num_threads()):
             return y
     return _by_strips(x.view(tokens, in_features), y.view(tokens, out), weight, operands[8:]).view(y.shape)
 
@@ -190,7 +190,7 @@ def _agree(portable: Any, fast: Any) -> bool:
         y = torch.empty(2, 2, 8)
         for module, to in zip((portable, fast), y, strict=True):
             weight = _new_weight(module, [packed, scale, *[None] * 10], bits, 256)
-            weight.multiply(x.data_ptr(), to.data_ptr(), 2, 1, True, 1)
+            weight.multiply(x.data_ptr(), to.data_ptr(), 2, 1, 3, 1)
         if not torch.allclose(y[0], y[1], rtol=1e-4, atol=1e-3 * 2**bits):
             return False
     return True
