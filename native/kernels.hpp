@@ -2,11 +2,11 @@
 // would share the inline functions of the standard library, compiled for whichever set the linker took.
 //
 // Whole numbers (integer codes of 2, 3, 4, 8 bits, a scale for each group). Lane l of a chunk of eight holds the codes of
-// neighbouring columns, so a right shift and a mask bring one code into each 16-bit half, and one instruction multiplies
-// them by the inputs' 16-bit numbers and adds pairs: 16 weights in three or four instructions. A lane's sums are of its
-// own columns alone; at the end of a group they become float32 and are multiplied by the scale. Codes count from the middle
-// of the grid, since the sums begin below zero; what zero points are off it is taken away once a group, as scale *
-// (zero - middle) * (sum of the inputs).
+// neighbouring columns; a right shift and a mask bring one code into each byte, and one instruction multiplies 32 of them
+// by 32 bytes of the inputs and adds pairs (or fours), another adds those up: 6 instructions for 32 weights and inputs of
+// two bytes, 4 for inputs of one. A lane's sums are of its own columns alone; at the end of a group they become float32 and
+// are multiplied by the scale. Codes count from the middle of the grid, since the sums begin below zero; what zero points
+// are off it is taken away once a group, as scale * (zero - middle) * (sum of the inputs).
 //
 // Floating point (fixed levels, scales of low rank, vector codebooks): eight neighbouring columns at a time are decoded
 // to float32 and multiplied by the inputs.
@@ -361,7 +361,7 @@ inline void multiply_job(Team& team, int thread, void* data) {
 // y = W x for tokens (tokens, in) -> (tokens, out). False, with y unfinished, where inputs are not finite or all but
 // zero: whole numbers cannot carry that. `pieces` bytes are kept of each input, where codes are whole numbers.
 inline bool multiply(const Weight& w, const void* x, void* y, int64_t tokens, Type type, int pieces, int threads) {
-    if (w.vector > 1 || w.levels || w.scale_rank) pieces = 0;
+    if (!w.whole_numbers()) pieces = 0;
     static thread_local std::vector<Inputs> inputs;  // kept from call to call: making room costs as much as a small layer
     if (int64_t(inputs.size()) < tokens) inputs.resize(size_t(tokens));
     Call call{w, y, type, pieces, inputs, tokens, std::vector<float>(size_t(tokens * w.rank))};

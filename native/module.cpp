@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "kernels.hpp"
+#include "rotation.hpp"
 
 namespace nb = nanobind;
 using namespace lorq;
@@ -41,6 +42,14 @@ std::string best() {
 
 NB_MODULE(LORQ_MODULE, m) {
     m.def("best", &best);
+    m.def(
+        "rotate",
+        [](Pointer x, Pointer y, int64_t tokens, int64_t in, int type, Pointer permutation, int index_bytes, int64_t block,
+           int64_t skip, bool inverse, int threads) {
+            return rotate({at<void>(x), at<void>(permutation), reinterpret_cast<void*>(y), tokens, in, block, skip,
+                           Type(type), index_bytes, inverse}, threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
     nb::class_<Weight>(m, "Weight")
         .def(
             "__init__",
@@ -53,6 +62,7 @@ NB_MODULE(LORQ_MODULE, m) {
                                at<int8_t>(codebook), at<uint16_t>(codebook_scale), codebook_rows, codebook_columns,
                                factor(left), factor(right), rank};
             })
+        .def_prop_ro("whole_numbers", [](const Weight& w) { return w.whole_numbers(); })
         .def(
             "multiply",
             [](const Weight& w, Pointer x, Pointer y, int64_t tokens, int type, int pieces, int threads) {

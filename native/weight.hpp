@@ -32,6 +32,8 @@ struct Weight {
     int rank = 0;
 
     int64_t whole_scratch() const { return 8 * (groups() + 16); }
+    // Codes that stand for whole numbers under a scale for each group.
+    bool whole_numbers() const { return vector == 1 && !levels && !scale_rank; }
     int64_t groups() const { return in / group_size; }
     const uint8_t* row(int64_t o) const { return reinterpret_cast<const uint8_t*>(packed + o * words); }
 };

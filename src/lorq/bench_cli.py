@@ -82,6 +82,7 @@ def bench_decode(
     kinds: tuple[str, ...] = ("integer",),
     group_size: int = 128,
     ranks: tuple[int, ...] = (0, 32),
+    products: tuple[str, ...] = ("exact",),
     tokens: int = 1,
     repeats: int = 9,
     dtype: str = "bfloat16",
@@ -97,6 +98,7 @@ def bench_decode(
         kinds: integer, lords or vector, once for each.
         group_size: columns that share a scale.
         ranks: of the low-rank part, once for each; 0 for none.
+        products: how inputs meet integer codes on a CPU, once for each: exact, or bytes, which rounds them on the fly.
         tokens: of the input.
         repeats: rounds in which all take turns; medians are printed.
         dtype: of the input and of the dense weight.
@@ -107,8 +109,8 @@ def bench_decode(
     from lorq import bench_decode
 
     rows = bench_decode.bench_decode(
-        shapes or bench_decode.SHAPES, bits=bits, kinds=kinds, group_size=group_size, ranks=ranks, tokens=tokens,
-        repeats=repeats, dtype=dtype, device=device, seed=seed,
+        shapes or bench_decode.SHAPES, bits=bits, kinds=kinds, group_size=group_size, ranks=ranks,
+        products=products, tokens=tokens, repeats=repeats, dtype=dtype, device=device, seed=seed,
     )  # fmt: skip
     print_rows(rows, json_)
 

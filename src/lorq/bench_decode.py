@@ -5,13 +5,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorq.hf import read_device, read_dtype
-from lorq.kernels import implementation
+from lorq.kernels import cpu, implementation
 from lorq.linear import QuantLinear
 from lorq.weight import LayerFormat
 
@@ -30,6 +31,7 @@ def bench_decode(
     kinds: Iterable[str] = ("integer",),
     group_size: int = 128,
     ranks: Iterable[int] = (0, 32),
+    products: Iterable[str] = ("exact",),
     tokens: int = 1,
     repeats: int = 9,
     dtype: str = "bfloat16",
@@ -45,6 +47,7 @@ def bench_decode(
             as large as the group scales; "vector", codebooks for 4 weights (2 bits) or 2 weights (3 bits).
         group_size: columns that share a scale.
         ranks: of the low-rank part, 8-bit factors; 0 for none.
+        products: how inputs meet integer codes on a CPU: "exact", or "bytes", which rounds them to 8 bits on the fly.
         tokens: of the input.
         repeats: rounds; medians are reported.
         dtype: of the input and of the dense weight.
@@ -54,15 +57,17 @@ def bench_decode(
     Yields:
         For each shape, kind, width and rank: milliseconds, gigabytes a second of what is stored, their share of what a
         plain read (a sum) reaches in the same rounds, how many times faster than the dense product and than torch's
-        int4 operator (CPU, group 32 to 256; else None), and what multiplied.
+        int4 operator (CPU, group 32 to 256; else None), the output's signal to noise in decibel, and what multiplied.
 
     Raises:
-        ValueError: for a shape that is none, an unknown kind, or repeats or tokens below 1.
+        ValueError: for a shape that is none, an unknown kind or way of products, or repeats or tokens below 1.
     """
     if repeats < 1 or tokens < 1:
         raise ValueError(f"repeats and tokens must be at least 1, got {repeats} and {tokens}")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}")
+    for way in products:
+        cpu.check_products(way)
     place, kind_of_input = read_device(device), read_dtype(dtype)
     for shape in shapes:
         out, in_ = _read_shape(shape)
@@ -71,24 +76,28 @@ def bench_decode(
         ways: dict[Any, list[Callable[[], Any]]] = {"read": [_reader(place)], "dense": _dense(out, in_, x, generator)}
         int4 = _int4(out, in_, group_size, x, generator)
         ways |= {"int4": int4} if int4 else {}
-        made = {}
-        for kind, width, rank in ((k, b, r) for k in kinds for b in bits for r in ranks):
+        made: dict[Any, tuple[LayerFormat, float]] = {}
+        for kind, width, rank in product(kinds, bits, ranks):
             format = _format(kind, width, rank, out, in_, group_size)
             if format is None:
                 continue
-            made[kind, width, rank] = format
-            ways[kind, width, rank] = _layers(out, in_, format, x, generator)
+            layers = _layers(out, in_, format, x, generator)
+            for way in products:
+                ways[kind, width, rank, way] = [partial(_multiply, layer, x, way) for layer in layers]
+                made[kind, width, rank, way] = format, _sqnr_db(layers[0], x, way)
         seconds = _medians(ways, repeats, place)
         bandwidth = _READ_BYTES / seconds["read"] / 1e9
-        for key, format in made.items():
+        for key, (format, sqnr_db) in made.items():
             gigabytes = format.stored_bits(out, in_) / 8e9
             name = implementation(format, in_, place, kind_of_input).name
             yield {
-                "shape": shape, "kind": key[0], "bits": key[1], "rank": key[2], "tokens": tokens,
+                "shape": shape, "kind": key[0], "bits": key[1], "rank": key[2], "products": key[3],
+                "tokens": tokens,
                 "milliseconds": 1e3 * seconds[key], "gigabytes_a_second": gigabytes / seconds[key],
                 "of_plain_read": gigabytes / seconds[key] / bandwidth, "plain_read": bandwidth,
                 "times_dense": seconds["dense"] / seconds[key],
-                "times_int4": seconds["int4"] / seconds[key] if int4 else None, "runs_on": name,
+                "times_int4": seconds["int4"] / seconds[key] if int4 else None,
+                "sqnr_db": sqnr_db, "runs_on": name,
             }  # fmt: skip
 
 
@@ -114,8 +123,8 @@ def _format(kind: str, bits: int, rank: int, out: int, in_: int, group_size: int
     return LayerFormat(bits, in_, True, rank, "int8", vector, rows, columns)
 
 
-def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
-    """Calls of as many random layers as no cache holds."""
+def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch.Generator) -> list[QuantLinear]:
+    """As many random layers as no cache holds."""
     layers = []
     for _ in range(_rotation(format.stored_bits(out, in_))):
         layer = QuantLinear(in_, out, format)
@@ -129,7 +138,19 @@ def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch
             else:
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.02)
         layers.append(layer.to(x.device))
-    return [partial(layer, x) for layer in layers]
+    return layers
+
+
+def _multiply(layer: QuantLinear, x: Tensor, way: str) -> Tensor:
+    with cpu.products(way):
+        return layer(x)
+
+
+@torch.no_grad()
+def _sqnr_db(layer: QuantLinear, x: Tensor, way: str) -> float:
+    """``20 log10(norm(y) / norm(y - y'))`` against the product with the decoded weight in float32."""
+    y = x.float() @ layer.value().dense().T
+    return float(20 * torch.log10(y.norm() / (y - _multiply(layer, x, way).float()).norm()))
 
 
 def _dense(out: int, in_: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:

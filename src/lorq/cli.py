@@ -90,6 +90,7 @@ def evaluate(
     windows: int = 16,
     device: str = "auto",
     dtype: str = "auto",
+    products: str = "exact",
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Perplexity of MODEL, and how far it is from a reference.
@@ -103,12 +104,13 @@ def evaluate(
         windows: how many, evenly spread over the text; 0 for all.
         device: auto, cpu, cuda and so on.
         dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
+        products: how inputs meet integer codes on a CPU: exact, or bytes, which rounds them to 8 bits on the fly.
         json_: print one JSON object.
     """
     with progress_bars() as progress:
         result = lorq.evaluate(
             model, reference=reference, adapter=adapter, text=text, window=window, windows=windows or None,
-            device=device, dtype=dtype, progress=progress,
+            device=device, dtype=dtype, products=products, progress=progress,
         )  # fmt: skip
     if Path(model, REPORT_NAME).is_file() and read_report(Path(model)).run.get("calibration") == text:
         notes.print(f"note: {model} was calibrated on {text} itself; these figures flatter it")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lorq.adapters import load_adapter, read_adapter_config
 from lorq.calibration import load_text, token_windows
 from lorq.hf import load
+from lorq.kernels import cpu
 from lorq.linear import QuantLinear
 from lorq.plan import Progress, layer_bytes
 from lorq.selftext import eval_mode
@@ -128,6 +129,7 @@ def evaluate(
     windows: int | None = 16,
     device: str = "auto",
     dtype: str = "auto",
+    products: str = "exact",
     progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity of a model on a text and, given the original, how far it has moved from that.
@@ -141,15 +143,17 @@ def evaluate(
         windows: how many, evenly spread over the text; None for all that fit side by side.
         device: "auto" takes an accelerator if there is one.
         dtype: of the activations of both; see `lorq.load`.
+        products: how inputs meet integer codes on a CPU: "exact", or "bytes", see `lorq.kernels.cpu.products`.
         progress: called as ``progress("evaluate", done, total)``.
 
     Raises:
-        FileNotFoundError, ValueError: as `lorq.load` and `lorq.calibration.load_text` do, and if text or model
-            are too short for the window.
+        FileNotFoundError, ValueError: as `lorq.load` and `lorq.calibration.load_text` do, if text or model are too
+            short for the window, and for another word for products.
         FloatingPointError: if a logit is not finite.
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    cpu.check_products(products)
     folder = resolve_model(model)
     if adapter is not None:
         read_adapter_config(Path(adapter))  # before the model is read
@@ -163,14 +167,15 @@ def evaluate(
     if adapter is not None:
         load_adapter(measured, adapter)
     original = None if original_folder is None else load(original_folder, device=device, dtype=dtype)
-    return evaluate_model(
-        measured,
-        tokens,
-        reference=original,
-        text=text,
-        bits_per_weight=bits_per_weight(measured, folder),
-        progress=None if progress is None else lambda done, total: progress("evaluate", done, total),
-    )
+    with cpu.products(products):
+        return evaluate_model(
+            measured,
+            tokens,
+            reference=original,
+            text=text,
+            bits_per_weight=bits_per_weight(measured, folder),
+            progress=None if progress is None else lambda done, total: progress("evaluate", done, total),
+        )
 
 
 def bits_per_weight(model: nn.Module, folder: Path) -> float:

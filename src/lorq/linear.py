@@ -12,7 +12,7 @@ from lorq.activations import Activations
 from lorq.basis import Basis
 from lorq.factors import FACTOR_TYPES, LowRank, factor_bits
 from lorq.grids import Codebook, levels
-from lorq.kernels import fake_quantize, int8_linear, misfit, multiply, rotate
+from lorq.kernels import fake_quantize, int8_linear, misfit, multiply, turn
 from lorq.packing import pack, pack_columns, packed_width, unpack, unpack_columns
 from lorq.scales import LowRankScale
 from lorq.weight import LayerFormat, QuantizedWeight, Tile, permutation_dtype
@@ -131,7 +131,7 @@ class SharedRotation:
 
     def __call__(self, x: Tensor, permutation: Tensor | None, format: LayerFormat) -> Tensor:
         def image() -> Tensor:
-            return rotate(x, permutation, format.rotation_block, format.rotation_skip)
+            return turn(x, permutation, format.rotation_block, format.rotation_skip)
 
         # Inference tensors do not count their changes.
         if self.layers == 1 or torch.compiler.is_compiling() or x.is_inference():

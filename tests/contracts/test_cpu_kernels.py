@@ -3,6 +3,7 @@
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from test_kernels import FORMATS, SQNR_DB, dense, operands, sqnr_db
 
 from lorq.kernels import cpu, implementation, multiply, quant_linear
-from lorq.kernels.reference import quant_linear_reference
+from lorq.kernels.reference import quant_linear_reference, rotate_reference
 from lorq.weight import LayerFormat
 
 ROOT = Path(__file__).parents[2]
@@ -258,3 +259,47 @@ def test_no_kernel_reads_or_writes_outside_its_tensors(tmp_path):
         done = subprocess.run([program], capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.endswith("products checked\n"), done.stderr[-3000:]
         assert int(done.stdout.split()[0]) > 100
+
+
+@dtypes
+def test_the_rotation_is_the_dense_product_whatever_the_threads(module, dtype, generator):
+    for width, block, skip in ((48, 4, 0), (576, 64, 0), (96, 32, 64), (320, 256, 64), (40, 0, 0)):
+        order = torch.randperm(width, generator=generator).to(torch.int16)
+        x = torch.randn(3, 2, 2 * width, generator=generator).to(dtype)[..., ::2]  # not contiguous
+        for permutation, inverse in product((None, order), (False, True)):
+            y = cpu.turn(x, permutation, block, skip, inverse)
+            expected = rotate_reference(x.double(), permutation, block, skip, inverse)
+            assert y.dtype == dtype and y.is_contiguous()
+            assert torch.equal(y, expected.to(dtype)) if not block else sqnr_db(expected, y) > SQNR_DB[dtype]
+
+
+@pytest.mark.parametrize("bad", [-1, 48], ids=str)
+def test_a_permutation_that_names_no_channel_is_left_to_the_reference(module, bad):
+    order = torch.arange(48, dtype=torch.int32)
+    order[7] = bad
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|DATA bounds)"):
+        cpu.turn(torch.ones(1, 48), order, 16, 0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 70], ids=str)
+def test_inputs_of_one_byte_err_by_half_a_step_and_only_when_asked(module, tokens, bits, random_weight, generator):
+    weight = random_weight(24, 256, LayerFormat(bits, 64, False, 2, "int8"))
+    x = torch.randn(tokens, 256, generator=generator)
+    arguments = covered(weight, x)
+    exact = cpu.run(x, *arguments)
+    with cpu.products("bytes"):
+        rough = cpu.run(x, *arguments)
+    groups = x.unflatten(1, (4, 64))
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    rounded = ((groups / step).round() * step).flatten(1)
+    # Zero points and factors see the inputs as they are: only products with codes are rounded.
+    codes = replace(weight, low_rank=None, zero_point=None).dense()
+    expected = exact + (rounded - x) @ codes.T
+    assert sqnr_db(expected.double(), rough) > 60 and 25 < sqnr_db(exact.double(), rough) < 60
+    assert torch.equal(cpu.run(x, *arguments), exact)
+
+
+def test_another_word_for_products_is_refused():
+    with pytest.raises(ValueError, match="one of exact, bytes, got 'int8'"), cpu.products("int8"):
+        pass

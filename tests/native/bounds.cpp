@@ -1,4 +1,5 @@
 // Products on heap blocks of exactly their size, for the sanitizers to watch; their values against plain loops.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -6,6 +7,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "rotation.hpp"
 
 using namespace lorq;
 
@@ -35,7 +37,8 @@ static int checked = 0;
 static void check(const Weight& w, int64_t tokens, int threads, double tolerance) {
     const auto x = filled<float>(size_t(tokens * w.in), small);
     std::vector<float> y(size_t(tokens * w.out)), dense(size_t(w.out * w.in));
-    if (!multiply(w, x.data(), y.data(), tokens, Type::f32, 3, threads)) std::abort();
+    for (int pieces : {1, 2, 3})  // the last is compared
+        if (!multiply(w, x.data(), y.data(), tokens, Type::f32, pieces, threads)) std::abort();
     decode(w, dense.data(), 0, w.out, Type::f32, threads);
     std::vector<uint16_t> halves(size_t(w.in));
     decode(w, halves.data(), w.out - 1, 1, Type::bf16, 1);
@@ -114,6 +117,16 @@ int main() {
         w.packed = packed.data(), w.scale = scale.data(), w.codebook = codebook.data(), w.codebook_scale = tile_scale.data();
         w.codebook_rows = 2, w.codebook_columns = 16;
         check(w, 2, 2, 1e-6);
+    }
+    for (const auto& [in, block, skip] : {std::array<int64_t, 3>{12, 4, 0}, {40, 8, 16}, {320, 256, 64}, {7, 0, 0}}) {
+        const auto x = filled<float>(size_t(3 * in), small);
+        std::vector<int16_t> order(size_t(in), 0);
+        for (int64_t j = 0; j < in; ++j) order[size_t(j)] = int16_t(in - 1 - j);
+        std::vector<float> y(x.size()), back(x.size());
+        if (!rotate({x.data(), order.data(), y.data(), 3, in, block, skip, Type::f32, 2, false}, 2)) std::abort();
+        if (!rotate({y.data(), order.data(), back.data(), 3, in, block, skip, Type::f32, 2, true}, 2)) std::abort();
+        for (size_t i = 0; i < x.size(); ++i)
+            if (std::fabs(x[i] - back[i]) > 1e-5f) return std::fprintf(stderr, "rotate\n"), 1;
     }
     std::printf("%d products checked\n", checked);
 }

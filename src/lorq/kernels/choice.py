@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorq.kernels import cpu, int8, triton_linear
-from lorq.kernels.reference import quant_linear
+from lorq.kernels.reference import quant_linear, rotate
 from lorq.weight import LayerFormat
 
 
@@ -49,10 +49,17 @@ def implementation(format: LayerFormat, in_features: int, device: torch.device, 
 def multiply(x: Tensor, *arguments: Any) -> Tensor:
     """`quant_linear`, without torch's dispatcher where nothing is traced and nothing learns: that costs as much as a
     small layer. Arguments and result are the operator's."""
+    return cpu.run(x, *arguments) if _direct(x, *arguments) else quant_linear(x, *arguments)
+
+
+def turn(x: Tensor, *arguments: Any) -> Tensor:
+    """`rotate`, in the same way."""
+    return cpu.turn(x, *arguments) if _direct(x, *arguments) else rotate(x, *arguments)
+
+
+def _direct(x: Tensor, *arguments: Any) -> bool:
     plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if plain and not (torch.is_grad_enabled() and _learns(x, *arguments)):
-        return cpu.run(x, *arguments)
-    return quant_linear(x, *arguments)
+    return plain and not (torch.is_grad_enabled() and _learns(x, *arguments))
 
 
 def _learns(*tensors: Any) -> bool:

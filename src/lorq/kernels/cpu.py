@@ -1,7 +1,7 @@
 """The quantized linear on the CPU in C++ (native/): the checkpoint's own words, read as they are.
 
-Few tokens are multiplied straight from the codes: integer codes by the inputs in whole numbers (31 bits of each float32
-input, 16 bits of each half-precision one, on a step for each group that is a power of two), everything else in float32.
+Few tokens are multiplied straight from the codes: integer codes by bytes of the inputs (three of a float32 one, two of a
+half-precision one, on a step for each group that is a power of two), everything else in float32.
 Many tokens decode a strip of rows at a time and multiply it with torch's matrix product. Inputs that are not finite, or
 all but zero, take the second way, where they come out as the reference has them.
 
@@ -9,7 +9,8 @@ The library is one module for each instruction set; the best that this machine h
 on a small product before it is used.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorq.factors import LowRank
 from lorq.kernels.operands import NAMES, Operands, format_of
-from lorq.kernels.reference import quant_linear, quant_linear_reference
+from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate, rotate_reference
 from lorq.weight import LayerFormat
 
 _TYPES = {
@@ -31,8 +32,33 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LANE = {2: 16, 3: 8, 4: 8, 8: 4}
 # Tokens up to which codes are multiplied directly: where the two ways took the same time (docs/kernels.md).
 FEW_TOKENS = 8
+# Tokens whose inputs are prepared at once.
+_MOST_AT_ONCE = 64
 # Bytes of a decoded strip: it should still be in the second-level cache, or nearly, when it is multiplied.
 _STRIP_BYTES = 4 << 20
+PRODUCTS = ("exact", "bytes")
+_one_byte = False
+
+
+@contextmanager
+def products(kind: str) -> Iterator[None]:
+    """How inputs enter the products with integer codes while this is entered, in the whole process.
+
+    Args:
+        kind: "exact" takes 15 bits of half-precision inputs and 23 of float32 ones, relative to the largest of a group.
+            "bytes" rounds every input to 8 bits on its group's range, whatever the number of tokens: fewer
+            instructions, and an error as that of activations quantized on the fly (docs/kernels.md has both).
+
+    Raises:
+        ValueError: for another word.
+    """
+    global _one_byte
+    check_products(kind)
+    before, _one_byte = _one_byte, kind == "bytes"
+    try:
+        yield
+    finally:
+        _one_byte = before
 
 
 @cache
@@ -48,6 +74,16 @@ def library() -> tuple[Any, str]:
     except ImportError:
         return portable, "portable"
     return (fast, name) if _agree(portable, fast) else (portable, "portable")
+
+
+def check_products(kind: str) -> None:
+    """Refuse what is no way of `products`.
+
+    Raises:
+        ValueError: naming the ways.
+    """
+    if kind not in PRODUCTS:
+        raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {kind!r}")
 
 
 def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -101,11 +137,42 @@ def run(x: Tensor, *arguments: Any) -> Tensor:
     x = x.contiguous()
     tokens = x.numel() // in_features
     y = x.new_empty(*x.shape[:-1], out)
-    if tokens <= FEW_TOKENS:
-        kind, pieces = _TYPES[x.dtype], 3 if x.dtype == torch.float32 else 2
-        if weight.multiply(x.data_ptr(), y.data_ptr(), tokens, kind, pieces, torch.get_num_threads()):
-            return y
+    if (tokens <= FEW_TOKENS or (_one_byte and weight.whole_numbers)) and _directly(x, y, weight, tokens):
+        return y
     return _by_strips(x.view(tokens, in_features), y.view(tokens, out), weight, operands[8:]).view(y.shape)
+
+
+def _directly(x: Tensor, y: Tensor, weight: Any, tokens: int) -> bool:
+    """Into ``y``: products straight from the codes, a few tokens at a time. False where inputs are not finite."""
+    kind, threads = _TYPES[x.dtype], torch.get_num_threads()
+    pieces = 1 if _one_byte else 3 if x.dtype == torch.float32 else 2
+    at, to, size = x.data_ptr(), y.data_ptr(), x.element_size()
+    for first in range(0, tokens, _MOST_AT_ONCE):
+        count = min(_MOST_AT_ONCE, tokens - first)
+        x_at, y_at = at + first * size * x.shape[-1], to + first * size * y.shape[-1]
+        if not weight.multiply(x_at, y_at, count, kind, pieces, threads):
+            return False
+    return True
+
+
+def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False) -> Tensor:
+    """`lorq.kernels.rotate` on the CPU: sums in float32, rounded once; the reference for what this does not cover.
+
+    Args and result are the operator's.
+    """
+    module, in_features = library()[0], x.shape[-1]
+    fits = block == 0 or (not block & (block - 1) and 0 <= skip < in_features and (in_features - skip) % block == 0)
+    order = None if permutation is None else permutation.contiguous()
+    known = order is None or (order.dtype in (torch.int16, torch.int32, torch.int64) and order.shape == (in_features,))
+    if module is None or x.dtype not in _DTYPES or not fits or not known:
+        return rotate_reference(x, permutation, block, skip, inverse)
+    x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    at, size = (0, 0) if order is None else (order.data_ptr(), order.itemsize)
+    tokens, threads = x.numel() // in_features, torch.get_num_threads()
+    found = module.rotate(
+        x.data_ptr(), y.data_ptr(), tokens, in_features, _TYPES[x.dtype], at, size, block, skip, inverse, threads
+    )
+    return y if found else rotate_reference(x, permutation, block, skip, inverse)
 
 
 def _by_strips(x: Tensor, y: Tensor, weight: Any, low_rank: Sequence[Tensor | None]) -> Tensor:
@@ -197,3 +264,4 @@ def _agree(portable: Any, fast: Any) -> bool:
 
 
 quant_linear.register_kernel("cpu")(run)
+rotate.register_kernel("cpu")(turn)
