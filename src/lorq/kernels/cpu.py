@@ -1,7 +1,7 @@
 """The quantized linear on the CPU in C++ (native/): the checkpoint's own words, read as they are.
 
-Few tokens are multiplied straight from the codes: integer codes by bytes of the inputs (three of a float32, two of a half
-precision one, on a step for each group that is a power of two), everything else in float32.
+Few tokens are multiplied straight from the codes: integer codes by bytes of the inputs (three of a float32 one, two of
+a half-precision one, on a step for each group that is a power of two), everything else in float32.
 Many tokens decode a strip of rows at a time and multiply it with torch's matrix product. Inputs that are not finite, or
 all but zero, take the second way, where they come out as the reference has them.
 
