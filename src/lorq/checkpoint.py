@@ -325,14 +325,29 @@ def verify_shards(folder: Path, checksums: Mapping[str, str]) -> None:
         )
 
 
-def _resume(folder: Path, identity: dict[str, Any]) -> list[FinishedShard]:
-    """The shards to keep. Removes the others, and what an interrupted ``finish`` has left."""
-    journal = safefile.read_journal(folder / JOURNAL)
-    if different := safefile.differences(journal.identity, identity):
+def check_begun(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to resume a folder that was begun with others of these settings, which may be a part of its identity.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if (folder / JOURNAL).is_file():
+        then = safefile.read_journal(folder / JOURNAL).identity
+        _require_same(folder, {key: then.get(key) for key in settings}, settings)
+
+
+def _require_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if different := safefile.differences(then, now):
         raise ValueError(
             f"{folder} was begun differently: {'; '.join(different)}; "
             "resume with the same settings, or begin again with --overwrite"
         )
+
+
+def _resume(folder: Path, identity: dict[str, Any]) -> list[FinishedShard]:
+    """The shards to keep. Removes the others, and what an interrupted ``finish`` has left."""
+    journal = safefile.read_journal(folder / JOURNAL)
+    _require_same(folder, journal.identity, identity)
     whole = list(takewhile(lambda shard: shard.is_whole(folder), journal.shards))
     for name in [*journal.closing, *(shard.name for shard in journal.shards[len(whole) :])]:
         (folder / name).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 import lorq
 from lorq.blocks import StreamedModel
 from lorq.calibration import SELF, Windows, calibration_windows
-from lorq.checkpoint import CheckpointWriter, require_space
+from lorq.checkpoint import CheckpointWriter, check_begun, require_space
 from lorq.config import FORMAT_VERSION
 from lorq.hf import SENTINEL, read_device
 from lorq.methods import METHODS, Method
@@ -74,6 +74,9 @@ def quantize(
     plan = mix_widths(plan, solver, chosen)
     name = next((key for key, kind in METHODS.items() if type(solver) is kind), type(solver).__name__.lower())
     run = Run(streamed, source, plan, excluded, solver, name, chosen, progress or (lambda *_: None))
+    if chosen.resume:  # the text is compared when it is read
+        settings = _identity(run, None)
+        check_begun(out, {key: settings[key] for key in ("format_version", "lorq_version", "method", "settings")})
     check_activations(run)
     check_weights(run)
     largest = estimate(run)

@@ -17,7 +17,7 @@ from lorq.smooth import KEYS_AND_VALUES
 from lorq.solve import expert_formats
 from lorq.tiles import TileFormat
 
-# progress(stage, done, total): stages in order are "check", "write calibration text", "quantize", "verify".
+# progress(stage, done, total): stages in order are "check weights", "write calibration text", "quantize", "verify".
 Progress = Callable[[str, int, int], None]
 
 
@@ -151,7 +151,7 @@ def mix_widths(
     if not low < average <= wide:
         raise ValueError(
             f"average_bits must be above the method's bits and at most wide_bits, got {average} with bits {low} and "
-            f"wide_bits {wide}"
+            f"wide_bits {wide}; lower bits or raise wide_bits"
         )
     sizes = {t: t.out_features * t.in_features for layers in plan.values() for t, m in layers.items() if m.bits == low}
     room = (average - low) / (wide - low) * sum(sizes.values())
@@ -246,7 +246,7 @@ def check_weights(run: Run) -> None:
         wrong = int((~torch.isfinite(weight)).sum())
         if wrong:
             bad.append(f"{target.name} ({wrong} of {weight.numel()})")
-        run.progress("check", done + 1, len(jobs))
+        run.progress("check weights", done + 1, len(jobs))
     if bad:
         raise ValueError(
             f"weights must be finite, NaN or infinite values are in {', '.join(bad)}; "

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from lorq.safefile import read_json, some_of
 # In a pipe there is no width to fit into, and cut names are of no use to anyone.
 console = Console(width=None if sys.stdout.isatty() else 160)
 notes = Console(stderr=True)
+# After so long a user of a log file wants to see that something moves.
+_SILENCE_SECONDS = 20
 
 
 @contextmanager
@@ -26,7 +29,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     quiet()
     bars: dict[str, Any] = {}
     if not notes.is_terminal:
-        yield _progress_lines
+        yield _ProgressLines()
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -42,10 +45,17 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def _progress_lines(stage: str, done: int, total: int) -> None:
-    """A line for every tenth of a stage."""
-    if done == total or 10 * done // total != 10 * (done - 1) // total:
-        notes.print(f"{stage}: {done} of {total}", highlight=False)
+class _ProgressLines:
+    """A line for every tenth of a stage, and for every step of a slow one."""
+
+    def __init__(self) -> None:
+        self.printed = time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        tenth = done == total or 10 * done // total != 10 * (done - 1) // total
+        if tenth or time.monotonic() - self.printed > _SILENCE_SECONDS:
+            notes.print(f"{stage}: {done} of {total}", highlight=False)
+            self.printed = time.monotonic()
 
 
 def quiet() -> None:
@@ -64,7 +74,8 @@ def print_summary(report: Report, out: Path | None) -> None:
     table.add_row("layers", str(len(report.layers)))
     table.add_row("bits per weight", f"{report.bits_per_weight:.3f}" + ("" if out else " at most"))
     table.add_row("weights on disk", size + ("" if out else " at most"))
-    table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")
+    if any(ranks):  # of a low-rank part; methods without one have nothing to tell
+        table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")
     if out:
         before = sum(layer.error_before for layer in report.layers) / len(report.layers)
         after = sum(layer.error_after for layer in report.layers) / len(report.layers)

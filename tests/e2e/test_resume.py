@@ -262,3 +262,11 @@ def test_overwriting_leaves_nothing_of_the_folder_before(source, whole, quantize
 
 def test_the_journal_is_gone_when_the_folder_is_complete(whole):
     assert not [name for name in whole() if name == JOURNAL or Path(name).suffix == ".tmp" or name.startswith(".")]
+
+
+def test_other_settings_are_refused_before_the_weights_are_checked(source, quantize, begun):
+    stages = []
+    with pytest.raises(ValueError, match=r"begun differently: settings\.bits"):
+        other = lorq.FLRQ(**SETTINGS | {"bits": 4})
+        quantize(source, begun, resume=True, method=other, progress=lambda stage, *_: stages.append(stage))
+    assert not stages
