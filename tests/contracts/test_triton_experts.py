@@ -119,6 +119,43 @@ def test_the_reference_is_the_dense_product_of_each_pair(check):
         check(expert_linear, out, in_, format, list(draws))
 
 
+@pytest.fixture
+def arguments(random_weight, random_tiles, generator):
+    """Of a call with shared factors."""
+    format, x = LayerFormat(3, 16, False), torch.randn(4, 48, generator=generator)
+    stored = stacked([random_weight(7, 48, format) for _ in range(EXPERTS)])
+    factors = shared_of(x, random_tiles(7, 48, (2, 3), "int8", EXPERTS))
+    return x, routing(4, 2, generator), *stored, *factors, format.bits
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "shared factors"])
+def test_the_operator_is_registered_as_torch_wants_it(shared, arguments):
+    given = arguments if shared else (*arguments[:8], None, None, None, None, arguments[-1])
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(expert_linear, given, test_utils=checks)
+    real = expert_linear(*given)
+    fake = expert_linear(*(v.to("meta") if isinstance(v, torch.Tensor) else v for v in given))
+    assert fake.is_meta and (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_what_is_not_covered_or_does_not_belong_together_goes_to_the_reference(arguments, monkeypatch):
+    assert torch.equal(triton_experts._linear_or_reference(*arguments), expert_linear(*arguments))
+    assert triton_experts.covers(LayerFormat(3, 16, False), 48, torch.device("cpu"), torch.float32) == (
+        "the device is cpu"
+    )
+    monkeypatch.setattr(triton_experts, "covers", lambda *_: None)
+    monkeypatch.setattr(triton_experts, "expert_linear_reference", lambda *_: torch.tensor(7))
+    left, left_scale, cells, projected = range(8, 12)
+    for place, cut in ((left, 1), (left_scale, 1), (cells, 1), (projected, 1), (3, 1)):
+        wrong = list(arguments)
+        wrong[place] = wrong[place][cut:]
+        assert triton_experts._linear_or_reference(*wrong) == 7, place
+
+
+def test_the_kernel_is_registered_for_cuda_devices():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("lorq::expert_linear", "CUDA")
+
+
 # ---- interpreted ------------------------------------------------------------------------------------------
 
 
