@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from lorq.experts import Expert, Experts
 from lorq.factors import FACTOR_TYPES, factor_bits
+from lorq.grouped import Stacks, run_grouped, why_not_grouped
 from lorq.linear import QuantLinear
 from lorq.tiles import TileFactors, TileFormat
 
+_PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 _STORED = ("left", "right", "left_scale", "right_scale", "cells", "input_scale")
 
 
@@ -90,7 +92,8 @@ class QuantExperts(Experts):
         down:      a_j = sum over e in column j of g_e right_i h_e,   y += [left_1 .. left_C] [a_1 .. a_C]
 
     so the down projection's left factors are applied once per token and not once per expert. Equal to
-    ``fused = False``, where each expert adds ``left_j (right_i z)`` of its own, but for the order of sums. Projections
+    ``fused = False``, where each expert adds ``left_j (right_i z)`` of its own, but for the order of sums. On CUDA
+    devices one launch multiplies all experts of a projection (`lorq.grouped`) where they are alike. Projections
     without tile factors may be of any kind, each expert's in a basis of its own.
 
     Args:
@@ -113,6 +116,7 @@ class QuantExperts(Experts):
         self._fused = experts._fused
         self._modules.update(experts._modules)
         self.tiles = nn.ModuleDict(tiles)
+        self._stacks = Stacks()
         for name, module in tiles.items():
             for expert in range(len(self)):
                 layer = getattr(self[expert], name)
@@ -151,6 +155,9 @@ class QuantExperts(Experts):
         tiles = self._factors()
         if not self.fused or any(t.input_scale is not None for t in tiles.values()):
             return self._unfused(tiles, hidden_states, top_k_index, top_k_weights)
+        layers = {name: [getattr(expert, name) for expert in self] for name in _PROJECTIONS}
+        if why_not_grouped(layers, tiles, hidden_states, top_k_weights) is None:
+            return run_grouped(self._stacks, layers, tiles, self.gated, hidden_states, top_k_index, top_k_weights)
         return _Pass(self, tiles, hidden_states, top_k_index, top_k_weights).output()
 
     def middle(self, expert: int, inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens width"]:

@@ -14,7 +14,7 @@ SOURCE = Path(lorq.__file__).parent
 # A file may import only what comes before it. Folders count as one.
 ORDER = (
     "grids activations scales linalg basis stats sketch ranks factors tiles rounding packing weight reconstruct "
-    "methods kernels linear safefile checkpoint source calibration selftext experts tiled skeleton blocks "
+    "methods kernels linear safefile checkpoint source calibration selftext experts grouped tiled skeleton blocks "
     "observe report config hf solve smooth options plan verify solver pipeline adapters merge qat adapt evaluation "
     "generate cut demo bench bench_adapt bench_decode show bench_cli cli"
 ).split()

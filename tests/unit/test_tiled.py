@@ -13,9 +13,13 @@ from transformers import GptOssConfig, MixtralConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+import lorq.grouped
+import lorq.tiled
 from lorq.basis import Basis
 from lorq.experts import Experts
 from lorq.factors import FACTOR_TYPES
+from lorq.grouped import run_grouped, why_not_grouped
+from lorq.kernels import triton_experts
 from lorq.linear import QuantLinear, pack_weight, share_rotations
 from lorq.tiled import QuantExperts, Tiles, pack_tiles, tile_layout, unpack_tiles
 from lorq.weight import LayerFormat
@@ -229,6 +233,92 @@ def test_the_middle_of_one_expert_has_its_part_of_the_shared_factors(packed, gen
         gate, up = (getattr(experts[expert], name).value().dense(torch.float64) for name in PROJECTIONS[:2])
         expected = nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
         close(experts.middle(expert, x), expected)
+
+
+# ---- all experts in one product ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grouped(monkeypatch):
+    """Experts run as on a device whose kernel covers them; how often they did."""
+    runs = []
+
+    def run(*given):
+        runs.append(given)
+        return run_grouped(*given)
+
+    monkeypatch.setattr(lorq.grouped, "why_not_experts", lambda *_: None)
+    monkeypatch.setattr(lorq.tiled, "run_grouped", run)
+    return runs
+
+
+@pytest.mark.parametrize("grid, type", GRIDS.items(), ids=lambda value: str(value).replace(", ", "x"))
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_in_one_product_they_compute_what_dense_experts_do(grid, type, masked, packed, generator, grouped):
+    check(packed(grid, type), tokens_for(EXPERTS, 3, generator, masked=masked))
+    assert len(grouped) == 1  # fused, and not where each expert runs for itself
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        LayerFormat(4, 16, True),
+        LayerFormat(2, 16, False, rotation_block=8, rotation_skip=8),
+        LayerFormat(3, 16, False, permuted=True),
+        LayerFormat(4, 16, True, grid="normal-float"),
+        LayerFormat(2, -1, True, vector=4, codebook_rows=8, codebook_columns=16, permuted=True, rotation_block=4),
+    ],
+    ids=["plain", "partly rotated", "permuted", "normal floats", "vectors"],
+)
+def test_in_one_product_every_kind_of_codes_carries_tiles(format, packed, generator, grouped):
+    experts = packed(format=format)
+    check(experts, tokens_for(EXPERTS, 2, generator))
+    check(experts.to(torch.bfloat16), tokens_for(EXPERTS, 2, generator, dtype=torch.bfloat16), tolerance=0.05)
+    x, index, weights = tokens_for(EXPERTS, 2, generator)
+    assert torch.equal(run(experts, (x, index, weights), fused=True), run(experts, (x, index, weights), fused=True))
+    assert run(experts, (x[:0], index[:0], weights[:0]), fused=True).shape == (0, HIDDEN)
+    assert not run(experts, (x, torch.full_like(index, EXPERTS), weights), fused=True).any()
+    assert len(grouped) == 6
+
+
+def test_experts_that_were_moved_replaced_or_copied_are_those_that_run(packed, generator, grouped):
+    experts, given = packed(), tokens_for(EXPERTS, 3, generator)
+    check(experts, given)
+    kept = experts[1].down_proj.weight_packed
+    check(experts, given)
+    assert experts[1].down_proj.weight_packed is kept and kept._base.shape[0] == EXPERTS
+    twin = copy.deepcopy(experts)
+    experts[2].up_proj = packed()[2].up_proj
+    experts[2].up_proj.shared, experts[2].up_proj.permutation = twin[2].up_proj.shared, twin[2].up_proj.permutation
+    check(experts, given)
+    experts._apply(lambda tensor: tensor.clone())
+    check(experts, given)
+    check(twin, given)
+    assert len(grouped) == 5
+
+
+def test_why_experts_do_not_run_in_one_product_is_said(packed, generator, monkeypatch):
+    x, _, weights = tokens_for(EXPERTS, 2, generator)
+
+    def why(experts, x=x):
+        layers = {name: [getattr(expert, name) for expert in experts] for name in PROJECTIONS}
+        return why_not_grouped(layers, experts._factors(), x, weights)
+
+    assert why(packed()) == "the device is cpu"
+    monkeypatch.setattr(lorq.grouped, "why_not_experts", lambda format, *_: triton_experts.misfit(format))
+    assert why(packed()) is None
+    assert why(packed(), x.clone().requires_grad_()) == "inputs need gradients"
+    assert why(packed(tiles=("gate_proj", "up_proj"))) == "down_proj has no shared factors"
+    assert why(packed(format=LayerFormat(3, 16, False, 2))) == "experts have low-rank factors of their own, of rank 2"
+    assert why(packed(format=LayerFormat(3, -1, True, scale_rank=2))) == "experts have scales of rank 2"
+    quantized = packed(format=LayerFormat(3, 16, True, input_quantization="token"))
+    assert why(quantized) == "experts quantize their inputs or outputs"
+    mixed = packed()
+    mixed[2].up_proj = packed(format=LayerFormat(4, 16, True))[2].up_proj
+    assert why(mixed) == "up_proj has experts of several formats"
+    biased = packed()
+    biased[0].gate_proj.bias = nn.Parameter(torch.zeros(WIDTH))
+    assert why(biased) == "gate_proj has biases"
 
 
 # ---- the module -------------------------------------------------------------------------------------------

@@ -222,6 +222,53 @@ def project(x, right, right_scale, z, in_features, rank, E4M3: constexpr, R: con
 
 @jit
 @no_type_check
+def _sums(x, at, real, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, first, last,
+          in_features, words, scale_rank, BITS: constexpr, VECTOR: constexpr, GROUP: constexpr,
+          BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, S: constexpr, T: constexpr, N: constexpr,
+          K: constexpr):  # fmt: skip
+    """``weight x^T`` over columns ``first .. last - 1``, (N, T) float32; ``at`` are the rows of ``x``."""
+    if T == 1:
+        sums = tl.zeros((N, K), tl.float32)
+    else:
+        sums = tl.zeros((N, T), tl.float32)
+    for k0 in tl.range(first, last, K):
+        k = k0 + tl.arange(0, K)
+        w = _weights(
+            packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, k0, in_features,
+            words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, N, K,
+        ).to(x.dtype.element_ty)  # fmt: skip
+        if T == 1:
+            # Rounded as the reference rounds it, so that one token and many see the same weight.
+            values = tl.load(x + tl.sum(at, 0) * in_features + k, k < in_features, 0.0)
+            sums += w.to(tl.float32) * values.to(tl.float32)[None, :]
+        else:
+            from_ = x + at[:, None] * in_features + k[None, :]
+            values = tl.load(from_, real[:, None] & (k < in_features)[None, :], 0.0)
+            sums = tl.dot(w, tl.trans(values), sums, input_precision="ieee")
+    if T == 1:
+        return tl.sum(sums, 1)[:, None]
+    else:
+        return sums
+
+
+@jit
+@no_type_check
+def _low_rank(sums, left, left_scale, z, at, real, row, inside, rank, E4M3: constexpr, T: constexpr,
+              R: constexpr):  # fmt: skip
+    """``sums + left z^T``, (N, T) float32; ``at`` are the places in ``z`` of the tokens' first numbers."""
+    for r0 in range(0, rank, R):
+        r = r0 + tl.arange(0, R)
+        l = _left_tile(left, left_scale, row, inside, r, rank, E4M3).to(z.dtype.element_ty)
+        part = tl.load(z + at[:, None] + r[None, :], real[:, None] & (r < rank)[None, :], 0.0)
+        if T == 1:
+            sums += tl.sum(l.to(tl.float32) * part.to(tl.float32), 1)[:, None]
+        else:
+            sums = tl.dot(l, tl.trans(part), sums, input_precision="ieee")
+    return sums
+
+
+@jit
+@no_type_check
 def few_tokens(x, partial, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, tokens, out_features,
                in_features, words, scale_rank, span, BITS: constexpr, VECTOR: constexpr,
                GROUP: constexpr, BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, S: constexpr,
@@ -230,29 +277,13 @@ def few_tokens(x, partial, packed, scale, zero, levels, scale_left, scale_right,
     row, split = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1)
     inside, token = row < out_features, tl.arange(0, T)
     first = split * span
-    if T == 1:
-        sums = tl.zeros((N, K), tl.float32)
-    else:
-        sums = tl.zeros((N, T), tl.float32)
-    for k0 in tl.range(first, tl.minimum(first + span, in_features), K):
-        k = k0 + tl.arange(0, K)
-        w = _weights(
-            packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, k0, in_features,
-            words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, N, K,
-        )  # fmt: skip
-        if T == 1:
-            # Rounded as the reference rounds it, so that one token and many see the same weight.
-            values = tl.load(x + k, k < in_features, 0.0)
-            sums += w.to(x.dtype.element_ty).to(tl.float32) * values.to(tl.float32)[None, :]
-        else:
-            at = x + token[:, None] * in_features + k[None, :]
-            values = tl.load(at, (token < tokens)[:, None] & (k < in_features)[None, :], 0.0)
-            sums = tl.dot(w.to(x.dtype.element_ty), tl.trans(values), sums, input_precision="ieee")
-    if T == 1:
-        tl.store(partial + split * out_features + row, tl.sum(sums, 1), inside)
-    else:
-        to = partial + (split * tokens + token)[None, :] * out_features + row[:, None]
-        tl.store(to, sums, inside[:, None] & (token < tokens)[None, :])
+    sums = _sums(
+        x, token, token < tokens, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside,
+        first, tl.minimum(first + span, in_features), in_features, words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS,
+        BOOK_COLUMNS, S, T, N, K,
+    )  # fmt: skip
+    to = partial + (split * tokens + token)[None, :] * out_features + row[:, None]
+    tl.store(to, sums, inside[:, None] & (token < tokens)[None, :])
 
 
 @jit
@@ -287,21 +318,12 @@ def many_tokens(x, y, z, left, left_scale, packed, scale, zero, levels, scale_le
     row_tile, token_tile = tl.swizzle2d(tile // token_tiles, tile % token_tiles, row_tiles, token_tiles, 8)
     row, token = row_tile * N + tl.arange(0, N), token_tile * T + tl.arange(0, T)
     inside, real, at = row < out_features, token < tokens, token.to(tl.int64)
-    sums = tl.zeros((N, T), tl.float32)
-    for k0 in range(0, in_features, K):
-        k = k0 + tl.arange(0, K)
-        w = _weights(
-            packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, k0, in_features,
-            words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, N, K,
-        )  # fmt: skip
-        values = tl.load(x + at[:, None] * in_features + k[None, :], real[:, None] & (k < in_features)[None, :], 0.0)
-        sums = tl.dot(w.to(x.dtype.element_ty), tl.trans(values), sums, input_precision="ieee")
+    sums = _sums(
+        x, at, real, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, 0,
+        in_features, in_features, words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, T, N, K,
+    )  # fmt: skip
     if left is not None:
-        for r0 in range(0, rank, R):
-            r = r0 + tl.arange(0, R)
-            l = _left_tile(left, left_scale, row, inside, r, rank, E4M3)
-            part = tl.load(z + at[:, None] * rank + r[None, :], real[:, None] & (r < rank)[None, :], 0.0)
-            sums = tl.dot(l.to(x.dtype.element_ty), tl.trans(part), sums, input_precision="ieee")
+        sums = _low_rank(sums, left, left_scale, z, at * rank, real, row, inside, rank, E4M3, T, R)
     to = y + at[None, :] * out_features + row[:, None]
     tl.store(to, sums.to(y.dtype.element_ty), inside[:, None] & real[None, :])
 

@@ -1,0 +1,161 @@
+"""Packed experts on CUDA devices: one launch for all pairs of a token and an expert of a projection.
+
+Pairs are put in the order of their experts and cut into tiles of one expert each. Nothing is fetched from the device
+for that: there are as many programs as the worst routing has tiles, and those without one return at once. The
+experts' tensors lie one after the other.
+
+What is given up: columns are not cut into spans (`lorq.kernels.triton_linear`), so that a token of few and narrow
+experts does not fill a device.
+"""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from lorq.kernels import triton_linear
+from lorq.kernels.expert_linear import expert_linear, expert_linear_reference
+from lorq.kernels.operands import NAMES, Operands, format_of
+from lorq.kernels.triton_linear import Tile, choose_tile
+from lorq.weight import LayerFormat
+
+
+def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel does not run experts of one format; None where it does. Arguments as of `triton_linear.covers`."""
+    why = misfit(format)
+    return triton_linear.covers(format, in_features, device, dtype) if why is None else why
+
+
+def misfit(format: LayerFormat) -> str | None:
+    """`covers`, as far as it is not that of single layers."""
+    if format.scale_rank:
+        return f"experts have scales of rank {format.scale_rank}"
+    if format.rank:
+        return f"experts have low-rank factors of their own, of rank {format.rank}"
+    if (format.input_quantization, format.output_quantization) != ("none", "none"):
+        return "experts quantize their inputs or outputs"
+    return None
+
+
+def tile_of(pairs: int, experts: int, dtype: torch.dtype, format: LayerFormat) -> Tile:
+    """The default tile: of one pair where an expert hardly has two, else for twice the mean, as experts differ."""
+    return choose_tile(1 if 4 * pairs <= experts else max(2, 2 * pairs // experts), dtype, format)
+
+
+def plan_tiles(expert: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]:
+    """Cut pairs into tiles of one expert each.
+
+    Args:
+        expert: (pairs,) expert of each pair; numbers from ``experts`` on stand for none.
+        experts: how many there are.
+        size: pairs of a tile at most.
+
+    Returns:
+        The pairs in the order of their experts, and (3, tiles) int32: the expert of each tile, ``experts`` for tiles
+        that nobody needs, and the places in the order where its pairs begin and end, the end being its expert's.
+
+    Example:
+        >>> order, plan = plan_tiles(torch.tensor([1, 0, 1, 2, 1]), experts=2, size=2)
+        >>> order.tolist(), plan.tolist()
+        ([1, 0, 2, 4, 3], [[0, 1, 1, 2], [0, 1, 3, 5], [1, 4, 4, 4]])
+    """
+    pairs, device = len(expert), expert.device
+    sorted_, order = expert.sort(stable=True)
+    bounds = torch.searchsorted(sorted_, torch.arange(experts + 1, device=device))
+    tiles = (bounds.diff() + size - 1) // size
+    ends = tiles.cumsum(0)
+    # Every expert that has pairs has at most one tile that is not full.
+    tile = torch.arange(min(pairs, pairs // size + min(pairs, experts)), device=device)
+    owner = torch.searchsorted(ends, tile, right=True)
+    known = owner.clamp(max=experts - 1)
+    first = bounds[known] + (tile - (ends - tiles)[known]) * size
+    return order, torch.stack([owner, first, bounds[known + 1]]).int()
+
+
+def linear(
+    x: Tensor, expert: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, levels: Tensor | None,
+    codebook: Tensor | None, codebook_scale: Tensor | None, left: Tensor | None, left_scale: Tensor | None,
+    cells: Tensor | None, projected: Tensor | None, bits: int,
+) -> Tensor:  # fmt: skip
+    """`expert_linear` by the kernel, whatever the device: for operands that `covers` accepts."""
+    from lorq.kernels import triton_expert_tile
+
+    pairs, in_features, (count, out, words) = len(expert), x.shape[1], packed.shape
+    y = x.new_zeros(pairs, out)
+    if not y.numel():
+        return y
+    format = _format(packed, scale, zero_point, levels, codebook, codebook_scale, bits, in_features)
+    assert format is not None
+    tile = tile_of(pairs, count, x.dtype, format)
+    order, plan = (None, None) if tile.tokens == 1 else plan_tiles(expert, count, tile.tokens)
+    tiles = pairs if plan is None else plan.shape[1]
+    weight = [packed, scale, zero_point, levels, codebook, codebook_scale]
+    weight[4] = None if codebook is None else codebook.contiguous().view(triton_linear._ENTRIES[format.vector])
+    factor, e4m3 = (None, False) if left is None else triton_linear._stored(left)
+    arrays = [t if t is None else t.contiguous() for t in (*weight, factor, left_scale, projected, cells)]
+    grid_rows, rank = (1, 1) if projected is None else projected.shape[1:]
+    triton_expert_tile.experts[tiles, -(-out // tile.rows)](
+        x.contiguous(), y, expert.contiguous(), order, plan, *arrays, pairs // len(x), tiles, count, out, in_features,
+        words, 0 if zero_point is None else zero_point[0].numel(), grid_rows, rank, BITS=format.bits,
+        VECTOR=format.vector, GROUP=format.group_size, BOOK_ROWS=format.codebook_rows,
+        BOOK_COLUMNS=format.codebook_columns, E4M3=e4m3, T=tile.tokens, N=tile.rows, K=tile.columns, R=32,
+        **triton_linear._options(tile.warps, tile.stages),
+    )  # fmt: skip
+    return y
+
+
+def _format(
+    packed: Tensor, scale: Tensor, zero_point: Tensor | None, levels: Tensor | None, codebook: Tensor | None,
+    codebook_scale: Tensor | None, bits: int, in_features: int,
+) -> LayerFormat | None:  # fmt: skip
+    """What the tensors tell of the experts' format; None where they do not belong together."""
+    parts = {
+        "packed": packed, "scale": scale, "zero_point": zero_point, "codebook": codebook,
+        "codebook_scale": codebook_scale,
+    }  # fmt: skip
+    given = {name: tensor for name, tensor in parts.items() if tensor is not None}
+    if any(len(tensor) != len(packed) for tensor in given.values()):
+        return None
+    one = dict.fromkeys(NAMES) | {name: tensor[0] for name, tensor in given.items()} | {"levels": levels}
+    return format_of(Operands(**one), bits, in_features)
+
+
+def _fits(
+    x: Tensor, packed: Tensor, left: Tensor | None, left_scale: Tensor | None, cells: Tensor | None,
+    projected: Tensor | None,
+) -> bool:  # fmt: skip
+    """Whether the shared factors belong to the experts and their inputs; those that do not are the reference's."""
+    if left is None:
+        return True
+    if cells is None or projected is None or projected.ndim != 3:
+        return False
+    columns, rank = len(left), projected.shape[2]
+    scaled = left_scale is None or left_scale.shape == (columns, rank)
+    whole = left.shape == (columns, packed.shape[1], rank) and cells.shape == (len(packed), 2)
+    return scaled and whole and len(projected) == len(x)
+
+
+def _linear_or_reference(
+    x: Tensor, expert: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, levels: Tensor | None,
+    codebook: Tensor | None, codebook_scale: Tensor | None, left: Tensor | None, left_scale: Tensor | None,
+    cells: Tensor | None, projected: Tensor | None, bits: int,
+) -> Tensor:  # fmt: skip
+    stored = packed, scale, zero_point, levels, codebook, codebook_scale
+    arguments = (x, expert, *stored, left, left_scale, cells, projected, bits)
+    format = _format(*stored, bits, x.shape[1])
+    # Kernels number one expert's words and scales, and the left factors, in 32 bits.
+    large = any(t is not None and t[0].numel() >= 2**31 for t in (packed, scale, codebook))
+    large |= left is not None and left.numel() >= 2**31
+    fits = format is not None and not large and _fits(x, packed, left, left_scale, cells, projected)
+    if format is None or not fits or covers(format, x.shape[1], x.device, x.dtype) is not None:
+        return expert_linear_reference(*arguments)
+    with torch.cuda.device(x.device):
+        return linear(*arguments)
+
+
+def register() -> str | None:
+    """Make the kernel the operator's implementation on CUDA devices, or say why not; triton is not imported yet."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    expert_linear.register_kernel("cuda")(_linear_or_reference)
+    return None
