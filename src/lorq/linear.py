@@ -229,8 +229,8 @@ class QuantLinear(nn.Module):
 
     def multiply(self, z: Tensor) -> Tensor:
         """The output for an input that is in the basis already."""
-        y = self._product(z)
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        y, bias = self._product(z), self.bias
+        y = y if bias is None else y + bias.to(y.dtype)
         return y if self.format.output_quantization == "none" else fake_quantize(y, None, None)
 
     def _product(self, z: Tensor) -> Tensor:
@@ -242,7 +242,12 @@ class QuantLinear(nn.Module):
                 codes = self.weight_packed, self.weight_scale, self.weight_zero_point
                 return int8_linear(z, *codes, *grid, self.format.bits)
             z = fake_quantize(z, *grid)
-        return multiply(z, *(getattr(self, name) for name in OPERANDS), self.format.bits)
+        return multiply(z, *self._operands(), self.format.bits)
+
+    def _operands(self) -> list[Tensor | None]:
+        # From torch's own dicts: a module's __getattr__, twelve times, takes as long as a small product.
+        tensors = {**self._buffers, **self._parameters, "levels": self.levels}
+        return [tensors[name] for name in OPERANDS]
 
     @property
     def levels(self) -> Tensor | None:

@@ -9,6 +9,7 @@ The library is one module for each instruction set; the best that this machine h
 on a small product before it is used.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -17,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorq.factors import LowRank
 from lorq.kernels.operands import NAMES, Operands, format_of
-from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate, rotate_reference
+from lorq.kernels.reference import quant_linear_reference, rotate_reference
 from lorq.weight import LayerFormat
 
 _TYPES = {
@@ -199,20 +199,28 @@ def _product_type(dtype: torch.dtype) -> torch.dtype:
     return dtype if fast else torch.float32
 
 
-# The pointers of a weight's tensors, by its packed tensor and for as long as that lives. They are compared at every
-# call, so that a tensor that was replaced is seen; one that was written to needs nothing.
-_KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# What the library sees of a weight, by the id of its packed tensor and for as long as that lives: the tensor, the
+# pointers of all its tensors, and the weight. Pointers are compared at every call, so that a tensor that was replaced
+# is seen; one that was written to needs nothing.
+_KEPT: dict[int, tuple[weakref.ref[Tensor], list[int], int, Any]] = {}
 
 
 def _weight(operands: Sequence[Tensor | None], bits: int, in_features: int) -> Any:
     """The weight as the library sees it, or None where it is not covered."""
     packed = operands[0]
     assert packed is not None
-    pointers = tuple(0 if t is None else t.data_ptr() for t in operands)
-    kept = _KEPT.get(packed)
-    if kept is None or kept[0] != (pointers, in_features):
-        kept = _KEPT[packed] = (pointers, in_features), _new_weight(library()[0], operands, bits, in_features)
-    return kept[1]
+    pointers = [0 if t is None else t.data_ptr() for t in operands]
+    key, kept = id(packed), _KEPT.get(id(packed))
+    if kept is None or kept[0]() is not packed or kept[1] != pointers or kept[2] != in_features:
+        seen = weakref.ref(packed, lambda gone: _forget(key, gone))
+        kept = _KEPT[key] = seen, pointers, in_features, _new_weight(library()[0], operands, bits, in_features)
+    return kept[3]
+
+
+def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
+    # Another tensor may have the id by the time that this is called.
+    if key in _KEPT and _KEPT[key][0] is gone:
+        del _KEPT[key]
 
 
 def _new_weight(module: Any, operands: Sequence[Tensor | None], bits: int, in_features: int) -> Any:
@@ -263,5 +271,6 @@ def _agree(portable: Any, fast: Any) -> bool:
     return True
 
 
-quant_linear.register_kernel("cpu")(run)
-rotate.register_kernel("cpu")(turn)
+# Not `register_kernel` of the operators, whose wrapper takes as long as `run` does for a small layer.
+torch.library.impl("lorq::quant_linear", "cpu", run)
+torch.library.impl("lorq::rotate", "cpu", turn)
