@@ -183,6 +183,8 @@ def generate(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    products: str = "exact",
+    compile: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Let MODEL answer a prompt.
 
@@ -196,13 +198,14 @@ def generate(
         seed: for temperatures above 0.
         device: auto, cpu, cuda and so on.
         dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
+        compile: have torch.compile make one program of what a token takes; minutes before the second token.
     """
     from lorq.generate import stream_text
 
     quiet()
     for piece in stream_text(
         model, prompt, adapter=adapter, tokens=tokens, chat=chat, temperature=temperature, seed=seed, device=device,
-        dtype=dtype,
+        dtype=dtype, products=products, compile=compile,
     ):  # fmt: skip
         print(piece, end="", flush=True)
     print()

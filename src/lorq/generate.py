@@ -1,11 +1,17 @@
 """Let a model continue a text, piece by piece."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from lorq.grids import levels
+from lorq.kernels import cpu
 
 
 def stream_text(
@@ -19,6 +25,8 @@ def stream_text(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
+    products: str = "exact",
+    compile: bool = False,
 ) -> Iterator[str]:
     """Yield the model's answer as it is written.
 
@@ -32,20 +40,26 @@ def stream_text(
         seed: of the sampling; torch's global generator is seeded, as `generate` reads no other.
         device: "auto" takes an accelerator if there is one.
         dtype: of the activations.
+        products: how inputs meet integer codes on a CPU: "exact", or "bytes", see `lorq.kernels.cpu.products`.
+        compile: have torch.compile make one program of what a token takes, after the first token. Takes a minute or
+            more; needs a C++ compiler on a CPU.
 
     Raises:
-        ValueError: if the prompt is empty or a number is out of range.
+        ValueError: if the prompt is empty, a number is out of range, or the model cannot be compiled.
     """
-    from transformers import AutoConfig, AutoTokenizer, TextIteratorStreamer
+    from transformers import AutoConfig, AutoTokenizer
 
     from lorq.adapters import load_adapter, read_adapter_config
-    from lorq.hf import load
+    from lorq.hf import load, read_device
     from lorq.source import resolve_model
 
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
+    cpu.check_products(products)
+    if compile:
+        check_compiler(read_device(device))
     folder = resolve_model(model)
     if adapter is not None:
         read_adapter_config(Path(adapter))  # before the model is read
@@ -60,14 +74,28 @@ def stream_text(
     loaded: Any = load(folder, device=device, dtype=dtype)
     if adapter is not None:
         load_adapter(loaded, adapter)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    options |= {"max_new_tokens": tokens, **inputs.to(loaded.device)}
+    if compile:
+        compile_steps(loaded)
+        options |= STEPS
     torch.manual_seed(seed)
+    yield from _written(loaded, tokenizer, options, inference=compile)
+
+
+def _written(model: Any, tokenizer: Any, options: dict[str, Any], *, inference: bool) -> Iterator[str]:
+    """What `generate` writes with these options, as it comes."""
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
 
     def write() -> None:
         try:
-            loaded.generate(**inputs.to(loaded.device), max_new_tokens=tokens, streamer=streamer, **sampling)
+            # Compiled, inference mode spares every operator a look at gradients; else layers that share a rotated
+            # input would lose it (`lorq.linear.SharedRotation`).
+            with torch.inference_mode() if inference else nullcontext():
+                model.generate(streamer=streamer, **options)
         except BaseException as error:
             failure.append(error)
             streamer.end()
@@ -78,6 +106,56 @@ def stream_text(
     writer.join()
     if failure:
         raise failure[0]
+
+
+# What `generate` must be told to go with `compile_steps`: keys and values in tensors of a fixed size, and no second
+# compilation by transformers.
+STEPS: dict[str, Any] = {"cache_implementation": "static", "disable_compile": True}
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where torch would find no C++ compiler.
+
+    Raises:
+        ValueError: naming what it looks for.
+    """
+    from torch._inductor import config, cpp_builder, exc
+
+    try:
+        if device.type == "cpu":
+            cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        names = ", ".join(name for name in config.cpp.cxx if name)
+        raise ValueError(f"to compile takes a C++ compiler, got none for {names}; install g++ or set CXX") from None
+
+
+def compile_steps(model: Any) -> None:
+    """Compile the forward pass of a single token, in place. The passes of prompts are left as they are.
+
+    Compiling happens at the second token; the operators of `lorq.kernels` stay calls of what they call otherwise. The
+    cache must be of fixed size (`STEPS`).
+
+    Raises:
+        ValueError: at the second token, if the model cannot be compiled.
+    """
+    # What codes stand for is a constant of the program, not computed by it.
+    torch.compiler.assume_constant_result(levels)
+    plain, compiled = model.forward, torch.compile(model.forward, fullgraph=True, dynamic=False)
+
+    @wraps(plain)
+    def forward(input_ids: Tensor, *, past_key_values: Any, **others: Any) -> Any:
+        if input_ids.shape[1] > 1 or not past_key_values.is_initialized:
+            return plain(input_ids=input_ids, past_key_values=past_key_values, **others)
+        try:
+            return compiled(input_ids=input_ids, past_key_values=past_key_values, **others)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"{type(model).__name__} cannot be compiled: {reason}; generate without it, or, if an earlier run was "
+                f"killed while it compiled, delete {torch._inductor.codecache.cache_dir()}"
+            ) from error
+
+    model.forward = forward
 
 
 def _read_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> Any:

@@ -839,3 +839,11 @@ def test_a_mistake_in_training_gets_one_clear_line_and_writes_nothing(
     assert "\n" not in found
     assert {path.name for path in tmp_path.iterdir()} <= {"empty.txt", "cache"}
     assert folder_digests(lords_folder) == before
+
+
+def test_products_of_bytes_move_the_figures_a_little_and_other_words_are_refused(flrq_folder, text_file, capsys):
+    common = dict(text=str(text_file), window=32, windows=2)
+    exact, rough = (lorq.evaluate(flrq_folder, products=way, **common) for way in ("exact", "bytes"))
+    assert exact.perplexity != rough.perplexity == pytest.approx(exact.perplexity, rel=0.05)
+    assert main(["generate", str(flrq_folder), "Hi", "--products=int8"]) == 1
+    assert capsys.readouterr().err == "lorq: products must be one of exact, bytes, got 'int8'\n"

@@ -1,0 +1,70 @@
+"""Generating with compiled steps: the same words, through the same operators, or one clear error."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import lorq
+from lorq.cli import main
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+# In a process of its own: torch.compile cannot trace the checks of shape annotations that a test run adds. Any break of
+# the graph is an error there.
+SCRIPT = """
+import json, sys, torch, lorq
+from lorq.generate import STEPS, compile_steps
+
+prompt = {"input_ids": torch.tensor([[5, 40, 9, 77]]), "max_new_tokens": 9, "do_sample": False}
+model = lorq.load(sys.argv[1])
+plain = model.generate(**prompt)
+compile_steps(model)
+with torch.inference_mode():
+    answers = [model.generate(**prompt, **STEPS) for _ in range(2)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        answers.append(model.generate(**prompt, **STEPS))
+calls = {event.key: event.count for event in profile.key_averages()}
+print(json.dumps({
+    "plain": plain.tolist(), "answers": [answer.tolist() for answer in answers],
+    "products": calls.get("lorq::quant_linear"), "rotations": calls.get("lorq::rotate"),
+}))
+"""
+METHODS = {
+    "rotated, with factors": lorq.LoPRo(bits=4, group_size=32, rank=2),
+    "levels": lorq.METHODS["nearest"](bits=4, group_size=32, grid="normal-float"),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_compiled_steps_write_the_same_tokens_through_the_same_operators(method, folder_of, text_file, tmp_path):
+    lorq.quantize(folder_of("llama"), tmp_path / "out", method, calibration=str(text_file), samples=4, seq_len=32)
+    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / "out"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["answers"] == [found["plain"]] * 3
+    # Two blocks of seven layers; of nine passes the first is the prompt's, which goes around torch's dispatcher.
+    assert found["products"] == 2 * 7 * 8
+
+
+def test_without_a_compiler_one_line_says_so_before_the_model_is_looked_for(capsys):
+    from torch._inductor import config
+
+    with config.patch("cpp.cxx", ("no-such-compiler",)):
+        assert main(["generate", "no-such-model", "Hi", "--compile", "--device=cpu"]) == 1
+    assert capsys.readouterr().err == (
+        "lorq: to compile takes a C++ compiler, got none for no-such-compiler; install g++ or set CXX\n"
+    )
+
+
+@needs_compiler
+def test_a_model_that_cannot_be_compiled_whole_is_refused(folder_of, tmp_path, capsys):
+    out = tmp_path / "experts"
+    lorq.quantize(folder_of("mixtral"), out, lorq.METHODS["nearest"](group_size=32))
+    capsys.readouterr()
+    arguments = ["generate", str(out), "Hi", "--tokens=4", "--no-chat", "--compile", "--device=cpu"]
+    assert main(arguments) == 1
+    message = capsys.readouterr().err.rpartition("lorq: ")[2]
+    assert message.startswith("MixtralForCausalLM cannot be compiled: ") and message.count("\n") == 1
