@@ -16,6 +16,7 @@ import lorq
 from lorq import safefile
 from lorq.adapters import ADAPTER_CONFIG
 from lorq.cli import main
+from lorq.show import _ProgressLines
 
 SMALL = ["--samples", "4", "--seq-len", "32"]
 NEAREST = ["--method", "nearest", "--group-size", "32"]
@@ -184,7 +185,17 @@ def test_progress_into_a_file_is_a_line_for_every_tenth_of_a_stage(source, text_
     assert main(["quantize", str(source), str(tmp_path / "out"), *NEAREST]) == 0
     lines = capsys.readouterr().err.splitlines()
     assert "quantize: 2 of 2" in lines and "verify: 2 of 2" in lines
-    assert 2 <= len([line for line in lines if line.startswith("check: ")]) <= 11
+    assert 2 <= len([line for line in lines if line.startswith("check weights: ")]) <= 11
+
+
+def test_a_slow_stage_has_a_line_for_every_step(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr("lorq.show.time.monotonic", lambda: now[0])
+    show = _ProgressLines()
+    for done in range(1, 7):
+        now[0] += 15 if done > 3 else 1
+        show("quantize", done, 40)
+    assert capsys.readouterr().err.splitlines() == ["quantize: 4 of 40", "quantize: 6 of 40"]
 
 
 def test_evaluate_and_inspect_count_the_same_bits(lorq_command, flrq_folder, text_file):
