@@ -318,7 +318,7 @@ def images(monkeypatch):
         made.append(weakref.ref(image))
         return image
 
-    monkeypatch.setattr("lorq.linear.rotate", counted)
+    monkeypatch.setattr("lorq.linear.turn", counted)
     return made
 
 
