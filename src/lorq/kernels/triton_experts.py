@@ -8,6 +8,7 @@ What is given up: columns are not cut into spans (`lorq.kernels.triton_linear`),
 experts does not fill a device.
 """
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -39,7 +40,10 @@ def misfit(format: LayerFormat) -> str | None:
 
 def tile_of(pairs: int, experts: int, dtype: torch.dtype, format: LayerFormat) -> Tile:
     """The default tile: of one pair where an expert hardly has two, else for twice the mean, as experts differ."""
-    return choose_tile(1 if 4 * pairs <= experts else max(2, 2 * pairs // experts), dtype, format)
+    tile = choose_tile(1 if 4 * pairs <= experts else max(2, 2 * pairs // experts), dtype, format)
+    # With 128 rows tiles of 128 pairs spill on sm_80; with 64 columns some of float32 do on sm_90 (triton 3.9).
+    narrow = dtype == torch.float32 and tile.tokens > 16
+    return replace(tile, rows=min(tile.rows, 64), columns=32 if narrow else tile.columns)
 
 
 def plan_tiles(expert: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]:
