@@ -139,12 +139,12 @@ inline float step_of(float most, int pieces) {
     if (most == 0.0f) return 1.0f;
     if (pieces == 1) return most < 1e-35f ? 0.0f : most / 127.0f;
     int exponent;
-    std::frexp(most * 1.008f, &exponent);  // so that the uppermost piece is at most 127
+    if (std::frexp(most, &exponent) > 0.992f) ++exponent;  // the uppermost piece is at most 127
     exponent -= 8 * pieces - 1;
     return exponent < -120 ? 0.0f : std::ldexp(1.0f, exponent);
 }
 
-// False where an entry is not finite, or a whole group so small that its step's inverse would not be.
+// False where an entry or a group's sum is not finite, or a whole group so small that its step's inverse would not be.
 inline bool read_inputs(const Weight& w, const void* x, int64_t token, Type type, int pieces, Inputs& to) {
     const int64_t padded = (w.in + 127) / 128 * 128, groups = w.groups();
     to.x.assign(size_t(padded), 0.0f);
@@ -166,6 +166,7 @@ inline bool read_inputs(const Weight& w, const void* x, int64_t token, Type type
         to.step[g] = step_of(most(largest), pieces);
         if (to.step[g] == 0.0f) return false;
         to.total[g] = sum(total);
+        if (!std::isfinite(to.total[g])) return false;
         const F inverse = spread_f(1.0f / to.step[g]);
         for (int64_t i = 0; i < w.group_size; i += 8)
             store_i(&to.whole[g * w.group_size + i], nearest(times(load_f(v + i), inverse)));

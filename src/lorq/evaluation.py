@@ -143,7 +143,8 @@ def evaluate(
         windows: how many, evenly spread over the text; None for all that fit side by side.
         device: "auto" takes an accelerator if there is one.
         dtype: of the activations of both; see `lorq.load`.
-        products: how inputs meet integer codes on a CPU: "exact", or "bytes", see `lorq.kernels.cpu.products`.
+        products: how inputs of the model (not of the reference) meet integer codes on a CPU: "exact", or "bytes", see
+            `lorq.kernels.cpu.products`. With the model as its own reference the divergence is that of bytes alone.
         progress: called as ``progress("evaluate", done, total)``.
 
     Raises:
@@ -167,15 +168,15 @@ def evaluate(
     if adapter is not None:
         load_adapter(measured, adapter)
     original = None if original_folder is None else load(original_folder, device=device, dtype=dtype)
-    with cpu.products(products):
-        return evaluate_model(
-            measured,
-            tokens,
-            reference=original,
-            text=text,
-            bits_per_weight=bits_per_weight(measured, folder),
-            progress=None if progress is None else lambda done, total: progress("evaluate", done, total),
-        )
+    return evaluate_model(
+        measured,
+        tokens,
+        reference=original,
+        text=text,
+        bits_per_weight=bits_per_weight(measured, folder),
+        products=products,
+        progress=None if progress is None else lambda done, total: progress("evaluate", done, total),
+    )
 
 
 def bits_per_weight(model: nn.Module, folder: Path) -> float:
@@ -209,6 +210,7 @@ def evaluate_model(
     reference: nn.Module | Callable[[Tensor], Tensor] | None = None,
     text: str,
     bits_per_weight: float | None,
+    products: str = "exact",
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Perplexity of ``model`` on ``windows`` and, given a reference, its divergence from that.
@@ -223,6 +225,7 @@ def evaluate_model(
             for instance read from a file where two models do not fit in memory.
         text: name of the text, kept in the result.
         bits_per_weight: of the model, kept in the result.
+        products: how the model multiplies, see `evaluate`.
         progress: called with (windows done, windows) after every window.
 
     Raises:
@@ -236,7 +239,8 @@ def evaluate_model(
     models = [part for part in (model, reference) if isinstance(part, nn.Module)]
     with eval_mode(*models), torch.inference_mode():
         for index, window in enumerate(windows):
-            logits = _predict(model, window, f"model, window {index}")
+            with cpu.products(products):
+                logits = _predict(model, window, f"model, window {index}")
             nll.append(token_nll(logits, window[1:].to(logits.device)).cpu())
             if reference is not None:
                 original = _predict(reference, window, f"reference, window {index}").to(logits.device)

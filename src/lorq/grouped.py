@@ -1,17 +1,18 @@
 """Tokens through packed experts with shared factors, all experts of a projection in one product."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from lorq.experts import Experts
 from lorq.kernels import expert_linear, rotate, why_not_experts
 from lorq.linear import QuantLinear
 from lorq.tiles import TileFactors
 
+PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 _STACKED = "weight_packed", "weight_scale", "weight_zero_point", "codebook", "codebook_scale", "permutation"
 
 
@@ -40,36 +41,35 @@ class Stacks:
         return tensors
 
 
-def why_not_grouped(
-    layers: Mapping[str, Sequence[Any]], tiles: Mapping[str, TileFactors], x: Tensor, weights: Tensor
-) -> str | None:
+def why_not_grouped(experts: Experts, tiles: Mapping[str, TileFactors], x: Tensor, weights: Tensor) -> str | None:
     """Why experts do not run as `run_grouped` has it; None where they do. Nothing is read from the device.
 
     Args:
-        layers: the three projections' layers, by expert.
+        experts: each with a layer for every projection.
         tiles: the shared factors, by projection.
         x: inputs of the experts.
         weights: the router's.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
         return "inputs need gradients"
-    for name, experts in layers.items():
+    for name in PROJECTIONS:
         if name not in tiles:
             return f"{name} has no shared factors"
-        first = experts[0]
+        first = getattr(experts[0], name)
         why = why_not_experts(first.format, first.in_features, x.device, x.dtype)
         if why is not None:
             return why
-        if any(layer.format is not first.format and layer.format != first.format for layer in experts):
+        layers = [getattr(expert, name) for expert in experts]
+        if any(layer.format is not first.format and layer.format != first.format for layer in layers):
             return f"{name} has experts of several formats"
-        if any(layer.bias is not None for layer in experts):
+        if any(layer.bias is not None for layer in layers):
             return f"{name} has biases"
     return None
 
 
 def run_grouped(
     stacks: Stacks,
-    layers: Mapping[str, Sequence[QuantLinear]],
+    experts: Experts,
     tiles: Mapping[str, TileFactors],
     gated: Callable[[Tensor, Tensor], Tensor],
     x: Float[Tensor, "tokens in"],
@@ -82,8 +82,8 @@ def run_grouped(
     expert. Nothing waits for the device, and sums have one order, so that the same inputs give the same bits.
 
     Args:
-        stacks: of the same layers; filled where need be.
-        layers: the three projections' layers, by expert.
+        stacks: of the same experts; filled where need be.
+        experts: each with a layer for every projection.
         tiles: their shared factors.
         gated: what happens between the projections.
         x: inputs.
@@ -91,10 +91,10 @@ def run_grouped(
         weights: the router's.
     """
     (tokens, places), down = index.shape, tiles["down_proj"]
-    known = index < len(layers["down_proj"])
+    known = index < len(experts)
     expert, cell = index.flatten(), torch.where(known, index, 0).flatten()
-    names = "gate_proj", "up_proj", "down_proj"
-    gate_own, up_own, own = (stacks.of(name, layers[name]) for name in names)
+    layers = {name: [getattr(expert, name) for expert in experts] for name in PROJECTIONS}
+    gate_own, up_own, own = (stacks.of(name, layers[name]) for name in PROJECTIONS)
     gate = _common(layers["gate_proj"][0], gate_own, tiles["gate_proj"], x, expert)
     up = _common(layers["up_proj"][0], up_own, tiles["up_proj"], x, expert)
     h = _own_basis(layers["down_proj"][0], own, gated(gate, up), cell)

@@ -13,7 +13,6 @@ from lorq.grouped import Stacks, run_grouped, why_not_grouped
 from lorq.linear import QuantLinear
 from lorq.tiles import TileFactors, TileFormat
 
-_PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 _STORED = ("left", "right", "left_scale", "right_scale", "cells", "input_scale")
 
 
@@ -155,9 +154,8 @@ class QuantExperts(Experts):
         tiles = self._factors()
         if not self.fused or any(t.input_scale is not None for t in tiles.values()):
             return self._unfused(tiles, hidden_states, top_k_index, top_k_weights)
-        layers = {name: [getattr(expert, name) for expert in self] for name in _PROJECTIONS}
-        if why_not_grouped(layers, tiles, hidden_states, top_k_weights) is None:
-            return run_grouped(self._stacks, layers, tiles, self.gated, hidden_states, top_k_index, top_k_weights)
+        if why_not_grouped(self, tiles, hidden_states, top_k_weights) is None:
+            return run_grouped(self._stacks, self, tiles, self.gated, hidden_states, top_k_index, top_k_weights)
         return _Pass(self, tiles, hidden_states, top_k_index, top_k_weights).output()
 
     def middle(self, expert: int, inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens width"]:

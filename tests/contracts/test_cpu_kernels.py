@@ -146,6 +146,17 @@ def test_inputs_of_any_size_keep_their_precision(module, size, random_weight, ge
     assert sqnr_db(expected, y) > floor
 
 
+@dtypes
+@pytest.mark.parametrize("fill", ["one", "all"])
+def test_the_largest_numbers_of_a_type_come_out_right(module, fill, dtype, random_weight, generator):
+    weight = random_weight(9, 64, LayerFormat(4, 32, False))
+    weight = replace(weight, scale=(weight.scale / weight.scale.max() * 2**-11).to(torch.float16))
+    x = torch.randn(1, 64, generator=generator).to(dtype)
+    x[0, 3 if fill == "one" else slice(None)] = torch.finfo(dtype).max
+    y, expected = cpu.run(x, *covered(weight, x)), x.double() @ dense(weight).T
+    assert sqnr_db(expected, y) > min(SQNR_DB[dtype], 90)  # the scales are float16 and small
+
+
 def test_one_enormous_channel_leaves_the_others_their_precision(module, random_weight, generator):
     weight = random_weight(9, 64, LayerFormat(4, 32, False))
     x = torch.randn(1, 64, generator=generator)

@@ -99,6 +99,7 @@ def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys
         ({"shapes": ["4096"]}, "out x in such as 4096x4096, got '4096'"),
         ({"kinds": ["float"]}, "among integer, lords, vector, got float"),
         ({"tokens": 0}, "at least 1, got 9 and 0"),
+        ({"products": ["exact", "int8"]}, "one of exact, bytes, got 'int8'"),
     ],
     ids=lambda value: "",
 )

@@ -856,5 +856,7 @@ def test_products_of_bytes_move_the_figures_a_little_and_other_words_are_refused
     common = dict(text=str(text_file), window=32, windows=2)
     exact, rough = (lorq.evaluate(flrq_folder, products=way, **common) for way in ("exact", "bytes"))
     assert exact.perplexity != rough.perplexity == pytest.approx(exact.perplexity, rel=0.05)
+    alone = [lorq.evaluate(flrq_folder, reference=flrq_folder, products=way, **common) for way in ("exact", "bytes")]
+    assert alone[0].kl_mean < 1e-9 < alone[1].kl_mean < 0.01  # the reference stays exact
     assert main(["generate", str(flrq_folder), "Hi", "--products=int8"]) == 1
     assert capsys.readouterr().err == "lorq: products must be one of exact, bytes, got 'int8'\n"

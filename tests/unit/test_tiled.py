@@ -301,8 +301,7 @@ def test_why_experts_do_not_run_in_one_product_is_said(packed, generator, monkey
     x, _, weights = tokens_for(EXPERTS, 2, generator)
 
     def why(experts, x=x):
-        layers = {name: [getattr(expert, name) for expert in experts] for name in PROJECTIONS}
-        return why_not_grouped(layers, experts._factors(), x, weights)
+        return why_not_grouped(experts, experts._factors(), x, weights)
 
     assert why(packed()) == "the device is cpu"
     monkeypatch.setattr(lorq.grouped, "why_not_experts", lambda format, *_: triton_experts.misfit(format))

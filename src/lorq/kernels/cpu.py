@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 
 from lorq.factors import LowRank
-from lorq.kernels.operands import NAMES, Operands, format_of
+from lorq.kernels.operands import DTYPES, NAMES, Operands, format_of, misplaced
 from lorq.kernels.reference import quant_linear_reference, rotate_reference
 from lorq.weight import LayerFormat
 
 _TYPES = {
     torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4, torch.float8_e4m3fn: 5,
 }  # fmt: skip
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Columns whose codes lie in one lane (native/inputs.hpp).
 _LANE = {2: 16, 3: 8, 4: 8, 8: 4}
 # Tokens up to which codes are multiplied directly: where the two ways took the same time (docs/kernels.md).
@@ -95,13 +94,10 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
         device: that it runs on.
         dtype: of its inputs.
     """
-    if device.type != "cpu":
-        return f"the device is {device.type}"
-    if dtype not in _DTYPES:
-        return f"inputs are {dtype}"
-    if library()[0] is None:
-        return library()[1]
-    return _misfit(format, in_features)
+    why = misplaced("cpu", device, dtype)
+    if why is None and library()[0] is None:
+        why = library()[1]
+    return _misfit(format, in_features) if why is None else why
 
 
 def _misfit(f: LayerFormat, in_features: int) -> str | None:
@@ -130,7 +126,7 @@ def run(x: Tensor, *arguments: Any) -> Tensor:
     """
     *operands, bits = arguments
     in_features = x.shape[-1]
-    weight = _weight(operands, bits, in_features) if x.dtype in _DTYPES else None
+    weight = _weight(operands, bits, in_features) if x.dtype in DTYPES else None
     if weight is None:
         return quant_linear_reference(x, *arguments)
     out = operands[0].shape[0]
@@ -163,8 +159,12 @@ def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: 
     module, in_features = library()[0], x.shape[-1]
     fits = block == 0 or (not block & (block - 1) and 0 <= skip < in_features and (in_features - skip) % block == 0)
     order = None if permutation is None else permutation.contiguous()
-    known = order is None or (order.dtype in (torch.int16, torch.int32, torch.int64) and order.shape == (in_features,))
-    if module is None or x.dtype not in _DTYPES or not fits or not known:
+    known = order is None or (
+        order.dtype in (torch.int16, torch.int32, torch.int64)
+        and order.shape == (in_features,)
+        and order.device.type == "cpu"
+    )
+    if module is None or x.dtype not in DTYPES or not fits or not known:
         return rotate_reference(x, permutation, block, skip, inverse)
     x, y = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
     at, size = (0, 0) if order is None else (order.data_ptr(), order.itemsize)
@@ -249,23 +249,24 @@ def _types_fit(p: Operands) -> bool:
     """Whether every tensor has a type that C++ is told of or takes for granted."""
     wanted = {
         "packed": (torch.int32,), "scale": (torch.float16,), "zero_point": (torch.int32,), "levels": (torch.float32,),
-        "scale_left": _DTYPES, "scale_right": _DTYPES, "codebook": (torch.int8,), "codebook_scale": (torch.float16,),
+        "scale_left": DTYPES, "scale_right": DTYPES, "codebook": (torch.int8,), "codebook_scale": (torch.float16,),
         "left": tuple(_TYPES), "right": tuple(_TYPES), "left_scale": (torch.float16,), "right_scale": (torch.float16,),
     }  # fmt: skip
     return all(getattr(p, name) is None or getattr(p, name).dtype in dtypes for name, dtypes in wanted.items())
 
 
 def _agree(portable: Any, fast: Any) -> bool:
-    """Whether a module computes what the portable one does, on one product of each width of whole numbers."""
+    """Whether a module computes what the portable one does, on one product of each width and number of bytes."""
     generator = torch.Generator().manual_seed(0)
     for bits in _LANE:
         x = torch.randn(2, 256, generator=generator)
         packed = torch.randint(-(2**31), 2**31, (8, 8 * bits), generator=generator, dtype=torch.int64).to(torch.int32)
         scale = torch.rand(8, 4, generator=generator).to(torch.float16)
-        y = torch.empty(2, 2, 8)
-        for module, to in zip((portable, fast), y, strict=True):
+        y = torch.empty(2, 3, 2, 8)
+        for module, results in zip((portable, fast), y, strict=True):
             weight = _new_weight(module, [packed, scale, *[None] * 10], bits, 256)
-            weight.multiply(x.data_ptr(), to.data_ptr(), 2, 1, 3, 1)
+            for pieces, to in enumerate(results, 1):
+                weight.multiply(x.data_ptr(), to.data_ptr(), 2, 1, pieces, 1)
         if not torch.allclose(y[0], y[1], rtol=1e-4, atol=1e-3 * 2**bits):
             return False
     return True

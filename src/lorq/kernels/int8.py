@@ -31,11 +31,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorq.activations import TOP, quantize_activations
+from lorq.kernels.operands import misplaced
 from lorq.kernels.reference import fake_quantize, quant_linear
 from lorq.packing import unpack, unpack_columns
 from lorq.weight import LayerFormat
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -69,9 +68,7 @@ def misfit(format: LayerFormat, in_features: int, device: torch.device, dtype: t
         return "it has a low-rank part" if f.rank else "its inputs are rotated"
     if in_features * TOP * 2 ** (f.bits - 1) >= 2**31:
         return f"sums of {in_features} products of {f.bits} by 8 bits do not fit 32"
-    if device.type != "cpu":
-        return f"the device is {device.type}"
-    return None if dtype in _DTYPES else f"inputs are {dtype}"
+    return misplaced("cpu", device, dtype)
 
 
 @torch.library.custom_op("lorq::int8_linear", mutates_args=())

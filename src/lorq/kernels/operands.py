@@ -2,11 +2,22 @@
 
 from types import SimpleNamespace
 
+import torch
 from torch import Tensor
 
 from lorq.factors import FACTOR_TYPES
 from lorq.packing import packed_width
 from lorq.weight import LayerFormat
+
+# What inputs may be; float64 is the reference's.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def misplaced(home: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why kernels of one device type do not take such inputs; None where they do."""
+    if device.type != home:
+        return f"the device is {device.type}"
+    return None if dtype in DTYPES else f"inputs are {dtype}"
 
 
 class Operands(SimpleNamespace):

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from lorq.factors import FACTOR_TYPES, LowRank
-from lorq.kernels.operands import NAMES, Operands, format_of
+from lorq.kernels.operands import DTYPES, NAMES, Operands, format_of, misplaced
 from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate, rotate_reference
 from lorq.weight import LayerFormat
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CODE_BITS = (1, 2, 3, 4, 6, 8)  # whole codes in a word, or in 24 bits
 _ENTRIES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # one integer for a codebook's entry
 _LARGEST_SCALE_RANK = 64
@@ -85,10 +84,9 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
 def misfit(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """`covers`, but for what only the machine can tell."""
     f = format
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    if dtype not in _DTYPES:
-        return f"inputs are {dtype}"
+    why = misplaced("cuda", device, dtype)
+    if why is not None:
+        return why
     if f.code_bits not in _CODE_BITS or f.vector not in _ENTRIES:
         return f"codes take {f.code_bits} bits for {f.vector} weights"
     if f.scale_rank > _LARGEST_SCALE_RANK:
@@ -172,7 +170,7 @@ def span_of(out_features: int, in_features: int, tile: Tile) -> int:
 def _weight_arguments(p: Operands, format: LayerFormat) -> tuple[list[Tensor | None], dict[str, int]]:
     """The kernels' arguments that tell of the weight: tensors, and what they are compiled for."""
     book = None if p.codebook is None else p.codebook.contiguous().view(_ENTRIES[format.vector])
-    factors = [t if t is None or t.dtype in _DTYPES else t.float() for t in (p.scale_left, p.scale_right)]
+    factors = [t if t is None or t.dtype in DTYPES else t.float() for t in (p.scale_left, p.scale_right)]
     if factors[0] is not None and factors[1] is not None and factors[0].dtype != factors[1].dtype:
         factors = [t if t is None else t.float() for t in factors]
     tensors = [p.packed, p.scale, p.zero_point, p.levels, *factors, book, p.codebook_scale]
@@ -227,13 +225,10 @@ def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: 
 
 def covers_basis(block: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel does not take inputs into a basis; None where it does. Arguments as those of `covers`."""
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    if block > _LARGEST_BLOCK or block == 1:
-        return f"blocks of {block} are not between 2 and {_LARGEST_BLOCK}"
-    if dtype not in _DTYPES:
-        return f"inputs are {dtype}"
-    return _unfit(device)
+    why = misplaced("cuda", device, dtype)
+    if why is None and (block > _LARGEST_BLOCK or block == 1):
+        why = f"blocks of {block} are not between 2 and {_LARGEST_BLOCK}"
+    return _unfit(device) if why is None else why
 
 
 def _linear_or_reference(
