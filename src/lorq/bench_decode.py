@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -25,13 +25,13 @@ _READ_BYTES = 256 << 20
 
 
 def bench_decode(
-    shapes: Iterable[str] = SHAPES,
+    shapes: Sequence[str] = SHAPES,
     *,
-    bits: Iterable[int] = (4, 3, 2),
-    kinds: Iterable[str] = ("integer",),
+    bits: Sequence[int] = (4, 3, 2),
+    kinds: Sequence[str] = ("integer",),
     group_size: int = 128,
-    ranks: Iterable[int] = (0, 32),
-    products: Iterable[str] = ("exact",),
+    ranks: Sequence[int] = (0, 32),
+    products: Sequence[str] = ("exact",),
     tokens: int = 1,
     repeats: int = 9,
     dtype: str = "bfloat16",
@@ -60,7 +60,8 @@ def bench_decode(
         int4 operator (CPU, group 32 to 256; else None), the output's signal to noise in decibel, and what multiplied.
 
     Raises:
-        ValueError: for a shape that is none, an unknown kind or way of products, or repeats or tokens below 1.
+        ValueError: for a shape that is none, an unknown kind or way of products, a group size that does not divide the
+            width, bits or ranks that no layer has, or repeats or tokens below 1.
     """
     if repeats < 1 or tokens < 1:
         raise ValueError(f"repeats and tokens must be at least 1, got {repeats} and {tokens}")
@@ -68,6 +69,8 @@ def bench_decode(
         raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}")
     for way in products:
         cpu.check_products(way)
+    for shape in shapes:
+        _check_fit(*_read_shape(shape), kinds, bits, group_size, ranks)
     place, kind_of_input = read_device(device), read_dtype(dtype)
     for shape in shapes:
         out, in_ = _read_shape(shape)
@@ -106,6 +109,18 @@ def _read_shape(shape: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"a shape must be out x in such as 4096x4096, got {shape!r}")
     return int(parts[0]), int(parts[1])
+
+
+def _check_fit(
+    out: int, in_: int, kinds: Sequence[str], bits: Sequence[int], group_size: int, ranks: Sequence[int]
+) -> None:
+    """Refuse what no layer of the shape can have."""
+    if "integer" in kinds and (group_size < 1 or in_ % group_size):
+        raise ValueError(f"group_size must divide the width, got group_size {group_size} and shape {out}x{in_}")
+    if wrong := [width for width in bits if not 2 <= width <= 8]:
+        raise ValueError(f"bits must be between 2 and 8, got {wrong[0]}")
+    if wrong := [rank for rank in ranks if not 0 <= rank <= min(out, in_)]:
+        raise ValueError(f"ranks must be between 0 and {min(out, in_)} for shape {out}x{in_}, got {wrong[0]}")
 
 
 def _format(kind: str, bits: int, rank: int, out: int, in_: int, group_size: int) -> LayerFormat | None:
