@@ -42,30 +42,69 @@ inline void store_value(void* p, int64_t i, float value, Type type) {
     else static_cast<uint16_t*>(p)[i] = type == Type::bf16 ? to_bfloat(value) : to_half(value);
 }
 
-inline F load_eight(const void* p, int64_t i, Type type) {
-    if (type == Type::f32) return load_f(static_cast<const float*>(p) + i);
-    if (type == Type::f16) return load_half(static_cast<const uint16_t*>(p) + i);
-    if (type == Type::bf16) return load_bfloat(static_cast<const uint16_t*>(p) + i);
-    if (type == Type::i8) return load_bytes(static_cast<const int8_t*>(p) + i);
-    float v[8];
-    for (int k = 0; k < 8; ++k) v[k] = load_value(p, i + k, type);
-    return load_f(v);
+inline void store_values(void* p, int64_t i, const float* values, int64_t count, Type type) {
+    if (type == Type::f32) std::memcpy(static_cast<float*>(p) + i, values, size_t(count) * 4);
+    else if (type == Type::bf16) std::transform(values, values + count, static_cast<uint16_t*>(p) + i, to_bfloat);
+    else std::transform(values, values + count, static_cast<uint16_t*>(p) + i, to_half);
+}
+
+template <Type TYPE>
+LORQ_INLINE F load_eight(const void* p, int64_t i) {
+    if constexpr (TYPE == Type::f32) return load_f(static_cast<const float*>(p) + i);
+    else if constexpr (TYPE == Type::f16) return load_half(static_cast<const uint16_t*>(p) + i);
+    else if constexpr (TYPE == Type::bf16) return load_bfloat(static_cast<const uint16_t*>(p) + i);
+    else if constexpr (TYPE == Type::i8) return load_bytes(static_cast<const int8_t*>(p) + i);
+    else {
+        float v[8];
+        for (int k = 0; k < 8; ++k) v[k] = load_value(p, i + k, TYPE);
+        return load_f(v);
+    }
+}
+
+template <Type TYPE>
+void read_row(const void* p, int64_t first, int64_t columns, float* to) {
+    int64_t i = 0;
+    for (; i + 8 <= columns; i += 8) store_f(to + i, load_eight<TYPE>(p, first + i));
+    for (; i < columns; ++i) to[i] = load_value(p, first + i, TYPE);
+}
+
+template <Type TYPE>
+float sum_row(const void* p, int64_t first, const float* x, int64_t columns, F acc) {
+    F other[3] = {zero_f(), zero_f(), zero_f()};  // sums that do not wait for each other
+    int64_t i = 0;
+    for (; i + 32 <= columns; i += 32) {
+        acc = fma(load_eight<TYPE>(p, first + i), load_f(x + i), acc);
+        LORQ_UNROLL for (int k = 0; k < 3; ++k)
+            other[k] = fma(load_eight<TYPE>(p, first + i + 8 * (k + 1)), load_f(x + i + 8 * (k + 1)), other[k]);
+    }
+    if (columns >= 32) acc = add(add(acc, other[0]), add(other[1], other[2]));
+    for (; i + 8 <= columns; i += 8) acc = fma(load_eight<TYPE>(p, first + i), load_f(x + i), acc);
+    float rest = 0;
+    for (; i < columns; ++i) rest += load_value(p, first + i, TYPE) * x[i];
+    return sum(acc) + rest;
 }
 
 // Row `row` of a factor as float32, not scaled.
 inline void read_row(const Factor& f, int64_t row, int64_t columns, float* to) {
-    int64_t i = 0;
-    for (; i + 8 <= columns; i += 8) store_f(to + i, load_eight(f.data, row * columns + i, f.type));
-    for (; i < columns; ++i) to[i] = load_value(f.data, row * columns + i, f.type);
+    switch (f.type) {
+        case Type::f32: return read_row<Type::f32>(f.data, row * columns, columns, to);
+        case Type::f16: return read_row<Type::f16>(f.data, row * columns, columns, to);
+        case Type::bf16: return read_row<Type::bf16>(f.data, row * columns, columns, to);
+        case Type::i8: return read_row<Type::i8>(f.data, row * columns, columns, to);
+        default: return read_row<Type::e4m3>(f.data, row * columns, columns, to);
+    }
 }
 
-inline float dot_row(const Factor& f, int64_t row, const float* x, int64_t columns) {
-    F acc = zero_f();
-    int64_t i = 0;
-    for (; i + 8 <= columns; i += 8) acc = fma(load_eight(f.data, row * columns + i, f.type), load_f(x + i), acc);
-    float rest = 0;
-    for (; i < columns; ++i) rest += load_value(f.data, row * columns + i, f.type) * x[i];
-    return sum(acc) + rest;
+// acc's lanes summed, and the products of row `row` of a factor by x added to them.
+inline float sum_row(const Factor& f, int64_t row, const float* x, int64_t columns, F acc) {
+    if (!columns) return sum(acc);
+    switch (f.type) {
+        case Type::f32: return sum_row<Type::f32>(f.data, row * columns, x, columns, acc);
+        case Type::f16: return sum_row<Type::f16>(f.data, row * columns, x, columns, acc);
+        case Type::bf16: return sum_row<Type::bf16>(f.data, row * columns, x, columns, acc);
+        case Type::i8: return sum_row<Type::i8>(f.data, row * columns, x, columns, acc);
+        default: return sum_row<Type::e4m3>(f.data, row * columns, x, columns, acc);
+    }
 }
 
 // x = step * sum over p of 256^p piece_p, pieces being bytes with a sign: three of them keep 23 bits of the largest entry

@@ -17,29 +17,35 @@ struct Call {
     std::vector<float> z;  // (tokens, rank): what the right factor makes of the inputs
 };
 
+constexpr int MOST_ROWS = 8;  // of integer codes that are multiplied together
+
 template <int BITS, int PIECES>
-void whole_block(const Weight& w, const Inputs& x, int64_t row, int64_t count, float* steps, float* y) {
-    constexpr int ROWS = BITS == 8 || PIECES == 3 ? 2 : 4;
+void whole_block(const Weight& w, const Inputs& x, const float* z, int64_t row, int64_t count, float* steps, float* y) {
+    constexpr int ROWS = SIDE * (BITS == 8 || PIECES == 3 ? 2 : 4);
+    static_assert(ROWS <= MOST_ROWS);
     const Units<BITS> units(w);
     int64_t r = 0;
-    for (; r + ROWS <= count; r += ROWS) multiply_rows<BITS, PIECES, ROWS>(w, x, units, row + r, steps, y + r);
-    for (; r < count; ++r) multiply_rows<BITS, PIECES, 1>(w, x, units, row + r, steps, y + r);
+    for (; r + ROWS <= count; r += ROWS) multiply_rows<BITS, PIECES, ROWS>(w, x, z, units, row + r, 1, 0, steps, y + r);
+    if (r == count) return;
+    const int64_t back = ROWS - (count - r);  // rows before, once more
+    if (row + r >= back) return multiply_rows<BITS, PIECES, ROWS>(w, x, z, units, row + r - back, 1, back, steps, y + r - back);
+    for (; r < count; ++r) multiply_rows<BITS, PIECES, ROWS>(w, x, z, units, row + r, 0, ROWS - 1, steps, y + r - ROWS + 1);
 }
 
 template <int BITS>
-void whole_block(const Call& c, const Inputs& x, int64_t row, int64_t count, float* steps, float* y) {
-    if (c.pieces == 1) whole_block<BITS, 1>(c.w, x, row, count, steps, y);
-    else if (c.pieces == 2) whole_block<BITS, 2>(c.w, x, row, count, steps, y);
-    else whole_block<BITS, 3>(c.w, x, row, count, steps, y);
+void whole_block(const Call& c, const Inputs& x, const float* z, int64_t row, int64_t count, float* steps, float* y) {
+    if (c.pieces == 1) whole_block<BITS, 1>(c.w, x, z, row, count, steps, y);
+    else if (c.pieces == 2) whole_block<BITS, 2>(c.w, x, z, row, count, steps, y);
+    else whole_block<BITS, 3>(c.w, x, z, row, count, steps, y);
 }
 
-inline void multiply_block(const Call& c, const Tables& t, const Inputs& x, int64_t row, int64_t count, float* scratch, float* y) {
+inline void multiply_block(const Call& c, const Tables& t, const Inputs& x, const float* z, int64_t row, int64_t count, float* scratch, float* y) {
     const Weight& w = c.w;
     if (c.pieces) {
-        if (w.bits == 2) whole_block<2>(c, x, row, count, scratch, y);
-        else if (w.bits == 3) whole_block<3>(c, x, row, count, scratch, y);
-        else if (w.bits == 4) whole_block<4>(c, x, row, count, scratch, y);
-        else whole_block<8>(c, x, row, count, scratch, y);
+        if (w.bits == 2) whole_block<2>(c, x, z, row, count, scratch, y);
+        else if (w.bits == 3) whole_block<3>(c, x, z, row, count, scratch, y);
+        else if (w.bits == 4) whole_block<4>(c, x, z, row, count, scratch, y);
+        else whole_block<8>(c, x, z, row, count, scratch, y);
     } else if (w.scale_rank) {
         multiply_scaled_rows(w, t, x, row, count, scratch, y);
     } else {
@@ -60,7 +66,7 @@ inline void multiply_job(Team& team, int thread, void* data) {
         team.share(w.rank, 1, thread, first, last);
         for (int64_t token = 0; token < tokens; ++token)
             for (int64_t k = first; k < last; ++k) {
-                float z = dot_row(w.right, k, c.inputs[token].x.data(), w.in);
+                float z = sum_row(w.right, k, c.inputs[token].x.data(), w.in, zero_f());
                 if (w.right.scale) z *= from_half(w.right.scale[k]);
                 if (w.left.scale) z *= from_half(w.left.scale[k]);
                 c.z[token * w.rank + k] = z;
@@ -68,17 +74,16 @@ inline void multiply_job(Team& team, int thread, void* data) {
         team.wait();
     }
     const Tables tables(w);
-    std::vector<float> scratch(size_t(std::max<int64_t>(4 * w.whole_scratch(), BLOCK * w.scale_rank)));
+    std::vector<float> scratch(size_t(std::max<int64_t>(MOST_ROWS * (w.groups() + 16), BLOCK * w.scale_rank)));
     team.share(w.out, BLOCK, thread, first, last);
     for (int64_t row = first; row < last; row += BLOCK) {
         const int64_t count = std::min(BLOCK, last - row);
         for (int64_t token = 0; token < tokens; ++token) {
             float y[BLOCK];
-            multiply_block(c, tables, c.inputs[token], row, count, scratch.data(), y);
-            for (int64_t r = 0; r < count; ++r) {
-                if (w.rank) y[r] += dot_row(w.left, row + r, &c.z[token * w.rank], w.rank);
-                store_value(c.y, token * w.out + row + r, y[r], c.type);
-            }
+            const float* z = c.z.data() + token * w.rank;
+            multiply_block(c, tables, c.inputs[token], z, row, count, scratch.data(), y);
+            for (int64_t r = 0; w.rank && !c.pieces && r < count; ++r) y[r] += sum_row(w.left, row + r, z, w.rank, zero_f());
+            store_values(c.y, token * w.out + row, y, count, c.type);
         }
     }
 }

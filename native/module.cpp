@@ -32,7 +32,7 @@ std::string best() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni"))
-        return "vnni";
+        return __builtin_cpu_supports("avx512vbmi") ? "vbmi" : "vnni";
     if (avx2) return "avx2";
 #endif
     return "portable";

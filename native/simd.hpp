@@ -1,11 +1,14 @@
-// Eight lanes of 32 bits: the little of an instruction set that the kernels need, with AVX2 (and VNNI on top), or as
-// plain loops that a compiler may turn into what the machine has.
+// Eight lanes of 32 bits: the little of an instruction set that the kernels need, with AVX2 (and AVX-512 with VNNI on
+// top, which has two rows in a register), or as plain loops that a compiler may turn into what the machine has.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #ifdef __AVX2__
 #include <immintrin.h>
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__)
+#define LORQ_512
+#endif
 #endif
 
 #ifdef __GNUC__
@@ -102,7 +105,7 @@ inline F times(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 // acc + products of bytes without a sign by bytes with one, summed over neighbours: pairs in 16 bits, or fours in 32.
 inline I dot(I acc, I a, I b) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#ifdef LORQ_512
     return _mm256_dpbusd_epi32(acc, a, b);
 #else
     acc = _mm256_add_epi16(acc, _mm256_maddubs_epi16(a, b));
@@ -113,14 +116,14 @@ inline I dot(I acc, I a, I b) {
 // 2^N times such a sum, in lanes of 32 bits.
 template <int N>
 inline I widen(I acc) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#ifdef LORQ_512
     return _mm256_slli_epi32(acc, N);
 #else
     return _mm256_madd_epi16(acc, _mm256_set1_epi16(1 << N));
 #endif
 }
 inline I negative(I acc) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#ifdef LORQ_512
     return _mm256_sub_epi32(_mm256_setzero_si256(), acc);
 #else
     return _mm256_sub_epi16(_mm256_setzero_si256(), acc);
@@ -132,6 +135,13 @@ inline F pick16(F low, F high, I lanes) {                                  // lo
     return _mm256_blendv_ps(pick(low, lanes), pick(high, lanes), _mm256_castsi256_ps(_mm256_slli_epi32(lanes, 28)));
 }
 inline F load_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+#ifdef LORQ_512
+// The first n of eight, zeros for the others.
+inline I load_i(const uint32_t* p, int n, const uint32_t*) { return _mm256_maskz_loadu_epi32(__mmask8((1 << n) - 1), p); }
+inline F load_half(const uint16_t* p, int n, const uint16_t*) {
+    return _mm256_cvtph_ps(_mm_maskz_loadu_epi16(__mmask8((1 << n) - 1), p));
+}
+#endif
 inline F load_bfloat(const uint16_t* p) {
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
@@ -150,14 +160,16 @@ inline float sum(F v) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-// 24 bytes of 3-bit codes, two to each byte, in its lower six bits; reads 28 bytes.
+// 24 bytes of 3-bit codes, twelve at the beginning of each half; reads 28 bytes.
 inline I load_threes(const uint8_t* p) {
-    const __m256i order = _mm256_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11, 0, 1, 1, 2, 3, 4, 4, 5, 6, 7,
-                                           7, 8, 9, 10, 10, 11);
-    const __m256i v = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
-                                              _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 12)), 1);
-    // Twelve bits in the upper part of each half, then six to each of its bytes.
-    const __m256i twelve = _mm256_mullo_epi16(_mm256_shuffle_epi8(v, order), _mm256_set1_epi32(0x00010010));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+                                   _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 12)), 1);
+}
+#define LORQ_ORDER_OF_THREES _mm_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11)
+// Two of them to each byte, in its lower six bits: twelve bits in the upper part of each half of a lane, then six to each byte.
+inline I spread_threes(I v) {
+    const I order = _mm256_broadcastsi128_si256(LORQ_ORDER_OF_THREES);
+    const I twelve = _mm256_mullo_epi16(_mm256_shuffle_epi8(v, order), _mm256_set1_epi32(0x00010010));
     return either(both(shift_right<4>(twelve), spread_i(0x003f003f)), both(shift_right<2>(twelve), spread_i(0x3f003f00)));
 }
 #else
@@ -218,12 +230,90 @@ inline float sum(F v) {  // in the order of the vector form
 }
 inline I load_threes(const uint8_t* p) {
     I r;
-    LORQ_EACH {
-        const uint32_t b = p[3 * i] | uint32_t(p[3 * i + 1]) << 8 | uint32_t(p[3 * i + 2]) << 16;
-        r.v[i] = (b & 0x3f) | (b & 0xfc0) << 2 | (b & 0x3f000) << 4 | (b & 0xfc0000) << 6;
-    }
+    LORQ_EACH r.v[i] = p[3 * i] | uint32_t(p[3 * i + 1]) << 8 | uint32_t(p[3 * i + 2]) << 16;
     return r;
 }
+inline I spread_threes(I v) {
+    LORQ_EACH {
+        const uint32_t b = v.v[i];
+        v.v[i] = (b & 0x3f) | (b & 0xfc0) << 2 | (b & 0x3f000) << 4 | (b & 0xfc0000) << 6;
+    }
+    return v;
+}
+#endif
+
+#ifndef LORQ_512
+// The first n of eight; the others are whatever follows, or zeros where nothing does.
+inline I load_i(const uint32_t* p, int n, const uint32_t* end) {
+    if (end - p >= 8) return load_i(p);
+    uint32_t some[8] = {};
+    for (int i = 0; i < n; ++i) some[i] = p[i];
+    return load_i(some);
+}
+inline F load_half(const uint16_t* p, int n, const uint16_t* end) {
+    if (end - p >= 8) return load_half(p);
+    uint16_t some[8] = {};
+    for (int i = 0; i < n; ++i) some[i] = p[i];
+    return load_half(some);
+}
+#endif
+
+// The lanes of SIDE rows in one register: two where a register has 512 bits, else one.
+#ifdef LORQ_512
+constexpr int SIDE = 2;
+using Wide = __m512i;
+using WideF = __m512;
+inline Wide beside(const I (&rows)[2]) { return _mm512_inserti64x4(_mm512_castsi256_si512(rows[0]), rows[1], 1); }
+inline WideF beside(const F (&rows)[2]) {
+    return _mm512_castpd_ps(_mm512_insertf64x4(_mm512_castps_pd(_mm512_castps256_ps512(rows[0])), _mm256_castps_pd(rows[1]), 1));
+}
+inline F row_of(WideF v, int row) {
+    return row ? _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)) : _mm512_castps512_ps256(v);
+}
+inline Wide each_row(const void* p) { return _mm512_broadcast_i64x4(load_i(p)); }
+inline Wide each_row(uint32_t v) { return _mm512_set1_epi32(int(v)); }
+inline WideF zero_rows() { return _mm512_setzero_ps(); }
+template <int N>
+inline Wide shift_right(Wide v) { return _mm512_srli_epi32(v, N); }
+inline Wide both(Wide a, Wide b) { return _mm512_and_si512(a, b); }
+inline Wide plus(Wide a, Wide b) { return _mm512_add_epi32(a, b); }
+inline WideF to_float(Wide v) { return _mm512_cvtepi32_ps(v); }
+inline WideF times(WideF a, float b) { return _mm512_mul_ps(a, _mm512_set1_ps(b)); }
+inline WideF add(WideF a, WideF b) { return _mm512_add_ps(a, b); }
+inline WideF fma(WideF a, WideF b, WideF c) { return _mm512_fmadd_ps(a, b, c); }
+inline Wide dot(Wide acc, Wide a, Wide b) { return _mm512_dpbusd_epi32(acc, a, b); }
+template <int N>
+inline Wide widen(Wide acc) { return _mm512_slli_epi32(acc, N); }
+#ifdef __AVX512VBMI__
+// Two of them to each byte, in its lower six bits; above these lies what is masked off later.
+inline Wide spread_threes(Wide v) {
+    alignas(64) static constexpr auto order = [] {  // the 24 bits of two lanes to the beginnings of theirs
+        struct { uint8_t at[64]; } o{};
+        for (int i = 0; i < 64; ++i) o.at[i] = uint8_t(i / 32 * 32 + i % 32 / 16 * 16 + i % 16 / 4 * 3 + (i % 4 < 3 ? i % 4 : 0));
+        return o;
+    }();
+    const Wide lanes = _mm512_permutexvar_epi8(_mm512_load_si512(order.at), v);
+    return _mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x322c2620120c0600), lanes);
+}
+#else
+inline Wide spread_threes(Wide v) {
+    const Wide order = _mm512_broadcast_i32x4(LORQ_ORDER_OF_THREES);
+    const Wide twelve = _mm512_mullo_epi16(_mm512_shuffle_epi8(v, order), _mm512_set1_epi32(0x00010010));
+    // The bits of the mask from the first, the others from the second; what lies above six bits is masked off later.
+    return _mm512_ternarylogic_epi32(each_row(0x00ff00ffu), shift_right<4>(twelve), shift_right<2>(twelve), 0xca);
+}
+#endif
+#else
+constexpr int SIDE = 1;
+using Wide = I;
+using WideF = F;
+inline Wide beside(const I (&rows)[1]) { return rows[0]; }
+inline WideF beside(const F (&rows)[1]) { return rows[0]; }
+inline F row_of(WideF v, int) { return v; }
+inline Wide each_row(const void* p) { return load_i(p); }
+inline Wide each_row(uint32_t v) { return spread_i(v); }
+inline WideF zero_rows() { return zero_f(); }
+inline WideF times(WideF a, float b) { return times(a, spread_f(b)); }
 #endif
 
 }  // namespace lorq

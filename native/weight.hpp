@@ -31,7 +31,6 @@ struct Weight {
     Factor left, right;  // (out, rank), (rank, in)
     int rank = 0;
 
-    int64_t whole_scratch() const { return 8 * (groups() + 16); }
     // Codes that stand for whole numbers under a scale for each group.
     bool whole_numbers() const { return vector == 1 && !levels && !scale_rank; }
     int64_t groups() const { return in / group_size; }

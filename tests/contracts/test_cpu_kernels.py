@@ -46,10 +46,10 @@ OTHERS = [
 ]
 
 
-@pytest.fixture(params=["portable", "avx2", "vnni"])
+@pytest.fixture(params=["portable", "avx2", "vnni", "vbmi"])
 def module(request, monkeypatch):
     """The library of one instruction set, in use."""
-    order = ["portable", "avx2", "vnni"]
+    order = ["portable", "avx2", "vnni", "vbmi"]
     best = import_module("lorq.kernels._cpu_portable").best()
     if request.param not in order[: order.index(best) + 1]:
         pytest.skip(f"this processor's best is {best}")
