@@ -40,9 +40,9 @@ struct OpenMP {
 
 class Team {
    public:
-    // As many threads as have something to do: starting one costs as much as half a million weights.
+    // As many threads as have something to do: a second one pays from a quarter of a million weights on.
     static int useful(int threads, int64_t weights) {
-        return int(std::max<int64_t>(1, std::min<int64_t>(threads, weights >> 19)));
+        return int(std::max<int64_t>(1, std::min<int64_t>(threads, weights >> 17)));
     }
 
     static void run(int threads, Job job, void* data) {
