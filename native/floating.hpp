@@ -110,15 +110,15 @@ void add_scaled(const Weight& w, const Tables& t, const float* mixed, int64_t j,
 
 constexpr int64_t BLOCK = 16;  // rows that a thread takes at once
 
-inline void multiply_scaled_rows(const Weight& w, const Tables& t, const Inputs& x, int64_t row, int64_t count, float* left, float* y) {
+inline void multiply_scaled_rows(const Weight& w, const Tables& t, const float* mixed, int64_t row, int64_t count, float* left, float* y) {
     F total[BLOCK];
     for (int64_t r = 0; r < count; ++r) {
         total[r] = zero_f();
         read_row(w.scale_left, row + r, w.scale_rank, left + r * w.scale_rank);
     }
     int64_t j = 0;
-    for (; j + 64 <= w.in; j += 64) add_scaled<8>(w, t, x.mixed.data(), j, row, count, left, total);
-    for (; j < w.in; j += 8) add_scaled<1>(w, t, x.mixed.data(), j, row, count, left, total);
+    for (; j + 64 <= w.in; j += 64) add_scaled<8>(w, t, mixed, j, row, count, left, total);
+    for (; j < w.in; j += 8) add_scaled<1>(w, t, mixed, j, row, count, left, total);
     for (int64_t r = 0; r < count; ++r) y[r] = sum(total[r]);
 }
 

@@ -69,8 +69,8 @@ void read_row(const void* p, int64_t first, int64_t columns, float* to) {
 }
 
 template <Type TYPE>
-float sum_row(const void* p, int64_t first, const float* x, int64_t columns, F acc) {
-    F other[3] = {zero_f(), zero_f(), zero_f()};  // sums that do not wait for each other
+float sum_row(const void* p, int64_t first, const float* x, int64_t columns) {
+    F acc = zero_f(), other[3] = {zero_f(), zero_f(), zero_f()};  // sums that do not wait for each other
     int64_t i = 0;
     for (; i + 32 <= columns; i += 32) {
         acc = fma(load_eight<TYPE>(p, first + i), load_f(x + i), acc);
@@ -95,15 +95,14 @@ inline void read_row(const Factor& f, int64_t row, int64_t columns, float* to) {
     }
 }
 
-// acc's lanes summed, and the products of row `row` of a factor by x added to them.
-inline float sum_row(const Factor& f, int64_t row, const float* x, int64_t columns, F acc) {
-    if (!columns) return sum(acc);
+// The sum of row `row` of a factor times x, not scaled.
+inline float sum_row(const Factor& f, int64_t row, const float* x, int64_t columns) {
     switch (f.type) {
-        case Type::f32: return sum_row<Type::f32>(f.data, row * columns, x, columns, acc);
-        case Type::f16: return sum_row<Type::f16>(f.data, row * columns, x, columns, acc);
-        case Type::bf16: return sum_row<Type::bf16>(f.data, row * columns, x, columns, acc);
-        case Type::i8: return sum_row<Type::i8>(f.data, row * columns, x, columns, acc);
-        default: return sum_row<Type::e4m3>(f.data, row * columns, x, columns, acc);
+        case Type::f32: return sum_row<Type::f32>(f.data, row * columns, x, columns);
+        case Type::f16: return sum_row<Type::f16>(f.data, row * columns, x, columns);
+        case Type::bf16: return sum_row<Type::bf16>(f.data, row * columns, x, columns);
+        case Type::i8: return sum_row<Type::i8>(f.data, row * columns, x, columns);
+        default: return sum_row<Type::e4m3>(f.data, row * columns, x, columns);
     }
 }
 
@@ -115,7 +114,6 @@ struct Inputs {
     std::vector<int8_t> pieces;      // of each chunk and position: 32 bytes of each piece, in the order of the codes
     std::vector<int32_t> start;      // of each run of chunks, part and piece: where its sums begin
     std::vector<float> step, total;  // of each group; padded
-    std::vector<float> mixed;        // x times each row of the scale's right factor
 };
 
 template <int BITS, int PIECES>

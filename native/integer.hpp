@@ -120,6 +120,35 @@ struct Sums {
     }
 };
 
+// The left factor's rows times z, added to the lanes of each row; what is left of a rank that is no multiple of eight
+// is taken from what zero points take away.
+template <int ROWS, Type TYPE>
+LORQ_INLINE void add_left(const Weight& w, const float* z, int64_t row, int64_t stride, WideF (&total)[ROWS / SIDE], float (&taken)[ROWS]) {
+    int64_t k = 0;
+    for (; k + 8 <= w.rank; k += 8) {
+        const WideF part = each_row(z + k);
+        LORQ_UNROLL for (int r = 0; r < ROWS / SIDE; ++r) {
+            F parts[SIDE];
+            LORQ_UNROLL for (int s = 0; s < SIDE; ++s)
+                parts[s] = load_eight<TYPE>(w.left.data, (row + stride * (SIDE * r + s)) * w.rank + k);
+            total[r] = fma(beside(parts), part, total[r]);
+        }
+    }
+    for (; k < w.rank; ++k)
+        for (int r = 0; r < ROWS; ++r) taken[r] -= load_value(w.left.data, (row + stride * r) * w.rank + k, TYPE) * z[k];
+}
+
+template <int ROWS>
+void add_left(const Weight& w, const float* z, int64_t row, int64_t stride, WideF (&total)[ROWS / SIDE], float (&taken)[ROWS]) {
+    switch (w.left.type) {
+        case Type::f32: return add_left<ROWS, Type::f32>(w, z, row, stride, total, taken);
+        case Type::f16: return add_left<ROWS, Type::f16>(w, z, row, stride, total, taken);
+        case Type::bf16: return add_left<ROWS, Type::bf16>(w, z, row, stride, total, taken);
+        case Type::i8: return add_left<ROWS, Type::i8>(w, z, row, stride, total, taken);
+        default: return add_left<ROWS, Type::e4m3>(w, z, row, stride, total, taken);
+    }
+}
+
 // Rows row, row + stride, ... of which those from `first` on go into y; a stride of 0 is one row, ROWS times. `z` is what the
 // right factor makes of the inputs: the left factor's rows are added to the lanes before these are summed.
 template <int BITS, int PIECES, int ROWS>
@@ -159,8 +188,9 @@ void multiply_rows(const Weight& w, const Inputs& x, const float* z, const Units
             LORQ_UNROLL for (int r = 0; r < ROWS / SIDE; ++r)
                 total[r] = fma(sums.of(r), units.lanes(steps + SIDE * r * pitch, pitch, unit), total[r]);
         }
+    if (w.rank) add_left<ROWS>(w, z, row, stride, total, taken);
     LORQ_UNROLL for (int r = 0; r < ROWS; ++r)
-        if (r >= first) y[r] = sum_row(w.left, row + stride * r, z, w.rank, row_of(total[r / SIDE], r % SIDE)) - taken[r];
+        if (r >= first) y[r] = sum(row_of(total[r / SIDE], r % SIDE)) - taken[r];
 }
 
 }  // namespace lorq

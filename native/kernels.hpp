@@ -7,14 +7,46 @@
 
 namespace lorq {
 
-struct Call {
-    const Weight& w;
+// z = (right x) times both factors' scales: what is left to do is the left factor.
+struct Projection {
+    Factor right, left;
+    int rank;
+    const Inputs* x;
+    int64_t width;
+    float* z;
+};
+
+// One input of a weight, and where its output goes.
+struct Pair {
+    const Inputs* x;
+    const float* z;      // what the right factor makes of it; null without a low-rank part
+    const float* mixed;  // what the scale's right factor makes of it; null without one
     void* y;
-    Type type;
+};
+
+// A weight and its pairs, first .. first + count - 1 of a call's.
+struct Product {
+    Weight w;
+    int64_t first, count;
+};
+
+struct Call {
+    Type type;   // of the outputs
     int pieces;  // bytes of each input; 0 for products in floating point
-    std::vector<Inputs>& inputs;
-    int64_t tokens;
-    std::vector<float> z;  // (tokens, rank): what the right factor makes of the inputs
+    std::vector<Projection> projections;
+    std::vector<Pair> pairs;
+    std::vector<Product> products;
+
+    int64_t blocks() const {
+        int64_t n = 0;
+        for (const Product& p : products) n += (p.w.out + BLOCK - 1) / BLOCK;
+        return n;
+    }
+    int64_t weights() const {
+        int64_t n = 0;
+        for (const Product& p : products) n += p.count * p.w.out * p.w.in;
+        return n;
+    }
 };
 
 constexpr int MOST_ROWS = 8;  // of integer codes that are multiplied together
@@ -33,74 +65,143 @@ void whole_block(const Weight& w, const Inputs& x, const float* z, int64_t row, 
 }
 
 template <int BITS>
-void whole_block(const Call& c, const Inputs& x, const float* z, int64_t row, int64_t count, float* steps, float* y) {
-    if (c.pieces == 1) whole_block<BITS, 1>(c.w, x, z, row, count, steps, y);
-    else if (c.pieces == 2) whole_block<BITS, 2>(c.w, x, z, row, count, steps, y);
-    else whole_block<BITS, 3>(c.w, x, z, row, count, steps, y);
+void whole_block(int pieces, const Weight& w, const Pair& p, int64_t row, int64_t count, float* steps, float* y) {
+    if (pieces == 1) whole_block<BITS, 1>(w, *p.x, p.z, row, count, steps, y);
+    else if (pieces == 2) whole_block<BITS, 2>(w, *p.x, p.z, row, count, steps, y);
+    else whole_block<BITS, 3>(w, *p.x, p.z, row, count, steps, y);
 }
 
-inline void multiply_block(const Call& c, const Tables& t, const Inputs& x, const float* z, int64_t row, int64_t count, float* scratch, float* y) {
-    const Weight& w = c.w;
-    if (c.pieces) {
-        if (w.bits == 2) whole_block<2>(c, x, z, row, count, scratch, y);
-        else if (w.bits == 3) whole_block<3>(c, x, z, row, count, scratch, y);
-        else if (w.bits == 4) whole_block<4>(c, x, z, row, count, scratch, y);
-        else whole_block<8>(c, x, z, row, count, scratch, y);
-    } else if (w.scale_rank) {
-        multiply_scaled_rows(w, t, x, row, count, scratch, y);
-    } else {
-        for (int64_t r = 0; r < count; ++r)
-            y[r] = w.vector == 1   ? multiply_row<1>(w, t, x, row + r)
-                   : w.vector == 2 ? multiply_row<2>(w, t, x, row + r)
-                   : w.vector == 4 ? multiply_row<4>(w, t, x, row + r)
-                                   : multiply_row<8>(w, t, x, row + r);
+inline void multiply_block(int pieces, const Weight& w, const Tables& t, const Pair& p, int64_t row, int64_t count, float* scratch, float* y) {
+    if (pieces) {
+        if (w.bits == 2) return whole_block<2>(pieces, w, p, row, count, scratch, y);
+        if (w.bits == 3) return whole_block<3>(pieces, w, p, row, count, scratch, y);
+        if (w.bits == 4) return whole_block<4>(pieces, w, p, row, count, scratch, y);
+        return whole_block<8>(pieces, w, p, row, count, scratch, y);
+    }
+    if (w.scale_rank) multiply_scaled_rows(w, t, p.mixed, row, count, scratch, y);
+    for (int64_t r = 0; !w.scale_rank && r < count; ++r)
+        y[r] = w.vector == 1   ? multiply_row<1>(w, t, *p.x, row + r)
+               : w.vector == 2 ? multiply_row<2>(w, t, *p.x, row + r)
+               : w.vector == 4 ? multiply_row<4>(w, t, *p.x, row + r)
+                               : multiply_row<8>(w, t, *p.x, row + r);
+    for (int64_t r = 0; w.rank && r < count; ++r) y[r] += sum_row(w.left, row + r, p.z, w.rank);
+}
+
+// The ranks of all projections, shared between the threads.
+inline void project(const Call& c, const Team& team, int thread) {
+    int64_t total = 0, begin, end, before = 0;
+    for (const Projection& p : c.projections) total += p.rank;
+    team.share(total, 1, thread, begin, end);
+    for (const Projection& p : c.projections) {
+        for (int64_t k = std::max<int64_t>(begin - before, 0); k < std::min<int64_t>(end - before, p.rank); ++k) {
+            p.z[k] = sum_row(p.right, k, p.x->x.data(), p.width);
+            if (p.right.scale) p.z[k] *= from_half(p.right.scale[k]);
+            if (p.left.scale) p.z[k] *= from_half(p.left.scale[k]);
+        }
+        before += p.rank;
     }
 }
 
 inline void multiply_job(Team& team, int thread, void* data) {
-    Call& c = *static_cast<Call*>(data);
-    const Weight& w = c.w;
-    const int64_t tokens = c.tokens;
-    int64_t first, last;
-    if (w.rank) {
-        team.share(w.rank, 1, thread, first, last);
-        for (int64_t token = 0; token < tokens; ++token)
-            for (int64_t k = first; k < last; ++k) {
-                float z = sum_row(w.right, k, c.inputs[token].x.data(), w.in, zero_f());
-                if (w.right.scale) z *= from_half(w.right.scale[k]);
-                if (w.left.scale) z *= from_half(w.left.scale[k]);
-                c.z[token * w.rank + k] = z;
-            }
+    const Call& c = *static_cast<const Call*>(data);
+    if (!c.projections.empty()) {
+        project(c, team, thread);
         team.wait();
     }
-    const Tables tables(w);
-    std::vector<float> scratch(size_t(std::max<int64_t>(MOST_ROWS * (w.groups() + 16), BLOCK * w.scale_rank)));
-    team.share(w.out, BLOCK, thread, first, last);
-    for (int64_t row = first; row < last; row += BLOCK) {
-        const int64_t count = std::min(BLOCK, last - row);
-        for (int64_t token = 0; token < tokens; ++token) {
-            float y[BLOCK];
-            const float* z = c.z.data() + token * w.rank;
-            multiply_block(c, tables, c.inputs[token], z, row, count, scratch.data(), y);
-            for (int64_t r = 0; w.rank && !c.pieces && r < count; ++r) y[r] += sum_row(w.left, row + r, z, w.rank, zero_f());
-            store_values(c.y, token * w.out + row, y, count, c.type);
+    int64_t begin, end, before = 0;
+    team.share(c.blocks(), 1, thread, begin, end);
+    std::vector<float> scratch;
+    for (const Product& product : c.products) {
+        const Weight& w = product.w;
+        const int64_t blocks = (w.out + BLOCK - 1) / BLOCK;
+        const int64_t first = std::max<int64_t>(begin - before, 0), last = std::min(end - before, blocks);
+        before += blocks;
+        if (first >= last) continue;
+        const Tables tables(w);
+        scratch.resize(size_t(std::max<int64_t>(MOST_ROWS * (w.groups() + 16), BLOCK * w.scale_rank)));
+        for (int64_t row = first * BLOCK; row < std::min(last * BLOCK, w.out); row += BLOCK) {
+            const int64_t count = std::min(BLOCK, w.out - row);
+            for (int64_t i = product.first; i < product.first + product.count; ++i) {
+                float y[BLOCK];
+                multiply_block(c.pieces, w, tables, c.pairs[i], row, count, scratch.data(), y);
+                store_values(c.pairs[i].y, row, y, count, c.type);
+            }
         }
     }
 }
 
-// y = W x for tokens (tokens, in) -> (tokens, out). False, with y unfinished, where inputs are not finite or all but
-// zero: whole numbers cannot carry that. `pieces` bytes are kept of each input, where codes are whole numbers.
+// The inputs of several tokens as weights of one width and group size read them, kept from call to call: making room
+// costs as much as a small layer. Null where they are not finite or all but zero: whole numbers cannot carry that.
+inline const std::vector<Inputs>* read_tokens(const Weight& w, const void* x, int64_t tokens, Type type, int pieces) {
+    static thread_local std::vector<Inputs> inputs;
+    if (int64_t(inputs.size()) < tokens) inputs.resize(size_t(tokens));
+    for (int64_t token = 0; token < tokens; ++token)
+        if (!read_inputs(w, x, token, type, pieces, inputs[token])) return nullptr;
+    return &inputs;
+}
+
+inline void* entry(void* y, int64_t i, Type type) { return static_cast<char*>(y) + i * (type == Type::f32 ? 4 : 2); }
+
+// y = W x for tokens (tokens, in) -> (tokens, out). False, with y unfinished, where `read_tokens` has nothing. `pieces`
+// bytes are kept of each input, where codes are whole numbers.
 inline bool multiply(const Weight& w, const void* x, void* y, int64_t tokens, Type type, int pieces, int threads) {
     if (!w.whole_numbers()) pieces = 0;
-    static thread_local std::vector<Inputs> inputs;  // kept from call to call: making room costs as much as a small layer
-    if (int64_t(inputs.size()) < tokens) inputs.resize(size_t(tokens));
-    Call call{w, y, type, pieces, inputs, tokens, std::vector<float>(size_t(tokens * w.rank))};
+    const std::vector<Inputs>* inputs = read_tokens(w, x, tokens, type, pieces);
+    if (!inputs) return false;
+    Call call{type, pieces, {}, {}, {{w, 0, tokens}}};
+    std::vector<float> z(size_t(tokens * w.rank));
+    std::vector<std::vector<float>> mixed(w.scale_rank ? size_t(tokens) : 0);
     for (int64_t token = 0; token < tokens; ++token) {
-        Inputs& own = call.inputs[token];
-        if (!read_inputs(w, x, token, type, pieces, own)) return false;
-        if (w.scale_rank) mix(w, own.x.data(), own.mixed);
+        const Inputs* own = &(*inputs)[token];
+        if (w.rank) call.projections.push_back({w.right, w.left, w.rank, own, w.in, &z[token * w.rank]});
+        if (w.scale_rank) mix(w, own->x.data(), mixed[token]);
+        call.pairs.push_back({own, z.data() + token * w.rank, w.scale_rank ? mixed[token].data() : nullptr, entry(y, token * w.out, type)});
     }
-    Team::run(Team::useful(threads, tokens * w.out * w.in), multiply_job, &call);
+    Team::run(Team::useful(threads, call.weights()), multiply_job, &call);
+    return true;
+}
+
+// The factors that experts share: expert e adds left_j (right_i x) of its cell (i, j).
+struct Shared {
+    Factor left, right;  // (grid columns, out, rank), (grid rows, rank, in), their scales (grid columns or rows, rank)
+    int rank = 0;        // 0: none
+    int64_t rows = 0, columns = 0;   // of the grid
+    const int16_t* cells = nullptr;  // (experts, 2)
+
+    bool has(int64_t e) const { return cells[2 * e] >= 0 && cells[2 * e] < rows && cells[2 * e + 1] >= 0 && cells[2 * e + 1] < columns; }
+};
+
+// Each token's pairs lie one after the other, `places` of them: pair p is token p / places times the weight of expert[p].
+// `w` is the first of the experts' weights, which lie one after the other. Outputs of pairs without an expert become 0.
+// False, with y unfinished, where `read_tokens` has nothing, or an expert lies outside the grid.
+inline bool multiply_experts(const Weight& w, int64_t experts, const int64_t* expert, const void* x, void* y, int64_t tokens, int64_t places, Type type, int pieces, const Shared& shared, int threads) {
+    if (!w.whole_numbers()) pieces = 0;
+    const std::vector<Inputs>* inputs = read_tokens(w, x, tokens, type, pieces);
+    if (!inputs) return false;
+    std::vector<int64_t> order;
+    for (int64_t p = 0; p < tokens * places; ++p) {
+        if (expert[p] >= 0 && expert[p] < experts) order.push_back(p);
+        else std::memset(entry(y, p * w.out, type), 0, size_t(w.out) * (type == Type::f32 ? 4 : 2));
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return expert[a] < expert[b]; });
+    Call call{type, pieces, {}, {}, {}};
+    std::vector<float> z(order.size() * size_t(shared.rank));
+    for (size_t i = 0; i < order.size(); ++i) {
+        const int64_t p = order[i], e = expert[p];
+        const Inputs* own = &(*inputs)[p / places];
+        if (i == 0 || expert[order[i - 1]] != e) call.products.push_back({w.expert(e), int64_t(i), 0});
+        Product& product = call.products.back();
+        if (shared.rank) {
+            if (!shared.has(e)) return false;
+            const int64_t row = shared.cells[2 * e], column = shared.cells[2 * e + 1], rank = shared.rank;
+            product.w.rank = shared.rank;
+            product.w.left = shared.left.from(column * w.out * rank, column * rank);
+            call.projections.push_back({shared.right.from(row * rank * w.in, row * rank), product.w.left, shared.rank, own, w.in, &z[i * size_t(rank)]});
+        }
+        ++product.count;
+        call.pairs.push_back({own, z.data() + i * size_t(shared.rank), nullptr, entry(y, p * w.out, type)});
+    }
+    Team::run(Team::useful(threads, call.weights()), multiply_job, &call);
     return true;
 }
 

@@ -70,6 +70,15 @@ NB_MODULE(LORQ_MODULE, m) {
             },
             nb::call_guard<nb::gil_scoped_release>())
         .def(
+            "multiply_experts",
+            [](const Weight& w, int64_t experts, Pointer expert, Pointer x, Pointer y, int64_t tokens, int64_t places, int type,
+               int pieces, Stored left, Stored right, int rank, int64_t rows, int64_t columns, Pointer cells, int threads) {
+                const Shared shared{factor(left), factor(right), rank, rows, columns, at<int16_t>(cells)};
+                return multiply_experts(w, experts, at<int64_t>(expert), at<void>(x), reinterpret_cast<void*>(y), tokens,
+                                        places, Type(type), pieces, shared, threads);
+            },
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
             "decode",
             [](const Weight& w, Pointer to, int64_t first, int64_t count, int type, int threads) {
                 decode(w, reinterpret_cast<void*>(to), first, count, Type(type), threads);

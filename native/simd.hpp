@@ -271,6 +271,7 @@ inline F row_of(WideF v, int row) {
     return row ? _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)) : _mm512_castps512_ps256(v);
 }
 inline Wide each_row(const void* p) { return _mm512_broadcast_i64x4(load_i(p)); }
+inline WideF each_row(const float* p) { return _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(load_f(p)))); }
 inline Wide each_row(uint32_t v) { return _mm512_set1_epi32(int(v)); }
 inline WideF zero_rows() { return _mm512_setzero_ps(); }
 template <int N>
@@ -311,6 +312,7 @@ inline Wide beside(const I (&rows)[1]) { return rows[0]; }
 inline WideF beside(const F (&rows)[1]) { return rows[0]; }
 inline F row_of(WideF v, int) { return v; }
 inline Wide each_row(const void* p) { return load_i(p); }
+inline WideF each_row(const float* p) { return load_f(p); }
 inline Wide each_row(uint32_t v) { return spread_i(v); }
 inline WideF zero_rows() { return zero_f(); }
 inline WideF times(WideF a, float b) { return times(a, spread_f(b)); }

@@ -12,6 +12,12 @@ struct Factor {  // (rows, rank) or (rank, columns) with a scale for each of the
     const void* data = nullptr;
     Type type = Type::none;
     const uint16_t* scale = nullptr;  // float16
+
+    // What begins at an entry and at a scale of it.
+    Factor from(int64_t entry, int64_t first_scale) const {
+        const int size = type == Type::f32 ? 4 : type == Type::bf16 || type == Type::f16 ? 2 : 1;
+        return {static_cast<const char*>(data) + entry * size, type, scale ? scale + first_scale : nullptr};
+    }
 };
 
 struct Weight {
@@ -33,6 +39,20 @@ struct Weight {
 
     // Codes that stand for whole numbers under a scale for each group.
     bool whole_numbers() const { return vector == 1 && !levels && !scale_rank; }
+
+    // The weight e after this one, of experts whose tensors lie one after the other.
+    Weight expert(int64_t e) const {
+        Weight own = *this;
+        own.packed += e * out * words;
+        own.scale += e * out * groups();
+        if (zero) own.zero += e * ((out * bits + 31) / 32) * groups();
+        if (codebook) {
+            const int64_t tiles = out / codebook_rows * (in / codebook_columns);
+            own.codebook += e * (tiles << (bits * vector)) * vector;
+            own.codebook_scale += e * tiles;
+        }
+        return own;
+    }
     int64_t groups() const { return in / group_size; }
     const uint8_t* row(int64_t o) const { return reinterpret_cast<const uint8_t*>(packed + o * words); }
 };

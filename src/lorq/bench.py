@@ -276,7 +276,7 @@ def bench_experts(
         seconds: dict[str, list[float]] = {"none": [], "each": [], "fused": []}
         for round_ in range(repeats + 1):
             for name in seconds:
-                layer.fused = name == "fused"
+                layer.fused = name != "each"
                 layer.low_rank = name != "none"
                 start = time.perf_counter()
                 with torch.no_grad():

@@ -1,14 +1,15 @@
 """Tokens through packed experts with shared factors, all experts of a projection in one product."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from lorq.experts import Experts
-from lorq.kernels import expert_linear, rotate, why_not_experts
+from lorq.experts import Expert, Experts
+from lorq.kernels import cpu_experts, expert_linear, turn, why_not_experts
 from lorq.linear import QuantLinear
 from lorq.tiles import TileFactors
 
@@ -30,7 +31,8 @@ class Stacks:
         """A projection's tensors of all experts, by local name, experts first."""
         seen, tensors = self._kept.get(name, ([], {}))
         # A layer's codes stand for all that it stores.
-        if len(seen) != len(layers) or any(a.weight_packed is not b for a, b in zip(layers, seen, strict=True)):
+        codes = [layer._buffers["weight_packed"] for layer in layers]
+        if len(seen) != len(codes) or any(a is not b for a, b in zip(codes, seen, strict=True)):
             tensors = {}
             for local in _STACKED:
                 if getattr(layers[0], local) is not None:
@@ -41,35 +43,43 @@ class Stacks:
         return tensors
 
 
-def why_not_grouped(experts: Experts, tiles: Mapping[str, TileFactors], x: Tensor, weights: Tensor) -> str | None:
+def layers_of(experts: Experts) -> dict[str, list[Any]]:
+    """The layers of all experts by projection, from torch's own dicts: a module's __getattr__, some hundred times,
+    takes longer than what a token asks of its experts."""
+    own = [module._modules for module in experts._modules.values() if isinstance(module, Expert)]
+    return {name: [layers[name] for layers in own] for name in PROJECTIONS}
+
+
+def why_not_grouped(
+    layers: Mapping[str, Sequence[Any]], tiled: Collection[str], x: Tensor, weights: Tensor
+) -> str | None:
     """Why experts do not run as `run_grouped` has it; None where they do. Nothing is read from the device.
 
     Args:
-        experts: each with a layer for every projection.
-        tiles: the shared factors, by projection.
+        layers: of all experts, by projection.
+        tiled: projections whose experts share factors, and so a basis.
         x: inputs of the experts.
         weights: the router's.
     """
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
         return "inputs need gradients"
     for name in PROJECTIONS:
-        if name not in tiles:
+        if name not in tiled:
             return f"{name} has no shared factors"
-        first = getattr(experts[0], name)
-        why = why_not_experts(first.format, first.in_features, x.device, x.dtype)
+        first = layers[name][0]
+        why = why_not_experts(first.format, first.in_features, x.device, x.dtype, weights.numel() / len(layers[name]))
         if why is not None:
             return why
-        layers = [getattr(expert, name) for expert in experts]
-        if any(layer.format is not first.format and layer.format != first.format for layer in layers):
+        if any(layer.format is not first.format and layer.format != first.format for layer in layers[name]):
             return f"{name} has experts of several formats"
-        if any(layer.bias is not None for layer in layers):
+        if any(layer._parameters["bias"] is not None for layer in layers[name]):
             return f"{name} has biases"
     return None
 
 
 def run_grouped(
     stacks: Stacks,
-    experts: Experts,
+    layers: Mapping[str, Sequence[QuantLinear]],
     tiles: Mapping[str, TileFactors],
     gated: Callable[[Tensor, Tensor], Tensor],
     x: Float[Tensor, "tokens in"],
@@ -83,40 +93,33 @@ def run_grouped(
 
     Args:
         stacks: of the same experts; filled where need be.
-        experts: each with a layer for every projection.
-        tiles: their shared factors.
+        layers: of all experts, by projection.
+        tiles: their shared factors; none to leave the low-rank part away.
         gated: what happens between the projections.
         x: inputs.
         index: the experts of each token; numbers past the last one stand for none.
         weights: the router's.
     """
-    (tokens, places), down = index.shape, tiles["down_proj"]
-    known = index < len(experts)
+    (tokens, places), down = index.shape, tiles.get("down_proj")
+    known = index < len(layers["down_proj"])
     expert, cell = index.flatten(), torch.where(known, index, 0).flatten()
-    layers = {name: [getattr(expert, name) for expert in experts] for name in PROJECTIONS}
-    gate_own, up_own, own = (stacks.of(name, layers[name]) for name in PROJECTIONS)
-    gate = _common(layers["gate_proj"][0], gate_own, tiles["gate_proj"], x, expert)
-    up = _common(layers["up_proj"][0], up_own, tiles["up_proj"], x, expert)
-    h = _own_basis(layers["down_proj"][0], own, gated(gate, up), cell)
-    answers = _product(layers["down_proj"][0], own, h, expert).unflatten(0, (tokens, places))
+    own = {name: stacks.of(name, layers[name]) for name in PROJECTIONS}
+    gate, up = (
+        _product(layers[name][0], own[name], layers[name][0].into_basis(x), expert, tiles.get(name))
+        for name in ("gate_proj", "up_proj")
+    )
+    last = layers["down_proj"][0]
+    h = _own_basis(last, own["down_proj"], gated(gate, up), cell)
     weight = torch.where(known, weights, 0).unsqueeze(-1)
-    # a_j = sum over e in column j of g_e right_i h_e. With all rights first: one product, and no order of experts.
-    row, column = down.cells.long()[cell].T
-    all_rows = (h @ down.rights(h.dtype).flatten(0, 1).T).unflatten(1, (-1, down.rank))
-    projected = all_rows[torch.arange(len(h), device=h.device), row].unflatten(0, (tokens, places)) * weight
-    lefts = down.lefts(x.dtype)
-    member = functional.one_hot(column, len(lefts)).to(projected.dtype).unflatten(0, (tokens, places))
-    sums = (member.mT @ projected).to(x.dtype)  # (tokens, columns, rank)
+    # In C++ an expert's own part of the factors costs no more than the sum of its column's.
+    inside = _in_cpp(h)
+    answers = _product(last, own["down_proj"], h, expert, down if inside else None).unflatten(0, (tokens, places))
     out = (answers * weight).sum(1).to(x.dtype)
-    return out + sums.flatten(1) @ lefts.transpose(1, 2).flatten(0, 1)
+    return out if down is None or inside else out + _shared_down(down, h, cell, weight, x.dtype)
 
 
-def _common(first: QuantLinear, own: dict[str, Tensor], t: TileFactors, x: Tensor, expert: Tensor) -> Tensor:
-    """Gate or up of every pair: one basis and one projection for all experts, which read the layer's input."""
-    z = first.into_basis(x)
-    rights = t.rights(z.dtype)
-    projected = (z @ rights.flatten(0, 1).T).unflatten(1, rights.shape[:2])
-    return _product(first, own, z, expert, t.left, t.left_scale, t.cells, projected)
+def _in_cpp(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def _own_basis(first: QuantLinear, own: dict[str, Tensor], h: Tensor, expert: Tensor) -> Tensor:
@@ -124,12 +127,35 @@ def _own_basis(first: QuantLinear, own: dict[str, Tensor], h: Tensor, expert: Te
     f = first.format
     if f.permuted:
         h = h.gather(1, own["permutation"][expert].long())
-    return rotate(h, None, f.rotation_block, f.rotation_skip) if f.rotation_block else h
+    return turn(h, None, f.rotation_block, f.rotation_skip) if f.rotation_block else h
 
 
-def _product(first: QuantLinear, own: dict[str, Tensor], z: Tensor, expert: Tensor, *shared: Tensor | None) -> Tensor:
-    """`expert_linear` of a projection, given its tensors and one of its layers."""
-    packed, scale, zero, book, book_scale = (own.get(name) for name in _STACKED[:5])
-    return expert_linear(
-        z, expert, packed, scale, zero, first.levels, book, book_scale, *(shared or [None] * 4), first.format.bits
-    )
+def _product(first: QuantLinear, own: dict[str, Tensor], z: Tensor, expert: Tensor, t: TileFactors | None) -> Tensor:
+    """A projection of every pair, shared factors included, given its tensors and one of its layers."""
+    packed, scale, zero, book, book_scale = stored = [own.get(name) for name in _STACKED[:5]]
+    if _in_cpp(z):
+        shared = None if t is None else (t.left, t.right, t.left_scale, t.right_scale, t.cells)
+        y = cpu_experts.run(z, expert, stored, first.levels, shared, first.format.bits)
+        if y is not None:
+            return y
+    factors: list[Tensor | None] = [None] * 4
+    if t is not None:
+        rights = t.rights(z.dtype)
+        projected = (z @ rights.flatten(0, 1).T).unflatten(1, rights.shape[:2])
+        factors = [t.left, t.left_scale, t.cells, projected]
+    return expert_linear(z, expert, packed, scale, zero, first.levels, book, book_scale, *factors, first.format.bits)
+
+
+def _shared_down(t: TileFactors, h: Tensor, cell: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """a_j = sum over e in column j of g_e right_i h_e, then all left factors: what a token's experts add together.
+
+    With all right factors first: one product, and no order of experts.
+    """
+    tokens, places, _ = weight.shape
+    row, column = t.cells.long()[cell].T
+    all_rows = (h @ t.rights(h.dtype).flatten(0, 1).T).unflatten(1, (-1, t.rank))
+    projected = all_rows[torch.arange(len(h), device=h.device), row].unflatten(0, (tokens, places)) * weight
+    lefts = t.lefts(dtype)
+    member = functional.one_hot(column, len(lefts)).to(projected.dtype).unflatten(0, (tokens, places))
+    sums = (member.mT @ projected).to(dtype)  # (tokens, columns, rank)
+    return sums.flatten(1) @ lefts.transpose(1, 2).flatten(0, 1)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorq.experts import Expert, Experts
 from lorq.factors import FACTOR_TYPES, factor_bits
-from lorq.grouped import Stacks, run_grouped, why_not_grouped
+from lorq.grouped import Stacks, layers_of, run_grouped, why_not_grouped
 from lorq.linear import QuantLinear
 from lorq.tiles import TileFactors, TileFormat
 
@@ -154,8 +154,9 @@ class QuantExperts(Experts):
         tiles = self._factors()
         if not self.fused or any(t.input_scale is not None for t in tiles.values()):
             return self._unfused(tiles, hidden_states, top_k_index, top_k_weights)
-        if why_not_grouped(self, tiles, hidden_states, top_k_weights) is None:
-            return run_grouped(self._stacks, self, tiles, self.gated, hidden_states, top_k_index, top_k_weights)
+        layers = layers_of(self)
+        if why_not_grouped(layers, tuple(self.tiles), hidden_states, top_k_weights) is None:
+            return run_grouped(self._stacks, layers, tiles, self.gated, hidden_states, top_k_index, top_k_weights)
         return _Pass(self, tiles, hidden_states, top_k_index, top_k_weights).output()
 
     def middle(self, expert: int, inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens width"]:

@@ -64,7 +64,7 @@ def covered(weight, x):
     """The operator's arguments, having made sure that the kernels take them."""
     assert cpu.covers(weight.format, weight.shape[1], CPU, x.dtype) is None
     arguments = operands(weight)
-    assert cpu._weight(arguments[:-1], weight.bits, weight.shape[1]) is not None
+    assert cpu.weight_of(arguments[:-1], weight.bits, weight.shape[1]) is not None
     return arguments
 
 

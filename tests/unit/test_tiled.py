@@ -18,8 +18,8 @@ import lorq.tiled
 from lorq.basis import Basis
 from lorq.experts import Experts
 from lorq.factors import FACTOR_TYPES
-from lorq.grouped import run_grouped, why_not_grouped
-from lorq.kernels import triton_experts
+from lorq.grouped import layers_of, run_grouped, why_not_grouped
+from lorq.kernels import cpu_experts, triton_experts
 from lorq.linear import QuantLinear, pack_weight, share_rotations
 from lorq.tiled import QuantExperts, Tiles, pack_tiles, tile_layout, unpack_tiles
 from lorq.weight import LayerFormat
@@ -238,14 +238,25 @@ def test_the_middle_of_one_expert_has_its_part_of_the_shared_factors(packed, gen
 # ---- all experts in one product ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def grouped(monkeypatch):
-    """Experts run as on a device whose kernel covers them; how often they did."""
-    runs = []
+@pytest.fixture(params=["C++", "as on a GPU"])
+def grouped(request, monkeypatch):
+    """Experts run in one call, and how often they did: in C++, or as on a device whose kernel covers them."""
+    runs, taken = [], []
 
     def run(*given):
         runs.append(given)
-        return run_grouped(*given)
+        taken.clear()
+        result = run_grouped(*given)
+        assert all(y is not None for y in taken) if request.param == "C++" else not taken
+        return result
+
+    def multiply(*given):
+        taken.append(cpu_experts_run(*given))
+        return taken[-1]
+
+    cpu_experts_run = cpu_experts.run
+    monkeypatch.setattr(cpu_experts, "run", multiply)
+    monkeypatch.setattr(lorq.grouped, "_in_cpp", lambda x: request.param == "C++")
 
     monkeypatch.setattr(lorq.grouped, "why_not_experts", lambda *_: None)
     monkeypatch.setattr(lorq.tiled, "run_grouped", run)
@@ -301,9 +312,12 @@ def test_why_experts_do_not_run_in_one_product_is_said(packed, generator, monkey
     x, _, weights = tokens_for(EXPERTS, 2, generator)
 
     def why(experts, x=x):
-        return why_not_grouped(experts, experts._factors(), x, weights)
+        return why_not_grouped(layers_of(experts), tuple(experts.tiles), x, weights)
 
-    assert why(packed()) == "the device is cpu"
+    assert why(packed()) is None
+    assert why(packed(), x.double()) == "inputs are torch.float64"
+    many = why_not_grouped(layers_of(packed()), PROJECTIONS, x, torch.ones(25, 2))
+    assert many == "an expert has 8.3 tokens, and more than 8 are faster one expert after the other"
     monkeypatch.setattr(lorq.grouped, "why_not_experts", lambda format, *_: triton_experts.misfit(format))
     assert why(packed()) is None
     assert why(packed(), x.clone().requires_grad_()) == "inputs need gradients"

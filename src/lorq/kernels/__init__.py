@@ -1,17 +1,16 @@
 """The operators: one schema each, a torch reference, and faster implementations per device."""
 
-from lorq.kernels import triton_experts, triton_linear
-from lorq.kernels.choice import Implementation, implementation, multiply, turn
+from lorq.kernels import cpu_experts, triton_experts, triton_linear
+from lorq.kernels.choice import Implementation, implementation, multiply, turn, why_not_experts
 from lorq.kernels.expert_linear import expert_linear
 from lorq.kernels.int8 import covers, int8_linear, misfit
 from lorq.kernels.reference import fake_quantize, quant_linear, rotate
-from lorq.kernels.triton_experts import covers as why_not_experts
 
 # Whether CUDA devices have kernels of their own; the reason if not is for who asks.
 triton_linear.register()
 triton_experts.register()
 
 __all__ = [
-    "Implementation", "covers", "expert_linear", "fake_quantize", "implementation", "int8_linear", "misfit", "multiply",
-    "quant_linear", "rotate", "turn", "why_not_experts",
+    "Implementation", "covers", "cpu_experts", "expert_linear", "fake_quantize", "implementation", "int8_linear",
+    "misfit", "multiply", "quant_linear", "rotate", "turn", "why_not_experts",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorq.kernels import cpu, int8, triton_linear
+from lorq.kernels import cpu, cpu_experts, int8, triton_experts, triton_linear
 from lorq.kernels.reference import quant_linear, rotate
 from lorq.weight import LayerFormat
 
@@ -44,6 +44,23 @@ def implementation(format: LayerFormat, in_features: int, device: torch.device, 
     if why is None:
         return Implementation(f"C++ ({cpu.library()[1]})" if name == "C++" else name, declined)
     return Implementation("reference (torch)", declined | {name: why})
+
+
+def why_not_experts(
+    format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype, pairs: float
+) -> str | None:
+    """Why experts of one format do not run in one call; None where they do.
+
+    Args:
+        format: of the experts.
+        in_features: their width.
+        device: that they run on.
+        dtype: of their inputs.
+        pairs: of a token and an expert, for each expert.
+    """
+    if device.type == "cpu":
+        return cpu_experts.covers(format, in_features, device, dtype, pairs)
+    return triton_experts.covers(format, in_features, device, dtype)
 
 
 def multiply(x: Tensor, *arguments: Any) -> Tensor:

@@ -24,7 +24,8 @@ from lorq.kernels.operands import DTYPES, NAMES, Operands, format_of, misplaced
 from lorq.kernels.reference import quant_linear_reference, rotate_reference
 from lorq.weight import LayerFormat
 
-_TYPES = {
+# Numbers by which the library knows types.
+TYPES = {
     torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4, torch.float8_e4m3fn: 5,
 }  # fmt: skip
 # Columns whose codes lie in one lane (native/inputs.hpp).
@@ -126,7 +127,7 @@ def run(x: Tensor, *arguments: Any) -> Tensor:
     """
     *operands, bits = arguments
     in_features = x.shape[-1]
-    weight = _weight(operands, bits, in_features) if x.dtype in DTYPES else None
+    weight = weight_of(operands, bits, in_features) if x.dtype in DTYPES else None
     if weight is None:
         return quant_linear_reference(x, *arguments)
     out = operands[0].shape[0]
@@ -140,15 +141,20 @@ def run(x: Tensor, *arguments: Any) -> Tensor:
 
 def _directly(x: Tensor, y: Tensor, weight: Any, tokens: int) -> bool:
     """Into ``y``: products straight from the codes, a few tokens at a time. False where inputs are not finite."""
-    kind, threads = _TYPES[x.dtype], torch.get_num_threads()
-    pieces = 1 if _one_byte else 3 if x.dtype == torch.float32 else 2
+    kind, threads = TYPES[x.dtype], torch.get_num_threads()
+    kept = pieces(x.dtype)
     at, to, size = x.data_ptr(), y.data_ptr(), x.element_size()
     for first in range(0, tokens, _MOST_AT_ONCE):
         count = min(_MOST_AT_ONCE, tokens - first)
         x_at, y_at = at + first * size * x.shape[-1], to + first * size * y.shape[-1]
-        if not weight.multiply(x_at, y_at, count, kind, pieces, threads):
+        if not weight.multiply(x_at, y_at, count, kind, kept, threads):
             return False
     return True
+
+
+def pieces(dtype: torch.dtype) -> int:
+    """Bytes that are kept of each input (`products`)."""
+    return 1 if _one_byte else 3 if dtype == torch.float32 else 2
 
 
 def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False) -> Tensor:
@@ -170,7 +176,7 @@ def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: 
     at, size = (0, 0) if order is None else (order.data_ptr(), order.itemsize)
     tokens, threads = x.numel() // in_features, torch.get_num_threads()
     found = module.rotate(
-        x.data_ptr(), y.data_ptr(), tokens, in_features, _TYPES[x.dtype], at, size, block, skip, inverse, threads
+        x.data_ptr(), y.data_ptr(), tokens, in_features, TYPES[x.dtype], at, size, block, skip, inverse, threads
     )
     return y if found else rotate_reference(x, permutation, block, skip, inverse)
 
@@ -183,7 +189,7 @@ def _by_strips(x: Tensor, y: Tensor, weight: Any, low_rank: Sequence[Tensor | No
     strip = torch.empty(min(rows, y.shape[1]), x.shape[1], dtype=dtype)
     for first in range(0, y.shape[1], rows):
         count = min(rows, y.shape[1] - first)
-        weight.decode(strip.data_ptr(), first, count, _TYPES[dtype], torch.get_num_threads())
+        weight.decode(strip.data_ptr(), first, count, TYPES[dtype], torch.get_num_threads())
         y[:, first : first + count] = torch.nn.functional.linear(z, strip[:count])
     left, right, left_scale, right_scale = low_rank
     if left is not None and right is not None:
@@ -205,15 +211,22 @@ def _product_type(dtype: torch.dtype) -> torch.dtype:
 _KEPT: dict[int, tuple[weakref.ref[Tensor], list[int], int, Any]] = {}
 
 
-def _weight(operands: Sequence[Tensor | None], bits: int, in_features: int) -> Any:
-    """The weight as the library sees it, or None where it is not covered."""
+def weight_of(operands: Sequence[Tensor | None], bits: int, in_features: int, *, experts: bool = False) -> Any:
+    """A weight as the library sees it, or None where it is not covered.
+
+    Args:
+        operands: the operator's.
+        bits: stored bits of a code per weight.
+        in_features: width.
+        experts: all but the levels are those of several experts, experts first; the result is the first one's.
+    """
     packed = operands[0]
     assert packed is not None
     pointers = [0 if t is None else t.data_ptr() for t in operands]
     key, kept = id(packed), _KEPT.get(id(packed))
     if kept is None or kept[0]() is not packed or kept[1] != pointers or kept[2] != in_features:
         seen = weakref.ref(packed, lambda gone: _forget(key, gone))
-        kept = _KEPT[key] = seen, pointers, in_features, _new_weight(library()[0], operands, bits, in_features)
+        kept = _KEPT[key] = seen, pointers, in_features, _new_weight(library()[0], operands, bits, in_features, experts)
     return kept[3]
 
 
@@ -223,26 +236,34 @@ def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
         del _KEPT[key]
 
 
-def _new_weight(module: Any, operands: Sequence[Tensor | None], bits: int, in_features: int) -> Any:
+def _new_weight(
+    module: Any, operands: Sequence[Tensor | None], bits: int, in_features: int, experts: bool = False
+) -> Any:
     if module is None or any(t is not None and not (t.is_contiguous() and t.device.type == "cpu") for t in operands):
         return None
-    p = Operands(**dict(zip(NAMES, operands, strict=True)))
+    named = dict(zip(NAMES, operands, strict=True))
+    if experts:
+        named = {name: t if t is None or name == "levels" else t[0] for name, t in named.items()}
+    p = Operands(**named)
     f = format_of(p, bits, in_features)
     if f is None or _misfit(f, in_features) is not None or not _types_fit(p):
         return None
 
-    def at(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
-    def factor(tensor: Tensor | None, its_scale: Tensor | None = None) -> tuple[int, int, int]:
-        return (0, 0, 0) if tensor is None else (at(tensor), _TYPES[tensor.dtype], at(its_scale))
-
     return module.Weight(
-        p.packed.shape[0], in_features, bits, f.vector, p.packed.shape[1], f.group_size, at(p.packed), at(p.scale),
-        at(p.zero_point), at(p.levels), factor(p.scale_left), factor(p.scale_right), f.scale_rank, at(p.codebook),
-        at(p.codebook_scale), f.codebook_rows, f.codebook_columns, factor(p.left, p.left_scale),
+        p.packed.shape[0], in_features, bits, f.vector, p.packed.shape[1], f.group_size, _at(p.packed), _at(p.scale),
+        _at(p.zero_point), _at(p.levels), factor(p.scale_left), factor(p.scale_right), f.scale_rank, _at(p.codebook),
+        _at(p.codebook_scale), f.codebook_rows, f.codebook_columns, factor(p.left, p.left_scale),
         factor(p.right, p.right_scale), f.rank,
     )  # fmt: skip
+
+
+def _at(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def factor(tensor: Tensor | None, its_scale: Tensor | None = None) -> tuple[int, int, int]:
+    """A factor as the library is told of it: data, type, scale."""
+    return (0, 0, 0) if tensor is None else (_at(tensor), TYPES[tensor.dtype], _at(its_scale))
 
 
 def _types_fit(p: Operands) -> bool:
@@ -250,7 +271,7 @@ def _types_fit(p: Operands) -> bool:
     wanted = {
         "packed": (torch.int32,), "scale": (torch.float16,), "zero_point": (torch.int32,), "levels": (torch.float32,),
         "scale_left": DTYPES, "scale_right": DTYPES, "codebook": (torch.int8,), "codebook_scale": (torch.float16,),
-        "left": tuple(_TYPES), "right": tuple(_TYPES), "left_scale": (torch.float16,), "right_scale": (torch.float16,),
+        "left": tuple(TYPES), "right": tuple(TYPES), "left_scale": (torch.float16,), "right_scale": (torch.float16,),
     }  # fmt: skip
     return all(getattr(p, name) is None or getattr(p, name).dtype in dtypes for name, dtypes in wanted.items())
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lorq.kernels.reference import dense_weight
+from lorq.weight import LayerFormat
 
 
 def expert_linear_reference(
@@ -57,3 +58,14 @@ expert_linear = torch.library.custom_op("lorq::expert_linear", expert_linear_ref
 @expert_linear.register_fake
 def _fake(x, expert, packed, *rest):  # type: ignore[no-untyped-def]
     return x.new_empty(expert.shape[0], packed.shape[1])
+
+
+def misfit(format: LayerFormat) -> str | None:
+    """Why no kernel runs all experts of a format in one call; None where one may."""
+    if format.scale_rank:
+        return f"experts have scales of rank {format.scale_rank}"
+    if format.rank:
+        return f"experts have low-rank factors of their own, of rank {format.rank}"
+    if (format.input_quantization, format.output_quantization) != ("none", "none"):
+        return "experts quantize their inputs or outputs"
+    return None

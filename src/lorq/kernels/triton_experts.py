@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorq.kernels import triton_linear
-from lorq.kernels.expert_linear import expert_linear, expert_linear_reference
+from lorq.kernels.expert_linear import expert_linear, expert_linear_reference, misfit
 from lorq.kernels.operands import NAMES, Operands, format_of
 from lorq.kernels.triton_linear import Tile, choose_tile
 from lorq.weight import LayerFormat
@@ -25,17 +25,6 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
     """Why the kernel does not run experts of one format; None where it does. Arguments as of `triton_linear.covers`."""
     why = misfit(format)
     return triton_linear.covers(format, in_features, device, dtype) if why is None else why
-
-
-def misfit(format: LayerFormat) -> str | None:
-    """`covers`, as far as it is not that of single layers."""
-    if format.scale_rank:
-        return f"experts have scales of rank {format.scale_rank}"
-    if format.rank:
-        return f"experts have low-rank factors of their own, of rank {format.rank}"
-    if (format.input_quantization, format.output_quantization) != ("none", "none"):
-        return "experts quantize their inputs or outputs"
-    return None
 
 
 def tile_of(pairs: int, experts: int, dtype: torch.dtype, format: LayerFormat) -> Tile:
