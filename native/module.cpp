@@ -1,12 +1,13 @@
 // The kernels as a Python module, one for each instruction set: LORQ_MODULE is its name.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 
 #include <string>
 #include <tuple>
 
-#include "kernels.hpp"
+#include "operator.hpp"
 #include "rotation.hpp"
 
 namespace nb = nanobind;
@@ -24,6 +25,22 @@ Factor factor(const Stored& s) {
 
 template <class T>
 const T* at(Pointer p) { return reinterpret_cast<const T*>(p); }
+
+// A weight that the operator knows for as long as this lives.
+class Kept {
+   public:
+    Kept(const Weight& w, int bits, const std::array<Pointer, OPERANDS>& addresses) {
+        Remembered r{w, bits, {}};
+        for (size_t i = 0; i < OPERANDS; ++i) r.operands[i] = at<void>(addresses[i]);
+        known_ = std::make_shared<const Remembered>(r);
+        Memory::get().keep(known_);
+    }
+    ~Kept() { Memory::get().forget(known_.get()); }
+    Kept(const Kept&) = delete;
+
+   private:
+    std::shared_ptr<const Remembered> known_;
+};
 
 // The best instruction set of this machine that a module is built for.
 std::string best() {
@@ -50,6 +67,9 @@ NB_MODULE(LORQ_MODULE, m) {
                            Type(type), index_bytes, inverse}, threads);
         },
         nb::call_guard<nb::gil_scoped_release>());
+    m.def("implement_operator", [](const std::string& torch_library, int64_t few_tokens) { return implement_operator(torch_library.c_str(), few_tokens); });
+    m.def("keep_one_byte", [](bool one) { Torch::get().one_byte = one; });
+    nb::class_<Kept>(m, "Kept").def(nb::init<const Weight&, int, const std::array<Pointer, OPERANDS>&>());
     nb::class_<Weight>(m, "Weight")
         .def(
             "__init__",

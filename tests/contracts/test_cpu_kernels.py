@@ -248,11 +248,11 @@ def test_the_short_way_and_the_dispatcher_give_the_same_and_gradients_take_the_l
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_no_kernel_reads_or_writes_outside_its_tensors(tmp_path):
     """The kernels on heap blocks of exactly their size, under the address and undefined-behaviour sanitizers."""
-    flags = {"portable": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+    avx2 = ["-mavx2", "-mfma", "-mf16c"]
+    vnni = [*avx2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512vnni"]
+    flags = {"portable": [], "avx2": avx2, "vnni": vnni, "vbmi": [*vnni, "-mavx512vbmi"]}
     best = import_module("lorq.kernels._cpu_portable").best()
-    for isa, options in flags.items():
-        if isa != "portable" and best == "portable":
-            continue
+    for isa in {*list(flags)[:2], best} - ({"avx2"} if best == "portable" else set()):
         program = tmp_path / isa
         build = [
             "g++",
@@ -261,7 +261,7 @@ def test_no_kernel_reads_or_writes_outside_its_tensors(tmp_path):
             "-g",
             "-fsanitize=address,undefined",
             "-fno-sanitize-recover=all",
-            *options,
+            *flags[isa],
         ]
         native = ROOT / "native"
         subprocess.run(
@@ -270,6 +270,44 @@ def test_no_kernel_reads_or_writes_outside_its_tensors(tmp_path):
         done = subprocess.run([program], capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.endswith("products checked\n"), done.stderr[-3000:]
         assert int(done.stdout.split()[0]) > 100
+
+
+@dtypes
+def test_the_operator_asks_no_python_for_a_weight_that_it_knows(dtype, random_weight, generator, monkeypatch):
+    if cpu._OPERATOR is None:
+        pytest.skip("the operator is Python's here")
+
+    def refuse(*_, **__):
+        raise NotImplementedError("Python was asked")
+
+    arguments = operands(random_weight(48, 96, LayerFormat(3, 32, False, 5, "int8")))
+    x = torch.randn(2, 4, 96, generator=generator).to(dtype)
+    expected = cpu.run(x, *arguments)  # it knows from here on
+    monkeypatch.setattr(cpu, "weight_of", refuse)
+    assert torch.equal(quant_linear(x, *arguments), expected)
+    others = [(x.transpose(0, 1), *arguments), (torch.cat([x, x], 1), *arguments)]  # not contiguous, 16 tokens
+    others += [(x, *arguments[:1], arguments[1].clone(), *arguments[2:])]
+    for other in others:
+        with pytest.raises(RuntimeError, match="Python was asked"):
+            quant_linear(*other)
+    copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in arguments]
+    monkeypatch.undo()
+    cpu.run(x, *copies)
+    monkeypatch.setattr(cpu, "weight_of", refuse)
+    quant_linear(x, *copies)
+    copies[0].set_(copies[0].clone())  # other memory, the same tensor
+    with pytest.raises(RuntimeError, match="Python was asked"):
+        quant_linear(x, *copies)
+
+
+@dtypes
+def test_the_operator_gives_what_the_function_does(dtype, random_weight, generator):
+    for format, (out, in_) in [(LayerFormat(4, 32, False), (7, 96)), *OTHERS]:
+        arguments = operands(random_weight(out, in_, format))
+        for shape, way in product(((in_,), (3, in_), (2, 9, in_), (0, in_)), cpu.PRODUCTS):
+            x = torch.randn(*shape, generator=generator).to(dtype)
+            with cpu.products(way):
+                assert torch.equal(quant_linear(x, *arguments), cpu.run(x, *arguments))
 
 
 @dtypes

@@ -58,7 +58,53 @@ static void check(const Weight& w, int64_t tokens, int threads, double tolerance
     ++checked;
 }
 
+// Three experts on a grid of 2 x 2, the last of four pairs without one.
+static void check_experts(int bits, int vector, int threads) {
+    const int64_t out = 10, in = 64, group = vector > 1 ? in : 32, rank = 11, expert[] = {2, 0, 1, 3};
+    const int16_t cells[] = {0, 1, 1, 1, 1, 0};
+    const auto packed = filled<uint32_t>(size_t(3 * out * words_of(in, bits)), any);
+    const auto scale = filled<uint16_t>(size_t(3 * out * (in / group)), [] { return half(small()); });
+    const auto zero = filled<uint32_t>(size_t(3 * words_of(out, bits) * (in / group)), any);
+    const auto codebook = filled<int8_t>(vector > 1 ? size_t(3 * 2 * 2 * vector) << (bits * vector) : 0, [] { return int8_t(any()); });
+    const auto tile_scale = filled<uint16_t>(12, [] { return half(0.01f); });
+    const auto left = filled<int8_t>(size_t(2 * out * rank), [] { return int8_t(any()); });
+    const auto right = filled<int8_t>(size_t(2 * rank * in), [] { return int8_t(any()); });
+    const auto scales = filled<uint16_t>(size_t(2 * rank), [] { return half(0.01f * small()); });
+    const auto x = filled<float>(size_t(2 * in), small);
+    std::vector<float> y(size_t(4 * out)), dense(size_t(out * in));
+    Weight w;
+    w.out = out, w.in = in, w.bits = bits, w.vector = vector, w.words = words_of(in, bits), w.group_size = group;
+    w.packed = packed.data(), w.scale = scale.data();
+    if (vector == 1) w.zero = zero.data();
+    else w.codebook = codebook.data(), w.codebook_scale = tile_scale.data(), w.codebook_rows = 5, w.codebook_columns = 32;
+    const Shared shared{{left.data(), Type::i8, scales.data()}, {right.data(), Type::i8, scales.data()}, int(rank), 2, 2, cells};
+    if (!multiply_experts(w, 3, expert, x.data(), y.data(), 2, 2, Type::f32, 3, shared, threads)) std::abort();
+    for (int p = 0; p < 4; ++p) {
+        const int64_t e = expert[p];
+        if (e < 3) decode(w.expert(e), dense.data(), 0, out, Type::f32, 1);
+        for (int64_t o = 0; o < out; ++o) {
+            double expected = 0;
+            for (int64_t i = 0; i < in && e < 3; ++i) {
+                double weight = dense[size_t(o * in + i)];
+                for (int64_t k = 0; k < rank; ++k) {
+                    const int64_t l = cells[2 * e + 1] * rank + k, r = cells[2 * e] * rank + k;
+                    weight += double(left[size_t((cells[2 * e + 1] * out + o) * rank + k)]) * from_half(scales[size_t(l)]) *
+                              right[size_t(r * in + i)] * from_half(scales[size_t(r)]);
+                }
+                expected += weight * x[size_t(p / 2 * in + i)];
+            }
+            if (std::fabs(expected - y[size_t(p * out + o)]) > 1e-4 * (1 + std::fabs(expected))) {
+                std::fprintf(stderr, "expert %ld: %g, not %g\n", long(e), double(y[size_t(p * out + o)]), expected);
+                std::exit(1);
+            }
+        }
+    }
+    ++checked;
+}
+
 int main() {
+    for (int threads : {1, 3})
+        for (const auto& [bits, vector] : {std::pair{4, 1}, std::pair{3, 1}, std::pair{2, 4}}) check_experts(bits, vector, threads);
     const int64_t shapes[][3] = {{1, 64, 32}, {7, 96, 32}, {5, 576, 64}, {17, 128, 128}, {33, 64, 64}, {3, 160, 32}, {18, 256, 128}};
     for (int bits : {2, 3, 4, 8})
         for (const auto& [out, in, group] : shapes)

@@ -9,11 +9,13 @@ The library is one module for each instruction set; the best that this machine h
 on a small product before it is used.
 """
 
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from lorq.factors import LowRank
 from lorq.kernels.operands import DTYPES, NAMES, Operands, format_of, misplaced
-from lorq.kernels.reference import quant_linear_reference, rotate_reference
+from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate_reference
 from lorq.weight import LayerFormat
 
 # Numbers by which the library knows types.
@@ -52,13 +54,20 @@ def products(kind: str) -> Iterator[None]:
     Raises:
         ValueError: for another word.
     """
-    global _one_byte
     check_products(kind)
-    before, _one_byte = _one_byte, kind == "bytes"
+    before = _one_byte
+    _keep_one_byte(kind == "bytes")
     try:
         yield
     finally:
-        _one_byte = before
+        _keep_one_byte(before)
+
+
+def _keep_one_byte(one: bool) -> None:
+    global _one_byte
+    _one_byte = one
+    if _OPERATOR is not None:
+        _OPERATOR.keep_one_byte(one)
 
 
 @cache
@@ -206,9 +215,9 @@ def _product_type(dtype: torch.dtype) -> torch.dtype:
 
 
 # What the library sees of a weight, by the id of its packed tensor and for as long as that lives: the tensor, the
-# pointers of all its tensors, and the weight. Pointers are compared at every call, so that a tensor that was replaced
-# is seen; one that was written to needs nothing.
-_KEPT: dict[int, tuple[weakref.ref[Tensor], list[int], int, Any]] = {}
+# pointers of all its tensors, the width, the weight, and what makes the operator know it. Pointers are compared at
+# every call, so that a tensor that was replaced is seen; one that was written to needs nothing.
+_KEPT: dict[int, tuple[weakref.ref[Tensor], list[int], int, Any, Any]] = {}
 
 
 def weight_of(operands: Sequence[Tensor | None], bits: int, in_features: int, *, experts: bool = False) -> Any:
@@ -226,7 +235,11 @@ def weight_of(operands: Sequence[Tensor | None], bits: int, in_features: int, *,
     key, kept = id(packed), _KEPT.get(id(packed))
     if kept is None or kept[0]() is not packed or kept[1] != pointers or kept[2] != in_features:
         seen = weakref.ref(packed, lambda gone: _forget(key, gone))
-        kept = _KEPT[key] = seen, pointers, in_features, _new_weight(library()[0], operands, bits, in_features, experts)
+        module = library()[0]
+        weight = _new_weight(module, operands, bits, in_features, experts)
+        known = weight is not None and module is _OPERATOR and not experts
+        kept = seen, pointers, in_features, weight, module.Kept(weight, bits, pointers) if known else None
+        _KEPT[key] = kept
     return kept[3]
 
 
@@ -293,6 +306,22 @@ def _agree(portable: Any, fast: Any) -> bool:
     return True
 
 
-# Not `register_kernel` of the operators, whose wrapper takes as long as `run` does for a small layer.
-torch.library.impl("lorq::quant_linear", "cpu", run)
-torch.library.impl("lorq::rotate", "cpu", turn)
+def _implement() -> Any:
+    """Make the operator on the CPU the library's own, which runs no Python for weights that it was told of.
+
+    Returns:
+        The module; None where it cannot be done, and the operator is `run`.
+    """
+    # Not `register_kernel` of the operators, whose wrapper takes as long as `run` does for a small layer.
+    torch.library.impl("lorq::rotate", "cpu", turn)
+    torch.library.define("lorq::quant_linear_by_python", quant_linear._schema)
+    torch.library.impl("lorq::quant_linear_by_python", "cpu", run)
+    module, suffix = library()[0], "dylib" if sys.platform == "darwin" else "so"
+    path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
+    if module is not None and module.implement_operator(str(path), FEW_TOKENS):
+        return module
+    torch.library.impl("lorq::quant_linear", "cpu", run)
+    return None
+
+
+_OPERATOR = _implement()
