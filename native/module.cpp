@@ -67,7 +67,9 @@ NB_MODULE(LORQ_MODULE, m) {
                            Type(type), index_bytes, inverse}, threads);
         },
         nb::call_guard<nb::gil_scoped_release>());
-    m.def("implement_operator", [](const std::string& torch_library, int64_t few_tokens) { return implement_operator(torch_library.c_str(), few_tokens); });
+    m.def("implement_operator", [](const std::string& torch_library, int64_t few_tokens, int64_t few_others) {
+        return implement_operator(torch_library.c_str(), few_tokens, few_others);
+    });
     m.def("keep_one_byte", [](bool one) { Torch::get().one_byte = one; });
     nb::class_<Kept>(m, "Kept").def(nb::init<const Weight&, int, const std::array<Pointer, OPERANDS>&>());
     nb::class_<Weight>(m, "Weight")

@@ -69,7 +69,7 @@ struct Torch {
     int32_t (*drop_value)(Value*) = nullptr;     // may be missing: such values are then deleted as they come
     const char* (*reason)() = nullptr;           // likewise: why the last call failed
     int32_t f32 = 0, bf16 = 0, f16 = 0, cpu = 0;  // their numbers in torch
-    int64_t few_tokens = 0;
+    int64_t few_tokens = 0, few_others = 0;  // multiplied here: by whole numbers, by other weights
     std::atomic<bool> one_byte{false};
 
     static Torch& get() {
@@ -138,7 +138,7 @@ inline Handle multiply_remembered(const Torch& torch, const Value* stack) {
         strides[d] = stride;
         stride *= shape[d];
     }
-    if (tokens < 1 || tokens > torch.few_tokens) return nullptr;
+    if (tokens < 1 || tokens > (known->w.whole_numbers() ? torch.few_tokens : torch.few_others)) return nullptr;
     Handle y = nullptr;
     if (torch.new_tensor(dimensions, shape, strides, number, torch.cpu, -1, &y)) return nullptr;
     const int pieces = torch.one_byte ? 1 : type == Type::f32 ? 3 : 2;
@@ -167,10 +167,11 @@ inline void quant_linear(Value* stack, uint64_t, uint64_t) {
 }
 
 // Makes that torch's operator on CPUs, for up to so many tokens; false where this torch has not what it takes.
-inline bool implement_operator(const char* torch_library, int64_t few_tokens) {
+inline bool implement_operator(const char* torch_library, int64_t few_tokens, int64_t few_others) {
     Torch& torch = Torch::get();
     void* library = nullptr;
     torch.few_tokens = few_tokens;
+    torch.few_others = few_others;
     return torch.load(torch_library) && !torch.new_library("lorq", "CPU", __FILE__, __LINE__, &library) &&
            !torch.implement(library, "quant_linear", quant_linear);
 }

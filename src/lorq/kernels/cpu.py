@@ -32,12 +32,10 @@ TYPES = {
 }  # fmt: skip
 # Columns whose codes lie in one lane (native/inputs.hpp).
 _LANE = {2: 16, 3: 8, 4: 8, 8: 4}
-# Tokens up to which codes are multiplied directly: where the two ways took the same time (docs/kernels.md).
-FEW_TOKENS = 8
 # Tokens whose inputs are prepared at once.
 _MOST_AT_ONCE = 64
-# Bytes of a decoded strip: it should still be in the second-level cache, or nearly, when it is multiplied.
-_STRIP_BYTES = 4 << 20
+# Bytes of a decoded strip: short ones make torch's product slow, long ones leave the cache before it.
+_STRIP_BYTES = 16 << 20
 PRODUCTS = ("exact", "bytes")
 _one_byte = False
 
@@ -110,6 +108,18 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
     return _misfit(format, in_features) if why is None else why
 
 
+def few_tokens(*, whole_numbers: bool) -> int:
+    """Tokens up to which codes are multiplied directly: where the two ways took the same time (docs/kernels.md).
+
+    Args:
+        whole_numbers: codes are whole numbers under group scales. Others are decoded once a token where they are
+            multiplied directly, and once for all where they are not.
+    """
+    if not whole_numbers:
+        return 1
+    return 24 if library()[1] in ("vnni", "vbmi") else 8
+
+
 def _misfit(f: LayerFormat, in_features: int) -> str | None:
     if f.vector > 1:
         if f.vector not in (2, 4, 8) or f.bits > 4:
@@ -143,7 +153,8 @@ def run(x: Tensor, *arguments: Any) -> Tensor:
     x = x.contiguous()
     tokens = x.numel() // in_features
     y = x.new_empty(*x.shape[:-1], out)
-    if (tokens <= FEW_TOKENS or (_one_byte and weight.whole_numbers)) and _directly(x, y, weight, tokens):
+    direct = tokens <= few_tokens(whole_numbers=weight.whole_numbers) or (_one_byte and weight.whole_numbers)
+    if direct and _directly(x, y, weight, tokens):
         return y
     return _by_strips(x.view(tokens, in_features), y.view(tokens, out), weight, operands[8:]).view(y.shape)
 
@@ -209,9 +220,14 @@ def _by_strips(x: Tensor, y: Tensor, weight: Any, low_rank: Sequence[Tensor | No
 
 @cache
 def _product_type(dtype: torch.dtype) -> torch.dtype:
-    """The type in which this machine multiplies matrices of such inputs fastest."""
-    fast = dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype if fast else torch.float32
+    """The type in which this machine multiplies matrices of such inputs fastest.
+
+    oneDNN takes bfloat16 with any AVX-512, at a quarter of float32's speed where there are no instructions for it.
+    """
+    own = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        own = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dtype if dtype == torch.bfloat16 and own else torch.float32
 
 
 # What the library sees of a weight, by the id of its packed tensor and for as long as that lives: the tensor, the
@@ -318,7 +334,9 @@ def _implement() -> Any:
     torch.library.impl("lorq::quant_linear_by_python", "cpu", run)
     module, suffix = library()[0], "dylib" if sys.platform == "darwin" else "so"
     path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
-    if module is not None and module.implement_operator(str(path), FEW_TOKENS):
+    if module is not None and module.implement_operator(
+        str(path), few_tokens(whole_numbers=True), few_tokens(whole_numbers=False)
+    ):
         return module
     torch.library.impl("lorq::quant_linear", "cpu", run)
     return None

@@ -22,8 +22,9 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
         pairs: of a token and an expert, for each expert. Many are faster one expert after the other, where each
             decodes its weight once.
     """
-    if pairs > cpu.FEW_TOKENS:
-        return f"an expert has {pairs:.1f} tokens, and more than {cpu.FEW_TOKENS} are faster one expert after the other"
+    few = cpu.few_tokens(whole_numbers=format.vector == 1 and format.grid == "integer")
+    if pairs > few:
+        return f"an expert has {pairs:.1f} tokens, and more than {few} are faster one expert after the other"
     why = misfit(format)
     return cpu.covers(format, in_features, device, dtype) if why is None else why
 
