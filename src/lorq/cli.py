@@ -22,6 +22,7 @@ from lorq.options import Options
 from lorq.report import REPORT_NAME, read_report
 from lorq.show import (
     console,
+    expert_lines,
     implementation_lines,
     layer_implementations,
     notes,
@@ -166,7 +167,7 @@ def inspect(
         console.print(f"not quantized: {name}: {reason}", highlight=False, markup=False)
     for name, note in report.notes.items():
         console.print(f"note: {name}: {note}", highlight=False, markup=False)
-    for line in implementation_lines(runs):
+    for line in (*implementation_lines(runs), *expert_lines(out)):
         console.print(line, highlight=False, markup=False)
     print_summary(report, out)
 

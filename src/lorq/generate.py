@@ -142,7 +142,7 @@ def compile_steps(model: Any) -> None:
     # What codes stand for is a constant of the program, not computed by it.
     torch.compiler.assume_constant_result(levels)
     # To see at every token whether any of some hundred modules was changed takes an eighth of the time.
-    options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     plain, compiled = model.forward, torch.compile(model.forward, fullgraph=True, dynamic=False, options=options)
 
     @wraps(plain)

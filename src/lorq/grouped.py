@@ -11,7 +11,8 @@ from torch.nn import functional
 from lorq.experts import Expert, Experts
 from lorq.kernels import cpu_experts, expert_linear, turn, why_not_experts
 from lorq.linear import QuantLinear
-from lorq.tiles import TileFactors
+from lorq.tiles import TileFactors, TileFormat
+from lorq.weight import LayerFormat
 
 PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 _STACKED = "weight_packed", "weight_scale", "weight_zero_point", "codebook", "codebook_scale", "permutation"
@@ -41,6 +42,30 @@ class Stacks:
                         setattr(layer, local, own)
             self._kept[name] = [layer.weight_packed for layer in layers], tensors
         return tensors
+
+
+def why_not_alike(
+    path: str, formats: Mapping[str, LayerFormat], tiled: Mapping[str, TileFormat], stored: Collection[str]
+) -> str | None:
+    """`why_not_grouped`, as far as a folder tells it.
+
+    Args:
+        path: of the experts.
+        formats: of all layers, by name.
+        tiled: of the experts' shared factors, by projection.
+        stored: names of all tensors.
+    """
+    for name in PROJECTIONS:
+        if name not in tiled:
+            return f"{name} has no shared factors"
+        if tiled[name].input_scale:
+            return f"{name} has input scales for each expert"
+        own = [f for layer, f in formats.items() if layer.startswith(f"{path}.") and layer.endswith(f".{name}")]
+        if len(set(own)) > 1:
+            return f"{name} has experts of several formats"
+        if any(f"{layer}.bias" in stored for layer in formats if layer.startswith(f"{path}.")):
+            return f"{name} has biases"
+    return None
 
 
 def layers_of(experts: Experts) -> dict[str, list[Any]]:

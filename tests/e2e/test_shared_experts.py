@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 import lorq
 from lorq.calibration import calibration_windows
 from lorq.experts import find_experts, split_experts
+from lorq.grouped import layers_of, why_not_grouped
 from lorq.linear import QuantLinear
 from lorq.report import read_report
+from lorq.show import expert_lines
 from lorq.tiled import QuantExperts
 
 SMALL = {"samples": 4, "seq_len": 32}
@@ -104,8 +106,13 @@ def test_a_loaded_model_computes_what_its_weights_say(kind, made):
     packed, expected = check_twin(source, out, [layer.name for layer in report.layers])
     experts = find_experts(packed)
     assert experts and all(isinstance(module, QuantExperts) for module in experts.values())
+    (said,) = expert_lines(out)
     for module in experts.values():
         assert set(module.tiles) == set(PROJECTIONS)
+        # What is said of the folder is what the modules do.
+        why = why_not_grouped(layers_of(module), tuple(module.tiles), torch.ones(1, 1), torch.ones(0))
+        shared = all(not tiles.format.input_scale for tiles in module.tiles.values())
+        assert ("one call" in said) == (shared and why is None)
         module.fused = False
     close(logits_of(packed), expected)
     # Attention, shared experts and dense blocks have factors of their own.
