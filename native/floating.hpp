@@ -86,40 +86,61 @@ float multiply_row(const Weight& w, const Tables& t, const Inputs& x, int64_t ro
     return sum(total);
 }
 
-// Scales of 8 N columns of a row, sum over k of left_k right_kj, where `mixed` has the right factor as `mix` lays it out.
-template <int N>
-LORQ_INLINE void scales_of(const float* left, int rank, const float* mixed, F (&to)[N]) {
-    LORQ_UNROLL for (int n = 0; n < N; ++n) to[n] = zero_f();
-    for (int k = 0; k < rank; ++k) {
-        const F l = spread_f(left[k]);
-        LORQ_UNROLL for (int n = 0; n < N; ++n) to[n] = fma(l, load_f(mixed + 8 * (int64_t(n) * rank + k)), to[n]);
+// `eight_values` of single codes of SIDE rows.
+LORQ_INLINE WideF side_values(const Weight& w, const Tables& t, const uint8_t* const (&rows)[SIDE], int64_t column) {
+    if (w.bits == 8) {
+        F values[SIDE];
+        LORQ_UNROLL for (int s = 0; s < SIDE; ++s) values[s] = eight_values<1>(w, t, rows[s], nullptr, column);
+        return beside(values);
     }
+    I words[SIDE], steps[SIDE];
+    LORQ_UNROLL for (int s = 0; s < SIDE; ++s) words[s] = spread_i(eight_bits(rows[s], column, w.bits)), steps[s] = t.steps;
+    return pick16(t.low, t.high, shift_each(beside(words), beside(steps)));
+}
+
+// Scales of 8 N columns of SIDE rows, sum over k of left_k right_kj, where `mixed` has the right factor as `mix` lays it
+// out. The rows of `left` lie `pitch` apart.
+template <int N>
+LORQ_INLINE void scales_of(const float* left, int64_t pitch, int rank, const float* mixed, WideF (&to)[N]) {
+    LORQ_UNROLL for (int n = 0; n < N; ++n) to[n] = zero_rows();
+    for (int k = 0; k < rank; ++k) {
+        F own[SIDE];
+        LORQ_UNROLL for (int s = 0; s < SIDE; ++s) own[s] = spread_f(left[s * pitch + k]);
+        const WideF l = beside(own);
+        LORQ_UNROLL for (int n = 0; n < N; ++n) to[n] = fma(l, each_row(mixed + 8 * (int64_t(n) * rank + k)), to[n]);
+    }
+}
+
+// SIDE rows from one on; a row alone is there SIDE times.
+LORQ_INLINE void rows_from(const Weight& w, int64_t row, int64_t count, const uint8_t* (&rows)[SIDE]) {
+    LORQ_UNROLL for (int s = 0; s < SIDE; ++s) rows[s] = w.row(row + std::min<int64_t>(s, count - 1));
 }
 
 // 8 N columns of rows whose scale is a product: sum over j of level_j sum over k of left_k (right_kj x_j), the inner one
 // first. All rows of a block take the same columns before the next, so that those stay in the first-level cache.
 template <int N>
-void add_scaled(const Weight& w, const Tables& t, const float* mixed, int64_t j, int64_t row, int64_t count, const float* left, F* total) {
-    for (int64_t r = 0; r < count; ++r) {
-        F scaled[N];
-        scales_of<N>(left + r * w.scale_rank, w.scale_rank, mixed + j * w.scale_rank, scaled);
+void add_scaled(const Weight& w, const Tables& t, const float* mixed, int64_t j, int64_t row, int64_t count, const float* left, WideF* total) {
+    for (int64_t r = 0; r < count; r += SIDE) {
+        WideF scaled[N];
+        const uint8_t* rows[SIDE];
+        rows_from(w, row + r, count - r, rows);
+        scales_of<N>(left + r * w.scale_rank, w.scale_rank, w.scale_rank, mixed + j * w.scale_rank, scaled);
         LORQ_UNROLL for (int n = 0; n < N; ++n)
-            total[r] = fma(eight_values<1>(w, t, w.row(row + r), nullptr, j + 8 * n), scaled[n], total[r]);
+            total[r / SIDE] = fma(side_values(w, t, rows, j + 8 * n), scaled[n], total[r / SIDE]);
     }
 }
 
 constexpr int64_t BLOCK = 16;  // rows that a thread takes at once
 
+// `left` has room for one row more than BLOCK.
 inline void multiply_scaled_rows(const Weight& w, const Tables& t, const float* mixed, int64_t row, int64_t count, float* left, float* y) {
-    F total[BLOCK];
-    for (int64_t r = 0; r < count; ++r) {
-        total[r] = zero_f();
-        read_row(w.scale_left, row + r, w.scale_rank, left + r * w.scale_rank);
-    }
+    WideF total[BLOCK / SIDE];
+    for (WideF& sums : total) sums = zero_rows();
+    for (int64_t r = 0; r < count; ++r) read_row(w.scale_left, row + r, w.scale_rank, left + r * w.scale_rank);
     int64_t j = 0;
     for (; j + 64 <= w.in; j += 64) add_scaled<8>(w, t, mixed, j, row, count, left, total);
     for (; j < w.in; j += 8) add_scaled<1>(w, t, mixed, j, row, count, left, total);
-    for (int64_t r = 0; r < count; ++r) y[r] = sum(total[r]);
+    for (int64_t r = 0; r < count; ++r) y[r] = sum(row_of(total[r / SIDE], r % SIDE));
 }
 
 // The right factor of the scale times x (or alone), eight columns of each rank next to each other.

@@ -118,7 +118,7 @@ inline void multiply_job(Team& team, int thread, void* data) {
         before += blocks;
         if (first >= last) continue;
         const Tables tables(w);
-        scratch.resize(size_t(std::max<int64_t>(MOST_ROWS * (w.groups() + 16), BLOCK * w.scale_rank)));
+        scratch.resize(size_t(std::max<int64_t>(MOST_ROWS * (w.groups() + 16), (BLOCK + 1) * w.scale_rank)));
         for (int64_t row = first * BLOCK; row < std::min(last * BLOCK, w.out); row += BLOCK) {
             const int64_t count = std::min(BLOCK, w.out - row);
             for (int64_t i = product.first; i < product.first + product.count; ++i) {
@@ -244,11 +244,15 @@ void decode_row(const Decoding& d, const Tables& t, int64_t i) {
 template <int N>
 void decode_scaled(const Decoding& d, const Tables& t, const float* left, int64_t i, int64_t last, int64_t j) {
     const Weight& w = d.w;
-    for (; i < last; ++i, left += w.scale_rank) {
-        F scale[N];
-        scales_of<N>(left, w.scale_rank, &d.mixed[size_t(j * w.scale_rank)], scale);
-        LORQ_UNROLL for (int n = 0; n < N; ++n)
-            d.store(i, j + 8 * n, times(eight_values<1>(w, t, w.row(d.first + i), nullptr, j + 8 * n), scale[n]));
+    for (; i < last; i += SIDE, left += SIDE * w.scale_rank) {
+        WideF scale[N];
+        const uint8_t* rows[SIDE];
+        rows_from(w, d.first + i, last - i, rows);
+        scales_of<N>(left, w.scale_rank, w.scale_rank, &d.mixed[size_t(j * w.scale_rank)], scale);
+        LORQ_UNROLL for (int n = 0; n < N; ++n) {
+            const WideF values = times(side_values(w, t, rows, j + 8 * n), scale[n]);
+            for (int s = 0; s < SIDE && i + s < last; ++s) d.store(i + s, j + 8 * n, row_of(values, s));
+        }
     }
 }
 
@@ -256,7 +260,7 @@ inline void decode_job(Team& team, int thread, void* data) {
     const Decoding& d = *static_cast<Decoding*>(data);
     const Weight& w = d.w;
     const Tables tables(w);
-    std::vector<float> left(size_t(BLOCK * w.scale_rank));
+    std::vector<float> left(size_t((BLOCK + 1) * w.scale_rank));
     int64_t begin, end;
     team.share(d.count, w.scale_rank ? BLOCK : 1, thread, begin, end);
     for (int64_t i = begin; i < end && w.scale_rank; i += BLOCK) {

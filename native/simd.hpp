@@ -274,6 +274,9 @@ inline Wide each_row(const void* p) { return _mm512_broadcast_i64x4(load_i(p)); 
 inline WideF each_row(const float* p) { return _mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(load_f(p)))); }
 inline Wide each_row(uint32_t v) { return _mm512_set1_epi32(int(v)); }
 inline WideF zero_rows() { return _mm512_setzero_ps(); }
+inline Wide shift_each(Wide v, Wide n) { return _mm512_srlv_epi32(v, n); }
+inline WideF pick16(F low, F high, Wide lanes) { return _mm512_permutexvar_ps(lanes, beside({low, high})); }
+inline WideF times(WideF a, WideF b) { return _mm512_mul_ps(a, b); }
 template <int N>
 inline Wide shift_right(Wide v) { return _mm512_srli_epi32(v, N); }
 inline Wide both(Wide a, Wide b) { return _mm512_and_si512(a, b); }
