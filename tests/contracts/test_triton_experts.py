@@ -20,6 +20,8 @@ from test_triton import (
     whole_interpreter,  # noqa: F401
 )
 
+import lorq.grouped
+from lorq.bench import random_experts
 from lorq.factors import FACTOR_TYPES
 from lorq.kernels import triton_expert_tile, triton_experts
 from lorq.kernels.expert_linear import expert_linear
@@ -187,6 +189,26 @@ def test_every_kind_of_shared_factors_is_added(type, rank, check, whole_interpre
 @interpreted
 def test_tiles_of_hundreds_of_pairs_are_the_dense_product(check):
     check(triton_experts.linear, 40, 96, LayerFormat(4, 32, True), [((400, 2), (torch.float32, 120), True)])
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_whole_layer_of_experts_runs_on_the_kernel(tokens, generator, monkeypatch, whole_interpreter):  # noqa: F811
+    layer, runs = random_experts(EXPERTS, 64, 96, 5, (2, 3), generator), []
+
+    def kernel(*given):
+        runs.append(given)
+        return triton_experts.linear(*given)
+
+    monkeypatch.setattr(lorq.grouped, "why_not_experts", lambda *_: None)
+    monkeypatch.setattr(lorq.grouped, "_in_cpp", lambda _: False)
+    monkeypatch.setattr(lorq.grouped, "expert_linear", kernel)
+    x, index = torch.randn(tokens, 64, generator=generator), routing(tokens, 3, generator).unflatten(0, (tokens, 3))
+    given = x, index, torch.rand(tokens, 3, generator=generator)
+    with torch.no_grad():
+        y = layer(*given)
+        layer.fused = False
+        assert len(runs) == 3 and sqnr_db(layer(*given).double(), y) > 100
 
 
 @pytest.mark.gpu
