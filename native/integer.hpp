@@ -1,8 +1,9 @@
 // Whole numbers (integer codes of 2, 3, 4, 8 bits, a scale for each group). Lane l of a chunk of eight holds the codes of
 // neighbouring columns; a right shift and a mask bring one code into each byte, and one instruction multiplies 32 of them
-// by 32 bytes of the inputs and adds pairs (or fours), another adds those up. A lane's sums are of its own columns alone; at the end of a group they become float32 and
-// are multiplied by the scale. Codes count from the middle of the grid, since the sums begin below zero; what zero points
-// are off it is taken away once a group, as scale * (zero - middle) * (sum of the inputs).
+// (64 of two rows, where a register has 512 bits) by 32 bytes of the inputs and adds pairs or fours. A lane's sums are of
+// its own columns alone; at the end of a group they become float32 and are multiplied by the scale. Codes count from the
+// middle of the grid, since the sums begin below zero; what zero points are off it is taken away once a group, as
+// scale * (zero - middle) * (sum of the inputs).
 #pragma once
 #include "inputs.hpp"
 
@@ -152,7 +153,8 @@ void add_left(const Weight& w, const float* z, int64_t row, int64_t stride, Wide
 // Rows row, row + stride, ... of which those from `first` on go into y; a stride of 0 is one row, ROWS times. `z` is what the
 // right factor makes of the inputs: the left factor's rows are added to the lanes before these are summed.
 template <int BITS, int PIECES, int ROWS>
-void multiply_rows(const Weight& w, const Inputs& x, const float* z, const Units<BITS>& units, int64_t row, int64_t stride, int64_t first, float* steps, float* y) {
+void multiply_rows(const Weight& w, const Inputs& x, const float* z, const Units<BITS>& units, int64_t row, int64_t stride,
+                   int64_t first, float* steps, float* y) {
     constexpr int64_t P = Lane<BITS>::positions, H = Lane<BITS>::parts, SIZE = 8 * Lane<BITS>::bytes, REACH = BITS == 3 ? 28 : 32;
     const int64_t row_bytes = 4 * w.words, pitch = w.groups() + 16;
     const int64_t last_row = (w.out - row - stride * (ROWS - 1)) * row_bytes;  // from there to the end

@@ -174,7 +174,8 @@ struct Shared {
 // Each token's pairs lie one after the other, `places` of them: pair p is token p / places times the weight of expert[p].
 // `w` is the first of the experts' weights, which lie one after the other. Outputs of pairs without an expert become 0.
 // False, with y unfinished, where `read_tokens` has nothing, or an expert lies outside the grid.
-inline bool multiply_experts(const Weight& w, int64_t experts, const int64_t* expert, const void* x, void* y, int64_t tokens, int64_t places, Type type, int pieces, const Shared& shared, int threads) {
+inline bool multiply_experts(const Weight& w, int64_t experts, const int64_t* expert, const void* x, void* y, int64_t tokens,
+                             int64_t places, Type type, int pieces, const Shared& shared, int threads) {
     if (!w.whole_numbers()) pieces = 0;
     const std::vector<Inputs>* inputs = read_tokens(w, x, tokens, type, pieces);
     if (!inputs) return false;
@@ -196,7 +197,8 @@ inline bool multiply_experts(const Weight& w, int64_t experts, const int64_t* ex
             const int64_t row = shared.cells[2 * e], column = shared.cells[2 * e + 1], rank = shared.rank;
             product.w.rank = shared.rank;
             product.w.left = shared.left.from(column * w.out * rank, column * rank);
-            call.projections.push_back({shared.right.from(row * rank * w.in, row * rank), product.w.left, shared.rank, own, w.in, &z[i * size_t(rank)]});
+            const Factor right = shared.right.from(row * rank * w.in, row * rank);
+            call.projections.push_back({right, product.w.left, shared.rank, own, w.in, &z[i * size_t(rank)]});
         }
         ++product.count;
         call.pairs.push_back({own, z.data() + i * size_t(shared.rank), nullptr, entry(y, p * w.out, type)});

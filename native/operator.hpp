@@ -128,7 +128,9 @@ inline Handle multiply_remembered(const Torch& torch, const Value* stack) {
     int32_t number = 0;
     uint32_t threads = 1;
     bool contiguous = false;
-    if (torch.threads(&threads) || torch.dimensions(x, &dimensions) || torch.sizes(x, &sizes) || torch.type(x, &number) || torch.contiguous(x, &contiguous)) return nullptr;
+    if (torch.threads(&threads) || torch.dimensions(x, &dimensions) || torch.sizes(x, &sizes) || torch.type(x, &number) ||
+        torch.contiguous(x, &contiguous))
+        return nullptr;
     const Type type = number == torch.f32 ? Type::f32 : number == torch.bf16 ? Type::bf16 : number == torch.f16 ? Type::f16 : Type::none;
     if (type == Type::none || !contiguous || dimensions < 1 || dimensions > 8 || sizes[dimensions - 1] != known->w.in) return nullptr;
     int64_t shape[8], strides[8], tokens = 1;
