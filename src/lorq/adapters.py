@@ -52,7 +52,7 @@ def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
     if not found:
         what = f"{len(packed)} packed layers, none of them with scale factors" if packed else "no packed layers"
         raise ValueError(
-            f"only models quantized with lords take adapters and training, this one has {what}; use --method lords"
+            f"only models quantized with lords take adapters and training, this one has {what}; quantize it with lords"
         )
     return found
 
@@ -135,7 +135,7 @@ def use_adapter(model: nn.Module, name: str = BASE, *, trainable: bool = False) 
     """
     state = adapters_of(model)
     if name not in state.known:
-        raise ValueError(f"the adapter must be one of {', '.join(state.known)}, got {name!r}")
+        raise ValueError(f"the adapter must be one of {', '.join(state.known)}, got {name!r}; load it first")
     if trainable and name == BASE:
         raise ValueError("the base itself cannot train; attach an adapter to it")
     model.requires_grad_(False)
@@ -220,7 +220,9 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
     name = state.active if name is None else name
     if name not in state.known or name == BASE:
         own = [known for known in state.known if known != BASE]
-        raise ValueError(f"the adapter to save must be one of {', '.join(own) or 'none so far'}, got {name!r}")
+        raise ValueError(
+            f"the adapter to save must be one of {', '.join(own) or 'none so far'}, got {name!r}; name one of them"
+        )
     check_adapter_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors, ranks = {}, {}
@@ -270,7 +272,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None, 
     if (expected := base_hash(model)) != config.get("base"):
         raise ValueError(
             f"{folder} is an adapter for the base {str(config.get('base'))[:12]}, this model is {expected[:12]}; "
-            "load the model that it was trained on"
+            "load the lorq folder that it was trained on"
         )
     state = adapters_of(model)
     name = folder.resolve().name if name is None else name
@@ -293,7 +295,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {ADAPTER_CONFIG}: no adapter of lorq is there")
+        raise FileNotFoundError(
+            f"{folder} has no {ADAPTER_CONFIG}: no adapter is there; name a folder that lorq adapt wrote"
+        )
     config = read_json(path)
     version = config.get("lorq_adapter")
     if version != ADAPTER_VERSION:

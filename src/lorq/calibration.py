@@ -234,8 +234,9 @@ def token_windows(
     if not 1 <= wanted <= total:
         needed = max(wanted, 1) * length
         raise ValueError(
-            f"{max(wanted, 1)} windows of {length} tokens need {needed} tokens, but text {what!r} has "
-            f"{tokens.numel()} (enough for {total}); lower --samples or --seq-len, or name a longer text"
+            f"{max(wanted, 1)} {'windows' if wanted > 1 else 'window'} of {length} tokens "
+            f"{'need' if wanted > 1 else 'needs'} {needed} tokens, but text {what!r} has {tokens.numel()} (enough for "
+            f"{total}); lower {'--samples or ' if wanted > 1 else ''}--seq-len, or name a longer text"
         )
     if windows is None:
         return tokens[: total * length].view(total, length)

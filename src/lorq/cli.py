@@ -20,6 +20,7 @@ from lorq.checkpoint import JOURNAL
 from lorq.methods import METHODS
 from lorq.options import Options
 from lorq.report import REPORT_NAME, read_report
+from lorq.safefile import some_of
 from lorq.show import (
     console,
     expert_lines,
@@ -199,7 +200,8 @@ def generate(
         seed: for temperatures above 0.
         device: auto, cpu, cuda and so on.
         dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
-        compile: have torch.compile make one program of what a token takes; minutes before the second token.
+        products: how inputs meet integer codes on a CPU: exact, or bytes, which rounds them to 8 bits on the fly.
+        compile: have torch.compile make one program of what a token takes; up to a minute before the second token.
     """
     from lorq.generate import stream_text
 
@@ -236,10 +238,7 @@ def adapt(
         device: auto, cpu, cuda and so on.
         json_: print one JSON object.
     """
-    from lorq.adapters import check_adapter_folder
-    from lorq.checkpoint import CheckpointWriter
-
-    check_adapter_folder(out) if mode == "peft" else CheckpointWriter.check(out)
+    _check_new(out)
     loaded = lorq.load(model, device=device)
     with progress_bars() as progress:
         trained = lorq.adapt.train(loaded, text, mode, reference=reference, progress=progress, **vars(settings))
@@ -262,6 +261,16 @@ def adapt(
     )
 
 
+def _check_new(out: Path) -> None:
+    """Refuse to write into what is there: these commands read a folder, and have no --overwrite."""
+    if out.is_dir() and (present := [entry.name for entry in out.iterdir()]):
+        raise FileExistsError(
+            f"{out} must be a new folder, it has {some_of(present)}; choose another, or delete it first"
+        )
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} must be a new folder, it is a file; choose another name")
+
+
 @app.command
 def merge(model: str, adapter: Path, out: Path) -> None:
     """Make an adapter MODEL's own: OUT is an ordinary lorq folder.
@@ -272,9 +281,8 @@ def merge(model: str, adapter: Path, out: Path) -> None:
         out: the new folder.
     """
     from lorq.adapters import read_adapter_config
-    from lorq.checkpoint import CheckpointWriter
 
-    CheckpointWriter.check(out)
+    _check_new(out)
     read_adapter_config(adapter)  # before the model is read
     loaded = lorq.load(model, device="cpu")
     lorq.adapt.load_adapter(loaded, adapter)

@@ -1,10 +1,12 @@
 """Let a model continue a text, piece by piece."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 from threading import Thread
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -137,18 +139,29 @@ def compile_steps(model: Any) -> None:
     seen, and their shapes checked, but not modules or settings.
 
     Raises:
-        ValueError: at the second token, if the model cannot be compiled.
+        ValueError: at the second token, if the model cannot be compiled; later, if its dtype is another.
     """
-    # What codes stand for is a constant of the program, not computed by it.
+    # What codes stand for is a constant of the program, not computed by it. That it is kept is no news to users.
     torch.compiler.assume_constant_result(levels)
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a", UserWarning)
     # To see at every token whether any of some hundred modules was changed takes an eighth of the time.
-    options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-    plain, compiled = model.forward, torch.compile(model.forward, fullgraph=True, dynamic=False, options=options)
+    skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)  # from torch 2.8 on
+    options: dict[str, Any] = {} if skip is None else {"guard_filter_fn": skip}
+    plain, dtype = model.forward, model.dtype
+
+    def step(**given: Any) -> Any:
+        return plain(**given)
+
+    # Programs are kept by code, and nothing else tells those of two models of one class apart.
+    own = FunctionType(step.__code__.replace(), step.__globals__, "step", None, step.__closure__)
+    compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
 
     @wraps(plain)
     def forward(input_ids: Tensor, *, past_key_values: Any, **others: Any) -> Any:
         if input_ids.shape[1] > 1 or not past_key_values.is_initialized:
             return plain(input_ids=input_ids, past_key_values=past_key_values, **others)
+        if model.dtype != dtype:
+            raise ValueError(f"the model was compiled in {dtype} and is {model.dtype} now; load and compile it again")
         try:
             return compiled(input_ids=input_ids, past_key_values=past_key_values, **others)
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -1,5 +1,6 @@
 """Tokens through packed experts with shared factors, all experts of a projection in one product."""
 
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -25,22 +26,21 @@ class Stacks:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[list[Tensor], dict[str, Tensor]]] = {}
+        self._kept: dict[str, tuple[list[Tensor | None], dict[str, Tensor]]] = {}
 
     @torch.inference_mode(False)  # kept: made while measuring, it must serve training too
     def of(self, name: str, layers: Sequence[QuantLinear]) -> dict[str, Tensor]:
         """A projection's tensors of all experts, by local name, experts first."""
         seen, tensors = self._kept.get(name, ([], {}))
-        # A layer's codes stand for all that it stores.
-        codes = [layer._buffers["weight_packed"] for layer in layers]
-        if len(seen) != len(codes) or any(a is not b for a, b in zip(codes, seen, strict=True)):
+        own = [layer._buffers[local] for layer in layers for local in _STACKED]
+        if len(seen) != len(own) or not all(map(operator.is_, own, seen)):
             tensors = {}
             for local in _STACKED:
                 if getattr(layers[0], local) is not None:
                     tensors[local] = torch.stack([getattr(layer, local) for layer in layers])
-                    for layer, own in zip(layers, tensors[local].unbind(), strict=True):
-                        setattr(layer, local, own)
-            self._kept[name] = [layer.weight_packed for layer in layers], tensors
+                    for layer, part in zip(layers, tensors[local].unbind(), strict=True):
+                        setattr(layer, local, part)
+            self._kept[name] = [layer._buffers[local] for layer in layers for local in _STACKED], tensors
         return tensors
 
 
@@ -60,10 +60,10 @@ def why_not_alike(
             return f"{name} has no shared factors"
         if tiled[name].input_scale:
             return f"{name} has input scales for each expert"
-        own = [f for layer, f in formats.items() if layer.startswith(f"{path}.") and layer.endswith(f".{name}")]
-        if len(set(own)) > 1:
+        own = [layer for layer in formats if layer.startswith(f"{path}.") and layer.endswith(f".{name}")]
+        if len({formats[layer] for layer in own}) > 1:
             return f"{name} has experts of several formats"
-        if any(f"{layer}.bias" in stored for layer in formats if layer.startswith(f"{path}.")):
+        if any(f"{layer}.bias" in stored for layer in own):
             return f"{name} has biases"
     return None
 

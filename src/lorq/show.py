@@ -161,7 +161,8 @@ def print_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
         if as_json:
             print(json.dumps(row), flush=True)
             continue
-        table = table or Table(*row)
+        # With spaces, names break into lines where there is no room for them.
+        table = table or Table(*(key.replace("_", " ") for key in row))
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     if table:
         console.print(table)

@@ -725,7 +725,7 @@ def test_adapt_tells_what_it_did(lorq_command, lords_folder, text_file, tmp_path
     last = pytest.approx(sum(done.losses) / 3)
     assert figures.pop("seconds") > 0
     assert figures == {"trained": done.parameters, "first_loss": done.losses[0], "last_loss": last}
-    printed = lorq_command(*run)  # an adapter is replaced
+    printed = lorq_command(*run[:2], tmp_path / "again", *run[3:])
     assert f"{done.parameters:,} numbers trained" in printed and f"{done.losses[0]:.4f} at the first" in printed
 
 
@@ -775,12 +775,13 @@ def test_settings_of_training_are_flags(lorq_command):
 
 
 ADAPT = ["adapt", "{lords}", "{out}", "--text={text}", "--seq-len=16"]
+NEW_FOLDER = r"must be a new folder, it has .*; choose another, or delete it first"
 TRAINING_MISTAKES = {
     "no text": (["adapt", "{lords}", "{out}"], r"[Tt][Ee][Xx][Tt]"),
     "unknown text": ([*ADAPT[:3], "--text=nowhere.txt"], r"text must be one of python-docs.*'nowhere.txt'"),
     "empty text": ([*ADAPT[:3], "--text={empty}"], r"empty.txt must hold text, got 0 bytes"),
     "short text": (
-        [*ADAPT[:4], "--seq-len=100000"], r"1 windows of 100000 tokens need 100000 tokens.*text.txt",
+        [*ADAPT[:4], "--seq-len=100000"], r"1 window of 100000 tokens needs 100000 tokens.*text.txt.*; lower --seq-len",
     ),
     "windows beyond the model": ([*ADAPT[:4], "--seq-len=129"], r"as the model has positions, 128, got 129"),
     "unknown mode": ([*ADAPT, "--mode=lora"], r"lora.*peft.*qat"),
@@ -805,19 +806,22 @@ TRAINING_MISTAKES = {
     ),
     "no such model": (["adapt", "{tmp}/missing", *ADAPT[2:]], r"no such model: .*missing"),
     "adapter into a model": (
-        ["adapt", "{lords}", "{lords}", *ADAPT[3:]], r"is a model's folder, an adapter needs one of its own",
+        ["adapt", "{lords}", "{lords}", *ADAPT[3:]], NEW_FOLDER,
     ),
-    "adapter over a file": (["adapt", "{lords}", "{text}", *ADAPT[3:]], r"needs a folder, .*text.txt is a file"),
+    "adapter over an adapter": (
+        ["adapt", "{lords}", "{adapter}", *ADAPT[3:]], NEW_FOLDER,
+    ),
+    "adapter over a file": (["adapt", "{lords}", "{text}", *ADAPT[3:]], r"text.txt must be a new folder, it is a file"),
     "model into a model": (
-        ["adapt", "{lords}", "{lords}", *ADAPT[3:], "--mode=qat"], r"complete lorq checkpoint",
+        ["adapt", "{lords}", "{lords}", *ADAPT[3:], "--mode=qat"], NEW_FOLDER,
     ),
     "merge without an adapter": (["merge", "{lords}", "{tmp}/missing", "{out}"], r"missing has no lorq_adapter.json"),
     "merge another model": (["merge", "{model}", "{adapter}", "{out}"], r"only models quantized with lords"),
-    "merge into the model": (["merge", "{lords}", "{adapter}", "{lords}"], r"complete lorq checkpoint"),
+    "merge into the model": (["merge", "{lords}", "{adapter}", "{lords}"], NEW_FOLDER),
     "merge a damaged adapter": (["merge", "{lords}", "{damaged}", "{out}"], r"adapter version 2, this lorq reads 1"),
     "evaluate with no adapter": (
         ["evaluate", "{lords}", "--adapter={tmp}", "--text={text}", "--window=16", "--windows=1"],
-        r"has no lorq_adapter.json: no adapter of lorq is there",
+        r"has no lorq_adapter.json: no adapter is there; name a folder",
     ),
     "evaluate the original with an adapter": (
         ["evaluate", "{model}", "--adapter={adapter}", "--text={text}", "--window=16", "--windows=1"],

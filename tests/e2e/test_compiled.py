@@ -49,6 +49,40 @@ def test_compiled_steps_write_the_same_tokens_through_the_same_operators(method,
     assert found["products"] == 2 * 7 * 8
 
 
+# Two models of one class, the second compiled after the first has run.
+TWO = """
+import json, sys, torch, lorq
+from lorq.generate import STEPS, compile_steps
+
+prompt = {"input_ids": torch.tensor([[5, 40, 9, 77]]), "max_new_tokens": 9, "do_sample": False}
+found = []
+for folder in (sys.argv[1], sys.argv[2], sys.argv[1]):
+    model = lorq.load(folder)
+    plain = model.generate(**prompt).tolist()
+    compile_steps(model)
+    with torch.inference_mode():
+        found.append((plain, model.generate(**prompt, **STEPS).tolist()))
+model.to(torch.bfloat16)
+try:
+    model.generate(**prompt, **STEPS)
+except ValueError as error:
+    found.append(str(error))
+print(json.dumps(found))
+"""
+
+
+@needs_compiler
+def test_models_of_one_class_have_a_program_each(folder_of, text_file, tmp_path):
+    for name, method in METHODS.items():
+        lorq.quantize(folder_of("llama"), tmp_path / name, method, calibration=str(text_file), samples=4, seq_len=32)
+    folders = [tmp_path / name for name in METHODS]
+    done = subprocess.run([sys.executable, "-c", TWO, *folders], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    *found, refused = json.loads(done.stdout)
+    assert all(compiled == plain for plain, compiled in found) and found[0] == found[2] != found[1]
+    assert refused == "the model was compiled in torch.float32 and is torch.bfloat16 now; load and compile it again"
+
+
 def test_without_a_compiler_one_line_says_so_before_the_model_is_looked_for(capsys):
     from torch._inductor import config
 

@@ -329,7 +329,7 @@ def truncate(folder):
 DAMAGES = {
     "no config": (lambda f: (f / ADAPTER_CONFIG).unlink(), FileNotFoundError, f"has no {ADAPTER_CONFIG}: no adapter"),
     "no tensors": (lambda f: (f / ADAPTER_TENSORS).unlink(), FileNotFoundError, f"has no {ADAPTER_TENSORS}; copy"),
-    "no folder": (shutil.rmtree, FileNotFoundError, "no adapter of lorq is there"),
+    "no folder": (shutil.rmtree, FileNotFoundError, "no adapter is there; name a folder that lorq adapt wrote"),
     "no JSON": (lambda f: (f / ADAPTER_CONFIG).write_text("{"), ValueError, "JSON"),
     "a list": (lambda f: (f / ADAPTER_CONFIG).write_text("[]"), ValueError, re.escape(ADAPTER_CONFIG)),
     "newer": (edit(lambda c: c.update(lorq_adapter=2)), ValueError, "adapter version 2, this lorq reads 1; upgrade"),

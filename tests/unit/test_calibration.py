@@ -198,7 +198,7 @@ def test_a_text_too_short_is_refused_with_its_numbers(tokenizer, windows, number
 
 
 def test_all_windows_of_a_text_shorter_than_one_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="1 windows of 8 tokens need 8 tokens, but text 'mine' has 3"):
+    with pytest.raises(ValueError, match="1 window of 8 tokens needs 8 tokens, but text 'mine' has 3"):
         token_windows("abc", tokenizer, windows=None, length=8, what="mine")
 
 

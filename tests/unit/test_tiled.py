@@ -305,7 +305,9 @@ def test_experts_that_were_moved_replaced_or_copied_are_those_that_run(packed, g
     experts._apply(lambda tensor: tensor.clone())
     check(experts, given)
     check(twin, given)
-    assert len(grouped) == 5
+    experts[3].down_proj.weight_scale = experts[3].down_proj.weight_scale * 2
+    check(experts, given)
+    assert len(grouped) == 6
 
 
 def test_why_experts_do_not_run_in_one_product_is_said(packed, generator, monkeypatch):
@@ -318,6 +320,9 @@ def test_why_experts_do_not_run_in_one_product_is_said(packed, generator, monkey
     assert why(packed(), x.double()) == "inputs are torch.float64"
     many = why_not_grouped(layers_of(packed()), PROJECTIONS, x, torch.ones(75, 2))
     assert many is not None and many.startswith("an expert has 25.0 tokens, and more than ")
+    with monkeypatch.context() as compiling:
+        compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert why(packed()) == "a program is being compiled, which one call of C++ is no part of"
     books = packed(format=LayerFormat(2, -1, True, vector=4, codebook_rows=8, codebook_columns=16))
     assert why(books) == "an expert has 3.7 tokens, and more than 1 are faster one expert after the other"
     monkeypatch.setattr(lorq.grouped, "why_not_experts", lambda format, *_: triton_experts.misfit(format))

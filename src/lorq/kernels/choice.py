@@ -59,6 +59,8 @@ def why_not_experts(
         pairs: of a token and an expert, for each expert.
     """
     if device.type == "cpu":
+        if torch.compiler.is_compiling():
+            return "a program is being compiled, which one call of C++ is no part of"
         return cpu_experts.covers(format, in_features, device, dtype, pairs)
     return triton_experts.covers(format, in_features, device, dtype)
 

@@ -9,6 +9,7 @@ The library is one module for each instruction set; the best that this machine h
 on a small product before it is used.
 """
 
+import _thread
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
@@ -322,6 +323,14 @@ def _agree(portable: Any, fast: Any) -> bool:
     return True
 
 
+def _run_for_operator(x: Tensor, *arguments: Any) -> Tensor:
+    try:
+        return run(x, *arguments)
+    except KeyboardInterrupt:
+        _thread.interrupt_main()  # what passes through the operator comes out as an error that programs may catch
+        raise
+
+
 def _implement() -> Any:
     """Make the operator on the CPU the library's own, which runs no Python for weights that it was told of.
 
@@ -331,7 +340,7 @@ def _implement() -> Any:
     # Not `register_kernel` of the operators, whose wrapper takes as long as `run` does for a small layer.
     torch.library.impl("lorq::rotate", "cpu", turn)
     torch.library.define("lorq::quant_linear_by_python", quant_linear._schema)
-    torch.library.impl("lorq::quant_linear_by_python", "cpu", run)
+    torch.library.impl("lorq::quant_linear_by_python", "cpu", _run_for_operator)
     module, suffix = library()[0], "dylib" if sys.platform == "darwin" else "so"
     path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
     if module is not None and module.implement_operator(
