@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from lorq.kernels.roofline import DEVICES, Device, table, work
+from lorq.kernels.roofline import DEVICES, Device, expert_table, expert_work, table, work
+from lorq.tiles import TileFormat
 from lorq.weight import LayerFormat
 
 
 def test_the_docs_have_the_table_that_the_function_makes():
-    assert table() in (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    docs = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert table() in docs and expert_table() in docs
 
 
 def test_bytes_and_operations_are_counted_by_hand():
@@ -17,6 +19,16 @@ def test_bytes_and_operations_are_counted_by_hand():
     codes, scales, zeros, factors = 300 * 24 * 4, 300 * 2 * 2, 29 * 2 * 4, 8 * (300 + 256) + 8 * 2 * 2
     assert w.bytes == codes + scales + zeros + factors + 5 * 2 * (300 + 256)
     assert w.operations == 2 * 5 * (300 * 256 + 8 * (300 + 256))
+
+
+def test_experts_and_factors_that_tokens_share_are_counted_once():
+    format, tiles = LayerFormat(2, 128, True), TileFormat(4, 2, 6, 8, "int8")
+    weight, factors = 300 * 256 // 4 + 300 * 2 * 2, 8 * (4 * 256 + 2 * 300)
+    w = expert_work(300, 256, format, tiles, tokens=5, top_k=2)
+    assert w.bytes == 6 * weight + factors + 5 * 2 * 256 + 10 * 2 * 300
+    assert w.operations == 2 * (10 * 300 * 256 + 5 * 4 * 8 * 256 + 10 * 8 * 300)
+    one = expert_work(300, 256, format, tiles, tokens=1, top_k=2)
+    assert one.bytes == 2 * weight + 8 * (2 * 256 + 2 * 300) + 2 * 256 + 2 * 2 * 300
 
 
 @pytest.mark.parametrize("tokens, bound", [(1, "memory"), (4096, "compute")])

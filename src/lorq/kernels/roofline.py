@@ -1,7 +1,10 @@
 """How fast a quantized linear can be at best: its bytes and operations over what a device moves and computes."""
 
+import itertools
 from dataclasses import dataclass
 
+from lorq.factors import factor_bits
+from lorq.tiles import TileFormat
 from lorq.weight import LayerFormat
 
 
@@ -57,6 +60,46 @@ def work(out: int, in_: int, format: LayerFormat, tokens: int) -> Work:
     """
     moved = format.stored_bits(out, in_) // 8 + 2 * tokens * (out + in_)
     return Work(moved, 2 * tokens * (out * in_ + format.rank * (out + in_)))
+
+
+def expert_work(out: int, in_: int, format: LayerFormat, tiles: TileFormat, tokens: int, top_k: int) -> Work:
+    """Bytes and operations of a gate or up projection of all experts that the tokens are routed to.
+
+    Tokens choose as different experts as there are, and these lie in as different rows and columns of the grid.
+
+    Args:
+        out: of an expert's weight.
+        in_: of an expert's weight.
+        format: of the experts' own layers.
+        tiles: of the factors that they share; rank 0 is without.
+        tokens: of the input.
+        top_k: experts of a token.
+
+    Example:
+        >>> w = expert_work(1408, 2048, LayerFormat(4, 128, True), TileFormat(8, 8, 60, 32, "int8"), tokens=1, top_k=4)
+        >>> w.operations == 2 * (4 * 1408 * 2048 + 4 * 32 * 2048 + 4 * 1408 * 32)
+        True
+    """
+    pairs = tokens * top_k
+    rows, columns, rank = min(tiles.rows, pairs), min(tiles.columns, pairs), tiles.rank
+    factors = (rows * in_ + columns * out) * factor_bits(tiles.factor_type) // 8
+    moved = min(tiles.experts, pairs) * (format.stored_bits(out, in_) // 8) + rank * factors
+    return Work(
+        moved + 2 * tokens * in_ + 2 * pairs * out,
+        2 * (pairs * out * in_ + tokens * rows * rank * in_ + pairs * rank * out),
+    )
+
+
+def expert_table() -> str:
+    """The table of experts in docs/kernels.md: 60 of 1408 x 2048, four for a token, groups of 128, a grid of 8 x 8."""
+    head = "| bits | rank | tokens | MB | GFLOP | " + " | ".join(f"{d.name}, us" for d in DEVICES) + " |"
+    lines = [head, "|" + "---|" * (5 + len(DEVICES))]
+    for bits, rank, tokens in itertools.product((2, 4), (0, 32), (1, 16, 512)):
+        w = expert_work(1408, 2048, LayerFormat(bits, 128, True), TileFormat(8, 8, 60, rank, "int8"), tokens, 4)
+        times = (f"{w.seconds(device) * 1e6:.1f} {w.bound(device)}" for device in DEVICES)
+        cells = (bits, rank, tokens, f"{w.bytes / 1e6:.2f}", f"{w.operations / 1e9:.3f}")
+        lines.append("| " + " | ".join(map(str, (*cells, *times))) + " |")
+    return "\n".join(lines)
 
 
 def table() -> str:
