@@ -1,6 +1,7 @@
 // A token's input as the kernels read it: in whole numbers, laid out like the codes, and in float32.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "simd.hpp"
@@ -84,26 +85,29 @@ float sum_row(const void* p, int64_t first, const float* x, int64_t columns) {
     return sum(acc) + rest;
 }
 
+// What a function gives for a type that is known when it is compiled: `f` takes it as the type of its argument.
+template <Type TYPE>
+using Known = std::integral_constant<Type, TYPE>;
+
+template <class Function>
+LORQ_INLINE auto for_type(Type type, Function f) {
+    switch (type) {
+        case Type::f32: return f(Known<Type::f32>());
+        case Type::f16: return f(Known<Type::f16>());
+        case Type::bf16: return f(Known<Type::bf16>());
+        case Type::i8: return f(Known<Type::i8>());
+        default: return f(Known<Type::e4m3>());
+    }
+}
+
 // Row `row` of a factor as float32, not scaled.
 inline void read_row(const Factor& f, int64_t row, int64_t columns, float* to) {
-    switch (f.type) {
-        case Type::f32: return read_row<Type::f32>(f.data, row * columns, columns, to);
-        case Type::f16: return read_row<Type::f16>(f.data, row * columns, columns, to);
-        case Type::bf16: return read_row<Type::bf16>(f.data, row * columns, columns, to);
-        case Type::i8: return read_row<Type::i8>(f.data, row * columns, columns, to);
-        default: return read_row<Type::e4m3>(f.data, row * columns, columns, to);
-    }
+    for_type(f.type, [&](auto type) { read_row<type.value>(f.data, row * columns, columns, to); });
 }
 
 // The sum of row `row` of a factor times x, not scaled.
 inline float sum_row(const Factor& f, int64_t row, const float* x, int64_t columns) {
-    switch (f.type) {
-        case Type::f32: return sum_row<Type::f32>(f.data, row * columns, x, columns);
-        case Type::f16: return sum_row<Type::f16>(f.data, row * columns, x, columns);
-        case Type::bf16: return sum_row<Type::bf16>(f.data, row * columns, x, columns);
-        case Type::i8: return sum_row<Type::i8>(f.data, row * columns, x, columns);
-        default: return sum_row<Type::e4m3>(f.data, row * columns, x, columns);
-    }
+    return for_type(f.type, [&](auto type) { return sum_row<type.value>(f.data, row * columns, x, columns); });
 }
 
 // x = step * sum over p of 256^p piece_p, pieces being bytes with a sign: three of them keep 23 bits of the largest entry

@@ -123,8 +123,8 @@ struct Sums {
 
 // The left factor's rows times z, added to the lanes of each row; what is left of a rank that is no multiple of eight
 // is taken from what zero points take away.
-template <int ROWS, Type TYPE>
-LORQ_INLINE void add_left(const Weight& w, const float* z, int64_t row, int64_t stride, WideF (&total)[ROWS / SIDE], float (&taken)[ROWS]) {
+template <Type TYPE, int ROWS>
+void add_left(const Weight& w, const float* z, int64_t row, int64_t stride, WideF (&total)[ROWS / SIDE], float (&taken)[ROWS]) {
     int64_t k = 0;
     for (; k + 8 <= w.rank; k += 8) {
         const WideF part = each_row(z + k);
@@ -137,17 +137,6 @@ LORQ_INLINE void add_left(const Weight& w, const float* z, int64_t row, int64_t 
     }
     for (; k < w.rank; ++k)
         for (int r = 0; r < ROWS; ++r) taken[r] -= load_value(w.left.data, (row + stride * r) * w.rank + k, TYPE) * z[k];
-}
-
-template <int ROWS>
-void add_left(const Weight& w, const float* z, int64_t row, int64_t stride, WideF (&total)[ROWS / SIDE], float (&taken)[ROWS]) {
-    switch (w.left.type) {
-        case Type::f32: return add_left<ROWS, Type::f32>(w, z, row, stride, total, taken);
-        case Type::f16: return add_left<ROWS, Type::f16>(w, z, row, stride, total, taken);
-        case Type::bf16: return add_left<ROWS, Type::bf16>(w, z, row, stride, total, taken);
-        case Type::i8: return add_left<ROWS, Type::i8>(w, z, row, stride, total, taken);
-        default: return add_left<ROWS, Type::e4m3>(w, z, row, stride, total, taken);
-    }
 }
 
 // Rows row, row + stride, ... of which those from `first` on go into y; a stride of 0 is one row, ROWS times. `z` is what the
@@ -190,7 +179,7 @@ void multiply_rows(const Weight& w, const Inputs& x, const float* z, const Units
             LORQ_UNROLL for (int r = 0; r < ROWS / SIDE; ++r)
                 total[r] = fma(sums.of(r), units.lanes(steps + SIDE * r * pitch, pitch, unit), total[r]);
         }
-    if (w.rank) add_left<ROWS>(w, z, row, stride, total, taken);
+    if (w.rank) for_type(w.left.type, [&](auto type) { add_left<type.value, ROWS>(w, z, row, stride, total, taken); });
     LORQ_UNROLL for (int r = 0; r < ROWS; ++r)
         if (r >= first) y[r] = sum(row_of(total[r / SIDE], r % SIDE)) - taken[r];
 }

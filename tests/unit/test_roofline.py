@@ -23,12 +23,13 @@ def test_bytes_and_operations_are_counted_by_hand():
 
 def test_experts_and_factors_that_tokens_share_are_counted_once():
     format, tiles = LayerFormat(2, 128, True), TileFormat(4, 2, 6, 8, "int8")
-    weight, factors = 300 * 256 // 4 + 300 * 2 * 2, 8 * (4 * 256 + 2 * 300)
+    weight, factors = 300 * 256 // 4 + 300 * 2 * 2, 8 * (4 * 256 + 2 * 300) + 8 * 2 * (4 + 2) + 4 * 6  # scales, cells
     w = expert_work(300, 256, format, tiles, tokens=5, top_k=2)
     assert w.bytes == 6 * weight + factors + 5 * 2 * 256 + 10 * 2 * 300
     assert w.operations == 2 * (10 * 300 * 256 + 5 * 4 * 8 * 256 + 10 * 8 * 300)
     one = expert_work(300, 256, format, tiles, tokens=1, top_k=2)
-    assert one.bytes == 2 * weight + 8 * (2 * 256 + 2 * 300) + 2 * 256 + 2 * 2 * 300
+    factors = 8 * (2 * 256 + 2 * 300) + 8 * 2 * (2 + 2) + 4 * 2
+    assert one.bytes == 2 * weight + factors + 2 * 256 + 2 * 2 * 300
 
 
 @pytest.mark.parametrize("tokens, bound", [(1, "memory"), (4096, "compute")])

@@ -1,9 +1,8 @@
 """How fast a quantized linear can be at best: its bytes and operations over what a device moves and computes."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lorq.factors import factor_bits
 from lorq.tiles import TileFormat
 from lorq.weight import LayerFormat
 
@@ -81,12 +80,12 @@ def expert_work(out: int, in_: int, format: LayerFormat, tiles: TileFormat, toke
         True
     """
     pairs = tokens * top_k
-    rows, columns, rank = min(tiles.rows, pairs), min(tiles.columns, pairs), tiles.rank
-    factors = (rows * in_ + columns * out) * factor_bits(tiles.factor_type) // 8
-    moved = min(tiles.experts, pairs) * (format.stored_bits(out, in_) // 8) + rank * factors
+    experts, rows, columns = (min(count, pairs) for count in (tiles.experts, tiles.rows, tiles.columns))
+    read = replace(tiles, rows=rows, columns=columns, experts=experts)
+    moved = (experts * format.stored_bits(out, in_) + read.stored_bits(out, in_)) // 8
     return Work(
         moved + 2 * tokens * in_ + 2 * pairs * out,
-        2 * (pairs * out * in_ + tokens * rows * rank * in_ + pairs * rank * out),
+        2 * (pairs * out * in_ + tokens * rows * tiles.rank * in_ + pairs * tiles.rank * out),
     )
 
 
