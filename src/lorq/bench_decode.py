@@ -22,6 +22,7 @@ KINDS = ("integer", "lords", "vector")
 _ROTATION_BYTES = 128 << 20
 _MOST_LAYERS = 64
 _READ_BYTES = 256 << 20
+_REPLAYS = 20  # of a graph, so that the first launch and the last wait do not count
 
 
 def bench_decode(
@@ -88,8 +89,14 @@ def bench_decode(
             for way in products:
                 ways[kind, width, rank, way] = [partial(layer, x) for layer in layers]
                 made[kind, width, rank, way] = format, _sqnr_db(layers[0], x, way)
-        seconds = _medians(ways, repeats, place)
+        seconds, waited = _medians(ways, repeats, place)
         bandwidth = _READ_BYTES / seconds["read"] / 1e9
+
+        def called(key: Any, waited: dict[Any, float] = waited) -> dict[str, float]:
+            if place.type != "cuda":
+                return {}
+            return {"call_milliseconds": 1e3 * waited[key], "call_times_dense": waited["dense"] / waited[key]}
+
         for key, (format, sqnr_db) in made.items():
             gigabytes = format.stored_bits(out, in_) / 8e9
             name = implementation(format, in_, place, kind_of_input).name
@@ -101,7 +108,7 @@ def bench_decode(
                 "times_dense": seconds["dense"] / seconds[key],
                 "times_int4": seconds["int4"] / seconds[key] if int4 else None,
                 "sqnr_db": sqnr_db, "runs_on": name,
-            }  # fmt: skip
+            } | called(key)  # fmt: skip
 
 
 def _read_shape(shape: str) -> tuple[int, int]:
@@ -173,15 +180,22 @@ def _dense(out: int, in_: int, x: Tensor, generator: torch.Generator) -> list[Ca
 
 
 def _int4(out: int, in_: int, group_size: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
-    """Calls of torch's own operator for 4-bit codes on the CPU; none where it does not fit."""
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or group_size not in (32, 64, 128, 256) or out % 32:
+    """Calls of torch's own operator for 4-bit codes; none where it does not fit."""
+    cuda = x.device.type == "cuda"
+    unfit = group_size not in (32, 64, 128, 256) or out % 32 or (cuda and in_ % 1024)
+    if unfit or x.dtype != torch.bfloat16 or x.device.type not in ("cpu", "cuda"):
         return []
     calls: list[Callable[[], Any]] = []
     for _ in range(_rotation(4 * out * in_)):
-        codes = torch.randint(0, 16, (out, in_), generator=generator, dtype=torch.int32)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-        scales = torch.rand(in_ // group_size, out, 2, generator=generator).to(torch.bfloat16)
-        calls.append(partial(torch.ops.aten._weight_int4pack_mm_for_cpu, x, packed, group_size, scales))
+        scales = torch.rand(in_ // group_size, out, 2, generator=generator).to(x)
+        if cuda:
+            pairs = torch.randint(0, 256, (out, in_ // 2), generator=generator, dtype=torch.uint8).to(x.device)
+            packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+            calls.append(partial(torch.ops.aten._weight_int4pack_mm, x, packed, group_size, scales))
+        else:
+            codes = torch.randint(0, 16, (out, in_), generator=generator, dtype=torch.int32)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            calls.append(partial(torch.ops.aten._weight_int4pack_mm_for_cpu, x, packed, group_size, scales))
     return calls
 
 
@@ -196,20 +210,50 @@ def _reader(device: torch.device) -> Callable[[], Any]:
 
 
 @torch.no_grad()
-def _medians(ways: dict[Any, list[Callable[[], Any]]], repeats: int, device: torch.device) -> dict[Any, float]:
-    """Seconds of one call by way, the median over rounds in which all ways take turns; one round is not counted."""
+def _medians(
+    ways: dict[Any, list[Callable[[], Any]]], repeats: int, device: torch.device
+) -> tuple[dict[Any, float], dict[Any, float]]:
+    """Seconds of one call by way, the median over rounds in which all ways take turns; one round is not counted.
+
+    Returns:
+        What the device takes, and what a caller waits who makes one call after the other; on a CPU the same. A CUDA
+        device replays a graph of the calls for the former, as compiled programs do: there a call's way through Python
+        and the driver takes longer than a small layer's work.
+    """
+    cuda = device.type == "cuda"
+    graphs = {key: _graph(calls) for key, calls in ways.items()} if cuda else {}
     taken: dict[Any, list[float]] = {key: [] for key in ways}
+    waited: dict[Any, list[float]] = {key: [] for key in ways}
     for round_ in range(repeats + 1):
         for key, calls in ways.items():
             with cpu.products(key[-1] if isinstance(key, tuple) else "exact"):
-                _synchronize(device)
-                start = time.perf_counter()
-                for call in calls:
-                    call()
-                _synchronize(device)
+                called = _seconds(lambda calls=calls: [call() for call in calls], device)  # type: ignore[misc]
             if round_:
-                taken[key].append((time.perf_counter() - start) / len(calls))
-    return {key: statistics.median(seconds) for key, seconds in taken.items()}
+                waited[key].append(called / len(calls))
+                if cuda:
+                    replay = graphs[key].replay
+                    called = _seconds(lambda replay=replay: [replay() for _ in range(_REPLAYS)], device) / _REPLAYS  # type: ignore[misc]
+                taken[key].append(called / len(calls))
+    return tuple({key: statistics.median(own) for key, own in times.items()} for times in (taken, waited))  # type: ignore[return-value]
+
+
+def _graph(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """The calls as a CUDA graph."""
+    for call in calls:  # compiles what is compiled at first calls
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    work()
+    _synchronize(device)
+    return time.perf_counter() - start
 
 
 def _synchronize(device: torch.device) -> None:

@@ -181,7 +181,7 @@ def test_factors_of_the_scale_may_be_trained_ones(dtype, random_weight, generato
 def test_every_byte_of_e4m3_is_decoded_as_torch_does():
     right = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(256, 1).view(torch.float8_e4m3fn)
     operands = Operands(left=right.T, right=right, left_scale=None, right_scale=None)
-    found = triton_linear._projected(torch.ones(1, 1), operands)
+    found = triton_linear._projected(torch.ones(1, 1), operands, torch.float32)
     assert torch.equal(found.isnan(), right.T.float().isnan()) and int(found.isnan().sum()) == 2
     assert torch.equal(found.nan_to_num(), right.T.float().nan_to_num())
 
@@ -319,7 +319,7 @@ LARGE = {
     "2 bits in vectors of 4": LayerFormat(2, 4096, True, 32, "int8", 4, 64, 512),
     "3 bits in vectors of 2": LayerFormat(3, 4096, True, 0, "float16", 2, 64, 512),
 }
-KERNELS = ("few_tokens", "many_tokens", "finish", "project", "turn")
+KERNELS = ("whole_rows", "spans", "finish", "project", "decode", "turn")
 
 
 class Recorder:

@@ -7,20 +7,10 @@ from lorq.kernels.triton_tile import _low_rank, _sums, constexpr, jit, tl
 
 @jit
 @no_type_check
-def _own(tensors, expert, size):
-    """An expert's part of tensors that lie one after the other, ``size`` numbers each; None of None."""
-    if tensors is None:
-        return None
-    else:
-        return tensors + expert.to(tl.int64) * size
-
-
-@jit
-@no_type_check
 def experts(x, y, chosen, order, plan, packed, scale, zero, levels, book, book_scale, left, left_scale, z, cells,
             places, tiles, count, out_features, in_features, words, zero_size, grid_rows, rank, BITS: constexpr,
             VECTOR: constexpr, GROUP: constexpr, BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, E4M3: constexpr,
-            T: constexpr, N: constexpr, K: constexpr, R: constexpr):  # fmt: skip
+            T: constexpr, N: constexpr, K: constexpr, R: constexpr, STAGES: constexpr):  # fmt: skip
     """A tile of ``y^T = weight x^T + left z^T``, (N, T), for pairs of one expert, over all columns.
 
     Pair ``p`` reads row ``p // places`` of ``x``. The plan tells each tile its expert and which pairs of the order are
@@ -40,14 +30,18 @@ def experts(x, y, chosen, order, plan, packed, scale, zero, levels, book, book_s
     if expert >= count:  # a tile that nobody needs, or a pair without an expert
         return
     token = pair // places
-    books = 0
+    own = expert.to(tl.int64)
+    packed += own * (out_features * words)
+    scale += own * (out_features * (in_features // GROUP))
+    if zero is not None:
+        zero += own * zero_size
     if book is not None:
         books = (out_features // BOOK_ROWS) * (in_features // BOOK_COLUMNS)
+        book += own * (books << (BITS * VECTOR))
+        book_scale += own * books
     sums = _sums(
-        x, token, real, _own(packed, expert, out_features * words),
-        _own(scale, expert, out_features * (in_features // GROUP)), _own(zero, expert, zero_size), levels, None, None,
-        _own(book, expert, books << (BITS * VECTOR)), _own(book_scale, expert, books), row, inside, 0, in_features,
-        in_features, words, 0, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, 0, T, N, K,
+        x, token, real, packed, scale, zero, levels, None, None, book, book_scale, row, inside, 0, in_features,
+        in_features, words, 0, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, 0, T, N, K, STAGES,
     )  # fmt: skip
     if left is not None:
         grid_row = tl.load(cells + 2 * expert).to(tl.int32)

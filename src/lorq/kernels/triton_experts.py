@@ -92,7 +92,7 @@ def linear(
         words, 0 if zero_point is None else zero_point[0].numel(), grid_rows, rank, BITS=format.bits,
         VECTOR=format.vector, GROUP=format.group_size, BOOK_ROWS=format.codebook_rows,
         BOOK_COLUMNS=format.codebook_columns, E4M3=e4m3, T=tile.tokens, N=tile.rows, K=tile.columns, R=32,
-        **triton_linear._options(tile.warps, tile.stages),
+        STAGES=tile.stages, **triton_linear._options(tile.warps, tile.stages),
     )  # fmt: skip
     return y
 

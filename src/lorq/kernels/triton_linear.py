@@ -12,14 +12,15 @@ Nothing is tuned at run time: docs/kernels.md has the reasons for the tiles and 
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from math import gcd, log2
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorq.factors import FACTOR_TYPES, LowRank
+from lorq.factors import FACTOR_TYPES
 from lorq.kernels.operands import DTYPES, NAMES, Operands, format_of, misplaced
 from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate, rotate_reference
 from lorq.weight import LayerFormat
@@ -64,8 +65,10 @@ TILES = {
     # Without tensor cores (float32 is not rounded to fewer bits) both factors of a tile's product lie in registers.
     4: {1: Tile(1, 32, 128, 4, 3), 16: Tile(16, 32, 64, 4, 3), 17: Tile(32, 64, 64, 8, 2)},
 }
-PROJECT_UP_TO = 16  # tokens; each of them reads the right factor by itself
-SPLIT_UP_TO = 64  # tokens; more fill a device without spans, where they are not float32
+# By bytes of an input's number: from so many tokens on the weight is decoded, and torch multiplies.
+MANY_FROM = {2: 257, 4: 33}
+_DECODED = Tile(0, 32, 128, 4, 1)
+_STRIP_BYTES = 256 << 20  # of a decoded weight at a time
 
 
 def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -107,45 +110,113 @@ def _unfit(device: torch.device) -> str | None:
     return None if capability >= (8, 0) else f"the device has compute capability {capability}, less than (8, 0)"
 
 
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a call goes: what its tensors tell, and the tile for its number of tokens; None for too many of them."""
+
+    format: LayerFormat
+    tile: Tile | None
+    span: int  # columns that one program sums
+
+
 def linear(x: Tensor, *operands: Tensor | int | None) -> Tensor:
     """`quant_linear` by the kernels, whatever the device: for operands that `covers` accepts."""
+    plan = _plan(x, *operands)
+    assert plan is not None
+    return _run(plan, x, *operands)
+
+
+def _plan(x: Tensor, *operands: Tensor | int | None) -> Plan | None:
+    """The plan of a call; None where its tensors do not belong together, or are too large."""
+    *tensors, bits = operands
+    seen = tuple(None if t is None else (t.shape, t.dtype) for t in tensors)  # type: ignore[union-attr]
+    tokens = min(x[..., 0].numel() if x.ndim > 1 else 1, MANY_FROM[x.dtype.itemsize])
+    return _plan_of(seen, bits, tokens, x.shape[-1], x.dtype)  # type: ignore[arg-type]
+
+
+class _Seen(NamedTuple):
+    """What a plan depends on of a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@lru_cache(maxsize=4096)
+def _plan_of(
+    seen: tuple[tuple[torch.Size, torch.dtype] | None, ...], bits: int, tokens: int, in_features: int,
+    dtype: torch.dtype,
+) -> Plan | None:  # fmt: skip
+    tensors = [t if t is None else _Seen(*t) for t in seen]
+    # Kernels number a weight's words and scales in 32 bits.
+    if any(t is not None and t.shape.numel() >= 2**31 for t in tensors):
+        return None
+    format = format_of(Operands(**dict(zip(NAMES, tensors, strict=True))), bits, in_features)
+    if format is None or tokens >= MANY_FROM[dtype.itemsize]:
+        return None if format is None else Plan(format, None, in_features)
+    tile = choose_tile(tokens, dtype, format)
+    assert tensors[0] is not None
+    return Plan(format, tile, span_of(tensors[0].shape[0], in_features, tile))
+
+
+def _run(plan: Plan, x: Tensor, *operands: Tensor | int | None) -> Tensor:
+    p = Operands(**dict(zip(NAMES, operands[:-1], strict=True)))
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = flat.new_empty(len(flat), p.packed.shape[0])
+    if y.numel():
+        if plan.tile is None:
+            _by_decoding(plan.format, p, flat, y)
+        else:
+            _by_tiles(plan.format, plan.tile, plan.span, p, flat, y)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _by_tiles(format: LayerFormat, tile: Tile, span: int, p: Operands, x: Tensor, y: Tensor) -> None:
+    """Into ``y``: the products of tiles of codes as they are decoded, for few tokens."""
     from lorq.kernels import triton_tile
 
-    *tensors, bits = operands
-    assert isinstance(bits, int)
-    p = Operands(**dict(zip(NAMES, tensors, strict=True)))
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    (tokens, in_features), out = flat.shape, p.packed.shape[0]
-    y = flat.new_empty(tokens, out)
-    if not y.numel():
-        return y.view(*x.shape[:-1], out)
-    format = format_of(p, bits, in_features)
-    assert format is not None
-    tile = choose_tile(tokens, x.dtype, format)
+    (tokens, in_features), out, words = x.shape, y.shape[1], p.packed.shape[1]
     weight, sizes = _weight_arguments(p, format)
     left, e4m3 = (None, False) if p.left is None else _stored(p.left)
-    shape = {"T": tile.tokens, "N": tile.rows, "K": tile.columns}
+    rows, splits = -(-out // tile.rows), -(-in_features // span)
+    sizes |= {"T": tile.tokens, "N": tile.rows, "K": tile.columns, "STAGES": tile.stages}
     options = _options(tile.warps, tile.stages)
-    words, rows = p.packed.shape[1], -(-out // tile.rows)
-    if tokens <= min(SPLIT_UP_TO, tile.tokens):
-        z = _projected(flat, p)
-        span = span_of(out, in_features, tile)
-        splits = -(-in_features // span)
-        partial = torch.empty(splits, tokens, out, dtype=torch.float32, device=x.device)
-        triton_tile.few_tokens[rows, splits](
-            flat, partial, *weight, tokens, out, in_features, words, format.scale_rank, span, **sizes, **shape,
-            **options,
+    # What tensor cores multiply has the type of the inputs.
+    z = _projected(x, p, x.dtype if splits == 1 and tile.tokens > 1 else torch.float32)
+    if splits == 1:
+        triton_tile.whole_rows[(rows * -(-tokens // tile.tokens),)](
+            x, y, z, left, p.left_scale, *weight, tokens, out, in_features, words, format.scale_rank, format.rank,
+            **sizes, E4M3=e4m3, R=32, **options,
         )  # fmt: skip
-        triton_tile.finish[-(-out // 128), tokens](
-            partial, y, z, left, p.left_scale, tokens, out, splits, format.rank, E4M3=e4m3, N=128, R=32, **_options()
-        )
-    else:
-        z = _projected(flat, p)
-        triton_tile.many_tokens[(rows * -(-tokens // tile.tokens),)](
-            flat, y, z, left, p.left_scale, *weight, tokens, out, in_features, words, format.scale_rank, format.rank,
-            **sizes, E4M3=e4m3, **shape, R=32, **options,
+        return
+    partial = torch.empty(splits, tokens, out, dtype=torch.float32, device=x.device)
+    triton_tile.spans[rows, splits](
+        x, partial, *weight, tokens, out, in_features, words, format.scale_rank, span, **sizes, **options
+    )
+    triton_tile.finish[-(-out // 128), tokens](
+        partial, y, z, left, p.left_scale, tokens, out, splits, format.rank, E4M3=e4m3, N=128, R=32, **_options()
+    )
+
+
+def _by_decoding(format: LayerFormat, p: Operands, x: Tensor, y: Tensor) -> None:
+    """Into ``y``: torch's product with the decoded weight, for many tokens."""
+    from lorq.kernels import triton_tile
+
+    in_features, out, words = x.shape[1], y.shape[1], p.packed.shape[1]
+    weight, sizes = _weight_arguments(p, format)
+    left, right, e4m3 = None, None, False
+    if p.left is not None and p.right is not None:
+        (left, e4m3), (right, _) = _stored(p.left), _stored(p.right)
+    rows = max(32, _STRIP_BYTES // (in_features * x.element_size()) // 32 * 32)
+    strip = torch.empty(min(rows, out), in_features, dtype=x.dtype, device=x.device)
+    tile = _DECODED
+    columns = _columns(tile.columns, format)
+    for first in range(0, out, rows):
+        last = min(first + rows, out)
+        triton_tile.decode[-(-(last - first) // tile.rows), -(-in_features // columns)](
+            strip, *weight, left, p.left_scale, right, p.right_scale, first, last, in_features, words,
+            format.scale_rank, format.rank, **sizes, E4M3=e4m3, N=tile.rows, K=columns, R=32, **_options(tile.warps),
         )  # fmt: skip
-    return y.view(*x.shape[:-1], out)
+        torch.mm(x, strip[: last - first].T, out=y[:, first:last])
 
 
 def _options(warps: int = 4, stages: int = 3) -> dict[str, int | bool]:
@@ -154,10 +225,15 @@ def _options(warps: int = 4, stages: int = 3) -> dict[str, int | bool]:
 
 
 def choose_tile(tokens: int, dtype: torch.dtype, format: LayerFormat) -> Tile:
-    """The default tile for so many tokens, made narrower until groups are whole tiles, down to 32 columns."""
+    """The default tile for so many tokens, in columns that fit the groups."""
     tiles = TILES[dtype.itemsize]
     tile = tiles[next((most for most in tiles if tokens <= most), max(tiles))]
-    return replace(tile, columns=max(32, gcd(tile.columns, format.group_size)))
+    return replace(tile, columns=_columns(tile.columns, format))
+
+
+def _columns(most: int, format: LayerFormat) -> int:
+    """Columns of a tile: narrower until tiles are whole groups or groups whole tiles, down to 32."""
+    return most if most % format.group_size == 0 else max(32, gcd(most, format.group_size))
 
 
 def span_of(out_features: int, in_features: int, tile: Tile) -> int:
@@ -188,17 +264,14 @@ def _stored(factor: Tensor) -> tuple[Tensor, bool]:
     return (factor.view(torch.uint8) if e4m3 else factor).contiguous(), e4m3
 
 
-def _projected(x: Tensor, p: Operands) -> Tensor | None:
-    """``x right^T``, (tokens, rank): float32 for few tokens, else in the dtype of ``x``; None without factors."""
+def _projected(x: Tensor, p: Operands, dtype: torch.dtype) -> Tensor | None:
+    """``x right^T``, (tokens, rank); None without factors."""
     from lorq.kernels import triton_tile
 
     if p.left is None or p.right is None:
         return None
-    if len(x) > PROJECT_UP_TO:
-        # Scales come first: thousands of products with bytes alone would not fit float16.
-        return x @ LowRank(p.left[:0], p.right, p.left_scale, p.right_scale).factors(x.dtype)[1].T
     (tokens, in_features), (right, e4m3) = x.shape, _stored(p.right)
-    z = torch.empty(tokens, len(right), dtype=torch.float32, device=x.device)
+    z = torch.empty(tokens, len(right), dtype=dtype, device=x.device)
     triton_tile.project[tokens, -(-len(right) // 4)](
         x, right, p.right_scale, z, in_features, len(right), E4M3=e4m3, R=4, K=512, **_options()
     )
@@ -236,17 +309,15 @@ def _linear_or_reference(
     scale_left: Tensor | None, scale_right: Tensor | None, codebook: Tensor | None, codebook_scale: Tensor | None,
     left: Tensor | None, right: Tensor | None, left_scale: Tensor | None, right_scale: Tensor | None, bits: int,
 ) -> Tensor:  # fmt: skip
-    tensors = (
+    operands = (
         packed, scale, zero_point, levels, scale_left, scale_right, codebook, codebook_scale, left, right, left_scale,
-        right_scale,
+        right_scale, bits,
     )  # fmt: skip
-    format = format_of(Operands(**dict(zip(NAMES, tensors, strict=True))), bits, x.shape[-1])
-    # Kernels number a weight's words and scales in 32 bits.
-    large = any(tensor is not None and tensor.numel() >= 2**31 for tensor in tensors)
-    if format is None or large or covers(format, x.shape[-1], x.device, x.dtype) is not None:
-        return quant_linear_reference(x, *tensors, bits)
+    plan = _plan(x, *operands)
+    if plan is None or covers(plan.format, x.shape[-1], x.device, x.dtype) is not None:
+        return quant_linear_reference(x, *operands)
     with torch.cuda.device(x.device):
-        return linear(x, *tensors, bits)
+        return _run(plan, x, *operands)
 
 
 def _turn_or_reference(

@@ -52,13 +52,15 @@ def _spread(fields, BITS: constexpr, PER: constexpr, N: constexpr, K: constexpr)
 
 @jit
 @no_type_check
-def _codes(packed, rows, inside, first, words, BITS: constexpr, N: constexpr, K: constexpr):
-    """Codes ``first .. first + K - 1`` of each row, (N, K) uint32; ``first`` begins a word, and at 3 bits a triple."""
+def _fields(packed, rows, inside, first, words, BITS: constexpr, N: constexpr, K: constexpr):
+    """What codes ``first .. first + K - 1`` of each row lie in, 32 or 24 bits to a field, (N, fields) uint32.
+
+    ``first`` begins a word, and at 3 and 6 bits a triple of them.
+    """
     if 32 % BITS == 0:
-        PER: tl.constexpr = 32 // BITS
-        at = first // PER + tl.arange(0, K // PER)
+        at = first // (32 // BITS) + tl.arange(0, K * BITS // 32)
         fields = tl.load(packed + rows[:, None] * words + at[None, :], inside[:, None] & (at < words)[None, :], 0)
-        fields = fields.to(tl.uint32, bitcast=True)
+        return fields.to(tl.uint32, bitcast=True)
     else:
         PER: tl.constexpr = 24 // BITS
         at = (first // (4 * PER) + tl.arange(0, K // (4 * PER))) * 3
@@ -68,15 +70,54 @@ def _codes(packed, rows, inside, first, words, BITS: constexpr, N: constexpr, K:
         c = tl.load(pointers + 2, inside[:, None] & (at + 2 < words)[None, :], 0).to(tl.uint32, bitcast=True)
         even = tl.join(a, (b >> 16) | (c << 16))
         odd = tl.join((a >> 24) | (b << 8), c >> 8)
-        fields = tl.reshape(tl.join(even, odd), (N, K // PER))
+        return tl.reshape(tl.join(even, odd), (N, K // PER))
+
+
+@jit
+@no_type_check
+def _codes(packed, rows, inside, first, words, BITS: constexpr, N: constexpr, K: constexpr):
+    """Codes ``first .. first + K - 1`` of each row, (N, K) uint32; ``first`` as for `_fields`."""
+    PER: tl.constexpr = 32 // BITS if 32 % BITS == 0 else 24 // BITS
+    fields = _fields(packed, rows, inside, first, words, BITS, N, K)
     return _spread(fields, BITS, PER, N, K) & ((1 << BITS) - 1)
 
 
 @jit
 @no_type_check
-def _whole(codes):
-    """``2^23 + codes`` as float32, exact below 2^23."""
-    return (codes | 0x4B000000).to(tl.float32, bitcast=True)
+def _fractions(packed, rows, inside, first, words, BITS: constexpr, N: constexpr, K: constexpr):
+    """``1 + code / 2^BITS`` of the same codes, (N, K) float32: codes in the highest bits of a mantissa."""
+    SIZE: tl.constexpr = 32 if 32 % BITS == 0 else 24
+    fields = _fields(packed, rows, inside, first, words, BITS, N, K)
+    return _fraction(_spread_down(fields, BITS, SIZE // BITS, SIZE, N, K), BITS)
+
+
+@jit
+@no_type_check
+def _fraction(fields, BITS: constexpr):
+    """``1 + code / 2^BITS``, float32, of codes that end where the mantissa does, whatever is above and below them."""
+    mantissa = fields & (((1 << BITS) - 1) << (23 - BITS))
+    return (mantissa | 0x3F800000).to(tl.float32, bitcast=True)
+
+
+@jit
+@no_type_check
+def _halves(fields, HALF: constexpr, END: constexpr):
+    """Fields that end in bit ``END`` so that each of their halves of ``HALF`` bits ends in bit 23."""
+    if END == 23:
+        return fields << HALF, fields
+    else:
+        return fields << (23 + HALF - END), fields >> (END - 23)
+
+
+@jit
+@no_type_check
+def _spread_down(fields, BITS: constexpr, PER: constexpr, END: constexpr, N: constexpr, K: constexpr):
+    """`_spread`, but so that each part ends in bit 23; the fields end in bit ``END``, 23 or above."""
+    if PER == 1:
+        return fields
+    else:
+        lower, upper = _halves(fields, BITS * PER // 2, END)
+        return _spread_down(tl.reshape(tl.join(lower, upper), (N, 2 * K // PER)), BITS, PER // 2, 23, N, K)
 
 
 @jit
@@ -124,22 +165,37 @@ def _entries(book, book_scale, codes, rows, inside, k0, in_features, BITS: const
 
 @jit
 @no_type_check
-def _scaled(values, scale, zero, rows, inside, k0, in_features, BITS: constexpr, GROUP: constexpr,
-            K: constexpr):  # fmt: skip
-    """``(values - zero_point) scale`` with a scale for each group, (N, K) float32; ``values`` begin at 2^23 then."""
+def _scaled(values, scale, zero, rows, inside, k0, in_features, BITS: constexpr, WHOLE: constexpr, GROUP: constexpr,
+            N: constexpr, K: constexpr):  # fmt: skip
+    """Values times the scales of their groups, (N, K) float32.
+
+    Of whole numbers (``WHOLE``) the values are `_fractions`: one multiply-add takes them to ``(code - zero_point) scale``,
+    and nothing is rounded, for both its products have at most 20 bits.
+    """
+    # Parts of the tile that share a scale: of one group, whole groups, or single columns where neither divides the other.
+    PARTS: tl.constexpr = 1 if GROUP % K == 0 else K // GROUP if K % GROUP == 0 else K
     groups = in_features // GROUP
-    if GROUP % K == 0:  # one group for the whole tile
-        group = k0 // GROUP
-        step = tl.load(scale + rows * groups + group, inside, 0.0).to(tl.float32)[:, None]
+    group = ((k0 + (K // PARTS) * tl.arange(0, PARTS)) // GROUP)[None, :]
+    ok = inside[:, None] & (group < groups)
+    step = tl.load(scale + rows[:, None] * groups + group, ok, 0.0).to(tl.float32)
+    if WHOLE:
+        middle = (1 << BITS) + (1 << (BITS - 1))
         if zero is not None:
-            values -= _whole(_zeros(zero, rows, inside, group, groups, BITS))[:, None]
-    else:  # tiles cut groups, or the other way round: every column fetches its own
-        group = ((k0 + tl.arange(0, K)) // GROUP)[None, :]
-        ok = inside[:, None] & (group < groups)
-        step = tl.load(scale + rows[:, None] * groups + group, ok, 0.0).to(tl.float32)
-        if zero is not None:
-            values -= _whole(_zeros(zero, rows[:, None], ok, group, groups, BITS))
-    return values * step
+            middle = (_zeros(zero, rows[:, None], ok, group, groups, BITS) + (1 << BITS)).to(tl.int32).to(tl.float32)
+        start = middle * step
+        return values * _over(step * (1 << BITS), PARTS, N, K) - _over(start, PARTS, N, K)
+    else:
+        return values * _over(step, PARTS, N, K)
+
+
+@jit
+@no_type_check
+def _over(values, PARTS: constexpr, N: constexpr, K: constexpr):
+    """(N, PARTS) numbers, each for its part of K columns: (N, K), or what is broadcast to it."""
+    if PARTS == 1 or PARTS == K:
+        return values
+    else:
+        return _repeated(values, K // PARTS, N, K)
 
 
 @jit
@@ -161,20 +217,22 @@ def _weights(packed, scale, zero, levels, scale_left, scale_right, book, book_sc
              BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, S: constexpr, N: constexpr,
              K: constexpr):  # fmt: skip
     """``decode(codes, scale)`` of columns ``k0 .. k0 + K - 1``, (N, K) float32; zero past the last row or column."""
-    codes = _codes(packed, rows, inside, k0 // VECTOR, words, BITS * VECTOR, N, K // VECTOR)
-    if book is not None:
-        values = _entries(
-            book, book_scale, codes, rows, inside, k0, in_features, BITS, VECTOR, BOOK_ROWS, BOOK_COLUMNS, N, K
-        )
-    elif levels is not None:
-        values = tl.load(levels + codes.to(tl.int32))
-    elif zero is not None:
-        values = _whole(codes)
+    WHOLE: tl.constexpr = book is None and levels is None
+    if WHOLE:
+        values = _fractions(packed, rows, inside, k0, words, BITS, N, K)
     else:
-        values = _whole(codes) - (8388608.0 + (1 << (BITS - 1)))
+        codes = _codes(packed, rows, inside, k0 // VECTOR, words, BITS * VECTOR, N, K // VECTOR)
+        if book is not None:
+            values = _entries(
+                book, book_scale, codes, rows, inside, k0, in_features, BITS, VECTOR, BOOK_ROWS, BOOK_COLUMNS, N, K
+            )
+        else:
+            values = tl.load(levels + codes.to(tl.int32))
     if scale_left is None:
-        return _scaled(values, scale, zero, rows, inside, k0, in_features, BITS, GROUP, K)
+        return _scaled(values, scale, zero, rows, inside, k0, in_features, BITS, WHOLE, GROUP, N, K)
     else:
+        if WHOLE:
+            values = values * (1 << BITS) - ((1 << BITS) + (1 << (BITS - 1)))
         return values * _product_of_scales(scale_left, scale_right, rows, inside, k0, in_features, scale_rank, S, K)
 
 
@@ -225,26 +283,26 @@ def project(x, right, right_scale, z, in_features, rank, E4M3: constexpr, R: con
 def _sums(x, at, real, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, first, last,
           in_features, words, scale_rank, BITS: constexpr, VECTOR: constexpr, GROUP: constexpr,
           BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, S: constexpr, T: constexpr, N: constexpr,
-          K: constexpr):  # fmt: skip
+          K: constexpr, STAGES: constexpr):  # fmt: skip
     """``weight x^T`` over columns ``first .. last - 1``, (N, T) float32; ``at`` are the rows of ``x``."""
     if T == 1:
         sums = tl.zeros((N, K), tl.float32)
     else:
         sums = tl.zeros((N, T), tl.float32)
-    for k0 in tl.range(first, last, K):
+    # Without products of tiles, loads are under way early only where the loop itself says so.
+    for k0 in tl.range(first, last, K, num_stages=STAGES):
         k = k0 + tl.arange(0, K)
         w = _weights(
             packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, k0, in_features,
             words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, N, K,
-        ).to(x.dtype.element_ty)  # fmt: skip
+        )  # fmt: skip
         if T == 1:
-            # Rounded as the reference rounds it, so that one token and many see the same weight.
             values = tl.load(x + tl.sum(at, 0) * in_features + k, k < in_features, 0.0)
-            sums += w.to(tl.float32) * values.to(tl.float32)[None, :]
+            sums += w * values.to(tl.float32)[None, :]
         else:
             from_ = x + at[:, None] * in_features + k[None, :]
             values = tl.load(from_, real[:, None] & (k < in_features)[None, :], 0.0)
-            sums = tl.dot(w, tl.trans(values), sums, input_precision="ieee")
+            sums = tl.dot(w.to(values.dtype), tl.trans(values), sums, input_precision="ieee")
     if T == 1:
         return tl.sum(sums, 1)[:, None]
     else:
@@ -269,10 +327,10 @@ def _low_rank(sums, left, left_scale, z, at, real, row, inside, rank, E4M3: cons
 
 @jit
 @no_type_check
-def few_tokens(x, partial, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, tokens, out_features,
+def spans(x, partial, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, tokens, out_features,
                in_features, words, scale_rank, span, BITS: constexpr, VECTOR: constexpr,
                GROUP: constexpr, BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, S: constexpr,
-               T: constexpr, N: constexpr, K: constexpr):  # fmt: skip
+               T: constexpr, N: constexpr, K: constexpr, STAGES: constexpr):  # fmt: skip
     """The sums over one span of the columns: ``partial[split, token, row]``, float32."""
     row, split = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1)
     inside, token = row < out_features, tl.arange(0, T)
@@ -280,7 +338,7 @@ def few_tokens(x, partial, packed, scale, zero, levels, scale_left, scale_right,
     sums = _sums(
         x, token, token < tokens, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside,
         first, tl.minimum(first + span, in_features), in_features, words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS,
-        BOOK_COLUMNS, S, T, N, K,
+        BOOK_COLUMNS, S, T, N, K, STAGES,
     )  # fmt: skip
     to = partial + (split * tokens + token)[None, :] * out_features + row[:, None]
     tl.store(to, sums, inside[:, None] & (token < tokens)[None, :])
@@ -306,11 +364,11 @@ def finish(partial, y, z, left, left_scale, tokens, out_features, splits, rank, 
 
 @jit
 @no_type_check
-def many_tokens(x, y, z, left, left_scale, packed, scale, zero, levels, scale_left, scale_right, book, book_scale,
+def whole_rows(x, y, z, left, left_scale, packed, scale, zero, levels, scale_left, scale_right, book, book_scale,
                 tokens, out_features, in_features, words, scale_rank, rank, BITS: constexpr,
                 VECTOR: constexpr, GROUP: constexpr, BOOK_ROWS: constexpr,
                 BOOK_COLUMNS: constexpr, S: constexpr, E4M3: constexpr, T: constexpr,
-                N: constexpr, K: constexpr, R: constexpr):  # fmt: skip
+                N: constexpr, K: constexpr, R: constexpr, STAGES: constexpr):  # fmt: skip
     """A tile of ``y^T = weight x^T + left z^T``, (N, T), over all columns."""
     token_tiles, row_tiles = tl.cdiv(tokens, T), tl.cdiv(out_features, N)
     # Neighbouring programs share eight tiles of rows, so that what they read stays in the second-level cache.
@@ -320,12 +378,38 @@ def many_tokens(x, y, z, left, left_scale, packed, scale, zero, levels, scale_le
     inside, real, at = row < out_features, token < tokens, token.to(tl.int64)
     sums = _sums(
         x, at, real, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, 0,
-        in_features, in_features, words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, T, N, K,
+        in_features, in_features, words, scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, T, N, K, STAGES,
     )  # fmt: skip
     if left is not None:
         sums = _low_rank(sums, left, left_scale, z, at * rank, real, row, inside, rank, E4M3, T, R)
     to = y + at[None, :] * out_features + row[:, None]
     tl.store(to, sums.to(y.dtype.element_ty), inside[:, None] & real[None, :])
+
+
+@jit
+@no_type_check
+def decode(to, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, left, left_scale, right,
+           right_scale, first, last, in_features, words, scale_rank, rank, BITS: constexpr, VECTOR: constexpr,
+           GROUP: constexpr, BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, S: constexpr, E4M3: constexpr,
+           N: constexpr, K: constexpr, R: constexpr):  # fmt: skip
+    """Rows ``first .. last - 1`` of ``decode(codes, scale) + left right`` into ``to``, (rows, in), in its dtype."""
+    row, k0 = first + tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1) * K
+    inside, k = row < last, k0 + tl.arange(0, K)
+    w = _weights(
+        packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, k0, in_features, words,
+        scale_rank, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, S, N, K,
+    )  # fmt: skip
+    if left is not None:
+        for r0 in range(0, rank, R):
+            r = r0 + tl.arange(0, R)
+            l = _left_tile(left, left_scale, row, inside, r, rank, E4M3)
+            ok = (r < rank)[:, None] & (k < in_features)[None, :]
+            factor = _stored(tl.load(right + r[:, None] * in_features + k[None, :], ok, 0), E4M3)
+            if right_scale is not None:
+                factor *= tl.load(right_scale + r, r < rank, 0.0).to(tl.float32)[:, None]
+            w = tl.dot(l.to(to.dtype.element_ty), factor.to(to.dtype.element_ty), w, input_precision="ieee")
+    at = to + (row - first).to(tl.int64)[:, None] * in_features + k[None, :]
+    tl.store(at, w.to(to.dtype.element_ty), inside[:, None] & (k < in_features)[None, :])
 
 
 @jit
