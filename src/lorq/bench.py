@@ -16,9 +16,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.basis import largest_block
+from lorq.bench_decode import seconds_of
 from lorq.demo import demo_model
 from lorq.evaluation import evaluate
 from lorq.experts import Experts
+from lorq.hf import read_device, read_dtype
 from lorq.linear import QuantLinear
 from lorq.sketch import sketch
 from lorq.tiled import QuantExperts, Tiles
@@ -244,6 +246,8 @@ def bench_experts(
     top_k: int = 4,
     tokens: Iterable[int] = (1, 16, 256),
     repeats: int = 5,
+    dtype: str = "float32",
+    device: str = "auto",
     seed: int = 0,
 ) -> Iterator[Result]:
     """Time a layer of packed random experts: without low rank, with it expert by expert, and fused.
@@ -261,6 +265,8 @@ def bench_experts(
         top_k: experts of a token, chosen at random.
         tokens: batch sizes to try.
         repeats: timed rounds.
+        dtype: of the inputs.
+        device: "auto" takes an accelerator if there is one.
         seed: of weights, inputs and routes.
 
     Yields:
@@ -268,21 +274,21 @@ def bench_experts(
         ``each_`` and ``fused_`` ``megaproducts`` (millions of multiply-adds) and ``megabytes`` of factors read.
     """
     generator = torch.Generator().manual_seed(seed)
-    layer = random_experts(experts, hidden, width, rank, (rows, columns), generator)
+    place = read_device(device)
+    layer = random_experts(experts, hidden, width, rank, (rows, columns), generator).to(place)
     for count in tokens:
-        x = torch.randn(count, hidden, generator=generator)
-        index = torch.rand(count, experts, generator=generator).topk(top_k).indices
-        weights = torch.full((count, top_k), 1 / top_k)
+        x = torch.randn(count, hidden, generator=generator).to(place, read_dtype(dtype))
+        index = torch.rand(count, experts, generator=generator).topk(top_k).indices.to(place)
+        weights = torch.full((count, top_k), 1 / top_k).to(x)
         seconds: dict[str, list[float]] = {"none": [], "each": [], "fused": []}
         for round_ in range(repeats + 1):
             for name in seconds:
                 layer.fused = name != "each"
                 layer.low_rank = name != "none"
-                start = time.perf_counter()
                 with torch.no_grad():
-                    layer(x, index, weights)
+                    taken = seconds_of(lambda: layer(x, index, weights), place)  # noqa: B023
                 if round_:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(taken)
         median = {name: statistics.median(taken) for name, taken in seconds.items()}
         result: Result = {"tokens": count}
         result |= {f"{name}_seconds": value for name, value in median.items()}

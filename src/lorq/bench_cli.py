@@ -48,6 +48,8 @@ def bench_experts(
     top_k: int = 4,
     tokens: tuple[int, ...] = (1, 16, 256),
     repeats: int = 5,
+    dtype: str = "float32",
+    device: str = "auto",
     seed: int = 0,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -63,6 +65,8 @@ def bench_experts(
         top_k: experts of a token.
         tokens: batch sizes.
         repeats: timed rounds; medians are printed.
+        dtype: of the inputs.
+        device: auto, cpu, cuda and so on.
         seed: of weights, inputs and routes.
         json_: print JSON lines.
     """
@@ -70,7 +74,7 @@ def bench_experts(
 
     for row in bench.bench_experts(
         experts, hidden=hidden, width=width, rank=rank, rows=rows, columns=columns, top_k=top_k, tokens=tokens,
-        repeats=repeats, seed=seed,
+        repeats=repeats, dtype=dtype, device=device, seed=seed,
     ):  # fmt: skip
         print_figures(row, json_)
 

@@ -227,12 +227,12 @@ def _medians(
     for round_ in range(repeats + 1):
         for key, calls in ways.items():
             with cpu.products(key[-1] if isinstance(key, tuple) else "exact"):
-                called = _seconds(lambda calls=calls: [call() for call in calls], device)  # type: ignore[misc]
+                called = seconds_of(lambda calls=calls: [call() for call in calls], device)  # type: ignore[misc]
             if round_:
                 waited[key].append(called / len(calls))
                 if cuda:
                     replay = graphs[key].replay
-                    called = _seconds(lambda replay=replay: [replay() for _ in range(_REPLAYS)], device) / _REPLAYS  # type: ignore[misc]
+                    called = seconds_of(lambda replay=replay: [replay() for _ in range(_REPLAYS)], device) / _REPLAYS  # type: ignore[misc]
                 taken[key].append(called / len(calls))
     return tuple({key: statistics.median(own) for key, own in times.items()} for times in (taken, waited))  # type: ignore[return-value]
 
@@ -248,7 +248,8 @@ def _graph(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds until a device has done its work."""
     _synchronize(device)
     start = time.perf_counter()
     work()

@@ -147,6 +147,8 @@ def compile_steps(model: Any) -> None:
     # To see at every token whether any of some hundred modules was changed takes an eighth of the time.
     skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)  # from torch 2.8 on
     options: dict[str, Any] = {} if skip is None else {"guard_filter_fn": skip}
+    # There a token's launches take longer than its work: one graph of them all.
+    options |= {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
     plain, dtype = model.forward, model.dtype
 
     def step(**given: Any) -> Any:

@@ -261,10 +261,10 @@ def test_bases_that_are_not_covered_are_said(block, device, dtype, why):
 def test_what_is_not_covered_goes_to_the_reference(random_weight, generator):
     parts = operands(random_weight(33, 80, LayerFormat(5, 16, False, 3, "int8")))
     x = torch.randn(2, 80, generator=generator)
-    assert torch.equal(triton_linear._linear_or_reference(x, *parts), quant_linear_reference(x, *parts))
+    assert torch.equal(triton_linear.run(x, *parts), quant_linear_reference(x, *parts))
     order = torch.randperm(80, generator=generator)
     basis = Basis(order, 16, 0)
-    assert torch.equal(triton_linear._turn_or_reference(x, order, 16, 0), basis.rotate(x))
+    assert torch.equal(triton_linear.turn_or_reference(x, order, 16, 0), basis.rotate(x))
 
 
 def test_tensors_that_do_not_belong_together_are_the_references_to_refuse(random_weight, generator, monkeypatch):
@@ -273,7 +273,7 @@ def test_tensors_that_do_not_belong_together_are_the_references_to_refuse(random
     with pytest.raises(
         ValueError, match=r"96 codes of 3 bits take 9 words per row, got packed words of shape \(7, 5\)"
     ):
-        triton_linear._linear_or_reference(torch.randn(2, 96, generator=generator), *parts)
+        triton_linear.run(torch.randn(2, 96, generator=generator), *parts)
 
 
 def test_tensors_of_too_many_numbers_go_to_the_reference(monkeypatch):
@@ -285,7 +285,7 @@ def test_tensors_of_too_many_numbers_go_to_the_reference(monkeypatch):
     for rows, expected in ((2**21, 1), (2**21 - 1, 2)):
         packed = torch.empty(rows, 1024, dtype=torch.int32, device="meta")
         scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
-        y = triton_linear._linear_or_reference(x, packed, scale, *[None] * 10, 4)
+        y = triton_linear.run(x, packed, scale, *[None] * 10, 4)
         assert len(y) == expected  # 1 by the reference, 2 by the kernel
 
 

@@ -68,16 +68,20 @@ def why_not_experts(
 def multiply(x: Tensor, *arguments: Any) -> Tensor:
     """`quant_linear`, without torch's dispatcher where nothing is traced and nothing learns: that costs as much as a
     small layer. Arguments and result are the operator's."""
-    return cpu.run(x, *arguments) if _direct(x, *arguments) else quant_linear(x, *arguments)
+    if not _direct(x, *arguments):
+        return quant_linear(x, *arguments)
+    return cpu.run(x, *arguments) if x.device.type == "cpu" else triton_linear.run(x, *arguments)
 
 
 def turn(x: Tensor, *arguments: Any) -> Tensor:
     """`rotate`, in the same way."""
-    return cpu.turn(x, *arguments) if _direct(x, *arguments) else rotate(x, *arguments)
+    if not _direct(x, *arguments):
+        return rotate(x, *arguments)
+    return cpu.turn(x, *arguments) if x.device.type == "cpu" else triton_linear.turn_or_reference(x, *arguments)
 
 
 def _direct(x: Tensor, *arguments: Any) -> bool:
-    plain = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    plain = type(x) is Tensor and x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
     return plain and not (torch.is_grad_enabled() and _learns(x, *arguments))
 
 

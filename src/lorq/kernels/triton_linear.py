@@ -123,14 +123,14 @@ def linear(x: Tensor, *operands: Tensor | int | None) -> Tensor:
     """`quant_linear` by the kernels, whatever the device: for operands that `covers` accepts."""
     plan = _plan(x, *operands)
     assert plan is not None
-    return _run(plan, x, *operands)
+    return _multiply(plan, x, *operands)
 
 
 def _plan(x: Tensor, *operands: Tensor | int | None) -> Plan | None:
     """The plan of a call; None where its tensors do not belong together, or are too large."""
     *tensors, bits = operands
     seen = tuple(None if t is None else (t.shape, t.dtype) for t in tensors)  # type: ignore[union-attr]
-    tokens = min(x[..., 0].numel() if x.ndim > 1 else 1, MANY_FROM[x.dtype.itemsize])
+    tokens = min(x.numel() // max(1, x.shape[-1]), MANY_FROM.get(x.dtype.itemsize, 0))
     return _plan_of(seen, bits, tokens, x.shape[-1], x.dtype)  # type: ignore[arg-type]
 
 
@@ -151,14 +151,14 @@ def _plan_of(
     if any(t is not None and t.shape.numel() >= 2**31 for t in tensors):
         return None
     format = format_of(Operands(**dict(zip(NAMES, tensors, strict=True))), bits, in_features)
-    if format is None or tokens >= MANY_FROM[dtype.itemsize]:
+    if format is None or tokens >= MANY_FROM.get(dtype.itemsize, 0):
         return None if format is None else Plan(format, None, in_features)
     tile = choose_tile(tokens, dtype, format)
     assert tensors[0] is not None
     return Plan(format, tile, span_of(tensors[0].shape[0], in_features, tile))
 
 
-def _run(plan: Plan, x: Tensor, *operands: Tensor | int | None) -> Tensor:
+def _multiply(plan: Plan, x: Tensor, *operands: Tensor | int | None) -> Tensor:
     p = Operands(**dict(zip(NAMES, operands[:-1], strict=True)))
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = flat.new_empty(len(flat), p.packed.shape[0])
@@ -304,7 +304,7 @@ def covers_basis(block: int, device: torch.device, dtype: torch.dtype) -> str | 
     return _unfit(device) if why is None else why
 
 
-def _linear_or_reference(
+def run(
     x: Tensor, packed: Tensor, scale: Tensor | None, zero_point: Tensor | None, levels: Tensor | None,
     scale_left: Tensor | None, scale_right: Tensor | None, codebook: Tensor | None, codebook_scale: Tensor | None,
     left: Tensor | None, right: Tensor | None, left_scale: Tensor | None, right_scale: Tensor | None, bits: int,
@@ -317,10 +317,10 @@ def _linear_or_reference(
     if plan is None or covers(plan.format, x.shape[-1], x.device, x.dtype) is not None:
         return quant_linear_reference(x, *operands)
     with torch.cuda.device(x.device):
-        return _run(plan, x, *operands)
+        return _multiply(plan, x, *operands)
 
 
-def _turn_or_reference(
+def turn_or_reference(
     x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False
 ) -> Tensor:  # fmt: skip
     if covers_basis(block, x.device, x.dtype) is not None:
@@ -333,6 +333,6 @@ def register() -> str | None:
     """Make the kernels the operators' implementations on CUDA devices, or say why not; triton is not imported yet."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
-    quant_linear.register_kernel("cuda")(_linear_or_reference)
-    rotate.register_kernel("cuda")(_turn_or_reference)
+    quant_linear.register_kernel("cuda")(run)
+    rotate.register_kernel("cuda")(turn_or_reference)
     return None

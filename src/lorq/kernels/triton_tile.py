@@ -88,15 +88,10 @@ def _fractions(packed, rows, inside, first, words, BITS: constexpr, N: constexpr
     """``1 + code / 2^BITS`` of the same codes, (N, K) float32: codes in the highest bits of a mantissa."""
     SIZE: tl.constexpr = 32 if 32 % BITS == 0 else 24
     fields = _fields(packed, rows, inside, first, words, BITS, N, K)
-    return _fraction(_spread_down(fields, BITS, SIZE // BITS, SIZE, N, K), BITS)
-
-
-@jit
-@no_type_check
-def _fraction(fields, BITS: constexpr):
-    """``1 + code / 2^BITS``, float32, of codes that end where the mantissa does, whatever is above and below them."""
-    mantissa = fields & (((1 << BITS) - 1) << (23 - BITS))
-    return (mantissa | 0x3F800000).to(tl.float32, bitcast=True)
+    mantissa = _spread_down(fields, BITS, SIZE // BITS, SIZE, N, K) & (((1 << BITS) - 1) << (23 - BITS))
+    # 1.0, but not as a constant: "and" and "or" are one operation where at most one of the others is.
+    one = 0x3F800000 | (words >> 31)
+    return (mantissa | one.to(tl.uint32)).to(tl.float32, bitcast=True)
 
 
 @jit
@@ -174,16 +169,10 @@ def _scaled(values, scale, zero, rows, inside, k0, in_features, BITS: constexpr,
     """
     # Parts of the tile that share a scale: of one group, whole groups, or single columns where neither divides the other.
     PARTS: tl.constexpr = 1 if GROUP % K == 0 else K // GROUP if K % GROUP == 0 else K
-    groups = in_features // GROUP
-    group = ((k0 + (K // PARTS) * tl.arange(0, PARTS)) // GROUP)[None, :]
-    ok = inside[:, None] & (group < groups)
-    step = tl.load(scale + rows[:, None] * groups + group, ok, 0.0).to(tl.float32)
+    step, start = _steps(scale, zero, rows, inside, k0, in_features // GROUP, BITS, GROUP, K, PARTS)
     if WHOLE:
-        middle = (1 << BITS) + (1 << (BITS - 1))
-        if zero is not None:
-            middle = (_zeros(zero, rows[:, None], ok, group, groups, BITS) + (1 << BITS)).to(tl.int32).to(tl.float32)
-        start = middle * step
-        return values * _over(step * (1 << BITS), PARTS, N, K) - _over(start, PARTS, N, K)
+        start = _over(start + step * (1 << BITS), PARTS, N, K)
+        return values * _over(step * (1 << BITS), PARTS, N, K) - start
     else:
         return values * _over(step, PARTS, N, K)
 
@@ -280,11 +269,64 @@ def project(x, right, right_scale, z, in_features, rank, E4M3: constexpr, R: con
 
 @jit
 @no_type_check
+def _one_token(x, packed, scale, zero, row, inside, first, last, in_features, words, BITS: constexpr, GROUP: constexpr,
+               N: constexpr, K: constexpr, STAGES: constexpr):  # fmt: skip
+    """`_sums` of one token and whole numbers, (N, 1), in half the operations: no code is made a weight.
+
+    A code that is masked where it lies in the lower bits of a word is a denormal number, ``code 2^(position - 149)``; its
+    input is multiplied by ``2^(100 - position)``. The products of a field are summed as they are, then scaled, and the
+    zero point is taken from the sum of the field's inputs.
+    """
+    SIZE: tl.constexpr = 32 if 32 % BITS == 0 else 24
+    PER: tl.constexpr = SIZE // BITS
+    F: tl.constexpr = K // PER
+    PARTS: tl.constexpr = 1 if GROUP % K == 0 else K // GROUP if K % GROUP == 0 else F
+    groups = in_features // GROUP
+    position = BITS * (tl.arange(0, K) % (PER // 2))
+    mask = (((1 << BITS) - 1) << position).to(tl.uint32)
+    power = ((227 - position) << 23).to(tl.float32, bitcast=True)
+    sums = tl.zeros((N, F), tl.float32)
+    # Without products of tiles, loads are under way early only where the loop itself says so.
+    for k0 in tl.range(first, last, K, num_stages=STAGES):
+        k = k0 + tl.arange(0, K)
+        fields = _fields(packed, row, inside, k0, words, BITS, N, K)
+        values = tl.load(x + k, k < in_features, 0.0).to(tl.float32)
+        halves = tl.reshape(tl.join(fields, fields >> (SIZE // 2)), (N, 2 * F))
+        codes = _repeated(halves, PER // 2, N, K) & mask[None, :]
+        products = codes.to(tl.float32, bitcast=True) * (values * power)[None, :]
+        step, start = _steps(scale, zero, row, inside, k0, groups, BITS, GROUP, K, PARTS)
+        sums += tl.sum(tl.reshape(products, (N, F, PER)), 2) * _over(step * 2.0**49, PARTS, N, F)
+        sums -= tl.sum(tl.reshape(values, (F, PER)), 1)[None, :] * _over(start, PARTS, N, F)
+    return tl.sum(sums, 1)[:, None]
+
+
+@jit
+@no_type_check
+def _steps(scale, zero, rows, inside, k0, groups, BITS: constexpr, GROUP: constexpr, K: constexpr, PARTS: constexpr):
+    """Scales of the groups of ``K`` columns in ``PARTS`` equal parts, and zero points times them, (N, PARTS) float32."""
+    group = ((k0 + (K // PARTS) * tl.arange(0, PARTS)) // GROUP)[None, :]
+    ok = inside[:, None] & (group < groups)
+    step = tl.load(scale + rows[:, None] * groups + group, ok, 0.0).to(tl.float32)
+    if zero is None:
+        return step, step * (1 << (BITS - 1))
+    else:
+        return step, step * _zeros(zero, rows[:, None], ok, group, groups, BITS).to(tl.int32).to(tl.float32)
+
+
+@jit
+@no_type_check
 def _sums(x, at, real, packed, scale, zero, levels, scale_left, scale_right, book, book_scale, row, inside, first, last,
           in_features, words, scale_rank, BITS: constexpr, VECTOR: constexpr, GROUP: constexpr,
           BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, S: constexpr, T: constexpr, N: constexpr,
           K: constexpr, STAGES: constexpr):  # fmt: skip
     """``weight x^T`` over columns ``first .. last - 1``, (N, T) float32; ``at`` are the rows of ``x``."""
+    PER: tl.constexpr = 32 // BITS if 32 % BITS == 0 else 24 // BITS
+    FIELDS: tl.constexpr = book is None and levels is None and scale_left is None and GROUP % PER == 0
+    if T == 1 and FIELDS:
+        return _one_token(
+            x + tl.sum(at, 0) * in_features, packed, scale, zero, row, inside, first, last, in_features, words, BITS,
+            GROUP, N, K, STAGES,
+        )  # fmt: skip
     if T == 1:
         sums = tl.zeros((N, K), tl.float32)
     else:
