@@ -28,18 +28,25 @@ class Memory {
    public:
     void keep(std::shared_ptr<const Remembered> r) {
         const std::unique_lock<std::shared_mutex> lock(mutex_);
-        kept_[r->operands[0]] = std::move(r);
+        kept_.emplace(r->operands[0], std::move(r));
     }
     void forget(const Remembered* r) {
         const std::unique_lock<std::shared_mutex> lock(mutex_);
-        const auto found = kept_.find(r->operands[0]);
-        if (found != kept_.end() && found->second.get() == r) kept_.erase(found);
+        auto [at, end] = kept_.equal_range(r->operands[0]);
+        for (; at != end; ++at)
+            if (at->second.get() == r) {
+                kept_.erase(at);
+                return;
+            }
     }
-    std::shared_ptr<const Remembered> find(const Addresses& operands, int64_t bits) const {
+    std::shared_ptr<const Remembered> find(const Addresses& operands, int64_t bits, int64_t rows) const {
         const std::shared_lock<std::shared_mutex> lock(mutex_);
-        const auto found = kept_.find(operands[0]);
-        if (found == kept_.end() || found->second->operands != operands || found->second->bits != bits) return nullptr;
-        return found->second;
+        const auto [first, end] = kept_.equal_range(operands[0]);
+        for (auto at = first; at != end; ++at) {
+            const Remembered& r = *at->second;
+            if (r.w.out == rows && r.bits == bits && r.operands == operands) return at->second;
+        }
+        return nullptr;
     }
     static Memory& get() {
         static Memory memory;
@@ -48,7 +55,8 @@ class Memory {
 
    private:
     mutable std::shared_mutex mutex_;
-    std::unordered_map<const void*, std::shared_ptr<const Remembered>> kept_;
+    // By the address of the codes: a weight and the first of its parts have one address and another number of rows.
+    std::unordered_multimap<const void*, std::shared_ptr<const Remembered>> kept_;
 };
 
 using Value = uint64_t;  // StableIValue: a number, a tensor's handle, or where there may be none the address of one
@@ -121,10 +129,12 @@ inline const void* address_of(const Torch& torch, Handle tensor) {
 inline Handle multiply_remembered(const Torch& torch, const Value* stack) {
     Addresses operands;
     for (size_t i = 0; i < OPERANDS; ++i) operands[i] = address_of(torch, i ? optional_tensor_of(stack[1 + i]) : tensor_of(stack[1]));
-    const auto known = Memory::get().find(operands, int64_t(stack[1 + OPERANDS]));
+    int64_t dimensions = 0, *sizes = nullptr;
+    if (torch.dimensions(tensor_of(stack[1]), &dimensions) || dimensions < 1 || torch.sizes(tensor_of(stack[1]), &sizes))
+        return nullptr;
+    const auto known = Memory::get().find(operands, int64_t(stack[1 + OPERANDS]), sizes[0]);
     if (!known) return nullptr;
     const Handle x = tensor_of(stack[0]);
-    int64_t dimensions = 0, *sizes = nullptr;
     int32_t number = 0;
     uint32_t threads = 1;
     bool contiguous = false;

@@ -75,8 +75,8 @@ def bench_decode(
     place, kind_of_input = read_device(device), read_dtype(dtype)
     for shape in shapes:
         out, in_ = _read_shape(shape)
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(tokens, in_, generator=generator).to(place, kind_of_input)
+        generator = torch.Generator(place).manual_seed(seed)
+        x = torch.randn(tokens, in_, generator=generator, device=place).to(kind_of_input)
         ways: dict[Any, list[Callable[[], Any]]] = {"read": [_reader(place)], "dense": _dense(out, in_, x, generator)}
         int4 = _int4(out, in_, group_size, x, generator)
         ways |= {"int4": int4} if int4 else {}
@@ -149,7 +149,7 @@ def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch
     """As many random layers as no cache holds."""
     layers = []
     for _ in range(_rotation(format.stored_bits(out, in_))):
-        layer = QuantLinear(in_, out, format)
+        layer = QuantLinear(in_, out, format, device=x.device)
         for name, tensor in layer.stored().items():
             if name == "weight_shape":
                 tensor.copy_(torch.tensor([out, in_]))
@@ -160,8 +160,8 @@ def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch
             else:
                 # A low-rank part as small as it is in models, or it would be all that the output has.
                 small = 1e-4 if name in ("left_scale", "right_scale") else 0.02
-                tensor.copy_(torch.rand(tensor.shape, generator=generator) * small)
-        layers.append(layer.to(x.device))
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, device=x.device) * small)
+        layers.append(layer)
     return layers
 
 
@@ -175,7 +175,7 @@ def _sqnr_db(layer: QuantLinear, x: Tensor, way: str) -> float:
 
 def _dense(out: int, in_: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
     count = _rotation(8 * out * in_ * x.element_size())
-    weights = [torch.randn(out, in_, generator=generator).to(x) for _ in range(count)]
+    weights = [torch.randn(out, in_, generator=generator, device=x.device).to(x) for _ in range(count)]
     return [partial(torch.nn.functional.linear, x, weight) for weight in weights]
 
 
@@ -187,9 +187,9 @@ def _int4(out: int, in_: int, group_size: int, x: Tensor, generator: torch.Gener
         return []
     calls: list[Callable[[], Any]] = []
     for _ in range(_rotation(4 * out * in_)):
-        scales = torch.rand(in_ // group_size, out, 2, generator=generator).to(x)
+        scales = torch.rand(in_ // group_size, out, 2, generator=generator, device=x.device).to(x)
         if cuda:
-            pairs = torch.randint(0, 256, (out, in_ // 2), generator=generator, dtype=torch.uint8).to(x.device)
+            pairs = torch.randint(0, 256, (out, in_ // 2), generator=generator, dtype=torch.uint8, device=x.device)
             packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
             calls.append(partial(torch.ops.aten._weight_int4pack_mm, x, packed, group_size, scales))
         else:

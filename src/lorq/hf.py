@@ -16,6 +16,7 @@ from lorq.basis import check_block
 from lorq.config import LorqConfig
 from lorq.experts import Experts, fuse_experts, split_experts
 from lorq.grids import VectorGrid
+from lorq.joined import join_layers
 from lorq.linear import QuantLinear, share_rotations, stored_layout
 from lorq.safefile import read_header
 from lorq.source import resolve_model
@@ -69,6 +70,7 @@ class LorqQuantizer(HfQuantizer):
             elif isinstance(module, Tiles) and not module.cells.is_meta:
                 check_cells(name, module)
         share_rotations(model)
+        join_layers(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

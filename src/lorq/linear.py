@@ -208,6 +208,10 @@ class QuantLinear(nn.Module):
         parameter = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", parameter)
         self.rotation = SharedRotation()
+        # What learns which layers share an input, and then the product of those and this one's place (`lorq.joined`).
+        self.siblings: Any = None
+        self.learned = True
+        self.joined: tuple[Any, int] | None = None
         # Factors that an expert shares with others, and its number; `lorq.tiled.QuantExperts` runs them. In a
         # tuple, so that they are no child of every expert.
         self.shared: tuple[Any, int] | None = None
@@ -221,7 +225,17 @@ class QuantLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(self.into_basis(x))
+        if not self.learned and not torch.compiler.is_compiling():
+            self.siblings.learn(self, x)
+        y = None if self.joined is None else self.joined[0].product(x, self.joined[1])
+        return self._finish(self._product(self.into_basis(x)) if y is None else y)
+
+    def _unjoin(self) -> None:
+        self.joined, self.learned = None, self.siblings is None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not of the same memory.
+        return self.__dict__ | {"joined": None, "learned": self.siblings is None}
 
     def into_basis(self, x: Tensor) -> Tensor:
         """``x T``: the input as the stored weight needs it; ``x`` itself where there is no basis."""
@@ -229,7 +243,10 @@ class QuantLinear(nn.Module):
 
     def multiply(self, z: Tensor) -> Tensor:
         """The output for an input that is in the basis already."""
-        y, bias = self._product(z), self.bias
+        return self._finish(self._product(z))
+
+    def _finish(self, y: Tensor) -> Tensor:
+        bias = self.bias
         y = y if bias is None else y + bias.to(y.dtype)
         return y if self.format.output_quantization == "none" else fake_quantize(y, None, None)
 
@@ -287,6 +304,7 @@ class QuantLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        self._unjoin()
         bias = self._parameters["bias"]
         moved = None if bias is None else nn.Parameter(fn(bias.data), requires_grad=bias.requires_grad)
         self._parameters["bias"] = None

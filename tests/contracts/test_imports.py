@@ -14,9 +14,9 @@ SOURCE = Path(lorq.__file__).parent
 # A file may import only what comes before it. Folders count as one.
 ORDER = (
     "grids activations scales linalg basis stats sketch ranks factors tiles rounding packing weight reconstruct "
-    "methods kernels linear safefile checkpoint source calibration selftext experts grouped tiled skeleton blocks "
-    "observe report config hf solve smooth options plan verify solver pipeline adapters merge qat adapt evaluation "
-    "generate cut demo bench bench_adapt bench_decode show bench_cli cli"
+    "methods kernels linear joined safefile checkpoint source calibration selftext experts grouped tiled skeleton "
+    "blocks observe report config hf solve smooth options plan verify solver pipeline adapters merge qat adapt "
+    "evaluation generate cut demo bench_decode bench bench_adapt show bench_cli cli"
 ).split()
 CORE = ORDER[: ORDER.index("methods") + 1]
 LAZY = ("__init__", "_autoload")  # the package's own door imports on demand

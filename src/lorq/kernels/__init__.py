@@ -1,7 +1,7 @@
 """The operators: one schema each, a torch reference, and faster implementations per device."""
 
 from lorq.kernels import cpu_experts, triton_experts, triton_linear
-from lorq.kernels.choice import Implementation, implementation, multiply, turn, why_not_experts
+from lorq.kernels.choice import Implementation, few_tokens, implementation, multiply, turn, why_not_experts
 from lorq.kernels.expert_linear import expert_linear
 from lorq.kernels.int8 import covers, int8_linear, misfit
 from lorq.kernels.reference import fake_quantize, quant_linear, rotate
@@ -11,6 +11,6 @@ triton_linear.register()
 triton_experts.register()
 
 __all__ = [
-    "Implementation", "covers", "cpu_experts", "expert_linear", "fake_quantize", "implementation", "int8_linear",
-    "misfit", "multiply", "quant_linear", "rotate", "turn", "why_not_experts",
+    "Implementation", "covers", "cpu_experts", "expert_linear", "fake_quantize", "few_tokens", "implementation",
+    "int8_linear", "misfit", "multiply", "quant_linear", "rotate", "turn", "why_not_experts",
 ]  # fmt: skip

@@ -80,6 +80,13 @@ def turn(x: Tensor, *arguments: Any) -> Tensor:
     return cpu.turn(x, *arguments) if x.device.type == "cpu" else triton_linear.turn_or_reference(x, *arguments)
 
 
+def few_tokens(device: torch.device, dtype: torch.dtype) -> int:
+    """Tokens up to which whole numbers are multiplied as they are stored."""
+    if device.type == "cpu":
+        return cpu.few_tokens(whole_numbers=True)
+    return triton_linear.MANY_FROM.get(dtype.itemsize, 1) - 1
+
+
 def _direct(x: Tensor, *arguments: Any) -> bool:
     plain = type(x) is Tensor and x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
     return plain and not (torch.is_grad_enabled() and _learns(x, *arguments))

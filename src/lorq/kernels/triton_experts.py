@@ -27,9 +27,10 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
     return triton_linear.covers(format, in_features, device, dtype) if why is None else why
 
 
-def tile_of(pairs: int, experts: int, dtype: torch.dtype, format: LayerFormat) -> Tile:
+def tile_of(pairs: int, experts: int, dtype: torch.dtype, format: LayerFormat, in_features: int) -> Tile:
     """The default tile: of one pair where an expert hardly has two, else for twice the mean, as experts differ."""
-    tile = choose_tile(1 if 4 * pairs <= experts else max(2, 2 * pairs // experts), dtype, format)
+    size = 1 if 4 * pairs <= experts else max(2, 2 * pairs // experts)
+    tile = choose_tile(size, dtype, format, in_features)
     # With 128 rows tiles of 128 pairs spill on sm_80; with 64 columns some of float32 do on sm_90 (triton 3.9).
     narrow = dtype == torch.float32 and tile.tokens > 16
     return replace(tile, rows=min(tile.rows, 64), columns=32 if narrow else tile.columns)
@@ -79,7 +80,7 @@ def linear(
         return y
     format = _format(packed, scale, zero_point, levels, codebook, codebook_scale, bits, in_features)
     assert format is not None
-    tile = tile_of(pairs, count, x.dtype, format)
+    tile = tile_of(pairs, count, x.dtype, format, in_features)
     order, plan = (None, None) if tile.tokens == 1 else plan_tiles(expert, count, tile.tokens)
     tiles = pairs if plan is None else plan.shape[1]
     weight = [packed, scale, zero_point, levels, codebook, codebook_scale]

@@ -2,13 +2,14 @@
 
 Three shapes of work, by the number of tokens:
 
-    1          a tile of weights times one input, element by element; the columns are cut into spans
-    2 .. 16    tensor cores on a tile of 16 tokens; the columns are cut into spans
-    17 ..      tensor cores on tiles of 64 or 128 tokens, every program over all columns
+    1          the sums of a tile of codes times one input, element by element
+    2 .. 64    tensor cores on a tile of 16, 32 or 64 tokens
+    65 ..      the weight is decoded, and torch multiplies
 
-Spans give every multiprocessor work where the rows alone do not. Their sums are written apart and added in their order,
-so that the same inputs give the same bits; how many there are depends on the shape alone and not on the device.
-Nothing is tuned at run time: docs/kernels.md has the reasons for the tiles and what they take of a multiprocessor.
+Where the rows alone do not give every multiprocessor work, the columns are cut into spans. Their sums are written apart
+and added in their order, so that the same inputs give the same bits; how many there are depends on the shape alone and
+not on the device. Nothing is tuned at run time: docs/kernels.md has the reasons for the tiles and what they take of a
+multiprocessor.
 """
 
 from dataclasses import dataclass, replace
@@ -30,8 +31,9 @@ _ENTRIES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # on
 _LARGEST_SCALE_RANK = 64
 _LARGEST_BLOCK = 4096
 _COPIED_AT_ONCE = 1024  # columns of a basis that are moved and not mixed
-# Programs that one launch for few tokens aims at: some ten for each multiprocessor of the devices of docs/kernels.md.
-_PROGRAMS = 1024
+# Tiles of rows that fill a device without spans; where there are fewer, programs that spans make of them.
+_ENOUGH_ROWS = {True: 64, False: 132}  # of one token, whose sums of spans cost a second launch; of more
+_PROGRAMS = 528
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,23 @@ class Tile:
     stages: int
 
 
-# By bytes of an input's number, then by the largest number of tokens; the last one serves all larger ones.
+# By bytes of an input's number, then by the largest number of tokens. Measured on an H200 (docs/kernels.md).
 TILES = {
     2: {
-        1: Tile(1, 32, 128, 4, 3),
-        16: Tile(16, 64, 64, 4, 3),
-        64: Tile(64, 64, 64, 8, 3),
-        256: Tile(64, 128, 64, 8, 3),
-        257: Tile(128, 128, 64, 8, 3),
+        1: Tile(1, 8, 1024, 2, 3),
+        16: Tile(16, 64, 128, 4, 3),
+        32: Tile(32, 64, 128, 4, 3),
+        64: Tile(64, 64, 128, 4, 3),
     },
     # Without tensor cores (float32 is not rounded to fewer bits) both factors of a tile's product lie in registers.
-    4: {1: Tile(1, 32, 128, 4, 3), 16: Tile(16, 32, 64, 4, 3), 17: Tile(32, 64, 64, 8, 2)},
+    4: {1: Tile(1, 8, 1024, 2, 3), 16: Tile(16, 32, 64, 4, 3), 17: Tile(32, 64, 64, 8, 2)},
 }
+# One token of codes whose fields are not summed as they are (`lorq.kernels.triton_tile`): a weight is made of each.
+_ONE_DECODED = Tile(1, 4, 256, 2, 1)
+_ONE_SCALED = Tile(1, 16, 256, 4, 1)  # with a product of tiles for its scales
 # By bytes of an input's number: from so many tokens on the weight is decoded, and torch multiplies.
-MANY_FROM = {2: 257, 4: 33}
-_DECODED = Tile(0, 32, 128, 4, 1)
+MANY_FROM = {2: 65, 4: 33}
+_DECODED, _DECODED_WITH_FACTORS = Tile(0, 32, 256, 4, 1), Tile(0, 128, 128, 8, 1)
 _STRIP_BYTES = 256 << 20  # of a decoded weight at a time
 
 
@@ -153,7 +157,7 @@ def _plan_of(
     format = format_of(Operands(**dict(zip(NAMES, tensors, strict=True))), bits, in_features)
     if format is None or tokens >= MANY_FROM.get(dtype.itemsize, 0):
         return None if format is None else Plan(format, None, in_features)
-    tile = choose_tile(tokens, dtype, format)
+    tile = choose_tile(tokens, dtype, format, in_features)
     assert tensors[0] is not None
     return Plan(format, tile, span_of(tensors[0].shape[0], in_features, tile))
 
@@ -161,7 +165,7 @@ def _plan_of(
 def _multiply(plan: Plan, x: Tensor, *operands: Tensor | int | None) -> Tensor:
     p = Operands(**dict(zip(NAMES, operands[:-1], strict=True)))
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y = flat.new_empty(len(flat), p.packed.shape[0])
+    y = flat.new_empty(flat.shape[0], p.packed.shape[0])
     if y.numel():
         if plan.tile is None:
             _by_decoding(plan.format, p, flat, y)
@@ -208,8 +212,8 @@ def _by_decoding(format: LayerFormat, p: Operands, x: Tensor, y: Tensor) -> None
         (left, e4m3), (right, _) = _stored(p.left), _stored(p.right)
     rows = max(32, _STRIP_BYTES // (in_features * x.element_size()) // 32 * 32)
     strip = torch.empty(min(rows, out), in_features, dtype=x.dtype, device=x.device)
-    tile = _DECODED
-    columns = _columns(tile.columns, format)
+    tile = _DECODED if left is None else _DECODED_WITH_FACTORS
+    columns = _columns(tile.columns, format, in_features)
     for first in range(0, out, rows):
         last = min(first + rows, out)
         triton_tile.decode[-(-(last - first) // tile.rows), -(-in_features // columns)](
@@ -224,22 +228,32 @@ def _options(warps: int = 4, stages: int = 3) -> dict[str, int | bool]:
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
-def choose_tile(tokens: int, dtype: torch.dtype, format: LayerFormat) -> Tile:
-    """The default tile for so many tokens, in columns that fit the groups."""
+def choose_tile(tokens: int, dtype: torch.dtype, format: LayerFormat, in_features: int) -> Tile:
+    """The default tile for so many tokens, in columns that fit the groups and the width."""
     tiles = TILES[dtype.itemsize]
     tile = tiles[next((most for most in tiles if tokens <= most), max(tiles))]
-    return replace(tile, columns=_columns(tile.columns, format))
+    if tokens == 1:
+        if format.scale_rank:
+            tile = _ONE_SCALED
+        elif format.vector > 1 or format.grid != "integer":
+            tile = _ONE_DECODED
+        elif format.bits <= 3:
+            tile = replace(tile, rows=4 if format.bits == 3 else tile.rows, stages=1)
+    elif tokens > 32 and (format.scale_rank or format.vector > 1):
+        tile = replace(tile, columns=64)  # wider ones spill on sm_80
+    return replace(tile, columns=_columns(tile.columns, format, in_features))
 
 
-def _columns(most: int, format: LayerFormat) -> int:
+def _columns(most: int, format: LayerFormat, in_features: int) -> int:
     """Columns of a tile: narrower until tiles are whole groups or groups whole tiles, down to 32."""
+    most = min(most, 1 << max(5, (in_features - 1).bit_length()))
     return most if most % format.group_size == 0 else max(32, gcd(most, format.group_size))
 
 
 def span_of(out_features: int, in_features: int, tile: Tile) -> int:
     """Columns that one program sums for few tokens: whole tiles, at least two where there are two."""
     rows, tiles = -(-out_features // tile.rows), -(-in_features // tile.columns)
-    splits = max(1, min(-(-_PROGRAMS // rows), tiles // 2))
+    splits = 1 if rows >= _ENOUGH_ROWS[tile.tokens == 1] else max(1, min(-(-_PROGRAMS // rows), tiles // 2))
     return -(-tiles // splits) * tile.columns
 
 
@@ -271,9 +285,12 @@ def _projected(x: Tensor, p: Operands, dtype: torch.dtype) -> Tensor | None:
     if p.left is None or p.right is None:
         return None
     (tokens, in_features), (right, e4m3) = x.shape, _stored(p.right)
-    z = torch.empty(tokens, len(right), dtype=dtype, device=x.device)
-    triton_tile.project[tokens, -(-len(right) // 4)](
-        x, right, p.right_scale, z, in_features, len(right), E4M3=e4m3, R=4, K=512, **_options()
+    z = torch.empty(tokens, right.shape[0], dtype=dtype, device=x.device)
+    # One token's products wait for this: many short programs.
+    rank, rows = right.shape[0], 1 if tokens == 1 else 8
+    columns = min(4096 // rows, 1 << max(5, (in_features - 1).bit_length()))
+    triton_tile.project[tokens, -(-rank // rows)](
+        x, right, p.right_scale, z, in_features, rank, E4M3=e4m3, R=rows, K=columns, **_options(8)
     )
     return z
 

@@ -14,10 +14,11 @@ Why so: the weight is the left factor of ``weight x^T``. Tensor cores of sm_90 t
 where the weight is made, and only their right one must come from shared memory, where the input arrives by itself.
 
 What is given up: the number of tokens of a tile is a power of two from 16 on, so that two tokens cost as much as
-sixteen do; a single one has a path of its own.
+sixteen do; a single one has a path of its own, and many are torch's to multiply (`decode`).
 
-Whole numbers become floating point by writing them into the low bits of 2^23: a conversion would run at a quarter of
-the rate of the two operations that replace it. Exact below 2^23, and so is the zero point's subtraction.
+Whole numbers become floating point by writing them into a mantissa: a conversion would run at a quarter of the rate of
+the operations that replace it. In the highest bits of that of 1 they are ``1 + code / 2^bits``, which one multiply-add
+takes to ``(code - zero_point) scale`` exactly; for one token they stay where they are (`_one_token`).
 """
 
 from typing import Any, no_type_check
@@ -164,10 +165,10 @@ def _scaled(values, scale, zero, rows, inside, k0, in_features, BITS: constexpr,
             N: constexpr, K: constexpr):  # fmt: skip
     """Values times the scales of their groups, (N, K) float32.
 
-    Of whole numbers (``WHOLE``) the values are `_fractions`: one multiply-add takes them to ``(code - zero_point) scale``,
-    and nothing is rounded, for both its products have at most 20 bits.
+    Of whole numbers (``WHOLE``) the values are `_fractions`: one multiply-add takes them to ``(code - zero_point)
+    scale``, and nothing is rounded, for both its products have at most 20 bits.
     """
-    # Parts of the tile that share a scale: of one group, whole groups, or single columns where neither divides the other.
+    # Parts of the tile that share a scale: of one group, whole groups, or columns where neither divides the other.
     PARTS: tl.constexpr = 1 if GROUP % K == 0 else K // GROUP if K % GROUP == 0 else K
     step, start = _steps(scale, zero, rows, inside, k0, in_features // GROUP, BITS, GROUP, K, PARTS)
     if WHOLE:
@@ -251,9 +252,8 @@ def _left_tile(left, left_scale, rows, inside, r, rank, E4M3: constexpr):
 
 @jit
 @no_type_check
-def project(x, right, right_scale, z, in_features, rank, E4M3: constexpr, R: constexpr,
-            K: constexpr):  # fmt: skip
-    """``z = x right^T`` for one token and ``R`` rows of ``right``; z float32."""
+def project(x, right, right_scale, z, in_features, rank, E4M3: constexpr, R: constexpr, K: constexpr):
+    """``z = x right^T`` for one token and ``R`` rows of ``right``."""
     token, r = tl.program_id(0).to(tl.int64), tl.program_id(1) * R + tl.arange(0, R)
     sums = tl.zeros((R, K), tl.float32)
     for k0 in range(0, in_features, K):
@@ -273,9 +273,9 @@ def _one_token(x, packed, scale, zero, row, inside, first, last, in_features, wo
                N: constexpr, K: constexpr, STAGES: constexpr):  # fmt: skip
     """`_sums` of one token and whole numbers, (N, 1), in half the operations: no code is made a weight.
 
-    A code that is masked where it lies in the lower bits of a word is a denormal number, ``code 2^(position - 149)``; its
-    input is multiplied by ``2^(100 - position)``. The products of a field are summed as they are, then scaled, and the
-    zero point is taken from the sum of the field's inputs.
+    A code that is masked where it lies in the lower bits of a word is a denormal number, ``code 2^(position - 149)``,
+    and its input is multiplied by ``2^(100 - position)``. The products of a field are summed as they are, then scaled,
+    and the zero point is taken from the sum of the field's inputs.
     """
     SIZE: tl.constexpr = 32 if 32 % BITS == 0 else 24
     PER: tl.constexpr = SIZE // BITS
@@ -303,7 +303,7 @@ def _one_token(x, packed, scale, zero, row, inside, first, last, in_features, wo
 @jit
 @no_type_check
 def _steps(scale, zero, rows, inside, k0, groups, BITS: constexpr, GROUP: constexpr, K: constexpr, PARTS: constexpr):
-    """Scales of the groups of ``K`` columns in ``PARTS`` equal parts, and zero points times them, (N, PARTS) float32."""
+    """Scales of the groups of ``K`` columns in equal parts, and zero points times them, (N, PARTS) float32."""
     group = ((k0 + (K // PARTS) * tl.arange(0, PARTS)) // GROUP)[None, :]
     ok = inside[:, None] & (group < groups)
     step = tl.load(scale + rows[:, None] * groups + group, ok, 0.0).to(tl.float32)
