@@ -185,7 +185,7 @@ inline float step_of(float most, int pieces) {
     return exponent < -120 ? 0.0f : std::ldexp(1.0f, exponent);
 }
 
-// False where an entry or a group's sum is not finite, or a whole group so small that its step's inverse would not be.
+// All but the bytes in their order. False where an entry or a group's sum is not finite, or a whole group so small that its step's inverse would not be.
 inline bool read_inputs(const Weight& w, const void* x, int64_t token, Type type, int pieces, Inputs& to) {
     const int64_t padded = (w.in + 127) / 128 * 128, groups = w.groups();
     to.x.assign(size_t(padded), 0.0f);
@@ -212,7 +212,6 @@ inline bool read_inputs(const Weight& w, const void* x, int64_t token, Type type
         for (int64_t i = 0; i < w.group_size; i += 8)
             store_i(&to.whole[g * w.group_size + i], nearest(times(load_f(v + i), inverse)));
     }
-    place(w, pieces, to);
     return true;
 }
 

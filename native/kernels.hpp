@@ -1,7 +1,7 @@
 // The quantized linear on a CPU. A module is compiled from this for each instruction set: one library for all of them
 // would share the inline functions of the standard library, compiled for whichever set the linker took.
 #pragma once
-#include "floating.hpp"
+#include "codebooks.hpp"
 #include "integer.hpp"
 #include "parallel.hpp"
 
@@ -71,15 +71,17 @@ void whole_block(int pieces, const Weight& w, const Pair& p, int64_t row, int64_
     else whole_block<BITS, 3>(w, *p.x, p.z, row, count, steps, y);
 }
 
-inline void multiply_block(int pieces, const Weight& w, const Tables& t, const Pair& p, int64_t row, int64_t count, float* scratch, float* y) {
-    if (pieces) {
+inline void multiply_block(int pieces, const Weight& w, const Tables& t, Planes& planes, const Pair& p, int64_t row, int64_t count,
+                           float* scratch, float* y) {
+    if (pieces && w.vector == 1) {
         if (w.bits == 2) return whole_block<2>(pieces, w, p, row, count, scratch, y);
         if (w.bits == 3) return whole_block<3>(pieces, w, p, row, count, scratch, y);
         if (w.bits == 4) return whole_block<4>(pieces, w, p, row, count, scratch, y);
         return whole_block<8>(pieces, w, p, row, count, scratch, y);
     }
     if (w.scale_rank) multiply_scaled_rows(w, t, p.mixed, row, count, scratch, y);
-    for (int64_t r = 0; !w.scale_rank && r < count; ++r)
+    else if (pieces) multiply_vectors(pieces, w, planes, *p.x, row, count, y);
+    else for (int64_t r = 0; r < count; ++r)
         y[r] = w.vector == 1   ? multiply_row<1>(w, t, *p.x, row + r)
                : w.vector == 2 ? multiply_row<2>(w, t, *p.x, row + r)
                : w.vector == 4 ? multiply_row<4>(w, t, *p.x, row + r)
@@ -118,25 +120,38 @@ inline void multiply_job(Team& team, int thread, void* data) {
         before += blocks;
         if (first >= last) continue;
         const Tables tables(w);
+        Planes planes;
         scratch.resize(size_t(std::max<int64_t>(MOST_ROWS * (w.groups() + 16), (BLOCK + 1) * w.scale_rank)));
         for (int64_t row = first * BLOCK; row < std::min(last * BLOCK, w.out); row += BLOCK) {
             const int64_t count = std::min(BLOCK, w.out - row);
             for (int64_t i = product.first; i < product.first + product.count; ++i) {
                 float y[BLOCK];
-                multiply_block(c.pieces, w, tables, c.pairs[i], row, count, scratch.data(), y);
+                multiply_block(c.pieces, w, tables, planes, c.pairs[i], row, count, scratch.data(), y);
                 store_values(c.pairs[i].y, row, y, count, c.type);
             }
         }
     }
 }
 
-// The inputs of several tokens as weights of one width and group size read them, kept from call to call: making room
-// costs as much as a small layer. Null where they are not finite or all but zero: whole numbers cannot carry that.
+// Bytes of each input that a product takes; 0 for floating point. `pieces` is for whole numbers; vectors of a codebook keep
+// as many as the inputs have.
+inline int pieces_of(const Weight& w, Type type, int pieces) {
+    if (w.whole_numbers()) return pieces;
+    return looked_up(w) ? type == Type::f32 ? 3 : 2 : 0;
+}
+
+// The inputs of several tokens as weights of one format read them, kept from call to call: making room costs as much as a
+// small layer. Null where they are not finite or all but zero: whole numbers cannot carry that.
 inline const std::vector<Inputs>* read_tokens(const Weight& w, const void* x, int64_t tokens, Type type, int pieces) {
     static thread_local std::vector<Inputs> inputs;
     if (int64_t(inputs.size()) < tokens) inputs.resize(size_t(tokens));
-    for (int64_t token = 0; token < tokens; ++token)
-        if (!read_inputs(w, x, token, type, pieces, inputs[token])) return nullptr;
+    Weight as_read = w;
+    if (w.vector > 1 && pieces) as_read.group_size = columns_of_chunk(w);  // a step for each chunk
+    for (int64_t token = 0; token < tokens; ++token) {
+        if (!read_inputs(as_read, x, token, type, pieces, inputs[token])) return nullptr;
+        if (pieces && w.vector > 1) place_vectors(w, pieces, inputs[token]);
+        else if (pieces) place(w, pieces, inputs[token]);
+    }
     return &inputs;
 }
 
@@ -145,7 +160,7 @@ inline void* entry(void* y, int64_t i, Type type) { return static_cast<char*>(y)
 // y = W x for tokens (tokens, in) -> (tokens, out). False, with y unfinished, where `read_tokens` has nothing. `pieces`
 // bytes are kept of each input, where codes are whole numbers.
 inline bool multiply(const Weight& w, const void* x, void* y, int64_t tokens, Type type, int pieces, int threads) {
-    if (!w.whole_numbers()) pieces = 0;
+    pieces = pieces_of(w, type, pieces);
     const std::vector<Inputs>* inputs = read_tokens(w, x, tokens, type, pieces);
     if (!inputs) return false;
     Call call{type, pieces, {}, {}, {{w, 0, tokens}}};
@@ -176,7 +191,7 @@ struct Shared {
 // False, with y unfinished, where `read_tokens` has nothing, or an expert lies outside the grid.
 inline bool multiply_experts(const Weight& w, int64_t experts, const int64_t* expert, const void* x, void* y, int64_t tokens,
                              int64_t places, Type type, int pieces, const Shared& shared, int threads) {
-    if (!w.whole_numbers()) pieces = 0;
+    pieces = pieces_of(w, type, pieces);
     const std::vector<Inputs>* inputs = read_tokens(w, x, tokens, type, pieces);
     if (!inputs) return false;
     std::vector<int64_t> order;

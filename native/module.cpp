@@ -85,6 +85,7 @@ NB_MODULE(LORQ_MODULE, m) {
                                factor(left), factor(right), rank};
             })
         .def_prop_ro("whole_numbers", [](const Weight& w) { return w.whole_numbers(); })
+        .def_prop_ro("by_bytes", [](const Weight& w) { return by_bytes(w); })
         .def(
             "multiply",
             [](const Weight& w, Pointer x, Pointer y, int64_t tokens, int type, int pieces, int threads) {

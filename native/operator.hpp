@@ -77,7 +77,7 @@ struct Torch {
     int32_t (*drop_value)(Value*) = nullptr;     // may be missing: such values are then deleted as they come
     const char* (*reason)() = nullptr;           // likewise: why the last call failed
     int32_t f32 = 0, bf16 = 0, f16 = 0, cpu = 0;  // their numbers in torch
-    int64_t few_tokens = 0, few_others = 0;  // multiplied here: by whole numbers, by other weights
+    int64_t few_tokens = 0, few_others = 0;  // multiplied here: by weights that are bytes, by others
     std::atomic<bool> one_byte{false};
 
     static Torch& get() {
@@ -150,7 +150,7 @@ inline Handle multiply_remembered(const Torch& torch, const Value* stack) {
         strides[d] = stride;
         stride *= shape[d];
     }
-    if (tokens < 1 || tokens > (known->w.whole_numbers() ? torch.few_tokens : torch.few_others)) return nullptr;
+    if (tokens < 1 || tokens > (by_bytes(known->w) ? torch.few_tokens : torch.few_others)) return nullptr;
     Handle y = nullptr;
     if (torch.new_tensor(dimensions, shape, strides, number, torch.cpu, -1, &y)) return nullptr;
     const int pieces = torch.one_byte ? 1 : type == Type::f32 ? 3 : 2;

@@ -37,6 +37,12 @@ OTHERS = [
     (LayerFormat(2, 96, True, vector=4, codebook_rows=1, codebook_columns=16), (7, 96)),
     (LayerFormat(3, 24, True, 3, "int8", vector=2, codebook_rows=11, codebook_columns=24), (33, 72)),
     (LayerFormat(1, 16, True, vector=8, codebook_rows=5, codebook_columns=16), (5, 80)),
+    # What AVX-512 looks up 64 codes at a time, and fewer.
+    (LayerFormat(3, 512, True, 3, "int8", vector=2, codebook_rows=32, codebook_columns=256), (64, 512)),
+    (LayerFormat(3, 24, True, vector=2, codebook_rows=16, codebook_columns=48), (48, 96)),
+    (LayerFormat(4, 128, True, 2, "float16", vector=2, codebook_rows=16, codebook_columns=64), (16, 256)),
+    (LayerFormat(2, 256, True, vector=4, codebook_rows=16, codebook_columns=256), (32, 512)),
+    (LayerFormat(2, 96, True, 1, "int8", vector=4, codebook_rows=32, codebook_columns=24), (32, 96)),
     (LayerFormat(4, 16, True, grid="normal-float"), (9, 80)),
     (LayerFormat(3, 24, True, 3, "e4m3", grid="normal-float"), (9, 48)),
     (LayerFormat(2, 80, True, grid="normal-float", scale_rank=2), (6, 80)),
@@ -87,9 +93,23 @@ def test_whole_numbers_match_the_dense_product_at_every_width_and_shape(module, 
 def test_codebooks_levels_and_scales_of_low_rank_match_the_dense_product(module, dtype, random_weight, generator):
     for format, (out, in_) in OTHERS:
         weight = random_weight(out, in_, format)
-        x = torch.randn(3, in_, generator=generator).to(dtype)
-        y, expected = cpu.run(x, *covered(weight, x)), x.double() @ dense(weight).T
-        assert y.dtype == dtype and sqnr_db(expected, y) > SQNR_DB[dtype], (format, out, in_)
+        for tokens in (1, 3, 30):
+            x = torch.randn(tokens, in_, generator=generator).to(dtype)
+            y, expected = cpu.run(x, *covered(weight, x)), x.double() @ dense(weight).T
+            assert y.dtype == dtype and sqnr_db(expected, y) > SQNR_DB[dtype], (format, out, in_, tokens)
+
+
+def test_inputs_of_every_size_meet_codebooks(module, random_weight, generator):
+    """A step for each chunk: small inputs beside large ones keep their bits; what no byte can carry is decoded."""
+    format = LayerFormat(3, 256, True, vector=2, codebook_rows=16, codebook_columns=128)
+    weight = random_weight(32, 256, format)
+    x = torch.randn(1, 256, generator=generator)
+    for large in (1e4, 1e-30, 1e-39, 5e36, 0.0):
+        z = x * torch.where(torch.arange(256) < 128, large, 1.0)
+        y, expected = cpu.run(z, *covered(weight, z)), z.double() @ dense(weight).T
+        assert sqnr_db(expected, y) > 110 or not torch.isfinite(y).all() == torch.isfinite(expected.float()).all(), (
+            large
+        )
 
 
 @dtypes
@@ -109,7 +129,7 @@ def test_few_and_many_tokens_agree_with_the_reference_whatever_the_threads(
         torch.set_num_threads(threads)
         whole = format.vector == 1 and format.grid == "integer"
         if tokens <= cpu.few_tokens(
-            whole_numbers=whole
+            by_bytes=whole
         ):  # more are multiplied by torch, whose sums may depend on the threads
             assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
         expected = quant_linear_reference(x, *operands(weight)).double()

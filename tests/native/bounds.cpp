@@ -164,6 +164,28 @@ int main() {
         w.codebook_rows = 2, w.codebook_columns = 16;
         check(w, 2, 2, 1e-6);
     }
+    // Looked up at once where there is an instruction for it: chunks of 64 codes, and of fewer.
+    for (const auto& [bits, vector, columns, group] :
+         {std::array<int, 4>{3, 2, 256, 768}, {3, 2, 24, 48}, {4, 2, 128, 384}, {2, 4, 256, 256}, {2, 4, 48, 96}, {2, 4, 8, 768}}) {
+        const int64_t out = 48, in = 768, tiles = out / 16 * (in / columns);
+        const auto packed = filled<uint32_t>(size_t(out * words_of(in, bits)), any);
+        const auto codebook = filled<int8_t>(size_t(tiles * vector) << (bits * vector), [] { return int8_t(any()); });
+        const auto tile_scale = filled<uint16_t>(size_t(tiles), [] { return half(small()); });
+        const auto scale = filled<uint16_t>(size_t(out * (in / group)), [] { return half(0.01f * small()); });
+        const auto left = filled<int8_t>(size_t(out * 3), [] { return int8_t(any()); });
+        const auto right = filled<int8_t>(size_t(3 * in), [] { return int8_t(0); });
+        const auto scales = filled<uint16_t>(3, [] { return half(0.5f); });
+        Weight w;
+        w.out = out, w.in = in, w.bits = bits, w.vector = vector, w.words = words_of(in, bits), w.group_size = group;
+        w.packed = packed.data(), w.scale = scale.data(), w.codebook = codebook.data(), w.codebook_scale = tile_scale.data();
+        w.codebook_rows = 16, w.codebook_columns = columns;
+#ifdef __AVX512VBMI__
+        if (!looked_up(w)) return std::fprintf(stderr, "not looked up\n"), 1;
+#endif
+        check(w, 2, 3, 1e-6);
+        w.left = {left.data(), Type::i8, scales.data()}, w.right = {right.data(), Type::i8, scales.data()}, w.rank = 3;
+        check(w, 1, 1, 1e-6);
+    }
     for (const auto& [in, block, skip] : {std::array<int64_t, 3>{12, 4, 0}, {40, 8, 16}, {320, 256, 64}, {7, 0, 0}}) {
         const auto x = filled<float>(size_t(3 * in), small);
         std::vector<int16_t> order(size_t(in), 0);

@@ -83,7 +83,7 @@ def turn(x: Tensor, *arguments: Any) -> Tensor:
 def few_tokens(device: torch.device, dtype: torch.dtype) -> int:
     """Tokens up to which whole numbers are multiplied as they are stored."""
     if device.type == "cpu":
-        return cpu.few_tokens(whole_numbers=True)
+        return cpu.few_tokens(by_bytes=True)
     return triton_linear.MANY_FROM.get(dtype.itemsize, 1) - 1
 
 

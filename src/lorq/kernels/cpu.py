@@ -109,14 +109,14 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
     return _misfit(format, in_features) if why is None else why
 
 
-def few_tokens(*, whole_numbers: bool) -> int:
+def few_tokens(*, by_bytes: bool) -> int:
     """Tokens up to which codes are multiplied directly: where the two ways took the same time (docs/kernels.md).
 
     Args:
-        whole_numbers: codes are whole numbers under group scales. Others are decoded once a token where they are
-            multiplied directly, and once for all where they are not.
+        by_bytes: codes are whole numbers under group scales, or what a codebook has for them is looked up as bytes.
+            Others are decoded once a token where they are multiplied directly, and once for all where they are not.
     """
-    if not whole_numbers:
+    if not by_bytes:
         return 1
     return 24 if library()[1] in ("vnni", "vbmi") else 8
 
@@ -154,7 +154,7 @@ def run(x: Tensor, *arguments: Any) -> Tensor:
     x = x.contiguous()
     tokens = x.numel() // in_features
     y = x.new_empty(*x.shape[:-1], out)
-    direct = tokens <= few_tokens(whole_numbers=weight.whole_numbers) or (_one_byte and weight.whole_numbers)
+    direct = tokens <= few_tokens(by_bytes=weight.by_bytes) or (_one_byte and weight.whole_numbers)
     if direct and _directly(x, y, weight, tokens):
         return y
     return _by_strips(x.view(tokens, in_features), y.view(tokens, out), weight, operands[8:]).view(y.shape)
@@ -307,18 +307,24 @@ def _types_fit(p: Operands) -> bool:
 
 
 def _agree(portable: Any, fast: Any) -> bool:
-    """Whether a module computes what the portable one does, on one product of each width and number of bytes."""
+    """Whether a module computes what the portable one does, on a product of each width and number of bytes."""
     generator = torch.Generator().manual_seed(0)
-    for bits in _LANE:
+
+    def bytes_(*shape: int) -> Tensor:
+        return torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
+
+    for bits, vector in [*((bits, 1) for bits in _LANE), (3, 2), (2, 4)]:
         x = torch.randn(2, 256, generator=generator)
-        packed = torch.randint(-(2**31), 2**31, (8, 8 * bits), generator=generator, dtype=torch.int64).to(torch.int32)
-        scale = torch.rand(8, 4, generator=generator).to(torch.float16)
-        y = torch.empty(2, 3, 2, 8)
+        packed, scale = bytes_(16, 32 * bits).view(torch.int32), torch.rand(16, 4, generator=generator).half()
+        operands = [packed, scale, *[None] * 10]
+        if vector > 1:
+            operands[6:8] = bytes_(1, 2, 2 ** (bits * vector), vector), torch.rand(1, 2, generator=generator).half()
+        y = torch.empty(2, 3, 2, 16)
         for module, results in zip((portable, fast), y, strict=True):
-            weight = _new_weight(module, [packed, scale, *[None] * 10], bits, 256)
+            weight = _new_weight(module, operands, bits, 256)
             for pieces, to in enumerate(results, 1):
                 weight.multiply(x.data_ptr(), to.data_ptr(), 2, 1, pieces, 1)
-        if not torch.allclose(y[0], y[1], rtol=1e-4, atol=1e-3 * 2**bits):
+        if not torch.allclose(y[0], y[1], rtol=1e-4, atol=1e-3 * (2**bits if vector == 1 else 128)):
             return False
     return True
 
@@ -344,7 +350,7 @@ def _implement() -> Any:
     module, suffix = library()[0], "dylib" if sys.platform == "darwin" else "so"
     path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
     if module is not None and module.implement_operator(
-        str(path), few_tokens(whole_numbers=True), few_tokens(whole_numbers=False)
+        str(path), few_tokens(by_bytes=True), few_tokens(by_bytes=False)
     ):
         return module
     torch.library.impl("lorq::quant_linear", "cpu", run)

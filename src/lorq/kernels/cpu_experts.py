@@ -22,7 +22,7 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
         pairs: of a token and an expert, for each expert. Many are faster one expert after the other, where each
             decodes its weight once.
     """
-    few = cpu.few_tokens(whole_numbers=format.vector == 1 and format.grid == "integer")
+    few = cpu.few_tokens(by_bytes=format.vector == 1 and format.grid == "integer")
     if pairs > few:
         return f"an expert has {pairs:.1f} tokens, and more than {few} are faster one expert after the other"
     why = misfit(format)
