@@ -31,9 +31,10 @@ def tile_of(pairs: int, experts: int, dtype: torch.dtype, format: LayerFormat, i
     """The default tile: of one pair where an expert hardly has two, else for twice the mean, as experts differ."""
     size = 1 if 4 * pairs <= experts else max(2, 2 * pairs // experts)
     tile = choose_tile(size, dtype, format, in_features)
-    # With 128 rows tiles of 128 pairs spill on sm_80; with 64 columns some of float32 do on sm_90 (triton 3.9).
+    # Wider tiles of float32 spill on sm_90, and those of codebooks with 64 rows on sm_100 (triton 3.9).
     narrow = dtype == torch.float32 and tile.tokens > 16
-    return replace(tile, rows=min(tile.rows, 64), columns=32 if narrow else tile.columns)
+    rows = 32 if narrow and format.vector > 1 else 64
+    return replace(tile, rows=min(tile.rows, rows), columns=32 if narrow else tile.columns)
 
 
 def plan_tiles(expert: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]:
