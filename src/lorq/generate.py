@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorq.grids import levels
+from lorq.joined import merging
 from lorq.kernels import cpu
 
 
@@ -149,6 +150,7 @@ def compile_steps(model: Any) -> None:
     options: dict[str, Any] = {} if skip is None else {"guard_filter_fn": skip}
     # There a token's launches take longer than its work: one graph of them all.
     options |= {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
+    options |= merging(model)
     plain, dtype = model.forward, model.dtype
 
     def step(**given: Any) -> Any:

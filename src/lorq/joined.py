@@ -9,7 +9,6 @@ What is given up: low-rank factors of several layers stand side by side, ``left`
 meet a layer's own columns; layers where those would cost more than calls do run by themselves, and so do many tokens.
 """
 
-import operator
 import weakref
 from typing import Any
 
@@ -26,27 +25,28 @@ _ROWS = "weight_packed", "weight_scale", "weight_zero_point", "codebook", "codeb
 _FACTORS = "left", "right", "left_scale", "right_scale"
 # Zeros of joined factors that are not worth a call: as a share of all that is stored, in layers of many weights.
 _WASTE, _MANY_WEIGHTS = 0.02, 1 << 21
+_MOST_JOINS = 4  # of the same layers: tensors that are others in every pass (offloaded ones) are left alone
 
 
 class Siblings:
     """The quantized layers of one parent. Which of them share an input is learned from the calls of a pass."""
 
     def __init__(self) -> None:
-        self._run: list[QuantLinear] = []
-        self._input: weakref.ref[Tensor] | None = None
+        self._run: list[weakref.ref[QuantLinear]] = []
+        self._input: tuple[weakref.ref[Tensor], int] | None = None
 
     def learn(self, layer: QuantLinear, x: Tensor) -> None:
         """Note a call. Layers that were called with one input after another are joined once the next input comes."""
-        if self._input is None or self._input() is not x or any(layer is other for other in self._run):
-            if len(self._run) > 1 and fit(self._run):
-                joined = Joined(self._run)
-                for place, other in enumerate(self._run):
-                    other.joined = joined, place
-            for other in self._run:
+        seen, version = self._input, -1 if x.is_inference() else x._version
+        run = [other for ref in self._run if (other := ref()) is not None]
+        if seen is None or seen[0]() is not x or seen[1] != version or any(layer is other for other in run):
+            for other in run:
                 other.learned = True
-            self._run, self._input = [], weakref.ref(x)
+            if len(run) > 1 and fit(run):
+                Joined(run)
+            self._run, self._input = [], (weakref.ref(x), version)
         if not layer.learned:
-            self._run.append(layer)
+            self._run.append(weakref.ref(layer))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Siblings":
         return memo.setdefault(id(self), Siblings())  # type: ignore[no-any-return]  # copies learn for themselves
@@ -59,67 +59,98 @@ class Joined:
     """Some layers as one, and the last product until all of them have taken their part."""
 
     def __init__(self, layers: list[QuantLinear]):
-        self.layers = layers
+        self._layers = [weakref.ref(layer) for layer in layers]  # which hold this
+        self._rows = [layer.out_features for layer in layers]
         self._kept: tuple[Any, ...] | None = None
-        self._own: list[Tensor | None] = []
-        self._refresh()
+        self._own: list[tuple[Tensor | None, int]] = []
+        self._operands: list[Tensor | None] = [None] * len(OPERANDS)
+        self._many: dict[torch.dtype, int] = {}
+        self._joins = 0
+        for place, layer in enumerate(layers):
+            layer.joined = self, place
+        self.refresh()
 
-    def product(self, x: Tensor, place: int) -> Tensor | None:
+    def product(self, layer: QuantLinear, x: Tensor, place: int) -> Tensor | None:
         """The part of one layer, by its place, of the product with ``x``; None where it is to multiply by itself."""
-        traced = torch.compiler.is_compiling()  # what is compiled has run before, and is told to stay as it is
-        if not traced and place == 0:
-            self._refresh()
+        if x.numel() // max(1, x.shape[-1]) >= self._many.get(x.dtype, 0):
+            return None
+        if torch.compiler.is_compiling():
+            # Every layer has the product to itself; `MergeCalls` leaves one of them.
+            return self._multiply(layer, x)[place] if layer.merged else None
         # Inference tensors do not count their changes. Nothing that learns is joined.
-        if not traced and (x.is_inference() or (torch.is_grad_enabled() and x.requires_grad)):
+        if x.is_inference() or (torch.is_grad_enabled() and x.requires_grad):
             return None
-        if x.numel() // x.shape[-1] >= self._many.get(x.dtype, 0):
-            return None
-        kept, version = self._kept, 0 if traced else x._version
-        if kept is None or (kept[0] if traced else kept[0]()) is not x or kept[1] != version or place in kept[3]:
-            me = None if traced else weakref.proxy(self)
-            seen = x if me is None else weakref.ref(x, lambda _: me._forget())
-            kept = seen, version, self._multiply(x), ()
+        kept = self._kept
+        if kept is None or kept[0]() is not x or kept[1] != x._version or place in kept[3]:
+            if not self.refresh():
+                return None
+            me = weakref.proxy(self)
+            kept = weakref.ref(x, lambda _: me._forget()), x._version, self._multiply(layer, x), ()
         taken = (*kept[3], place)
-        self._kept = None if len(taken) == len(self.layers) else (*kept[:3], taken)
+        self._kept = None if len(taken) == len(self._rows) else (*kept[:3], taken)
         y: Tensor = kept[2][place]
         return y
 
     def _forget(self) -> None:
         self._kept = None
 
-    def _multiply(self, x: Tensor) -> tuple[Tensor, ...]:
-        first = self.layers[0]
-        y = multiply(first.into_basis(x), *self._operands, first.format.bits)
-        return y.split([layer.out_features for layer in self.layers], -1)
+    def _multiply(self, layer: QuantLinear, x: Tensor) -> list[Tensor]:
+        y = multiply(layer.into_basis(x), *self._operands, layer.format.bits)
+        # Not views of one tensor: what a layer returns may be written to.
+        return [part.contiguous() for part in torch.ops.aten.unsafe_split_with_sizes(y, self._rows, -1)]
 
-    def _refresh(self) -> None:
-        """Join what the layers hold, unless that is done: their tensors may be others than they were."""
-        own = [layer._buffers[name] for layer in self.layers for name in (*_ROWS, *_FACTORS)]
-        if self._own and all(map(operator.is_, own, self._own)):
-            return
+    def refresh(self) -> bool:
+        """Join what the layers hold now, unless that is done; False, and no longer joined, where it does not fit."""
+        layers = [layer for ref in self._layers if (layer := ref()) is not None]
+        own = [(layer._buffers.get(name), _version(layer, name)) for layer in layers for name in (*_ROWS, *_FACTORS)]
+        if len(own) == len(self._own) and all(a is b and n == m for (a, n), (b, m) in zip(own, self._own, strict=True)):
+            return True
+        self._joins += 1
+        if len(layers) < len(self._rows) or self._joins > _MOST_JOINS or not fit(layers):
+            self.dissolve()
+            return False
         with torch.inference_mode(False):  # kept: made while measuring, it must serve training too
-            self._operands = self._join()
-        self._own = [layer._buffers[name] for layer in self.layers for name in (*_ROWS, *_FACTORS)]
-        device = self.layers[0].weight_packed.device
+            self._operands[:] = _join(layers)  # in place: where compiled programs look
+        self._own = [(layer._buffers[name], _version(layer, name)) for layer in layers for name in (*_ROWS, *_FACTORS)]
+        device = layers[0].weight_packed.device
         self._many = {dtype: few_tokens(device, dtype) + 1 for dtype in DTYPES}
+        self._kept = None
+        return True
 
-    def _join(self) -> list[Tensor | None]:
-        tensors: dict[str, Tensor | None] = dict.fromkeys(OPERANDS) | {"levels": self.layers[0].levels}
-        for name in _ROWS:
-            if self.layers[0]._buffers[name] is not None:
-                tensors[name] = _one_memory(self.layers, name)
-        ranked = [layer for layer in self.layers if layer.format.rank]
-        if ranked:
-            tensors |= _side_by_side(self.layers, ranked)
-        return [tensors[name] for name in OPERANDS]
+    def dissolve(self) -> None:
+        """From now on the layers are by themselves; programs that were compiled otherwise fail."""
+        self._kept = None
+        self._operands[:] = [None] * len(OPERANDS)
+        for ref in self._layers:
+            layer = ref()
+            if layer is not None:
+                layer.joined = None
+
+
+def _version(layer: QuantLinear, name: str) -> int:
+    """Changes of a tensor that is copied where layers are joined; the others are shared."""
+    tensor = layer._buffers.get(name)
+    return -1 if name != "left" or tensor is None or tensor.is_inference() else tensor._version
+
+
+def _join(layers: list[QuantLinear]) -> list[Tensor | None]:
+    """The operator's tensors of all layers as of one, whose memory the layers share from then on."""
+    tensors: dict[str, Tensor | None] = dict.fromkeys(OPERANDS) | {"levels": layers[0].levels}
+    for name in _ROWS:
+        if layers[0]._buffers[name] is not None:
+            tensors[name] = _one_memory(layers, name)
+    ranked = [layer for layer in layers if layer.format.rank]
+    if ranked:
+        tensors |= _side_by_side(layers, ranked)
+    return [tensors[name] for name in OPERANDS]
 
 
 def _one_memory(layers: list[QuantLinear], name: str) -> Tensor:
     """A tensor of each layer one after the other, of which the layers keep their parts."""
-    parts = [getattr(layer, name) for layer in layers]
+    parts: list[Any] = [layer._buffers[name] for layer in layers]
     whole = torch.cat(parts)
     for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
-        setattr(layer, name, part)
+        layer._buffers[name] = part
     return whole
 
 
@@ -128,8 +159,7 @@ def _side_by_side(layers: list[QuantLinear], ranked: list[QuantLinear]) -> dict[
     names = [name for name in _FACTORS[1:] if getattr(ranked[0], name) is not None]
     tensors = {name: _one_memory(ranked, name) for name in names}
     example: Any = ranked[0].left
-    rank = sum(layer.format.rank for layer in ranked)
-    left = example.new_zeros(sum(layer.out_features for layer in layers), rank)
+    left = example.new_zeros(sum(layer.out_features for layer in layers), sum(layer.format.rank for layer in ranked))
     row = column = 0
     for layer in layers:
         if layer.format.rank:
@@ -158,6 +188,11 @@ def fit(layers: list[QuantLinear]) -> bool:
     ranked = [layer for layer in layers if layer.format.rank]
     if len({layer.format.factor_type for layer in ranked}) > 1:
         return False
+    names = [(layer, name) for layer in layers for name in (*_ROWS, *_FACTORS)]
+    if any(name not in layer._buffers for layer, name in names):
+        return False  # a parameter, which learns
+    if len({tensor.device for layer, name in names if (tensor := layer._buffers[name]) is not None}) > 1:
+        return False
     out, rank = sum(layer.out_features for layer in layers), sum(layer.format.rank for layer in ranked)
     weights = out * layers[0].in_features
     zeros = out * rank - sum(layer.out_features * layer.format.rank for layer in ranked)
@@ -173,3 +208,35 @@ def join_layers(model: nn.Module) -> None:
             siblings = Siblings()
             for layer in layers:
                 layer.siblings, layer.learned = siblings, False
+
+
+def merge_calls(graph: torch.fx.Graph) -> None:
+    """Leave one of several calls of lorq's operators with the same arguments. They write to nothing."""
+    ours = torch.ops.lorq.rotate.default, torch.ops.lorq.quant_linear.default
+    seen: dict[tuple[Any, ...], torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in ours:
+            first = seen.setdefault((node.target, *node.args, *node.kwargs.items()), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
+def merging(model: nn.Module) -> dict[str, Any]:
+    """Let layers join in programs that inductor compiles with these options; none where it takes none."""
+    try:
+        from torch._inductor.custom_graph_pass import CustomGraphPass
+    except ImportError:
+        return {}
+
+    class MergeCalls(CustomGraphPass):  # type: ignore[misc]
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            merge_calls(graph)
+
+        def uuid(self) -> str:  # of the compiler's cache
+            return "lorq.joined.merge_calls 1"
+
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.merged = True
+    return {"post_grad_custom_pre_pass": MergeCalls()}

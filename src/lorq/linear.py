@@ -212,6 +212,7 @@ class QuantLinear(nn.Module):
         self.siblings: Any = None
         self.learned = True
         self.joined: tuple[Any, int] | None = None
+        self.merged = False  # whether what compiles this layer leaves one of several equal calls
         # Factors that an expert shares with others, and its number; `lorq.tiled.QuantExperts` runs them. In a
         # tuple, so that they are no child of every expert.
         self.shared: tuple[Any, int] | None = None
@@ -227,15 +228,32 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.learned and not torch.compiler.is_compiling():
             self.siblings.learn(self, x)
-        y = None if self.joined is None else self.joined[0].product(x, self.joined[1])
+        y = None if self.joined is None else self.joined[0].product(self, x, self.joined[1])
         return self._finish(self._product(self.into_basis(x)) if y is None else y)
 
     def _unjoin(self) -> None:
-        self.joined, self.learned = None, self.siblings is None
+        if self.joined is not None:
+            self.joined[0].dissolve()
+        self.learned = self.siblings is None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in OPERANDS and self.__dict__.get("joined") is not None:
+            self.joined[0].refresh()  # type: ignore[index]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.joined is not None:
+            self.joined[0].refresh()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not of the same memory.
         return self.__dict__ | {"joined": None, "learned": self.siblings is None}
+
+    def _replicate_for_data_parallel(self) -> "QuantLinear":
+        replica: QuantLinear = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.joined, replica.siblings, replica.learned = None, None, True
+        return replica
 
     def into_basis(self, x: Tensor) -> Tensor:
         """``x T``: the input as the stored weight needs it; ``x`` itself where there is no basis."""

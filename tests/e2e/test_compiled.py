@@ -26,9 +26,22 @@ with torch.inference_mode():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         answers.append(model.generate(**prompt, **STEPS))
 calls = {event.key: event.count for event in profile.key_averages()}
+# Tensors of joined layers that are replaced, and one that is called without the others.
+key = model.model.layers[0].self_attn.k_proj
+key.weight_scale = -3 * key.weight_scale
+with torch.inference_mode():
+    changed = model.generate(**prompt, **STEPS)
+again = lorq.load(sys.argv[1])
+other = again.model.layers[0].self_attn.k_proj
+other.weight_scale = -3 * other.weight_scale
+x = torch.randn(1, 1, key.in_features, dtype=model.dtype)
+torch.compile(lambda x: key(x))(x)
+with torch.no_grad():
+    assert torch.equal(key(x), other(x))
 print(json.dumps({
     "plain": plain.tolist(), "answers": [answer.tolist() for answer in answers],
     "products": calls.get("lorq::quant_linear"), "rotations": calls.get("lorq::rotate"),
+    "changed": changed.tolist(), "expected": again.generate(**prompt).tolist(),
 }))
 """
 METHODS = {
@@ -45,6 +58,7 @@ def test_compiled_steps_write_the_same_tokens_through_the_same_operators(method,
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["answers"] == [found["plain"]] * 3
+    assert found["changed"] == found["expected"] != found["plain"]
     # Two blocks: q, k and v in one, o, gate and up in one, down; of nine passes the first is the prompt's, which goes
     # around torch's dispatcher.
     assert found["products"] == 2 * 4 * 8

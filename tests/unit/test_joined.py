@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -118,6 +119,17 @@ def test_what_changes_is_seen(attention, generator):
         expected = alone(module, x)
         for found, one in zip(module(x + 0), expected, strict=True):
             torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-4, msg=name)
+    # What is written to: codes and factors, all at once and one by one.
+    other = attention(LayerFormat(4, 16, False, 2, "int8"))
+    module.load_state_dict(other.state_dict())
+    for found, one in zip(module(x + 0), alone(other, x), strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-4)
+    module.q.left.zero_()
+    expected = alone(module, x)
+    torch.testing.assert_close(module(x + 0)[0], expected[0], rtol=1e-5, atol=1e-4)
+    # All in place of all others, and the first call not the first layer's.
+    module.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=True)
+    torch.testing.assert_close(module.k(x), other.k.multiply(x), rtol=1e-5, atol=1e-4)
     # Another device or dtype: all of it is learned again.
     module.to(torch.bfloat16)
     assert module.q.joined is None
@@ -192,6 +204,73 @@ def test_factors_of_large_layers_join_only_where_zeros_cost_little():
 
     assert fit(layers(0)) and fit(layers(8)) and not fit(layers(64))
     assert fit([QuantLinear(512, 512, LayerFormat(4, 128, False, 64, "int8"), device="meta") for _ in range(2)])
+
+
+@torch.no_grad()
+def test_tensors_that_are_others_in_every_pass_are_left_alone(attention, generator):
+    module = attention(LayerFormat(4, 16, False))
+    x = torch.randn(1, 48, generator=generator)
+    module(x + 0)
+    for _ in range(8):
+        module.v.weight_scale = module.v.weight_scale.clone()
+        module(x + 0)
+    assert module.q.joined is module.k.joined is module.v.joined is None
+    # Nor what lies elsewhere, or learns.
+    for wrong in (module.k.weight_scale.to("meta"), nn.Parameter(module.k.weight_scale, requires_grad=False)):
+        module = attention(LayerFormat(4, 16, False))
+        module(x + 0), module(x + 0)
+        if isinstance(wrong, nn.Parameter):
+            del module.k.weight_scale
+        module.k.weight_scale = wrong
+        assert module.q.joined is module.v.joined is None
+        torch.testing.assert_close(module.q(x), module.q.multiply(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_what_a_layer_returns_may_be_written_to(tokens, attention, generator):
+    module = attention(LayerFormat(4, 16, False))
+    x = torch.randn(tokens, 48, generator=generator)
+    expected = alone(module, x)
+    module(x + 0), module(x + 0)
+    with torch.enable_grad():
+        z = x + 0
+        q, k = module.q(z), module.k(z)
+        assert q.is_contiguous() and k.is_contiguous()
+        q += torch.ones(32, requires_grad=True)
+        k.mul_(2)
+        v = module.v(z)
+        (q.sum() + v.sum()).backward()
+    torch.testing.assert_close(q, expected[0] + 1)
+    torch.testing.assert_close(v, expected[2])
+
+
+def test_a_model_is_gone_when_nobody_has_it(attention):
+    module = attention(LayerFormat(4, 16, False, 2, "int8"))
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            module(torch.ones(1, 48)), module(torch.ones(1, 48))
+        seen = weakref.ref(module.q), weakref.ref(module.q.weight_packed)
+        assert module.q.joined is not None
+        del module
+        assert seen[0]() is None and seen[1]() is None
+    finally:
+        gc.enable()
+
+
+def test_several_equal_calls_become_one_in_a_graph():
+    graph = torch.fx.Graph()
+    x, packed = graph.placeholder("x"), graph.placeholder("packed")
+    ours = torch.ops.lorq.quant_linear.default
+    calls = [graph.call_function(ours, (x, packed, None, 4)), graph.call_function(ours, (x, packed, None, 4))]
+    calls += [graph.call_function(ours, (x, packed, None, 3)), graph.call_function(ours, (packed, packed, None, 4))]
+    graph.output(tuple(calls))
+    lorq.joined.merge_calls(graph)
+    assert sum(node.target == ours for node in graph.nodes) == 3
+    first, again, *others = next(node for node in graph.nodes if node.op == "output").args[0]
+    assert first is again and first not in others
 
 
 def test_joining_takes_no_second_memory(attention):

@@ -89,6 +89,7 @@ def few_tokens(device: torch.device, dtype: torch.dtype) -> int:
 
 def _direct(x: Tensor, *arguments: Any) -> bool:
     plain = type(x) is Tensor and x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
+    plain = plain and torch._C._get_tracing_state() is None and not torch._C._len_torch_dispatch_stack()
     return plain and not (torch.is_grad_enabled() and _learns(x, *arguments))
 
 

@@ -48,8 +48,9 @@ def _one_token(x, packed, scale, zero, row, inside, first, last, in_features, wo
     """`_sums` of one token and whole numbers, (N, 1), in half the operations: no code is made a weight.
 
     A code that is masked where it lies in the lower bits of a word is a denormal number, ``code 2^(position - 149)``,
-    and its input is multiplied by ``2^(100 - position)``. The products of a field are summed as they are, then scaled,
-    and the zero point is taken from the sum of the field's inputs.
+    and its input is multiplied by ``2^(80 - position)``. The products of a field are summed as they are, then scaled,
+    and the zero point is taken from the sum of the field's inputs. Inputs of 2^48 (3e14) and more are so made infinite
+    ones, and what is below 2^-57 (7e-18) loses bits.
     """
     SIZE: tl.constexpr = 32 if 32 % BITS == 0 else 24
     PER: tl.constexpr = SIZE // BITS
@@ -58,7 +59,7 @@ def _one_token(x, packed, scale, zero, row, inside, first, last, in_features, wo
     groups = in_features // GROUP
     position = BITS * (tl.arange(0, K) % (PER // 2))
     mask = (((1 << BITS) - 1) << position).to(tl.uint32)
-    power = ((227 - position) << 23).to(tl.float32, bitcast=True)
+    power = ((207 - position) << 23).to(tl.float32, bitcast=True)
     sums = tl.zeros((N, F), tl.float32)
     # Without products of tiles, loads are under way early only where the loop itself says so.
     for k0 in tl.range(first, last, K, num_stages=STAGES):
@@ -69,7 +70,7 @@ def _one_token(x, packed, scale, zero, row, inside, first, last, in_features, wo
         codes = _repeated(halves, PER // 2, N, K) & mask[None, :]
         products = codes.to(tl.float32, bitcast=True) * (values * power)[None, :]
         step, start = _steps(scale, zero, row, inside, k0, groups, BITS, GROUP, K, PARTS)
-        sums += tl.sum(tl.reshape(products, (N, F, PER)), 2) * _over(step * 2.0**49, PARTS, N, F)
+        sums += tl.sum(tl.reshape(products, (N, F, PER)), 2) * _over(step * 2.0**69, PARTS, N, F)
         sums -= tl.sum(tl.reshape(values, (F, PER)), 1)[None, :] * _over(start, PARTS, N, F)
     return tl.sum(sums, 1)[:, None]
 
