@@ -58,6 +58,7 @@ std::string best() {
 }  // namespace
 
 NB_MODULE(LORQ_MODULE, m) {
+    nb::set_leak_warnings(false);  // compiled programs keep weights until the process ends
     m.def("best", &best);
     m.def(
         "rotate",
