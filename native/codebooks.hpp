@@ -9,8 +9,13 @@ namespace lorq {
 
 constexpr int64_t LOOKED_UP = 64;  // codes at once
 
-// Codes of a chunk: of a row under one scale and one codebook.
-inline int64_t codes_of_chunk(const Weight& w) { return std::min(LOOKED_UP, scale_run(w) / w.vector); }
+// Codes of a chunk, all under one scale and one codebook: as many as fit and begin at whole bytes; 0 where none do.
+inline int64_t codes_of_chunk(const Weight& w) {
+    const int64_t run = scale_run(w) / w.vector;
+    for (int64_t codes = std::min(LOOKED_UP, run) / 4 * 4; codes; codes -= 4)
+        if (run % codes == 0) return codes;
+    return 0;
+}
 inline int64_t columns_of_chunk(const Weight& w) { return codes_of_chunk(w) * w.vector; }
 
 // Whether a weight is multiplied so.
@@ -18,8 +23,7 @@ inline bool looked_up(const Weight& w) {
 #ifdef __AVX512VBMI__
     const int width = w.bits * w.vector;
     if (!(w.vector == 2 && (width == 6 || width == 8)) && !(w.vector == 4 && width == 8)) return false;
-    const int64_t codes = codes_of_chunk(w), columns = codes * w.vector;
-    return columns % 8 == 0 && codes * width % 8 == 0 && scale_run(w) % columns == 0 && w.codebook_rows % BLOCK == 0;
+    return codes_of_chunk(w) && w.codebook_rows % BLOCK == 0;
 #else
     (void)w;
     return false;
@@ -34,7 +38,10 @@ inline bool by_bytes(const Weight& w) { return w.whole_numbers() || looked_up(w)
 // The codebooks of a row of tiles: of each tile and place the bytes of all entries, counted from -128.
 class Planes {
    public:
+    int64_t codes = 0;  // of a chunk
+
     const uint8_t* of(const Weight& w, int64_t row) {
+        if (!codes) codes = codes_of_chunk(w);
         const int64_t tile_row = row / w.codebook_rows;
         if (tile_row != have_) fill(w, tile_row);
         have_ = tile_row;
@@ -113,8 +120,8 @@ LORQ_INLINE __m512i look_up(const uint8_t* plane, __m512i codes) {
 
 // ROWS rows from `row` on, all of one row of tiles.
 template <int VECTOR, int WIDTH, int PIECES, int ROWS>
-void multiply_vectors(const Weight& w, const uint8_t* planes, const Inputs& x, int64_t row, float* y) {
-    const int64_t codes = codes_of_chunk(w), columns = codes * VECTOR, bytes = codes * WIDTH / 8, row_bytes = 4 * w.words;
+void multiply_vectors(const Weight& w, int64_t codes, const uint8_t* planes, const Inputs& x, int64_t row, float* y) {
+    const int64_t columns = codes * VECTOR, bytes = codes * WIDTH / 8, row_bytes = 4 * w.words;
     const int64_t chunks = w.in / columns, of_tile = w.codebook_columns / columns, of_group = w.group_size / columns;
     const __mmask64 mask = bytes == 64 ? ~__mmask64(0) : (__mmask64(1) << bytes) - 1;
     const uint16_t* tile_scale = w.codebook_scale + row / w.codebook_rows * (w.in / w.codebook_columns);
@@ -155,17 +162,17 @@ void multiply_vectors(const Weight& w, const uint8_t* planes, const Inputs& x, i
 }
 
 template <int VECTOR, int WIDTH, int PIECES>
-void vectors_block(const Weight& w, const uint8_t* planes, const Inputs& x, int64_t row, int64_t count, float* y) {
+void vectors_block(const Weight& w, int64_t codes, const uint8_t* planes, const Inputs& x, int64_t row, int64_t count, float* y) {
     constexpr int64_t ROWS = 4;  // rows of tiles are whole blocks
-    for (int64_t r = 0; r < count; r += ROWS) multiply_vectors<VECTOR, WIDTH, PIECES, ROWS>(w, planes, x, row + r, y + r);
+    for (int64_t r = 0; r < count; r += ROWS) multiply_vectors<VECTOR, WIDTH, PIECES, ROWS>(w, codes, planes, x, row + r, y + r);
 }
 
 template <int VECTOR, int WIDTH>
 void vectors_block(int pieces, const Weight& w, Planes& planes, const Inputs& x, int64_t row, int64_t count, float* y) {
     const uint8_t* own = planes.of(w, row);
-    if (pieces == 1) vectors_block<VECTOR, WIDTH, 1>(w, own, x, row, count, y);
-    else if (pieces == 2) vectors_block<VECTOR, WIDTH, 2>(w, own, x, row, count, y);
-    else vectors_block<VECTOR, WIDTH, 3>(w, own, x, row, count, y);
+    if (pieces == 1) vectors_block<VECTOR, WIDTH, 1>(w, planes.codes, own, x, row, count, y);
+    else if (pieces == 2) vectors_block<VECTOR, WIDTH, 2>(w, planes.codes, own, x, row, count, y);
+    else vectors_block<VECTOR, WIDTH, 3>(w, planes.codes, own, x, row, count, y);
 }
 
 inline void multiply_vectors(int pieces, const Weight& w, Planes& planes, const Inputs& x, int64_t row, int64_t count, float* y) {

@@ -42,6 +42,8 @@ OTHERS = [
     (LayerFormat(3, 24, True, vector=2, codebook_rows=16, codebook_columns=48), (48, 96)),
     (LayerFormat(4, 128, True, 2, "float16", vector=2, codebook_rows=16, codebook_columns=64), (16, 256)),
     (LayerFormat(2, 256, True, vector=4, codebook_rows=16, codebook_columns=256), (32, 512)),
+    (LayerFormat(3, 576, True, 2, "int8", vector=2, codebook_rows=96, codebook_columns=192), (192, 576)),
+    (LayerFormat(3, 88, True, vector=2, codebook_rows=16, codebook_columns=88), (16, 88)),
     (LayerFormat(2, 96, True, 1, "int8", vector=4, codebook_rows=32, codebook_columns=24), (32, 96)),
     (LayerFormat(4, 16, True, grid="normal-float"), (9, 80)),
     (LayerFormat(3, 24, True, 3, "e4m3", grid="normal-float"), (9, 48)),

@@ -166,7 +166,7 @@ int main() {
     }
     // Looked up at once where there is an instruction for it: chunks of 64 codes, and of fewer.
     for (const auto& [bits, vector, columns, group] :
-         {std::array<int, 4>{3, 2, 256, 768}, {3, 2, 24, 48}, {4, 2, 128, 384}, {2, 4, 256, 256}, {2, 4, 48, 96}, {2, 4, 8, 768}}) {
+         {std::array<int, 4>{3, 2, 256, 768}, {3, 2, 24, 48}, {3, 2, 192, 768}, {4, 2, 128, 384}, {2, 4, 256, 256}, {2, 4, 48, 96}, {2, 4, 16, 768}}) {
         const int64_t out = 48, in = 768, tiles = out / 16 * (in / columns);
         const auto packed = filled<uint32_t>(size_t(out * words_of(in, bits)), any);
         const auto codebook = filled<int8_t>(size_t(tiles * vector) << (bits * vector), [] { return int8_t(any()); });
