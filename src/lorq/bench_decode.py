@@ -58,7 +58,9 @@ def bench_decode(
     Yields:
         For each shape, kind, width and rank: milliseconds, gigabytes a second of what is stored, their share of what a
         plain read (a sum) reaches in the same rounds, how many times faster than the dense product and than torch's
-        int4 operator (CPU, group 32 to 256; else None), the output's signal to noise in decibel, and what multiplied.
+        int4 operator (group 32 to 256; else None), the output's signal to noise in decibel, and what multiplied. On a
+        CUDA device these are times of graphs of the calls; ``call_milliseconds`` is what a call by itself takes, with
+        its way through Python, and ``call_times_dense`` its ratio.
 
     Raises:
         ValueError: for a shape that is none, an unknown kind or way of products, a group size that does not divide the

@@ -10,6 +10,7 @@ from helpers import tiny_folder
 
 import lorq
 from lorq.kernels import implementation
+from lorq.weight import LayerFormat
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,9 +63,7 @@ def test_a_compiled_model_writes_what_it_writes_otherwise(tmp_path):
     assert written[0] == written[1] and written[0]
 
 
-def test_a_layer_runs_on_the_kernel(generator, random_weight):
-    from lorq.weight import LayerFormat
-
+def test_a_layer_runs_on_the_kernel():
     format = LayerFormat(4, 128, False, 8, "int8")
     assert implementation(format, 512, torch.device("cuda"), torch.bfloat16).name == "Triton"
 
