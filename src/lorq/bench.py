@@ -272,12 +272,22 @@ def bench_experts(
     Yields:
         For each batch size: ``none_seconds``, ``each_seconds``, ``fused_seconds``, their ratios to ``none``, and
         ``each_`` and ``fused_`` ``megaproducts`` (millions of multiply-adds) and ``megabytes`` of factors read.
+
+    Raises:
+        ValueError: for sizes, repeats or tokens below 1, or more experts than the grid has cells.
     """
     generator = torch.Generator().manual_seed(seed)
-    place = read_device(device)
+    if repeats < 1 or min(tokens := list(tokens), default=0) < 1:
+        raise ValueError(f"repeats and tokens must be at least 1, got {repeats} and {tokens}")
+    if min(experts, hidden, width, rank, rows, columns) < 1 or not 1 <= top_k <= experts <= rows * columns:
+        raise ValueError(
+            f"sizes must be at least 1, top_k at most the experts, and these at most the grid's cells, got experts "
+            f"{experts} of {hidden} x {width}, rank {rank}, a grid of {rows} x {columns}, top_k {top_k}"
+        )
+    place, kind = read_device(device), read_dtype(dtype, auto=False)
     layer = random_experts(experts, hidden, width, rank, (rows, columns), generator).to(place)
     for count in tokens:
-        x = torch.randn(count, hidden, generator=generator).to(place, read_dtype(dtype))
+        x = torch.randn(count, hidden, generator=generator).to(place, kind)
         index = torch.rand(count, experts, generator=generator).topk(top_k).indices.to(place)
         weights = torch.full((count, top_k), 1 / top_k).to(x)
         seconds: dict[str, list[float]] = {"none": [], "each": [], "fused": []}

@@ -45,8 +45,8 @@ def bench_decode(
         shapes: of the weights, out x in.
         bits: widths of the codes.
         kinds: "integer" codes with group scales and zero points; "lords", NormalFloat levels under a scale of low rank,
-            as large as the group scales; "vector", codebooks for 4 weights (2 bits) or 2 weights (3 bits).
-        group_size: columns that share a scale.
+            as large as the group scales; "vector", codebooks for 4 weights (2 bits) or 2 weights (3 and 4).
+        group_size: columns that share a scale; -1 for one scale per row.
         ranks: of the low-rank part, 8-bit factors; 0 for none.
         products: how inputs meet integer codes on a CPU: "exact", or "bytes", which rounds them to 8 bits on the fly.
         tokens: of the input.
@@ -74,17 +74,18 @@ def bench_decode(
         cpu.check_products(way)
     for shape in shapes:
         _check_fit(*_read_shape(shape), kinds, bits, group_size, ranks)
-    place, kind_of_input = read_device(device), read_dtype(dtype)
+    place, kind_of_input = read_device(device), read_dtype(dtype, auto=False)
     for shape in shapes:
         out, in_ = _read_shape(shape)
+        size = in_ if group_size == -1 else group_size
         generator = torch.Generator(place).manual_seed(seed)
         x = torch.randn(tokens, in_, generator=generator, device=place).to(kind_of_input)
         ways: dict[Any, list[Callable[[], Any]]] = {"read": [_reader(place)], "dense": _dense(out, in_, x, generator)}
-        int4 = _int4(out, in_, group_size, x, generator)
+        int4 = _int4(out, in_, size, x, generator)
         ways |= {"int4": int4} if int4 else {}
         made: dict[Any, tuple[LayerFormat, float]] = {}
         for kind, width, rank in product(kinds, bits, ranks):
-            format = _format(kind, width, rank, out, in_, group_size)
+            format = _format(kind, width, rank, out, in_, size)
             if format is None:
                 continue
             layers = _layers(out, in_, format, x, generator)
@@ -124,8 +125,14 @@ def _check_fit(
     out: int, in_: int, kinds: Sequence[str], bits: Sequence[int], group_size: int, ranks: Sequence[int]
 ) -> None:
     """Refuse what no layer of the shape can have."""
-    if "integer" in kinds and (group_size < 1 or in_ % group_size):
-        raise ValueError(f"group_size must divide the width, got group_size {group_size} and shape {out}x{in_}")
+    own = in_ if group_size == -1 else group_size
+    if own < 1 or ("integer" in kinds and in_ % own):
+        raise ValueError(
+            f"group_size must divide the width, or be -1 for one group per row, got group_size {group_size} and shape "
+            f"{out}x{in_}"
+        )
+    if "vector" in kinds and in_ % 4:
+        raise ValueError(f"vectors of a codebook must divide the width, got vectors of up to 4 and shape {out}x{in_}")
     if wrong := [width for width in bits if not 2 <= width <= 8]:
         raise ValueError(f"bits must be between 2 and 8, got {wrong[0]}")
     if wrong := [rank for rank in ranks if not 0 <= rank <= min(out, in_)]:
@@ -139,7 +146,7 @@ def _format(kind: str, bits: int, rank: int, out: int, in_: int, group_size: int
     if kind == "lords":
         parity = max(1, out * in_ // (group_size * (out + in_)))
         return LayerFormat(bits, in_, True, rank, "int8", grid="normal-float", scale_rank=parity)
-    vector = {2: 4, 3: 2}.get(bits)
+    vector = {2: 4, 3: 2, 4: 2}.get(bits)
     if vector is None:
         return None
     columns = math.gcd(in_, 256)
@@ -184,7 +191,7 @@ def _dense(out: int, in_: int, x: Tensor, generator: torch.Generator) -> list[Ca
 def _int4(out: int, in_: int, group_size: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
     """Calls of torch's own operator for 4-bit codes; none where it does not fit."""
     cuda = x.device.type == "cuda"
-    unfit = group_size not in (32, 64, 128, 256) or out % 32 or (cuda and in_ % 1024)
+    unfit = group_size not in (32, 64, 128, 256) or in_ % group_size or out % 32 or (cuda and in_ % 1024)
     if unfit or x.dtype != torch.bfloat16 or x.device.type not in ("cpu", "cuda"):
         return []
     calls: list[Callable[[], Any]] = []

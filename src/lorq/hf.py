@@ -277,8 +277,12 @@ def read_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def read_dtype(name: str | torch.dtype) -> torch.dtype:
+def read_dtype(name: str | torch.dtype, *, auto: bool = True) -> torch.dtype:
     """The activation dtype behind a name.
+
+    Args:
+        name: of the dtype.
+        auto: the caller takes "auto" too, which errors then tell.
 
     Raises:
         ValueError: if it is none of the three.
@@ -286,7 +290,7 @@ def read_dtype(name: str | torch.dtype) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     dtype = known.get(str(name).removeprefix("torch."))
     if dtype is None:
-        raise ValueError(f"dtype must be auto, {', '.join(known)}, got {name!r}")
+        raise ValueError(f"dtype must be {'auto, ' if auto else ''}{', '.join(known)}, got {name!r}")
     return dtype
 
 

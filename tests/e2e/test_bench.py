@@ -6,6 +6,7 @@ import pytest
 from helpers import tiny_folder
 
 import lorq
+from lorq import bench
 from lorq.bench import bench_quantize
 from lorq.bench_decode import bench_decode
 from lorq.cli import main
@@ -80,9 +81,9 @@ def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys
     assert main([*command, *options, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["kind"], row["bits"]) for row in rows[::2]] == [
-        ("integer", 2), ("integer", 4), ("lords", 2), ("lords", 4), ("vector", 2),
+        ("integer", 2), ("integer", 4), ("lords", 2), ("lords", 4), ("vector", 2), ("vector", 4),
     ]  # fmt: skip
-    assert [row["rank"] for row in rows] == [0, 4] * 5
+    assert [row["rank"] for row in rows] == [0, 4] * 6
     for row in rows:
         assert row["of_plain_read"] == pytest.approx(row["gigabytes_a_second"] / row["plain_read"])
         dense, int4 = row["times_dense"] * row["milliseconds"], row["times_int4"] * row["milliseconds"]
@@ -99,7 +100,13 @@ def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys
         ({"shapes": ["4096"]}, "out x in such as 4096x4096, got '4096'"),
         ({"kinds": ["float"]}, "among integer, lords, vector, got float"),
         ({"tokens": 0}, "at least 1, got 9 and 0"),
-        ({"shapes": ["100x96"]}, "divide the width, got group_size 128 and shape 100x96"),
+        (
+            {"shapes": ["100x96"]},
+            "be -1 for one group per row, got group_size 128 and shape 100x96",
+        ),
+        ({"group_size": 0, "kinds": ["lords"]}, "one group per row, got group_size 0 and shape 4096x4096"),
+        ({"shapes": ["64x510"], "kinds": ["vector"]}, "vectors of up to 4 and shape 64x510"),
+        ({"dtype": "auto"}, "dtype must be float32, bfloat16, float16, got 'auto'"),
         ({"bits": [4, 9]}, "between 2 and 8, got 9"),
         ({"ranks": [5000]}, "between 0 and 4096 for shape 4096x4096, got 5000"),
         ({"products": ["exact", "int8"]}, "one of exact, bytes, got 'int8'"),
@@ -109,3 +116,27 @@ def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys
 def test_the_decode_bench_refuses_what_it_cannot_time(options, why):
     with pytest.raises(ValueError, match=why):
         list(bench_decode(**options))
+
+
+def test_the_decode_bench_takes_widths_that_no_int4_operator_does():
+    (row,) = bench_decode(["96x100"], kinds=["vector"], bits=[2], ranks=[0], repeats=1, device="cpu")
+    assert row["times_int4"] is None and row["times_dense"] > 0
+    (row,) = bench_decode(["96x96"], group_size=-1, bits=[4], ranks=[0], repeats=1, device="cpu")
+    assert row["sqnr_db"] > 40
+
+
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        ({"experts": 5, "rows": 2, "columns": 2}, "at most the grid's cells, got experts 5 of 32 x 16"),
+        ({"experts": 4, "top_k": 5}, "top_k at most the experts.*top_k 5"),
+        ({"rows": 0}, "a grid of 0 x 8"),
+        ({"tokens": [1, 0]}, r"at least 1, got 5 and \[1, 0\]"),
+        ({"repeats": 0}, "at least 1, got 0"),
+        ({"dtype": "auto"}, "dtype must be float32, bfloat16, float16, got 'auto'"),
+    ],
+    ids=lambda value: "",
+)
+def test_the_experts_bench_refuses_what_it_cannot_time(options, why):
+    with pytest.raises(ValueError, match=why):
+        list(bench.bench_experts(**{"hidden": 32, "width": 16, "rank": 2} | options))
