@@ -206,8 +206,6 @@ def generate(
     from lorq.generate import stream_text
 
     quiet()
-    if compile:
-        print("compiling: up to a minute before the second word", file=sys.stderr, flush=True)
     for piece in stream_text(
         model, prompt, adapter=adapter, tokens=tokens, chat=chat, temperature=temperature, seed=seed, device=device,
         dtype=dtype, products=products, compile=compile,

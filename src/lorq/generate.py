@@ -1,5 +1,6 @@
 """Let a model continue a text, piece by piece."""
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -45,7 +46,7 @@ def stream_text(
         dtype: of the activations.
         products: how inputs meet integer codes on a CPU: "exact", or "bytes", see `lorq.kernels.cpu.products`.
         compile: have torch.compile make one program of what a token takes, after the first token. Takes a minute or
-            more; needs a C++ compiler on a CPU.
+            more, which a line on stderr tells; needs a C++ compiler on a CPU.
 
     Raises:
         ValueError: if the prompt is empty, a number is out of range, or the model cannot be compiled.
@@ -82,6 +83,7 @@ def stream_text(
     if compile:
         compile_steps(loaded)
         options |= STEPS
+        print("compiling: up to a minute before the second token", file=sys.stderr, flush=True)
     torch.manual_seed(seed)
     yield from _written(loaded, tokenizer, options, inference=compile)
 
