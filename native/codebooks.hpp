@@ -149,9 +149,7 @@ void multiply_vectors(const Weight& w, int64_t codes, const uint8_t* planes, con
                 LORQ_UNROLL for (int k = 0; k < PIECES; ++k)
                     acc[k] = _mm512_dpbusd_epi32(acc[k], entry, _mm512_loadu_si512(pieces + LOOKED_UP * (v * PIECES + k)));
             }
-            __m512i sum = acc[0];
-            if constexpr (PIECES > 1) sum = _mm512_add_epi32(sum, _mm512_slli_epi32(acc[1], 8));
-            __m512 value = _mm512_cvtepi32_ps(sum);
+            __m512 value = _mm512_cvtepi32_ps(_mm512_add_epi32(acc[0], _mm512_slli_epi32(acc[1], 8)));
             if constexpr (PIECES > 2) value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[2]), _mm512_set1_ps(65536.0f), value);
             total[r] = _mm512_fmadd_ps(value, _mm512_set1_ps(scale[r] * tile * x.step[size_t(c)]), total[r]);
         }
@@ -170,8 +168,7 @@ void vectors_block(const Weight& w, int64_t codes, const uint8_t* planes, const 
 template <int VECTOR, int WIDTH>
 void vectors_block(int pieces, const Weight& w, Planes& planes, const Inputs& x, int64_t row, int64_t count, float* y) {
     const uint8_t* own = planes.of(w, row);
-    if (pieces == 1) vectors_block<VECTOR, WIDTH, 1>(w, planes.codes, own, x, row, count, y);
-    else if (pieces == 2) vectors_block<VECTOR, WIDTH, 2>(w, planes.codes, own, x, row, count, y);
+    if (pieces == 2) vectors_block<VECTOR, WIDTH, 2>(w, planes.codes, own, x, row, count, y);
     else vectors_block<VECTOR, WIDTH, 3>(w, planes.codes, own, x, row, count, y);
 }
 

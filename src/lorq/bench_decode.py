@@ -94,15 +94,10 @@ def bench_decode(
                 made[kind, width, rank, way] = format, _sqnr_db(layers[0], x, way)
         seconds, waited = _medians(ways, repeats, place)
         bandwidth = _READ_BYTES / seconds["read"] / 1e9
-
-        def called(key: Any, waited: dict[Any, float] = waited) -> dict[str, float]:
-            if place.type != "cuda":
-                return {}
-            return {"call_milliseconds": 1e3 * waited[key], "call_times_dense": waited["dense"] / waited[key]}
-
         for key, (format, sqnr_db) in made.items():
             gigabytes = format.stored_bits(out, in_) / 8e9
             name = implementation(format, in_, place, kind_of_input).name
+            calls = {"call_milliseconds": 1e3 * waited[key], "call_times_dense": waited["dense"] / waited[key]}
             yield {
                 "shape": shape, "kind": key[0], "bits": key[1], "rank": key[2], "products": key[3],
                 "tokens": tokens,
@@ -111,7 +106,7 @@ def bench_decode(
                 "times_dense": seconds["dense"] / seconds[key],
                 "times_int4": seconds["int4"] / seconds[key] if int4 else None,
                 "sqnr_db": sqnr_db, "runs_on": name,
-            } | called(key)  # fmt: skip
+            } | (calls if place.type == "cuda" else {})  # fmt: skip
 
 
 def _read_shape(shape: str) -> tuple[int, int]:

@@ -82,7 +82,12 @@ class Joined:
             return None
         kept = self._kept
         if kept is None or kept[0]() is not x or kept[1] != x._version or place in kept[3]:
+            own = self._own
             if not self.refresh():
+                return None
+            self._joins += self._own is not own
+            if self._joins > _MOST_JOINS:
+                self.dissolve()
                 return None
             me = weakref.proxy(self)
             kept = weakref.ref(x, lambda _: me._forget()), x._version, self._multiply(layer, x), ()
@@ -105,8 +110,7 @@ class Joined:
         own = [(layer._buffers.get(name), _version(layer, name)) for layer in layers for name in (*_ROWS, *_FACTORS)]
         if len(own) == len(self._own) and all(a is b and n == m for (a, n), (b, m) in zip(own, self._own, strict=True)):
             return True
-        self._joins += 1
-        if len(layers) < len(self._rows) or self._joins > _MOST_JOINS or not fit(layers):
+        if len(layers) < len(self._rows) or not fit(layers):
             self.dissolve()
             return False
         with torch.inference_mode(False):  # kept: made while measuring, it must serve training too

@@ -117,7 +117,7 @@ class SharedRotation:
     """Takes an input into the basis of the layers that share it, once for all of them.
 
     Keeps the last input's image until all layers that share the basis have taken it, at the longest while that
-    input is alive and unchanged. Under `torch.compile` the compiler does this itself.
+    input is alive and unchanged. In programs that lorq compiles equal calls become one (`lorq.joined.merge_calls`).
     """
 
     def __init__(self, layers: int = 1):

@@ -165,6 +165,15 @@ def test_sums_over_several_spans_are_the_dense_product(random_weight, generator)
 
 
 @interpreted
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_one_token_keeps_what_is_large_and_what_is_small(bits, random_weight, generator):
+    weight = random_weight(20, 96, LayerFormat(bits, 32, False))
+    for size in (2.0**40, 2.0**-50):
+        x = size * torch.randn(1, 96, generator=generator)
+        assert sqnr_db(x.double() @ dense(weight).T, triton_linear.linear(x, *operands(weight))) > 110, size
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_factors_of_the_scale_may_be_trained_ones(dtype, random_weight, generator, whole_interpreter):
     weight = random_weight(40, 96, LayerFormat(3, 96, True, scale_rank=4))

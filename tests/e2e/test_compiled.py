@@ -62,6 +62,7 @@ def test_compiled_steps_write_the_same_tokens_through_the_same_operators(method,
     # Two blocks: q, k and v in one, o, gate and up in one, down; of nine passes the first is the prompt's, which goes
     # around torch's dispatcher.
     assert found["products"] == 2 * 4 * 8
+    assert found["rotations"] == (2 * 4 * 8 if isinstance(method, lorq.LoPRo) else None)
 
 
 # Two models of one class, the second compiled after the first has run.

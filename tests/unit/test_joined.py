@@ -130,6 +130,7 @@ def test_what_changes_is_seen(attention, generator):
     # All in place of all others, and the first call not the first layer's.
     module.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=True)
     torch.testing.assert_close(module.k(x), other.k.multiply(x), rtol=1e-5, atol=1e-4)
+    assert module.q.joined is not None
     # Another device or dtype: all of it is learned again.
     module.to(torch.bfloat16)
     assert module.q.joined is None
@@ -168,6 +169,26 @@ def test_gradients_inference_and_many_tokens_go_by_layers(attention, products, g
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_layers_between_whose_calls_the_input_changes_are_not_joined(attention, generator):
+    module = attention(LayerFormat(4, 16, False))
+    x = torch.randn(1, 48, generator=generator)
+    for _ in range(2):
+        z = x.clone()
+        module.q(z), module.k(z)
+        z.mul_(2)
+        module.v(z)
+    assert module.q.joined[0] is module.k.joined[0] and module.v.joined is None
+
+
+def test_replicas_of_data_parallel_have_their_own_tensors(attention):
+    module = attention(LayerFormat(4, 16, False))
+    with torch.no_grad():
+        module(torch.ones(1, 48)), module(torch.ones(1, 48))
+    replica = module.q._replicate_for_data_parallel()
+    assert replica.joined is None and replica.learned and module.q.joined is not None
+
+
 def test_a_layer_that_is_called_alone_multiplies_and_keeps_nothing(attention, products, generator):
     module = attention(LayerFormat(4, 16, False))
     module(torch.ones(1, 48)), module(torch.ones(1, 48))
@@ -212,7 +233,7 @@ def test_tensors_that_are_others_in_every_pass_are_left_alone(attention, generat
     x = torch.randn(1, 48, generator=generator)
     module(x + 0)
     for _ in range(8):
-        module.v.weight_scale = module.v.weight_scale.clone()
+        module.v._buffers["weight_scale"] = module.v.weight_scale.clone()  # as accelerate's hooks do
         module(x + 0)
     assert module.q.joined is module.k.joined is module.v.joined is None
     # Nor what lies elsewhere, or learns.

@@ -21,7 +21,7 @@ from lorq.kernels.triton_codes import (
     constexpr,
     jit,
     tl,
-)  # fmt: skip
+)
 
 
 @jit
