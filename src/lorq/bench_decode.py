@@ -18,6 +18,7 @@ from lorq.weight import LayerFormat
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "14336x4096")
 KINDS = ("integer", "lords", "vector")
+_VECTORS = {2: 4, 3: 2, 4: 2}  # weights of a vector by bits
 # Weights of one kind in rotation are larger than any cache, but for very small ones.
 _ROTATION_BYTES = 128 << 20
 _MOST_LAYERS = 64
@@ -126,8 +127,9 @@ def _check_fit(
             f"group_size must divide the width, or be -1 for one group per row, got group_size {group_size} and shape "
             f"{out}x{in_}"
         )
-    if "vector" in kinds and in_ % 4:
-        raise ValueError(f"vectors of a codebook must divide the width, got vectors of up to 4 and shape {out}x{in_}")
+    most = max((_VECTORS.get(width, 1) for width in bits), default=1)
+    if "vector" in kinds and in_ % most:
+        raise ValueError(f"vectors of a codebook must divide the width, got vectors of {most} and shape {out}x{in_}")
     if wrong := [width for width in bits if not 2 <= width <= 8]:
         raise ValueError(f"bits must be between 2 and 8, got {wrong[0]}")
     if wrong := [rank for rank in ranks if not 0 <= rank <= min(out, in_)]:
@@ -141,7 +143,7 @@ def _format(kind: str, bits: int, rank: int, out: int, in_: int, group_size: int
     if kind == "lords":
         parity = max(1, out * in_ // (group_size * (out + in_)))
         return LayerFormat(bits, in_, True, rank, "int8", grid="normal-float", scale_rank=parity)
-    vector = {2: 4, 3: 2, 4: 2}.get(bits)
+    vector = _VECTORS.get(bits)
     if vector is None:
         return None
     columns = math.gcd(in_, 256)

@@ -105,7 +105,7 @@ def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys
             "be -1 for one group per row, got group_size 128 and shape 100x96",
         ),
         ({"group_size": 0, "kinds": ["lords"]}, "one group per row, got group_size 0 and shape 4096x4096"),
-        ({"shapes": ["64x510"], "kinds": ["vector"]}, "vectors of up to 4 and shape 64x510"),
+        ({"shapes": ["64x510"], "kinds": ["vector"]}, "vectors of 4 and shape 64x510"),
         ({"dtype": "auto"}, "dtype must be float32, bfloat16, float16, got 'auto'"),
         ({"bits": [4, 9]}, "between 2 and 8, got 9"),
         ({"ranks": [5000]}, "between 0 and 4096 for shape 4096x4096, got 5000"),
@@ -121,6 +121,8 @@ def test_the_decode_bench_refuses_what_it_cannot_time(options, why):
 def test_the_decode_bench_takes_widths_that_no_int4_operator_does():
     (row,) = bench_decode(["96x100"], kinds=["vector"], bits=[2], ranks=[0], repeats=1, device="cpu")
     assert row["times_int4"] is None and row["times_dense"] > 0
+    (row,) = bench_decode(["96x98"], kinds=["vector"], bits=[3], ranks=[0], repeats=1, device="cpu")
+    assert row["sqnr_db"] > 40
     (row,) = bench_decode(["96x96"], group_size=-1, bits=[4], ranks=[0], repeats=1, device="cpu")
     assert row["sqnr_db"] > 40
 
