@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lorq.experts import Expert, Experts
 from lorq.kernels import cpu_experts, expert_linear, turn, why_not_experts
-from lorq.linear import QuantLinear
+from lorq.linear import QuantLinear, one_memory
 from lorq.tiles import TileFactors, TileFormat
 from lorq.weight import LayerFormat
 
@@ -36,10 +36,8 @@ class Stacks:
         if len(seen) != len(own) or not all(map(operator.is_, own, seen)):
             tensors = {}
             for local in _STACKED:
-                if getattr(layers[0], local) is not None:
-                    tensors[local] = torch.stack([getattr(layer, local) for layer in layers])
-                    for layer, part in zip(layers, tensors[local].unbind(), strict=True):
-                        setattr(layer, local, part)
+                if layers[0]._buffers[local] is not None:
+                    tensors[local] = one_memory(layers, local).unflatten(0, (len(layers), -1))
             self._kept[name] = [layer._buffers[local] for layer in layers for local in _STACKED], tensors
         return tensors
 

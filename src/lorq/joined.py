@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lorq.kernels import few_tokens, multiply
 from lorq.kernels.operands import DTYPES
-from lorq.linear import OPERANDS, QuantLinear
+from lorq.linear import OPERANDS, QuantLinear, one_memory
 from lorq.weight import LayerFormat
 
 # One layer's after another's; and low-rank factors, side by side.
@@ -142,26 +142,17 @@ def _join(layers: list[QuantLinear]) -> list[Tensor | None]:
     tensors: dict[str, Tensor | None] = dict.fromkeys(OPERANDS) | {"levels": layers[0].levels}
     for name in _ROWS:
         if layers[0]._buffers[name] is not None:
-            tensors[name] = _one_memory(layers, name)
+            tensors[name] = one_memory(layers, name)
     ranked = [layer for layer in layers if layer.format.rank]
     if ranked:
         tensors |= _side_by_side(layers, ranked)
     return [tensors[name] for name in OPERANDS]
 
 
-def _one_memory(layers: list[QuantLinear], name: str) -> Tensor:
-    """A tensor of each layer one after the other, of which the layers keep their parts."""
-    parts: list[Any] = [layer._buffers[name] for layer in layers]
-    whole = torch.cat(parts)
-    for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
-        layer._buffers[name] = part
-    return whole
-
-
 def _side_by_side(layers: list[QuantLinear], ranked: list[QuantLinear]) -> dict[str, Tensor]:
     """Low-rank factors of all layers as of one, block by block."""
     names = [name for name in _FACTORS[1:] if getattr(ranked[0], name) is not None]
-    tensors = {name: _one_memory(ranked, name) for name in names}
+    tensors = {name: one_memory(ranked, name) for name in names}
     example: Any = ranked[0].left
     left = example.new_zeros(sum(layer.out_features for layer in layers), sum(layer.format.rank for layer in ranked))
     row = column = 0

@@ -1,7 +1,7 @@
 """QuantLinear: the module that stands where a linear layer was."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -111,6 +111,15 @@ def unpack_weight(tensors: Mapping[str, Tensor], format: LayerFormat) -> Quantiz
             tensors.get("input_zero_point"),
         ),
     )  # fmt: skip
+
+
+def one_memory(layers: Sequence["QuantLinear"], name: str) -> Tensor:
+    """A stored tensor of each layer, one after the other in one memory, of which the layers keep their parts."""
+    parts: list[Any] = [layer._buffers[name] for layer in layers]
+    whole = torch.cat(parts)
+    for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
+        layer._buffers[name] = part
+    return whole
 
 
 class SharedRotation:
