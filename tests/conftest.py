@@ -4,13 +4,13 @@ import pytest
 import torch
 from helpers import byte_tokenizer, tiny_folder, tiny_model
 
-from lorq.activations import Activations
-from lorq.basis import Basis
-from lorq.factors import store_factors, store_vectors
-from lorq.grids import Codebook
-from lorq.scales import LowRankScale
-from lorq.tiles import TileFactors
-from lorq.weight import QuantizedWeight, permutation_dtype
+from lorq.core.activations import Activations
+from lorq.core.basis import Basis
+from lorq.core.grids import Codebook
+from lorq.core.low_rank import store_factors, store_vectors
+from lorq.core.scale_factors import LowRankScale
+from lorq.core.tile_factors import TileFactors
+from lorq.core.weight import QuantizedWeight, permutation_dtype
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lorq import _autoload
+from lorq.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lorq import adapt
     from lorq.evaluation import Evaluation, evaluate
-    from lorq.hf import load
     from lorq.methods import (
         FLRQ,
         GPTQ,
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
         Nearest,
         TileQ,
     )  # fmt: skip
-    from lorq.pipeline import quantize
-    from lorq.report import Report, read_report
+    from lorq.pipeline.quantize import quantize
+    from lorq.runtime.hf import load
+    from lorq.storage.report import Report, read_report
 
-__version__ = "0.1.0"
 __all__ = [
     "FLRQ", "GPTQ", "LRQ", "METHODS", "Evaluation", "FLRQPaper", "LRQPaper", "LoPRo", "LoPRoPaper", "LoRDS",
     "LoRDSPaper", "Nearest", "Report", "TileQ", "adapt", "evaluate", "load", "quantize", "read_report",
@@ -39,8 +39,8 @@ _METHODS = (
     "TileQ",
 )  # fmt: skip
 _HOME = dict.fromkeys(_METHODS, "methods") | {
-    "Evaluation": "evaluation", "evaluate": "evaluation", "load": "hf", "quantize": "pipeline",
-    "Report": "report", "read_report": "report",
+    "Evaluation": "evaluation", "evaluate": "evaluation", "load": "runtime.hf", "quantize": "pipeline.quantize",
+    "Report": "storage.report", "read_report": "storage.report",
 }  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 `import torch` calls `register` (entry-point group ``torch.backends``). It must cost next to nothing and must
 not import transformers, so it only leaves a note: when ``transformers.quantizers.auto`` is imported, by
-whomever, `lorq.hf` is imported right after it and registers itself.
+whomever, `lorq.runtime.hf` is imported right after it and registers itself.
 """
 
 import sys
@@ -18,7 +18,7 @@ _WATCHED = "transformers.quantizers.auto"
 def register() -> None:
     """Register with transformers now if it is loaded, or else when it will be. Safe to call twice."""
     if _WATCHED in sys.modules:
-        import_module("lorq.hf")
+        import_module("lorq.runtime.hf")
     elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
 
@@ -51,8 +51,8 @@ class _ThenRegister(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        # If it is lorq.hf that imports transformers, this gives back the half-made module, which goes on.
-        import_module("lorq.hf")
+        # If it is lorq.runtime.hf that imports transformers, this gives back the half-made module, which goes on.
+        import_module("lorq.runtime.hf")
 
     def __getattr__(self, name: str) -> Any:
         # Resource readers and debuggers ask the loader for more; the real one answers.

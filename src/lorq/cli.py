@@ -15,22 +15,14 @@ from rich.table import Table
 
 import lorq
 from lorq.adapt import Settings
-from lorq.bench_cli import bench_app
-from lorq.checkpoint import JOURNAL
+from lorq.bench.commands import bench_app
 from lorq.methods import METHODS
-from lorq.options import Options
-from lorq.report import REPORT_NAME, read_report
-from lorq.safefile import some_of
-from lorq.show import (
-    console,
-    expert_lines,
-    implementation_lines,
-    layer_implementations,
-    notes,
-    print_summary,
-    progress_bars,
-    quiet,
-)  # fmt: skip
+from lorq.pipeline.options import Options
+from lorq.runtime.inspect import expert_lines, implementation_lines, layer_implementations
+from lorq.show import console, notes, print_summary, progress_bars, quiet
+from lorq.storage.json_files import some_of
+from lorq.storage.names import JOURNAL, REPORT_NAME
+from lorq.storage.report import read_report
 
 app = cyclopts.App(
     name="lorq",
@@ -142,8 +134,8 @@ def inspect(
         verify: compare every weight file with its checksum first.
         html: write a page with plots to this file.
     """
-    from lorq.checkpoint import verify_shards
-    from lorq.report import html_page
+    from lorq.storage.reader import verify_shards
+    from lorq.storage.report import html_page
 
     report, runs = read_report(out), layer_implementations(out)
     if verify:
@@ -280,7 +272,7 @@ def merge(model: str, adapter: Path, out: Path) -> None:
         adapter: a folder that `lorq adapt` wrote.
         out: the new folder.
     """
-    from lorq.adapters import read_adapter_config
+    from lorq.adapt.adapters import read_adapter_config
 
     _check_new(out)
     read_adapter_config(adapter)  # before the model is read

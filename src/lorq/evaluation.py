@@ -9,19 +9,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from lorq.adapters import load_adapter, read_adapter_config
-from lorq.calibration import load_text, token_windows
-from lorq.hf import load
+from lorq.adapt.adapters import load_adapter, read_adapter_config
+from lorq.core.weight import layer_bytes
 from lorq.kernels import cpu
-from lorq.linear import QuantLinear
-from lorq.plan import Progress, layer_bytes
-from lorq.selftext import eval_mode
-from lorq.source import resolve_model
-from lorq.tiled import QuantExperts
+from lorq.models.locate import resolve_model
+from lorq.models.self_text import eval_mode
+from lorq.models.texts import load_text, token_windows
+from lorq.progress import Progress
+from lorq.runtime.experts import QuantExperts
+from lorq.runtime.hf import load
+from lorq.runtime.linear import QuantLinear
 
 # Logits per float32 temporary, 16 MB. A 49k vocabulary is compared 85 tokens at a time, with six such
 # temporaries alive: about 100 MB, however long the window is.
 CHUNK_LOGITS = 2**22
+
 
 # ---- pure functions -------------------------------------------------------------------------------------
 
@@ -148,7 +150,7 @@ def evaluate(
         progress: called as ``progress("evaluate", done, total)``.
 
     Raises:
-        FileNotFoundError, ValueError: as `lorq.load` and `lorq.calibration.load_text` do, if text or model are too
+        FileNotFoundError, ValueError: as `lorq.load` and `lorq.models.texts.load_text` do, if text or model are too
             short for the window, and for another word for products.
         FloatingPointError: if a logit is not finite.
     """

@@ -12,9 +12,9 @@ import pytest
 import torch
 from test_kernels import FORMATS, SQNR_DB, dense, operands, sqnr_db
 
+from lorq.core.weight import LayerFormat
 from lorq.kernels import cpu, implementation, multiply, quant_linear
 from lorq.kernels.reference import quant_linear_reference, rotate_reference
-from lorq.weight import LayerFormat
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")

@@ -4,15 +4,16 @@ import re
 import shlex
 from pathlib import Path
 
+import house
 import pytest
 import torch
 from helpers import tiny_folder
 
 from lorq.cli import main
-from lorq.hf import SENTINEL
-from lorq.linear import _STORED
+from lorq.core.layout import _STORED
+from lorq.core.packing import pack, unpack
 from lorq.methods import METHODS
-from lorq.packing import pack, unpack
+from lorq.storage.names import SENTINEL
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -61,10 +62,17 @@ def test_the_first_code_of_the_readme_comes_by_line_20():
     assert README.splitlines().index("```python") < 20
 
 
-def test_the_readme_lists_every_method_and_every_file():
+def test_the_readme_lists_every_method():
     assert set(re.findall(r"^\| `([a-z]+(?:-[a-z]+)*)` \|", README, re.M)) == set(METHODS)
-    listed = set(re.findall(r"`(\w+)\.py`", README)) | {"__init__", "_autoload"}
-    assert {file.stem for file in (ROOT / "src" / "lorq").glob("*.py")} == listed
+
+
+def test_the_readmes_tree_is_the_house_in_its_order():
+    listed = re.findall(r"(?:^  |  )(\w+)(?:/|\.py)(?=\s)", re.search(r"src/lorq/\n(.*?)```", README, re.S)[1], re.M)
+    entries = {house.entry(file) for file in house.SOURCE.rglob("*.py")} - {*house.LAZY, *house.GROUND}
+    assert set(listed) == entries
+    order = list(house.ROOMS)
+    rooms = [order.index(house.room(name)) for name in listed]
+    assert rooms == sorted(rooms)
 
 
 def test_the_formats_example_packs_to_its_bytes():

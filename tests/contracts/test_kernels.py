@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorq.activations import quantize_activations
-from lorq.basis import Basis
-from lorq.grids import levels
+from lorq.core.activations import quantize_activations
+from lorq.core.basis import Basis
+from lorq.core.grids import levels
+from lorq.core.layout import OPERANDS, pack_weight
+from lorq.core.weight import LayerFormat
 from lorq.kernels import fake_quantize, multiply, quant_linear, rotate
-from lorq.linear import OPERANDS, pack_weight
-from lorq.weight import LayerFormat
 
 # Decibels that are kept at least. float32 decodes exactly and rounds its sums; bfloat16 and float16 round the
 # weight, the inputs of the low-rank part and the output once each, to 8 and 11 bits: 2^-9 is 54 dB, 2^-12 72 dB.

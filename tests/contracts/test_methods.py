@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lorq.core.stats import StatsAccumulator
 from lorq.methods import METHODS, Method
-from lorq.stats import StatsAccumulator
 
 OUT, IN = 40, 96
 

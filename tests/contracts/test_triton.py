@@ -16,12 +16,12 @@ import pytest
 import torch
 from test_kernels import dense, operands, sqnr_db
 
-from lorq.basis import Basis
+from lorq.core.basis import Basis
+from lorq.core.layout import OPERANDS, stored_layout
+from lorq.core.weight import LayerFormat
 from lorq.kernels import triton_linear, triton_tile
 from lorq.kernels.operands import NAMES, Operands, format_of
 from lorq.kernels.reference import quant_linear_reference
-from lorq.linear import OPERANDS, stored_layout
-from lorq.weight import LayerFormat
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -20,14 +20,14 @@ from test_triton import (
     whole_interpreter,  # noqa: F401
 )
 
-import lorq.grouped
-from lorq.bench import random_experts
-from lorq.factors import FACTOR_TYPES
+import lorq.runtime.experts_at_once
+from lorq.bench.experts import random_experts
+from lorq.core.layout import stored_layout
+from lorq.core.low_rank import FACTOR_TYPES
+from lorq.core.weight import LayerFormat
 from lorq.kernels import triton_expert_tile, triton_experts
-from lorq.kernels.expert_linear import expert_linear
 from lorq.kernels.operands import NAMES
-from lorq.linear import stored_layout
-from lorq.weight import LayerFormat
+from lorq.kernels.reference_experts import expert_linear
 
 pytest.importorskip("triton")
 EXPERTS = 6
@@ -200,9 +200,9 @@ def test_a_whole_layer_of_experts_runs_on_the_kernel(tokens, generator, monkeypa
         runs.append(given)
         return triton_experts.linear(*given)
 
-    monkeypatch.setattr(lorq.grouped, "why_not_experts", lambda *_: None)
-    monkeypatch.setattr(lorq.grouped, "_in_cpp", lambda _: False)
-    monkeypatch.setattr(lorq.grouped, "expert_linear", kernel)
+    monkeypatch.setattr(lorq.runtime.experts_at_once, "why_not_experts", lambda *_: None)
+    monkeypatch.setattr(lorq.runtime.experts_at_once, "_in_cpp", lambda _: False)
+    monkeypatch.setattr(lorq.runtime.experts_at_once, "expert_linear", kernel)
     x, index = torch.randn(tokens, 64, generator=generator), routing(tokens, 3, generator).unflatten(0, (tokens, 3))
     given = x, index, torch.rand(tokens, 3, generator=generator)
     with torch.no_grad():

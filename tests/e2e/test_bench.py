@@ -6,11 +6,11 @@ import pytest
 from helpers import tiny_folder
 
 import lorq
-from lorq import bench
-from lorq.bench import bench_quantize
-from lorq.bench_decode import bench_decode
+from lorq.bench.decode import bench_decode
+from lorq.bench.experts import bench_experts
+from lorq.bench.quantize import bench_quantize
 from lorq.cli import main
-from lorq.report import html_page
+from lorq.storage.report import html_page
 
 
 @pytest.fixture
@@ -141,4 +141,4 @@ def test_the_decode_bench_takes_widths_that_no_int4_operator_does():
 )
 def test_the_experts_bench_refuses_what_it_cannot_time(options, why):
     with pytest.raises(ValueError, match=why):
-        list(bench.bench_experts(**{"hidden": 32, "width": 16, "rank": 2} | options))
+        list(bench_experts(**{"hidden": 32, "width": 16, "rank": 2} | options))

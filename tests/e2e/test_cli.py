@@ -13,10 +13,10 @@ from helpers import folder_digests, save_folder, tiny_folder
 from safetensors.torch import load_file, save_file
 
 import lorq
-from lorq import safefile
-from lorq.adapters import ADAPTER_CONFIG
+from lorq.adapt.adapters import ADAPTER_CONFIG
 from lorq.cli import main
 from lorq.show import _ProgressLines
+from lorq.storage import writer
 
 SMALL = ["--samples", "4", "--seq-len", "32"]
 NEAREST = ["--method", "nearest", "--group-size", "32"]
@@ -615,17 +615,17 @@ def test_too_little_room_is_noticed_before_the_work(failing_command, source, tmp
 def test_a_disk_that_fills_up_costs_only_the_block_at_hand(
     lorq_command, failing_command, flrq_folder, source, text_file, tmp_path, monkeypatch
 ):
-    out, write = tmp_path / "out", safefile.write_synced
+    out, write = tmp_path / "out", writer.write_synced
     command = ["quantize", source, out, *FLRQ, "--calibration", text_file, *SMALL]
 
     def full(path, data):
         if path.name == "lorq-00002-of-00002.safetensors":
-            path.with_name(path.name + safefile.TEMPORARY).write_bytes(data[:100])
+            path.with_name(path.name + writer.TEMPORARY).write_bytes(data[:100])
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(safefile, "write_synced", full)
+        patch.setattr(writer, "write_synced", full)
         found = failing_command(*command)
     assert re.search(
         r"no space left in .*lorq-00002-of-00002.safetensors needs \d+ bytes, \d+ are free.*--resume", found
@@ -663,7 +663,7 @@ def test_a_missing_adapter_is_missed_before_the_model_is_read(command, source, t
     def read(*_, **__):
         raise AssertionError("the model was read")
 
-    for place in ("lorq.load", "lorq.hf.load", "lorq.evaluation.load"):
+    for place in ("lorq.load", "lorq.runtime.hf.load", "lorq.evaluation.load"):
         monkeypatch.setattr(place, read)
     nothing = tmp_path / "nothing"
     found = failing_command(*(part.format(source=source, nothing=nothing) for part in command))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorq
-from lorq.solver import Solver
+from lorq.pipeline.all_blocks import Solver
 
 RUN = {"calibration": "python-docs", "samples": 4, "seq_len": 32}
 FEW_STEPS = lorq.LRQ(bits=4, group_size=16, steps=3)

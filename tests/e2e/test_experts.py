@@ -17,15 +17,16 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import lorq
-from lorq.calibration import calibration_windows
-from lorq.checkpoint import SourceCheckpoint
 from lorq.cli import main
-from lorq.experts import Experts, find_experts, fuse_experts, split_experts
-from lorq.linear import QuantLinear
 from lorq.methods import METHODS
-from lorq.observe import routed_alike
-from lorq.report import REPORT_NAME, html_page, read_report
-from lorq.skeleton import read_config, skeleton
+from lorq.models.experts import Experts, find_experts, fuse_experts, split_experts
+from lorq.models.skeleton import read_config, skeleton
+from lorq.models.texts import calibration_windows
+from lorq.pipeline.observe import routed_alike
+from lorq.runtime.linear import QuantLinear
+from lorq.storage.names import REPORT_NAME
+from lorq.storage.reader import SourceCheckpoint
+from lorq.storage.report import html_page, read_report
 
 SMALL = {"samples": 4, "seq_len": 32}
 TOKENS = 4 * 32

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lorq
-from lorq.blocks import StreamedModel
-from lorq.experts import split_experts
-from lorq.linear import QuantLinear, unpack_weight
+from lorq.core.layout import unpack_weight
+from lorq.models.blocks import StreamedModel
+from lorq.models.experts import split_experts
+from lorq.runtime.linear import QuantLinear
 
 LINEARS = {  # of both blocks; three for each expert
     "llama": 14, "mistral": 14, "qwen2": 14, "qwen3": 14, "gemma2": 14, "gemma3": 14, "opt": 12, "phi": 12,

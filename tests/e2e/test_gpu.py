@@ -9,8 +9,8 @@ import torch
 from helpers import tiny_folder
 
 import lorq
+from lorq.core.weight import LayerFormat
 from lorq.kernels import implementation
-from lorq.weight import LayerFormat
 
 pytestmark = [
     pytest.mark.gpu,

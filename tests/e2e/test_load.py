@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import lorq
-from lorq.linear import QuantLinear
+from lorq.runtime.linear import QuantLinear
 
 LAYER = "model.layers.1.mlp.down_proj"
 SHARD = "lorq-00002-of-00002.safetensors"
@@ -36,7 +36,7 @@ for attempt in range(2):
     else:
         answer["packed"] = sum(type(module).__name__ == "QuantLinear" for module in model.modules())
         answer["logits"] = model(torch.arange(8)[None]).logits.double().abs().sum().item()
-    print(json.dumps(answer | {"imported": "lorq.hf" in sys.modules}))
+    print(json.dumps(answer | {"imported": "lorq.runtime.hf" in sys.modules}))
     import lorq
 """
 
@@ -236,7 +236,7 @@ def test_a_tied_head_does_not_hide_a_missing_embedding(folder):
 
 @pytest.mark.parametrize("damage", ["a flipped bit in the codes", "a report without a layer"])
 def test_what_loading_cannot_see_the_checksums_and_the_report_show(damage, folder):
-    from lorq.checkpoint import verify_shards
+    from lorq.storage.reader import verify_shards
 
     if damage.startswith("a flipped"):
         edit_tensors(lambda tensors: tensors[f"{LAYER}.weight_packed"].__ixor__(1))(folder)

@@ -17,7 +17,7 @@ BLOCK_BYTES = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER)  # float32, as a block
 RUNNER = """
 import json, os, sys
 import torch
-import lorq.cli, lorq.pipeline, transformers.models.llama
+import lorq.cli, lorq.pipeline.quantize, transformers.models.llama
 torch.set_num_threads(1)
 for command in json.load(sys.stdin):
     child = os.fork()

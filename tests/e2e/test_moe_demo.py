@@ -6,9 +6,9 @@ from torch.nn.functional import silu
 from torch.testing import assert_close
 
 import lorq
-from lorq.cut import activity, cut_mlp, fit_router, group_neurons
-from lorq.demo import demo_model, expert_model
-from lorq.pipeline import load_dense
+from lorq.bench.cut_experts import activity, cut_mlp, expert_model, fit_router, group_neurons
+from lorq.demo import demo_model
+from lorq.models.locate import load_dense
 
 HIDDEN, WIDTH, EXPERTS = 16, 48, 4
 

@@ -13,9 +13,8 @@ from helpers import folder_digests, tiny_folder
 from transformers import AutoModelForCausalLM
 
 import lorq
-from lorq import safefile
-from lorq.checkpoint import JOURNAL
-from lorq.report import REPORT_NAME
+from lorq.storage import writer
+from lorq.storage.names import JOURNAL, REPORT_NAME
 
 BLOCKS = 4
 # Seeded sketches and real statistics, but no search for ranges, which takes most of a run.
@@ -23,7 +22,7 @@ SETTINGS = dict(bits=3, group_size=32, budget=0.5, min_gain=0.0, epochs=0, round
 # Imports once; then each command runs in a process of its own, whose number is printed.
 RUNNER = """
 import json, os, sys
-import lorq.cli, lorq.pipeline, transformers.models.llama
+import lorq.cli, lorq.pipeline.quantize, transformers.models.llama
 for command in json.load(sys.stdin):
     child = os.fork()
     if not child:
@@ -122,7 +121,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(stream, after, source, 
         interrupted(out, after=after, stream=stream)
     else:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
-            patch.setattr("lorq.solver.Solver._solve", _cut)
+            patch.setattr("lorq.pipeline.all_blocks.Solver._solve", _cut)
             quantize(source, out, stream=stream)
     quantize(source, out, resume=True, stream=stream)
     assert folder_digests(out) == whole(stream)
@@ -148,7 +147,7 @@ def test_finished_blocks_are_not_solved_again(source, tmp_path, quantize, interr
 
 @pytest.mark.parametrize("torn", ["config.json", REPORT_NAME, "lorq.safetensors.index.json"])
 def test_a_run_stopped_while_closing_is_resumed_to_the_same_bytes(torn, source, whole, tmp_path, quantize, monkeypatch):
-    out, rename = tmp_path / "out", safefile.rename_synced
+    out, rename = tmp_path / "out", writer.rename_synced
 
     def stop(temporary, path):
         if path.name == torn:
@@ -156,7 +155,7 @@ def test_a_run_stopped_while_closing_is_resumed_to_the_same_bytes(torn, source, 
         rename(temporary, path)
 
     with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        patch.setattr(safefile, "rename_synced", stop)
+        patch.setattr(writer, "rename_synced", stop)
         quantize(source, out)
     with pytest.raises(FileNotFoundError, match=r"unfinished.*--resume"):
         lorq.load(out)

@@ -13,13 +13,13 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import lorq
-from lorq.calibration import calibration_windows
-from lorq.experts import find_experts, split_experts
-from lorq.grouped import layers_of, why_not_grouped
-from lorq.linear import QuantLinear
-from lorq.report import read_report
-from lorq.show import expert_lines
-from lorq.tiled import QuantExperts
+from lorq.models.experts import find_experts, split_experts
+from lorq.models.texts import calibration_windows
+from lorq.runtime.experts import QuantExperts
+from lorq.runtime.experts_at_once import layers_of, why_not_grouped
+from lorq.runtime.inspect import expert_lines
+from lorq.runtime.linear import QuantLinear
+from lorq.storage.report import read_report
 
 SMALL = {"samples": 4, "seq_len": 32}
 TOKENS = 4 * 32

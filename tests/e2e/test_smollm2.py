@@ -7,7 +7,7 @@ import pytest
 import lorq
 from lorq.demo import demo_model
 from lorq.generate import stream_text
-from lorq.options import read_method
+from lorq.pipeline.options import read_method
 
 WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext2"
 

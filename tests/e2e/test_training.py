@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 import lorq
-from lorq.adapters import ADAPTER_TENSORS, adapters_of, lords_layers
-from lorq.checkpoint import verify_shards
-from lorq.linear import QuantLinear
-from lorq.qat import TrainableLinear
+from lorq.adapt.adapters import ADAPTER_TENSORS, adapters_of, lords_layers
+from lorq.adapt.qat import TrainableLinear
+from lorq.runtime.linear import QuantLinear
+from lorq.storage.reader import verify_shards
 
 # Nearest codes, so that training from the original begins where the quantized model is.
 METHOD = lorq.LoRDS(bits=4, group_size=32, rounding="nearest", weighting="none", steps=1, refine_steps=0)

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorq.factors import LowRank
+from lorq.core.low_rank import LowRank
+from lorq.core.weight import LayerFormat
 from lorq.kernels.operands import DTYPES, NAMES, Operands, format_of, misplaced
 from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate_reference
-from lorq.weight import LayerFormat
 
 # Numbers by which the library knows types.
 TYPES = {

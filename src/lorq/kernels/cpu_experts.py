@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorq.core.weight import LayerFormat
 from lorq.kernels import cpu
-from lorq.kernels.expert_linear import misfit
 from lorq.kernels.operands import DTYPES
-from lorq.weight import LayerFormat
+from lorq.kernels.reference_experts import misfit
 
 
 def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype, pairs: float) -> str | None:

@@ -30,11 +30,11 @@ from jaxtyping import Float, Int8, Int32, UInt8
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorq.activations import TOP, quantize_activations
+from lorq.core.activations import TOP, quantize_activations
+from lorq.core.packing import unpack, unpack_columns
+from lorq.core.weight import LayerFormat
 from lorq.kernels.operands import misplaced
 from lorq.kernels.reference import fake_quantize, quant_linear
-from lorq.packing import unpack, unpack_columns
-from lorq.weight import LayerFormat
 
 
 def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -85,7 +85,7 @@ def int8_linear(
 
     Args:
         x: (..., in), floating point.
-        packed: (out, words) int32, see `lorq.packing`.
+        packed: (out, words) int32, see `lorq.core.packing`.
         scale: (out, 1) float16.
         zero_point: (words, 1) int32, packed along the rows; None for symmetric grids.
         input_scale: (1,) float32 of a grid fixed by calibration; None takes each token's own range.

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from lorq.factors import FACTOR_TYPES
-from lorq.packing import packed_width
-from lorq.weight import LayerFormat
+from lorq.core.low_rank import FACTOR_TYPES
+from lorq.core.packing import packed_width
+from lorq.core.weight import LayerFormat
 
 # What inputs may be; float64 is the reference's.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

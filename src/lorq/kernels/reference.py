@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from lorq.activations import TOP, quantize_activations
-from lorq.basis import Basis
-from lorq.factors import LowRank
-from lorq.grids import Codebook, decode_vectors, dequantize
-from lorq.packing import unpack, unpack_columns
+from lorq.core.activations import TOP, quantize_activations
+from lorq.core.basis import Basis
+from lorq.core.grids import Codebook, decode_vectors, dequantize
+from lorq.core.low_rank import LowRank
+from lorq.core.packing import unpack, unpack_columns
 
 # Entries of the weight's gradient that are in memory at once, 16 MB.
 _STRIP_ENTRIES = 1 << 22
@@ -69,7 +69,7 @@ def quant_linear_reference(
 
     Args:
         x: (..., in), floating point, in the weight's basis (`rotate`).
-        packed: (out, words) int32, see `lorq.packing`.
+        packed: (out, words) int32, see `lorq.core.packing`.
         scale: (out, groups) float16; None where its factors are given.
         zero_point: (words, groups) int32, packed along the rows; None for symmetric grids and codebooks.
         levels: (2^bits,) float32, what codes stand for; None for whole numbers around ``2^(bits-1)``.
@@ -191,7 +191,7 @@ fake_quantize.register_autograd(_backward_fake_quantize, setup_context=_keep_ran
 
 
 def rotate_reference(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False) -> Tensor:
-    """``x T`` (or ``x T^T``): into the basis of a weight, or back; see `lorq.basis.Basis`.
+    """``x T`` (or ``x T^T``): into the basis of a weight, or back; see `lorq.core.basis.Basis`.
 
     Args:
         x: (..., in), floating point.

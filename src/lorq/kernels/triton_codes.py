@@ -1,6 +1,6 @@
 """Packed codes become tiles of weights in registers, in Triton.
 
-What: a tile of ``N`` rows is read as the words it is stored in (`lorq.packing`), each word once, and spread in
+What: a tile of ``N`` rows is read as the words it is stored in (`lorq.core.packing`), each word once, and spread in
 registers::
 
     2, 4, 8 bits   a word holds 32 / bits codes:   word -> [word >> 0, word >> bits, ...] & mask
@@ -22,7 +22,6 @@ try:
     import triton.language as tl
 except ImportError:  # nobody calls what is below then; the file can still be read and collected
     triton, tl = None, None
-
 constexpr = Any if tl is None else tl.constexpr
 
 

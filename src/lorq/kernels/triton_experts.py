@@ -14,11 +14,11 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from lorq.core.weight import LayerFormat
 from lorq.kernels import triton_linear
-from lorq.kernels.expert_linear import expert_linear, expert_linear_reference, misfit
 from lorq.kernels.operands import NAMES, Operands, format_of
+from lorq.kernels.reference_experts import expert_linear, expert_linear_reference, misfit
 from lorq.kernels.triton_linear import Tile, choose_tile
-from lorq.weight import LayerFormat
 
 
 def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorq.factors import FACTOR_TYPES
+from lorq.core.low_rank import FACTOR_TYPES
+from lorq.core.weight import LayerFormat
 from lorq.kernels.operands import DTYPES, NAMES, Operands, format_of, misplaced
 from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate, rotate_reference
-from lorq.weight import LayerFormat
 
 _CODE_BITS = (1, 2, 3, 4, 6, 8)  # whole codes in a word, or in 24 bits
 _ENTRIES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # one integer for a codebook's entry

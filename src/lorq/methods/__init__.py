@@ -5,6 +5,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from lorq.core.stats import InputStats
+from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.flrq import FLRQ, FLRQPaper
 from lorq.methods.gptq import GPTQ
 from lorq.methods.lopro import LoPRo, LoPRoPaper
@@ -12,8 +14,6 @@ from lorq.methods.lords import LoRDS, LoRDSPaper
 from lorq.methods.lrq import LRQ, LRQPaper
 from lorq.methods.nearest import Nearest
 from lorq.methods.tileq import TileQ
-from lorq.stats import InputStats
-from lorq.weight import LayerFormat, QuantizedWeight
 
 
 @runtime_checkable
@@ -25,7 +25,7 @@ class Method(Protocol):
             `solve_together(weights, stats, *, generators)`; "experts", as "input", and all experts of a layer by
             `solve_experts`, with `largest_experts` for their formats (see `lorq.methods.tileq.TileQ`); "block", all
             layers of a block against its output, by `solve_block(problem, *, methods, generators)` with a
-            `lorq.reconstruct.BlockProblem`, and ``block_settings``, the names of those that all its layers share.
+            `lorq.core.descent.BlockProblem`, and ``block_settings``, the names of those that all its layers share.
         needs_stats: whether `solve` reads the input statistics, so that calibration is run.
     """
 
@@ -63,7 +63,6 @@ METHODS: dict[str, type[Any]] = {
     "gptq": GPTQ,
     "nearest": Nearest,
 }
-
 __all__ = [
     "FLRQ", "GPTQ", "LRQ", "METHODS", "FLRQPaper", "LRQPaper", "LoPRo", "LoPRoPaper", "LoRDS", "LoRDSPaper", "Method",
     "Nearest", "TileQ",

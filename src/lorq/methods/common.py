@@ -7,51 +7,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.basis import Basis
-from lorq.factors import LowRank
-from lorq.grids import IntGrid
-from lorq.rounding import LevelRounded, RangeSearch, Rounded, VectorRounded, nearest
-from lorq.stats import InputStats, output_energy
-from lorq.weight import QuantizedWeight, Record, Tile
+from lorq.core.basis import Basis
+from lorq.core.grids import IntGrid
+from lorq.core.low_rank import LowRank
+from lorq.core.rounding import LevelRounded, RangeSearch, Rounded, VectorRounded, nearest
+from lorq.core.stats import InputStats, output_energy
+from lorq.core.weight import QuantizedWeight, Record, Tile
 
 SEARCHES = {
     "none": None,
     "saturate": RangeSearch(steps=20, depth=0.5, mode="saturate"),
     "scale": RangeSearch(steps=20, depth=0.5, mode="scale"),
 }
-
-
-def check_grid(bits: int, group_size: int) -> None:
-    """Refuse widths and group sizes that no grid has.
-
-    Raises:
-        ValueError: naming the setting, its range and the value.
-    """
-    if bits not in range(2, 9):
-        raise ValueError(f"bits must be 2 to 8, got {bits}")
-    if group_size < 1 and group_size != -1:
-        raise ValueError(f"group_size must be at least 1, or -1 for one group per row, got {group_size}")
-
-
-def check_choice(name: str, value: str, known: object) -> None:
-    """Refuse a name that is not in a table, and list those that are.
-
-    Raises:
-        ValueError: naming the setting, the value and the known names.
-    """
-    names = list(known)  # type: ignore[call-overload]
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
-
-
-def check_range(name: str, value: float | int, low: float | int, high: float | int) -> None:
-    """Refuse a number outside ``low .. high``.
-
-    Raises:
-        ValueError: naming the setting, its range and the value.
-    """
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}")
 
 
 def layer_group(width: int, group_size: int) -> int:

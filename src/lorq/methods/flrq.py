@@ -7,22 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.factors import FACTOR_TYPES, LowRank, factor_bits, store_factors
-from lorq.methods.common import (
-    activation_scale,
-    assemble,
-    check_choice,
-    check_grid,
-    check_range,
-    layer_grid,
-    layer_group,
-    needed,
-)
-from lorq.ranks import MEASURES, choose_rank, rank_cap
-from lorq.rounding import ROUNDINGS, RangeSearch, Rounded
-from lorq.sketch import FORMS, sketch
-from lorq.stats import InputStats, output_energy
-from lorq.weight import LayerFormat, QuantizedWeight
+from lorq.core.checks import check_choice, check_grid, check_range
+from lorq.core.low_rank import FACTOR_TYPES, LowRank, factor_bits, store_factors
+from lorq.core.rank_choice import MEASURES, choose_rank, rank_cap
+from lorq.core.rounding import ROUNDINGS, RangeSearch, Rounded
+from lorq.core.sketch import FORMS, sketch
+from lorq.core.stats import InputStats, output_energy
+from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.methods.common import activation_scale, assemble, layer_grid, layer_group, needed
 
 # Range searches of the authors' code: a wide one on the first residual, a narrow one when alternating.
 _WIDE = {

@@ -7,19 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq import rounding
-from lorq.methods.common import (
-    SEARCHES,
-    assemble,
-    check_choice,
-    check_grid,
-    check_range,
-    layer_grid,
-    layer_group,
-    needed,
-)
-from lorq.stats import InputStats
-from lorq.weight import LayerFormat, QuantizedWeight
+from lorq.core import rounding
+from lorq.core.checks import check_choice, check_grid, check_range
+from lorq.core.stats import InputStats
+from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.methods.common import SEARCHES, assemble, layer_grid, layer_group, needed
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.basis import Basis, check_block, largest_block
-from lorq.factors import FACTOR_TYPES, LowRank, Metric, r1svd
-from lorq.grids import VectorGrid
-from lorq.linalg import shrink
-from lorq.methods.common import (
-    SEARCHES,
-    activation_scale,
-    assemble,
-    check_choice,
-    check_grid,
-    check_range,
-    layer_grid,
-    layer_group,
-    needed,
-)
-from lorq.rounding import ROUNDINGS, Rounded, VectorRounded, gptvq
-from lorq.sketch import FORMS
-from lorq.stats import InputStats, PreparedHessian, output_energy
-from lorq.weight import LayerFormat, QuantizedWeight
+from lorq.core.basis import Basis, check_block, largest_block
+from lorq.core.checks import check_choice, check_grid, check_range
+from lorq.core.grids import VectorGrid
+from lorq.core.linalg import shrink
+from lorq.core.low_rank import FACTOR_TYPES, LowRank, Metric, r1svd
+from lorq.core.rounding import ROUNDINGS, Rounded, VectorRounded, gptvq
+from lorq.core.sketch import FORMS
+from lorq.core.stats import InputStats, PreparedHessian, output_energy
+from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.methods.common import SEARCHES, activation_scale, assemble, layer_grid, layer_group, needed
 
 # GPTVQ's sizes: weights of a vector, and of one codebook.
 _VECTOR = {2: 4, 3: 2, 4: 2}

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lorq.grids import LEVEL_KINDS, LevelGrid, level_values
-from lorq.methods.common import assemble, check_choice, check_grid, check_range, needed
-from lorq.reconstruct import BlockProblem, Descent, block_loss, cpu_generator, minimise
-from lorq.rounding import LevelRounded, gptq_levels
-from lorq.scales import (
+from lorq.core.checks import check_choice, check_grid, check_range
+from lorq.core.descent import BlockProblem, Descent, block_loss, cpu_generator, minimise
+from lorq.core.grids import LEVEL_KINDS, LevelGrid, level_values
+from lorq.core.rounding import LevelRounded, gptq_levels
+from lorq.core.scale_factors import (
     LowRankScale,
     block_scales,
     fit_gradient,
@@ -23,8 +23,9 @@ from lorq.scales import (
     store_scale,
     truncated,
 )
-from lorq.stats import InputStats, TokenWeights
-from lorq.weight import LayerFormat, QuantizedWeight
+from lorq.core.stats import InputStats, TokenWeights
+from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.methods.common import assemble, needed
 
 # What is tried of a block's covering scale before the fit: 1, 0.95, ... 0.3. Two bits want about half.
 _SHARES = tuple(1 - i / 20 for i in range(15))
@@ -108,7 +109,7 @@ class LoRDS:
         group_size: the rank is such that scales take no more bits than one for each so many columns would; need not
             divide the width. -1 for one per row.
         rank: of the matrix of scales; -1 for the one of ``group_size``.
-        grid: the levels, see `lorq.grids.levels`.
+        grid: the levels: "normal-float", quantiles of the normal distribution; "integer", equally spaced.
         range_search: "scale" looks for the scale of each block that the fit starts from, "none" covers the block.
         weighting: what a weight's squared error costs in the fit: "diagonal", the mean square of its input; "none", 1.
         solver: of the fit: "least-squares" or "gradient".

@@ -9,21 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.grids import SMALLEST_SCALE, IntGrid
-from lorq.methods.common import (
-    SEARCHES,
-    assemble,
-    check_choice,
-    check_grid,
-    check_range,
-    layer_grid,
-    layer_group,
-    needed,
-)
-from lorq.reconstruct import BlockProblem, Descent, block_loss, cpu_generator, layer_loss, minimise
-from lorq.rounding import Rounded, clip, nearest
-from lorq.stats import InputStats, TokenWeights
-from lorq.weight import LayerFormat, QuantizedWeight
+from lorq.core.checks import check_choice, check_grid, check_range
+from lorq.core.descent import BlockProblem, Descent, block_loss, cpu_generator, layer_loss, minimise
+from lorq.core.grids import SMALLEST_SCALE, IntGrid
+from lorq.core.rounding import Rounded, clip, nearest
+from lorq.core.stats import InputStats, TokenWeights
+from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.methods.common import SEARCHES, assemble, layer_grid, layer_group, needed
 
 _HALF_MAX = torch.finfo(torch.float16).max
 
@@ -229,7 +221,7 @@ class LRQ:
 
         Source:
             LRQ, arXiv:2407.11534. Deviations: groups within a row, rank and range search as the class has them, token
-            weights, the best parameters kept (`lorq.reconstruct.minimise`).
+            weights, the best parameters kept (`lorq.core.descent.minimise`).
         """
         scalings = {
             name: methods[name]._start(weight, problem.stats[name], generators[name])

@@ -7,11 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.grids import LEVEL_KINDS, IntGrid, LevelGrid
-from lorq.methods.common import SEARCHES, assemble, check_choice, check_grid, layer_group
-from lorq.rounding import LevelRounded, Rounded, clip, nearest, nearest_levels
-from lorq.stats import InputStats
-from lorq.weight import LayerFormat, QuantizedWeight
+from lorq.core.checks import check_choice, check_grid
+from lorq.core.grids import LEVEL_KINDS, IntGrid, LevelGrid
+from lorq.core.rounding import LevelRounded, Rounded, clip, nearest, nearest_levels
+from lorq.core.stats import InputStats
+from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.methods.common import SEARCHES, assemble, layer_group
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,7 @@ class Nearest:
         symmetric: no zero points. Always so on the normal-float grid.
         range_search: "none" takes each group's full range; "saturate" and "scale" look for the range with
             the least squared error of the weights. Both are one on the normal-float grid.
-        grid: "integer", equally spaced values; "normal-float", quantiles of the normal distribution
-            (`lorq.grids.levels`).
+        grid: "integer", equally spaced values; "normal-float", quantiles of the normal distribution.
     """
 
     bits: int = 4

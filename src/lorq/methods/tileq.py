@@ -8,14 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.basis import Basis
-from lorq.factors import Metric
-from lorq.linalg import shrink
-from lorq.methods.common import activation_scale, assemble, check_choice, check_range, needed
+from lorq.core.basis import Basis
+from lorq.core.checks import check_choice, check_range
+from lorq.core.linalg import shrink
+from lorq.core.low_rank import Metric
+from lorq.core.stats import InputStats, PreparedHessian, output_energy
+from lorq.core.tile_factors import TileFactors, TileFormat, fit_tiles, grid_of, place_experts
+from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
+from lorq.methods.common import activation_scale, assemble, needed
 from lorq.methods.lopro import LoPRo
-from lorq.stats import InputStats, PreparedHessian, output_energy
-from lorq.tiles import TileFactors, TileFormat, fit_tiles, grid_of, place_experts
-from lorq.weight import LayerFormat, QuantizedWeight, Tile
 
 # Singular vectors by which experts are compared.
 _FEATURES = 8

@@ -1,0 +1,93 @@
+"""Merge: an adapter becomes the model's own factors, and a changed model an ordinary lorq folder."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorq.adapt.adapters import BASE, adapters_of, base_hash, half_factors, lords_layers, use_adapter
+from lorq.core.layout import pack_weight
+from lorq.core.weight import layer_bytes
+from lorq.models.locate import resolve_model
+from lorq.runtime.linear import QuantLinear
+from lorq.storage.json_files import read_json, some_of
+from lorq.storage.names import COMPANIONS, INDEX, REPORT_NAME
+from lorq.storage.reader import SourceCheckpoint
+from lorq.storage.report import read_report
+from lorq.storage.writer import CheckpointWriter
+
+
+def merge(model: nn.Module) -> None:
+    """Make the adapter in use the model's own: its factors in float16 are the base from now on.
+
+    Raises:
+        ArithmeticError: if a factor is not finite in float16; the model is left as it is.
+    """
+    state = adapters_of(model)
+    merged = {name: half_factors(layer) for name, layer in lords_layers(model).items()}
+    state.known[BASE] = {name: (factors.left, factors.right) for name, factors in merged.items()}
+    if state.active != BASE:
+        del state.known[state.active]
+    use_adapter(model, BASE)
+
+
+def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: str = "merged") -> None:
+    """Write a trained or merged model as an ordinary lorq folder.
+
+    Args:
+        model: quantized with lords; the factors in use are written, in float16.
+        out: the new folder.
+        base: the lorq folder that the model was loaded from, for all that did not change; None takes the model's own
+            note of it.
+        note: what the report says of the changed layers.
+
+    Raises:
+        FileExistsError: if the folder is in use.
+        ValueError: if the base is no folder of this model.
+        ArithmeticError: if a factor is not finite in float16.
+    """
+    folder, out, layers = resolve_model(base or model.name_or_path), Path(out), lords_layers(model)
+    report, source = read_report(folder), SourceCheckpoint.open(folder, index_name=INDEX)
+    _check_own_folder(model, layers, source)
+    halves = {name: half_factors(layer) for name, layer in layers.items()}
+    config = read_json(folder / "config.json")
+    formats = config["quantization_config"]["layers"]
+    identity = {"trained_from": source.fingerprint(), "note": note, "base": base_hash(model)}
+    writer = CheckpointWriter.create(out, identity)
+    reports = {layer.name: layer for layer in report.layers}
+    for file, header in sorted(source.headers.items()):
+        tensors = {name: source.tensor(name) for name in header.tensors}
+        for name in sorted(layers.keys() & {tensor.rpartition(".")[0] for tensor in tensors}):
+            weight = replace(layers[name].value(), scale_factors=halves[name])
+            tensors = {key: t for key, t in tensors.items() if key.rpartition(".")[0] != name or key.endswith(".bias")}
+            tensors |= {f"{name}.{local}": tensor for local, tensor in pack_weight(weight).items()}
+            formats[name] = asdict(weight.format)
+            reports[name] = replace(
+                reports[name], rank=weight.rank, bytes=layer_bytes(weight.stored_bits()),
+                note="; ".join(part for part in (reports[name].note, note, "errors are those before") if part),
+            )  # fmt: skip
+        writer.write_shard(file, tensors, {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())})
+    stored = sum(record["bytes"] for record in writer.completed.values())
+    new = replace(report, layers=tuple(reports.values()), bytes=stored, checksums=writer.shard_checksums())
+    files: dict[str, bytes | Path] = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
+    writer.finish(config=config, files=files | {REPORT_NAME: new.to_bytes()})
+
+
+def _check_own_folder(model: nn.Module, layers: Mapping[str, QuantLinear], source: SourceCheckpoint) -> None:
+    """Refuse a folder that lacks a layer, or has anything beside them that the model has not."""
+    own = model.state_dict()
+    wrong = [name for name in layers if f"{name}.weight_packed" not in source.files]
+    for name in source.names:
+        path, _, leaf = name.rpartition(".")
+        if path in layers and leaf != "bias":
+            continue
+        mine = own.get(name)
+        if mine is None or not torch.equal(source.tensor(name).to(mine.dtype), mine.cpu()):
+            wrong.append(name)
+    if wrong:
+        raise ValueError(
+            f"{source.folder} must be the model's own folder, it lacks or differs in {some_of(wrong)}; give base"
+        )

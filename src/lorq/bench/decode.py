@@ -1,0 +1,254 @@
+"""Measure the quantized linear: time, share of the memory's bandwidth, ratios to dense and to torch's own int4."""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorq.bench.timing import seconds_of
+from lorq.core.weight import LayerFormat
+from lorq.kernels import cpu, implementation
+from lorq.runtime.device import read_device, read_dtype
+from lorq.runtime.linear import QuantLinear
+
+SHAPES = ("4096x4096", "11008x4096", "4096x11008", "14336x4096")
+KINDS = ("integer", "lords", "vector")
+_VECTORS = {2: 4, 3: 2, 4: 2}  # weights of a vector by bits
+# Weights of one kind in rotation are larger than any cache, but for very small ones.
+_ROTATION_BYTES = 128 << 20
+_MOST_LAYERS = 64
+_READ_BYTES = 256 << 20
+_REPLAYS = 20  # of a graph, so that the first launch and the last wait do not count
+
+
+def bench_decode(
+    shapes: Sequence[str] = SHAPES,
+    *,
+    bits: Sequence[int] = (4, 3, 2),
+    kinds: Sequence[str] = ("integer",),
+    group_size: int = 128,
+    ranks: Sequence[int] = (0, 32),
+    products: Sequence[str] = ("exact",),
+    tokens: int = 1,
+    repeats: int = 9,
+    dtype: str = "bfloat16",
+    device: str = "auto",
+    seed: int = 0,
+) -> Iterator[dict[str, Any]]:
+    """Time random layers against the dense product and torch's int4 operator, all in turn, round after round.
+
+    Args:
+        shapes: of the weights, out x in.
+        bits: widths of the codes.
+        kinds: "integer" codes with group scales and zero points; "lords", NormalFloat levels under a scale of low rank,
+            as large as the group scales; "vector", codebooks for 4 weights (2 bits) or 2 weights (3 and 4).
+        group_size: columns that share a scale; -1 for one scale per row.
+        ranks: of the low-rank part, 8-bit factors; 0 for none.
+        products: how inputs meet integer codes on a CPU: "exact", or "bytes", which rounds them to 8 bits on the fly.
+        tokens: of the input.
+        repeats: rounds; medians are reported.
+        dtype: of the input and of the dense weight.
+        device: "auto" takes an accelerator if there is one.
+        seed: of weights and inputs.
+
+    Yields:
+        For each shape, kind, width and rank: milliseconds, gigabytes a second of what is stored, their share of what a
+        plain read (a sum) reaches in the same rounds, how many times faster than the dense product and than torch's
+        int4 operator (group 32 to 256; else None), the output's signal to noise in decibel, and what multiplied. On a
+        CUDA device these are times of graphs of the calls; ``call_milliseconds`` is what a call by itself takes, with
+        its way through Python, and ``call_times_dense`` its ratio.
+
+    Raises:
+        ValueError: for a shape that is none, an unknown kind or way of products, a group size that does not divide the
+            width, bits or ranks that no layer has, or repeats or tokens below 1.
+    """
+    if repeats < 1 or tokens < 1:
+        raise ValueError(f"repeats and tokens must be at least 1, got {repeats} and {tokens}")
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}")
+    for way in products:
+        cpu.check_products(way)
+    for shape in shapes:
+        _check_fit(*_read_shape(shape), kinds, bits, group_size, ranks)
+    place, kind_of_input = read_device(device), read_dtype(dtype, auto=False)
+    for shape in shapes:
+        out, in_ = _read_shape(shape)
+        size = in_ if group_size == -1 else group_size
+        generator = torch.Generator(place).manual_seed(seed)
+        x = torch.randn(tokens, in_, generator=generator, device=place).to(kind_of_input)
+        ways: dict[Any, list[Callable[[], Any]]] = {"read": [_reader(place)], "dense": _dense(out, in_, x, generator)}
+        int4 = _int4(out, in_, size, x, generator)
+        ways |= {"int4": int4} if int4 else {}
+        made: dict[Any, tuple[LayerFormat, float]] = {}
+        for kind, width, rank in product(kinds, bits, ranks):
+            format = _format(kind, width, rank, out, in_, size)
+            if format is None:
+                continue
+            layers = _layers(out, in_, format, x, generator)
+            for way in products:
+                ways[kind, width, rank, way] = [partial(layer, x) for layer in layers]
+                made[kind, width, rank, way] = format, _sqnr_db(layers[0], x, way)
+        seconds, waited = _medians(ways, repeats, place)
+        bandwidth = _READ_BYTES / seconds["read"] / 1e9
+        for key, (format, sqnr_db) in made.items():
+            gigabytes = format.stored_bits(out, in_) / 8e9
+            name = implementation(format, in_, place, kind_of_input).name
+            calls = {"call_milliseconds": 1e3 * waited[key], "call_times_dense": waited["dense"] / waited[key]}
+            yield {
+                "shape": shape, "kind": key[0], "bits": key[1], "rank": key[2], "products": key[3],
+                "tokens": tokens,
+                "milliseconds": 1e3 * seconds[key], "gigabytes_a_second": gigabytes / seconds[key],
+                "of_plain_read": gigabytes / seconds[key] / bandwidth, "plain_read": bandwidth,
+                "times_dense": seconds["dense"] / seconds[key],
+                "times_int4": seconds["int4"] / seconds[key] if int4 else None,
+                "sqnr_db": sqnr_db, "runs_on": name,
+            } | (calls if place.type == "cuda" else {})  # fmt: skip
+
+
+def _read_shape(shape: str) -> tuple[int, int]:
+    parts = shape.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"a shape must be out x in such as 4096x4096, got {shape!r}")
+    return int(parts[0]), int(parts[1])
+
+
+def _check_fit(
+    out: int, in_: int, kinds: Sequence[str], bits: Sequence[int], group_size: int, ranks: Sequence[int]
+) -> None:
+    """Refuse what no layer of the shape can have."""
+    own = in_ if group_size == -1 else group_size
+    if own < 1 or ("integer" in kinds and in_ % own):
+        raise ValueError(
+            f"group_size must divide the width, or be -1 for one group per row, got group_size {group_size} and shape "
+            f"{out}x{in_}"
+        )
+    most = max((_VECTORS.get(width, 1) for width in bits), default=1)
+    if "vector" in kinds and in_ % most:
+        raise ValueError(f"vectors of a codebook must divide the width, got vectors of {most} and shape {out}x{in_}")
+    if wrong := [width for width in bits if not 2 <= width <= 8]:
+        raise ValueError(f"bits must be between 2 and 8, got {wrong[0]}")
+    if wrong := [rank for rank in ranks if not 0 <= rank <= min(out, in_)]:
+        raise ValueError(f"ranks must be between 0 and {min(out, in_)} for shape {out}x{in_}, got {wrong[0]}")
+
+
+def _format(kind: str, bits: int, rank: int, out: int, in_: int, group_size: int) -> LayerFormat | None:
+    """The layer's format; None where a kind has none of that width."""
+    if kind == "integer":
+        return LayerFormat(bits, group_size, False, rank, "int8")
+    if kind == "lords":
+        parity = max(1, out * in_ // (group_size * (out + in_)))
+        return LayerFormat(bits, in_, True, rank, "int8", grid="normal-float", scale_rank=parity)
+    vector = _VECTORS.get(bits)
+    if vector is None:
+        return None
+    columns = math.gcd(in_, 256)
+    rows = max(n for n in range(1, 257) if out % n == 0)
+    return LayerFormat(bits, in_, True, rank, "int8", vector, rows, columns)
+
+
+def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch.Generator) -> list[QuantLinear]:
+    """As many random layers as no cache holds."""
+    layers = []
+    for _ in range(_rotation(format.stored_bits(out, in_))):
+        layer = QuantLinear(in_, out, format, device=x.device)
+        for name, tensor in layer.stored().items():
+            if name == "weight_shape":
+                tensor.copy_(torch.tensor([out, in_]))
+            elif tensor.dtype == torch.int32:
+                tensor.random_(-(2**31), 2**31 - 1, generator=generator)
+            elif tensor.dtype == torch.int8:
+                tensor.random_(-127, 128, generator=generator)
+            else:
+                # A low-rank part as small as it is in models, or it would be all that the output has.
+                small = 1e-4 if name in ("left_scale", "right_scale") else 0.02
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, device=x.device) * small)
+        layers.append(layer)
+    return layers
+
+
+@torch.no_grad()
+def _sqnr_db(layer: QuantLinear, x: Tensor, way: str) -> float:
+    """``20 log10(norm(y) / norm(y - y'))`` against the product with the decoded weight in float32."""
+    y = x.float() @ layer.value().dense().T
+    with cpu.products(way):
+        return float(20 * torch.log10(y.norm() / (y - layer(x).float()).norm()))
+
+
+def _dense(out: int, in_: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
+    count = _rotation(8 * out * in_ * x.element_size())
+    weights = [torch.randn(out, in_, generator=generator, device=x.device).to(x) for _ in range(count)]
+    return [partial(torch.nn.functional.linear, x, weight) for weight in weights]
+
+
+def _int4(out: int, in_: int, group_size: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
+    """Calls of torch's own operator for 4-bit codes; none where it does not fit."""
+    cuda = x.device.type == "cuda"
+    unfit = group_size not in (32, 64, 128, 256) or in_ % group_size or out % 32 or (cuda and in_ % 1024)
+    if unfit or x.dtype != torch.bfloat16 or x.device.type not in ("cpu", "cuda"):
+        return []
+    calls: list[Callable[[], Any]] = []
+    for _ in range(_rotation(4 * out * in_)):
+        scales = torch.rand(in_ // group_size, out, 2, generator=generator, device=x.device).to(x)
+        if cuda:
+            pairs = torch.randint(0, 256, (out, in_ // 2), generator=generator, dtype=torch.uint8, device=x.device)
+            packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+            calls.append(partial(torch.ops.aten._weight_int4pack_mm, x, packed, group_size, scales))
+        else:
+            codes = torch.randint(0, 16, (out, in_), generator=generator, dtype=torch.int32)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+            calls.append(partial(torch.ops.aten._weight_int4pack_mm_for_cpu, x, packed, group_size, scales))
+    return calls
+
+
+def _rotation(layer_bits: int) -> int:
+    """How many layers take turns."""
+    return min(_MOST_LAYERS, max(2, math.ceil(8 * _ROTATION_BYTES / layer_bits)))
+
+
+def _reader(device: torch.device) -> Callable[[], Any]:
+    buffer = torch.ones(_READ_BYTES // 4, dtype=torch.float32, device=device)
+    return lambda: buffer.sum()
+
+
+@torch.no_grad()
+def _medians(
+    ways: dict[Any, list[Callable[[], Any]]], repeats: int, device: torch.device
+) -> tuple[dict[Any, float], dict[Any, float]]:
+    """Seconds of one call by way, the median over rounds in which all ways take turns; one round is not counted.
+
+    Returns:
+        What the device takes, and what a caller waits who makes one call after the other; on a CPU the same. A CUDA
+        device replays a graph of the calls for the former, as compiled programs do: there a call's way through Python
+        and the driver takes longer than a small layer's work.
+    """
+    cuda = device.type == "cuda"
+    graphs = {key: _graph(calls) for key, calls in ways.items()} if cuda else {}
+    taken: dict[Any, list[float]] = {key: [] for key in ways}
+    waited: dict[Any, list[float]] = {key: [] for key in ways}
+    for round_ in range(repeats + 1):
+        for key, calls in ways.items():
+            with cpu.products(key[-1] if isinstance(key, tuple) else "exact"):
+                called = seconds_of(lambda calls=calls: [call() for call in calls], device)  # type: ignore[misc]
+            if round_:
+                waited[key].append(called / len(calls))
+                if cuda:
+                    replay = graphs[key].replay
+                    called = seconds_of(lambda replay=replay: [replay() for _ in range(_REPLAYS)], device) / _REPLAYS  # type: ignore[misc]
+                taken[key].append(called / len(calls))
+    return tuple({key: statistics.median(own) for key, own in times.items()} for times in (taken, waited))  # type: ignore[return-value]
+
+
+def _graph(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """The calls as a CUDA graph."""
+    for call in calls:  # compiles what is compiled at first calls
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph

@@ -1,0 +1,116 @@
+"""How fast a quantized linear can be at best: its bytes and operations over what a device moves and computes."""
+
+import itertools
+from dataclasses import dataclass, replace
+
+from lorq.core.tile_factors import TileFormat
+from lorq.core.weight import LayerFormat
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device's rates, by its maker's data sheet.
+
+    Attributes:
+        name: of the device.
+        bytes_per_second: of its memory.
+        operations_per_second: dense products in bfloat16 on tensor cores; a multiplication and an addition are two.
+    """
+
+    name: str
+    bytes_per_second: float
+    operations_per_second: float
+
+
+DEVICES = Device("A100 40 GB", 1555e9, 312e12), Device("H100 SXM", 3350e9, 989e12)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a layer must move and compute for some tokens, each number once.
+
+    Attributes:
+        bytes: of the weight as it is stored, of inputs and of outputs, both in 16 bits.
+        operations: of the products with the weight and with its low-rank factors.
+    """
+
+    bytes: int
+    operations: int
+
+    def seconds(self, device: Device) -> float:
+        """The longer of moving and computing: no kernel is faster, and a real one is slower."""
+        return max(self.bytes / device.bytes_per_second, self.operations / device.operations_per_second)
+
+    def bound(self, device: Device) -> str:
+        """Which of the two is longer, "memory" or "compute"."""
+        moving = self.bytes / device.bytes_per_second
+        return "memory" if moving >= self.operations / device.operations_per_second else "compute"
+
+
+def work(out: int, in_: int, format: LayerFormat, tokens: int) -> Work:
+    """Bytes and operations of a layer.
+
+    Example:
+        >>> w = work(4096, 4096, LayerFormat(4, 128, True), tokens=1)
+        >>> w.bytes == 4096 * 4096 // 2 + 2 * 4096 * 32 + 2 * (4096 + 4096), w.operations == 2 * 4096 * 4096
+        (True, True)
+        >>> [f"{w.seconds(device) * 1e6:.2f} us, {w.bound(device)}" for device in DEVICES]
+        ['5.57 us, memory', '2.59 us, memory']
+    """
+    moved = format.stored_bits(out, in_) // 8 + 2 * tokens * (out + in_)
+    return Work(moved, 2 * tokens * (out * in_ + format.rank * (out + in_)))
+
+
+def expert_work(out: int, in_: int, format: LayerFormat, tiles: TileFormat, tokens: int, top_k: int) -> Work:
+    """Bytes and operations of a gate or up projection of all experts that the tokens are routed to.
+
+    Tokens choose as different experts as there are, and these lie in as different rows and columns of the grid.
+
+    Args:
+        out: of an expert's weight.
+        in_: of an expert's weight.
+        format: of the experts' own layers.
+        tiles: of the factors that they share; rank 0 is without.
+        tokens: of the input.
+        top_k: experts of a token.
+
+    Example:
+        >>> w = expert_work(1408, 2048, LayerFormat(4, 128, True), TileFormat(8, 8, 60, 32, "int8"), tokens=1, top_k=4)
+        >>> w.operations == 2 * (4 * 1408 * 2048 + 4 * 32 * 2048 + 4 * 1408 * 32)
+        True
+    """
+    pairs = tokens * top_k
+    experts, rows, columns = (min(count, pairs) for count in (tiles.experts, tiles.rows, tiles.columns))
+    read = replace(tiles, rows=rows, columns=columns, experts=experts)
+    moved = (experts * format.stored_bits(out, in_) + read.stored_bits(out, in_)) // 8
+    return Work(
+        moved + 2 * tokens * in_ + 2 * pairs * out,
+        2 * (pairs * out * in_ + tokens * rows * tiles.rank * in_ + pairs * tiles.rank * out),
+    )
+
+
+def expert_table() -> str:
+    """The table of experts in docs/kernels.md: 60 of 1408 x 2048, four for a token, groups of 128, a grid of 8 x 8."""
+    head = "| bits | rank | tokens | MB | GFLOP | " + " | ".join(f"{d.name}, us" for d in DEVICES) + " |"
+    lines = [head, "|" + "---|" * (5 + len(DEVICES))]
+    for bits, rank, tokens in itertools.product((2, 4), (0, 32), (1, 16, 512)):
+        w = expert_work(1408, 2048, LayerFormat(bits, 128, True), TileFormat(8, 8, 60, rank, "int8"), tokens, 4)
+        times = (f"{w.seconds(device) * 1e6:.1f} {w.bound(device)}" for device in DEVICES)
+        cells = (bits, rank, tokens, f"{w.bytes / 1e6:.2f}", f"{w.operations / 1e9:.3f}")
+        lines.append("| " + " | ".join(map(str, (*cells, *times))) + " |")
+    return "\n".join(lines)
+
+
+def table() -> str:
+    """The table of docs/kernels.md: 2 to 4 bits in groups of 128, with and without 32 pairs of int8 factors."""
+    head = "| out x in | bits | rank | tokens | MB | GFLOP | " + " | ".join(f"{d.name}, us" for d in DEVICES) + " |"
+    lines = [head, "|" + "---|" * (6 + len(DEVICES))]
+    for out, in_ in ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096)):
+        for bits in (2, 3, 4):
+            for rank in (0, 32):
+                for tokens in (1, 512):
+                    w = work(out, in_, LayerFormat(bits, 128, True, rank, "int8"), tokens)
+                    times = (f"{w.seconds(device) * 1e6:.1f} {w.bound(device)}" for device in DEVICES)
+                    cells = (f"{out} x {in_}", bits, rank, tokens, f"{w.bytes / 1e6:.2f}", f"{w.operations / 1e9:.3f}")
+                    lines.append("| " + " | ".join(map(str, (*cells, *times))) + " |")
+    return "\n".join(lines)

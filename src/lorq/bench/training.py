@@ -1,0 +1,137 @@
+"""Measure training: what an adapter, an additive low-rank adapter of the same size, and QAT make of one folder."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from lorq.adapt import Settings, train
+from lorq.adapt.adapters import lords_layers
+from lorq.adapt.train import descend, read_dataset
+from lorq.bench.timing import Result
+from lorq.evaluation import evaluate_model
+from lorq.models.locate import resolve_model
+from lorq.models.texts import load_text, token_windows
+from lorq.runtime.hf import load
+from lorq.runtime.linear import QuantLinear
+
+WAYS = ("peft", "lora", "qat")
+_LORA_RATE = 5e-4
+
+
+def bench_adapt(
+    model: str,
+    *,
+    ways: Iterable[str] = WAYS,
+    rates: Iterable[float] = (0.0,),
+    text: str = "python-docs-even",
+    evaluation: str = "python-docs-odd",
+    windows: int = 16,
+    reference: str | None = None,
+    **settings: Any,
+) -> Iterator[Result]:
+    """Train a folder in several ways on one text and measure each on another, every run in a process of its own.
+
+    "peft" trains LoRDS' scale factors (`lorq.adapt.train`); "lora" puts an additive adapter of the package peft onto
+    the same packed layers, with the same number of parameters in each, scaled by 1; "qat" trains weights and scales.
+    All see the same batches in the same order under the same schedule.
+
+    Args:
+        model: a lorq folder, quantized with lords.
+        ways: of ``WAYS``.
+        rates: learning rates to try with each; 0 is the way's default (for "lora" that of "peft").
+        text: to train on.
+        evaluation: to measure on.
+        windows: of the training's sequence length, evenly spread over the text that is measured on.
+        reference: the original, where "qat" starts.
+        **settings: of `lorq.adapt.Settings`.
+
+    Yields:
+        Way, rate, numbers trained, perplexity before and after, seconds a step, peak of the process's memory.
+
+    Raises:
+        ValueError: for an unknown way.
+        RuntimeError: if a run fails; its own message is on standard error.
+    """
+    if unknown := [way for way in ways if way not in WAYS]:
+        raise ValueError(f"ways must be among {', '.join(WAYS)}, got {', '.join(unknown)}")
+    for way in ways:
+        for rate in rates:
+            given = {
+                "model": model, "way": way, "rate": rate, "text": text, "evaluation": evaluation, "windows": windows,
+                "reference": reference, "settings": settings,
+            }  # fmt: skip
+            done = subprocess.run([sys.executable, "-c", _CHILD, json.dumps(given)], stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise RuntimeError(f"training {way} with rate {rate} ended with status {done.returncode}")
+            figures, peak = done.stdout.rstrip().splitlines()[-2:]
+            yield json.loads(figures) | {"peak_megabytes": int(peak) / 1e3}
+
+
+_CHILD = """
+import json, sys
+from lorq.bench.training import measure
+print(json.dumps(measure(**json.loads(sys.argv[1]))))
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def measure(
+    model: str,
+    *,
+    way: str,
+    rate: float,
+    text: str,
+    evaluation: str,
+    windows: int,
+    reference: str | None,
+    settings: dict[str, Any],
+) -> Result:
+    """One run of `bench_adapt`."""
+    from transformers import AutoTokenizer
+
+    folder = resolve_model(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    length = settings.get("seq_len", 512)
+    held_out = token_windows(load_text(evaluation), tokenizer, windows=windows, length=length, what=evaluation)
+    loaded = load(folder, device="cpu")
+
+    def perplexity() -> float:
+        return evaluate_model(loaded, held_out, text=evaluation, bits_per_weight=None).perplexity
+
+    before = perplexity()
+    began = time.perf_counter()
+    if way == "lora":
+        chosen, examples = Settings(**settings), read_dataset(loaded, text, Settings(**settings))
+        add_lora(loaded)
+        learning = [p for p in loaded.parameters() if p.requires_grad]
+        losses = descend(loaded, examples, [{"params": learning, "lr": rate or _LORA_RATE}], chosen, None)
+        count = sum(p.numel() for p in learning)
+    else:
+        trained = train(
+            loaded, text, way, reference=reference if way == "qat" else None, learning_rate=rate, **settings  # type: ignore[arg-type]
+        )  # fmt: skip
+        losses, count = list(trained.losses), trained.parameters
+    seconds = time.perf_counter() - began
+    last = losses[-10:]
+    return {
+        "way": way, "rate": rate, "trained": count, "perplexity_before": before, "perplexity_after": perplexity(),
+        "loss_first": losses[0], "loss_last": sum(last) / len(last), "seconds_a_step": seconds / len(losses),
+    }  # fmt: skip
+
+
+def add_lora(model: nn.Module) -> None:
+    """Put peft's additive adapters onto a LoRDS model's layers, each with as many parameters as its scale factors."""
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import Linear
+
+    ranks = {name: layer.format.scale_rank for name, layer in lords_layers(model).items()}
+    config = LoraConfig(
+        target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks, r=1, lora_alpha=1, lora_dropout=0.0
+    )
+    config._register_custom_module({QuantLinear: Linear})
+    inject_adapter_in_model(config, model)

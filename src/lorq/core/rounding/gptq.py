@@ -1,0 +1,146 @@
+"""GPTQ: round one column at a time and let the columns to come make up for the error."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorq.core.grids import IntGrid, LevelGrid
+from lorq.core.linalg import damp, inverse_factor
+from lorq.core.rounding.clip import RangeSearch, search_range
+from lorq.core.rounding.nearest import Rounded
+
+# Columns whose mutual updates are done one by one; all later columns are updated once per block, as one
+# matrix product.
+_BLOCK = 128
+
+
+def gptq(
+    target: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    grid: IntGrid,
+    *,
+    search: RangeSearch | None = None,
+    damping: float = 0.01,
+    upper: Float[Tensor, "in in"] | None = None,
+) -> Rounded:
+    """Codes that keep ``tr[(T - Q) H (T - Q)^T]`` small by passing errors on.
+
+    With ``H^-1 = U^T U``, ``U`` upper triangular, column ``i`` is rounded to ``q_i`` and every later column
+    ``j`` moves by ``- (t_i - q_i) U_ij / U_ii``. Where a group begins, its range is fitted to what earlier
+    errors have made of its columns.
+
+    Args:
+        target: what is to be rounded; unchanged.
+        hessian: of the inputs.
+        grid: the kind of grid.
+        search: range search for each group; None takes the full range.
+        damping: share of the mean diagonal added to the diagonal.
+        upper: ``U``, where it is at hand already.
+
+    Returns:
+        The codes and their grid.
+
+    Raises:
+        ValueError: if the damped Hessian is not positive definite.
+
+    Source:
+        GPTQ, arXiv:2210.17323, with lazy blocks. Deviation: the range search inside, on the group's block of
+        the Hessian.
+    """
+    width, size = target.shape[1], grid.group_size
+    grid.grouped(target)  # refuses a group size that does not divide
+    if upper is None:
+        upper = inverse_factor(damp(hessian, damping))
+    columns = target.T.contiguous()  # (in, out): a column of the weight is contiguous
+    codes = torch.empty_like(columns)
+    scale = columns.new_empty(width // size, columns.shape[1])
+    zero = torch.empty_like(scale)
+
+    def encode(i: int, column: Tensor) -> tuple[Tensor, Tensor]:
+        group = i // size
+        if i % size == 0:
+            part = columns[i : i + size].T
+            inner = hessian[i : i + size, i : i + size]
+            s, z = search_range(part, inner, grid, search) if search else grid.fit(part)
+            scale[group], zero[group] = s[:, 0], z[:, 0]
+        s, z = scale[group], zero[group]
+        code = grid.encode(column, s, z)
+        return code, grid.decode(code, s, z)
+
+    _feed_back(columns, codes, upper, _blocks(width, size), encode)
+    return Rounded(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
+
+
+def gptq_levels(
+    target: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out in"],
+    grid: LevelGrid,
+    *,
+    upper: Float[Tensor, "in in"],
+) -> Float[Tensor, "out in"]:
+    """Codes on fixed levels under a given scale of each weight, by the same passing on of errors.
+
+    Args:
+        target: what is to be rounded; unchanged.
+        scale: of each weight, of either sign.
+        grid: the levels.
+        upper: ``U`` of `gptq`, that is `lorq.core.stats.PreparedHessian.inverse_factor`; a diagonal one gives
+            nearest codes.
+
+    Returns:
+        The codes, as floats.
+
+    Source:
+        GPTQ, arXiv:2210.17323; the scale is there before the first column, so that nothing is fitted on the way.
+    """
+    columns, scales = target.T.contiguous(), scale.T.contiguous()
+    codes = torch.empty_like(columns)
+
+    def encode(i: int, column: Tensor) -> tuple[Tensor, Tensor]:
+        code = grid.encode(column, scales[i])
+        return code, grid.decode(code, scales[i])
+
+    width = len(columns)
+    _feed_back(columns, codes, upper, _blocks(width, width), encode)
+    return codes.T.contiguous()
+
+
+def _feed_back(
+    columns: Float[Tensor, "in out"],
+    codes: Float[Tensor, "in out"],
+    upper: Float[Tensor, "in in"],
+    blocks: Iterator[tuple[int, int]],
+    encode: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+) -> None:
+    """Round the weight's columns one by one, in place in ``codes``; ``columns`` become what was rounded.
+
+    Args:
+        columns: the weight's.
+        codes: to be filled.
+        upper: ``U``.
+        blocks: of columns whose mutual updates are done one by one.
+        encode: codes of a column by its number and content, and what they stand for.
+    """
+    diagonal = upper.diagonal().tolist()
+    for start, end in blocks:
+        errors = columns.new_empty(end - start, columns.shape[1])
+        rows = columns[start:end].unbind()  # views, cheaper to make at once
+        for i, column in enumerate(rows, start):
+            codes[i], value = encode(i, column)
+            error = torch.sub(column, value, out=errors[i - start]).div_(diagonal[i])
+            columns[i + 1 : end].addr_(upper[i, i + 1 : end], error, alpha=-1)
+        columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+
+
+def _blocks(width: int, size: int) -> Iterator[tuple[int, int]]:
+    """Blocks of at most ``_BLOCK`` columns: several whole groups, or a part of one group.
+
+    So every group has received all earlier errors when its range is fitted at its first column.
+    """
+    whole = (_BLOCK // size) * size  # several small groups in one block
+    step = whole if whole else size
+    for start in range(0, width, step):
+        for inner in range(start, min(start + step, width), _BLOCK):
+            yield inner, min(inner + _BLOCK, start + step, width)

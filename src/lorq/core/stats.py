@@ -1,0 +1,167 @@
+"""InputStats: what calibration knows about the inputs of a layer."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorq.core.linalg import cholesky, damp, inverse_factor, shrink
+
+# Rows of the Gram matrix that are summed at a time.
+_STRIP = 256
+TokenWeights = Literal["equal", "plain"]
+
+
+@dataclass(frozen=True)
+class InputStats:
+    """Second moments and mean magnitudes of one distinct input.
+
+    Attributes:
+        hessian: ``sum_t v_t d_t x_t x_t^T / sum_t v_t``, that is ``X^T D X / tokens`` where no token is weighed by
+            a router (``v_t = 1``); squared activation units (dimensionless with "equal" weights).
+        mean_abs: ``sum_t v_t sqrt(d_t) |x_tj| / sum_t v_t``, per input channel.
+        tokens: calibration tokens seen.
+        routed: how many of them the layer gets in use, where that is fewer: an expert that saw too few tokens has the
+            statistics of all.
+        low: smallest value of each channel, unweighted; None where nobody looked.
+        high: largest.
+    """
+
+    hessian: Float[Tensor, "in in"]
+    mean_abs: Float[Tensor, "in"]
+    tokens: int
+    routed: int | None = None
+    low: Float[Tensor, "in"] | None = None
+    high: Float[Tensor, "in"] | None = None
+    _prepared: dict[tuple[float, float], "PreparedHessian"] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    @property
+    def load(self) -> int:
+        """Tokens that the layer gets in use, at least 1."""
+        return max(1, self.tokens if self.routed is None else self.routed)
+
+    def smoothed(self, scale: Float[Tensor, "in"]) -> "InputStats":
+        """Of the same inputs with each channel divided by ``scale``, the tokens weighted as before."""
+        return replace(
+            self,
+            hessian=self.hessian / torch.outer(scale, scale),
+            mean_abs=self.mean_abs / scale,
+            low=None if self.low is None else self.low / scale,
+            high=None if self.high is None else self.high / scale,
+        )
+
+    def prepared(self, *, shrinkage: float, damping: float) -> "PreparedHessian":
+        """The Hessian shrunk towards its diagonal, with its factors; made once for all layers that share it."""
+        key = (shrinkage, damping)
+        if key not in self._prepared:
+            # setdefault: layers that share an input are solved side by side.
+            self._prepared.setdefault(key, PreparedHessian(shrink(self.hessian, shrinkage), damping))
+        return self._prepared[key]
+
+
+@dataclass(frozen=True)
+class PreparedHessian:
+    """A Hessian as a method uses it, and what is expensive to derive from it, derived when first asked for.
+
+    Attributes:
+        matrix: the shrunk Hessian.
+        damping: share of the mean diagonal added to the diagonal before it is factorised.
+    """
+
+    matrix: Float[Tensor, "in in"]
+    damping: float
+
+    @cached_property
+    def factor(self) -> Float[Tensor, "in in"]:
+        """Lower Cholesky factor of the damped matrix."""
+        return cholesky(damp(self.matrix, self.damping))
+
+    @cached_property
+    def inverse_factor(self) -> Float[Tensor, "in in"]:
+        """Upper factor of the damped matrix's inverse, as `lorq.core.rounding.gptq` reads it."""
+        return inverse_factor(damp(self.matrix, self.damping))
+
+
+class StatsAccumulator:
+    """Sums an input's statistics window by window, in float32.
+
+    ``D`` weighs the tokens. "equal" gives each token the weight ``1 / mean(x_t^2)``, so that each counts the
+    same: language models have a few tokens with enormous activations (attention sinks), and the "plain" sum,
+    ``D = I``, serves only those. Weights ``v_t`` from outside come on top; only their ratios matter.
+    """
+
+    def __init__(self, width: int, token_weights: TokenWeights = "equal", device: torch.device | str = "cpu"):
+        self.token_weights = token_weights
+        self.gram = torch.zeros(width, width, device=device)
+        self.magnitude = torch.zeros(width, device=device)
+        self.low = torch.full((width,), torch.inf, device=device)
+        self.high = torch.full((width,), -torch.inf, device=device)
+        self.tokens = 0
+        self.weight = 0.0  # sum of v_t
+
+    def add(self, inputs: Float[Tensor, "*batch in"], weights: Float[Tensor, "*batch"] | None = None) -> None:
+        """Count ``inputs``; leading dimensions are tokens.
+
+        Args:
+            inputs: of the layer.
+            weights: ``v_t``, at least 0; 1 for all tokens if left out.
+
+        Raises:
+            FloatingPointError: if an input is not finite.
+            ValueError: if a weight is negative or not finite.
+        """
+        x = inputs.reshape(-1, inputs.shape[-1]).float()
+        if not bool(torch.isfinite(x).all()):
+            bad = int((~torch.isfinite(x)).sum())
+            raise FloatingPointError(
+                f"calibration inputs must be finite, got {bad} NaN or infinite values of {x.numel()}; "
+                "the model overflows on this text in this dtype"
+            )
+        if len(x):
+            self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
+        if self.token_weights == "equal":
+            # A token of zeros has no direction; the clamp lets it add nothing.
+            x = x * x.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
+        self.tokens += x.shape[0]
+        if weights is None:
+            self.weight += x.shape[0]
+            self.magnitude += x.abs().sum(0)
+        else:
+            v = weights.reshape(-1).float()
+            if not bool((torch.isfinite(v) & (v >= 0)).all()):
+                raise ValueError(f"token weights must be finite and at least 0, got {v.min()} to {v.max()}")
+            self.weight += float(v.sum())
+            self.magnitude += v @ x.abs()
+            x = x * v.sqrt()[:, None]
+        for start in range(0, x.shape[1], _STRIP):
+            # Only on and right of the diagonal; a narrow strip keeps what is computed twice small.
+            self.gram[start : start + _STRIP, start:].addmm_(x[:, start : start + _STRIP].T, x[:, start:])
+
+    def finish(self) -> InputStats:
+        """The means over all counted tokens.
+
+        Raises:
+            ValueError: if no token was counted, or none with a weight.
+        """
+        if not self.tokens:
+            raise ValueError("statistics need at least one token, got 0; was the layer ever run?")
+        if not self.weight:
+            raise ValueError(f"the weights of {self.tokens} tokens must sum to more than 0, got {self.weight}")
+        upper = self.gram.triu() / self.weight
+        gram = upper + upper.triu(1).T
+        return InputStats(gram, self.magnitude / self.weight, self.tokens, low=self.low, high=self.high)
+
+
+def output_energy(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, ""]:
+    """``tr(D H D^T)``: mean squared change of a layer's output if its weight changes by ``delta``.
+
+    Example:
+        >>> output_energy(torch.tensor([[3.0, 4.0]]), torch.eye(2))
+        tensor(25.)
+    """
+    return ((delta @ hessian) * delta).sum()

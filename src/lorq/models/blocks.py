@@ -1,0 +1,293 @@
+"""Walk a causal language model one decoder block at a time, the rest of it without memory."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lorq.models.skeleton import Source, find_blocks, find_sources, get_tensor, put_tensor, read_config, skeleton
+from lorq.storage.atomic import TEMPORARY
+from lorq.storage.reader import SourceCheckpoint
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer that can be quantized.
+
+    Attributes:
+        name: full module name, such as ``model.layers.0.mlp.up_proj``.
+        out_features: rows of its weight in our orientation.
+        in_features: columns.
+        transposed: the checkpoint keeps ``(in, out)``, as GPT-2's Conv1D does.
+        has_bias: there is a bias, which stays as it is.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    transposed: bool
+    has_bias: bool
+
+
+@dataclass(frozen=True)
+class Calls:
+    """What the model hands to each block besides the hidden states: masks, rotary angles and the like."""
+
+    of_block: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+
+
+class StreamedModel:
+    """A model skeleton whose parameters are read when they are needed and given back afterwards.
+
+    Blocks are found by what transformers declares (``_no_split_modules``), so that an architecture needs no
+    code here.
+
+    Args:
+        model: on the meta device, but for the buffers that are computed (`skeleton`).
+        checkpoint: where its tensors lie.
+        device: where a block lives while it is worked on.
+        dtype: of the activations and of a resident block's parameters.
+
+    Raises:
+        ValueError: if no decoder blocks are found, or tensors that the model needs are missing
+            or of another shape, or weights are neither in linear layers nor in experts that can be split.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: SourceCheckpoint,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.model, self.checkpoint = model, checkpoint
+        self.device, self.dtype = torch.device(device), dtype
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+        self.blocks = find_blocks(model)
+        self._parameters = {name for name, _ in model.named_parameters()}
+        self._names = list(model.state_dict(keep_vars=True))
+        self._sources = self._match_names()
+
+    @classmethod
+    def open(cls, folder: Path, **where: Any) -> "StreamedModel":
+        """The model of a Hugging Face folder; options as of the class."""
+        return cls(skeleton(read_config(folder)), SourceCheckpoint.open(folder), **where)
+
+    # -- names ------------------------------------------------------------------------------------------
+
+    def _match_names(self) -> dict[str, Source]:
+        """Where every parameter and stored buffer lies, by its name in the model."""
+        self._refuse_fused()
+        stored = find_sources(self.model, self.checkpoint)
+        tied = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        found = {name: stored[name] for name in self._names if name in stored}
+        missing = [name for name in self._names if name not in found and name not in tied]
+        for name, origin in tied.items():
+            if name not in found and origin in found:
+                found[name] = found[origin]
+        if missing:
+            raise ValueError(
+                f"{self.checkpoint.folder} lacks {len(missing)} tensors that {type(self.model).__name__} needs, "
+                f"such as {', '.join(missing[:3])}; the checkpoint is incomplete or of another architecture"
+            )
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
+        wrong = [
+            f"{name} is {source.shape(self.checkpoint)}, not {shapes[name]}"
+            for name, source in found.items()
+            if source.shape(self.checkpoint) != shapes[name]
+        ]
+        if wrong:
+            raise ValueError(
+                f"{self.checkpoint.folder}: {len(wrong)} tensors do not fit the config: {'; '.join(wrong[:3])}; "
+                "config.json belongs to another model"
+            )
+        return found
+
+    def _refuse_fused(self) -> None:
+        """`split_experts` takes apart what it knows; what is left would stay as it is without a word."""
+        for block in self.blocks:
+            for name, parameter in self.model.get_submodule(block).named_parameters(prefix=block):
+                if parameter.ndim >= 3:
+                    path, _, local = name.rpartition(".")
+                    raise ValueError(
+                        f"{type(self.model).__name__} is not supported: {path} "
+                        f"({type(self.model.get_submodule(path)).__name__}) keeps weights outside linear layers, in "
+                        f"{local} of shape {tuple(parameter.shape)}, and not as transformers' fused experts do"
+                    )
+
+    def stored_tensor(self, name: str) -> Tensor:
+        """A tensor as the checkpoint keeps it, by its name in the model."""
+        return self._sources[name].read(self.checkpoint)
+
+    @property
+    def unused_tensors(self) -> list[str]:
+        """Tensors of the checkpoint that the architecture has no place for."""
+        return sorted(set(self.checkpoint.names) - {source.name for source in self._sources.values()})
+
+    @property
+    def tied_names(self) -> set[str]:
+        """Parameters that share the tensor of another name and are not stored a second time."""
+        tied = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
+        return {name for name, origin in tied.items() if self._sources.get(name) == self._sources.get(origin)}
+
+    def names_under(self, block: str) -> list[str]:
+        """Parameters and stored buffers of one block."""
+        return [name for name in self._names if name.startswith(block + ".")]
+
+    def names_outside(self) -> list[str]:
+        """Parameters and stored buffers outside all blocks, tied ones once."""
+        prefixes = tuple(block + "." for block in self.blocks)
+        tied = self.tied_names
+        return [name for name in self._names if not name.startswith(prefixes) and name not in tied]
+
+    def targets(self, block: str) -> list[Target]:
+        """The linear layers of a block, in the order of the architecture."""
+        from transformers.pytorch_utils import Conv1D
+
+        found = []
+        for name, module in self.model.get_submodule(block).named_modules(prefix=block):
+            if isinstance(module, nn.Linear | Conv1D):
+                out, in_ = module.weight.shape
+                transposed = isinstance(module, Conv1D)
+                found.append(
+                    Target(
+                        name, in_ if transposed else out, out if transposed else in_, transposed,
+                        module.bias is not None,
+                    )
+                )  # fmt: skip
+        return found
+
+    def weight(self, target: Target) -> Float[Tensor, "out in"]:
+        """The stored weight of a linear layer, (out, in), in its stored dtype."""
+        weight = self.stored_tensor(target.name + ".weight")
+        return weight.T.contiguous() if target.transposed else weight
+
+    # -- memory -----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def resident(self, names: list[str]) -> Iterator[None]:
+        """Keep these parameters in memory for the duration, in the model's compute dtype."""
+        loaded: dict[Source, Tensor] = {}  # tied parameters share one tensor
+        for name in names:
+            source = self._sources[name]
+            if source not in loaded:
+                tensor = source.read(self.checkpoint)
+                # Buffers keep their type: a mask or a count is no activation.
+                keep = not tensor.is_floating_point() or name not in self._parameters
+                loaded[source] = tensor.to(self.device, tensor.dtype if keep else self.dtype)
+            put_tensor(self.model, name, loaded[source])
+        try:
+            yield
+        finally:
+            for name in names:
+                put_tensor(self.model, name, get_tensor(self.model, name).to("meta"))
+
+    @contextmanager
+    def resident_block(self, index: int) -> Iterator[nn.Module]:
+        """One decoder block in memory."""
+        block = self.blocks[index]
+        with self.resident(self.names_under(block)):
+            yield self.model.get_submodule(block)
+
+    # -- running ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _stand_ins(self, stand_in: Callable[..., Tensor]) -> Iterator[None]:
+        """Let ``stand_in(index, hidden, *args, **kwargs)`` answer for every block."""
+        modules = [self.model.get_submodule(block) for block in self.blocks]
+        for index, module in enumerate(modules):
+            # On the instance, so that what the model reads off its blocks stays what it is.
+            module.forward = lambda *args, _index=index, **kwargs: stand_in(_index, *args, **kwargs)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward
+
+    @torch.no_grad()
+    def embed(self, windows: Int[Tensor, "windows length"], hidden: Float[Tensor, "windows length width"]) -> Calls:
+        """Write the first block's inputs into ``hidden``; return what else the blocks are called with.
+
+        The model's own forward runs with a stand-in for every block, so masks and rotary angles come out as
+        the architecture makes them. They are the same for all windows, which have one length and no padding.
+        """
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        seen: list[Tensor] = []
+
+        def note(index: int, *args: Any, **kwargs: Any) -> Tensor:
+            first, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            if len(calls) == index:
+                calls.append((rest, kwargs))
+            if index == 0:
+                seen[:] = [first]
+            return first
+
+        with self.resident(self._outside_with_ties()), self._stand_ins(note):
+            for i, window in enumerate(windows):
+                self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
+                hidden[i] = seen[0][0].to(hidden.device, hidden.dtype)
+        return Calls(tuple(calls))
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: Float[Tensor, "length width"], calls: Calls) -> Float[Tensor, "length width"]:
+        """The output of a resident block for one window."""
+        return self.differentiable_run(index, hidden, calls, {})
+
+    def differentiable_run(
+        self, index: int, hidden: Float[Tensor, "length width"], calls: Calls, weights: Mapping[Target, Tensor]
+    ) -> Float[Tensor, "length width"]:
+        """The same with other weights (out, in) for some of its layers; gradients flow into them."""
+        args, kwargs = calls.of_block[index]
+        name = self.blocks[index]
+        given = {
+            f"{target.name.removeprefix(name + '.')}.weight": weight.T if target.transposed else weight
+            for target, weight in weights.items()
+        }
+        inputs = (hidden[None].to(self.device, self.dtype), *args)
+        out = torch.func.functional_call(self.model.get_submodule(name), given, inputs, kwargs)
+        return (out[0] if isinstance(out, tuple) else out)[0]
+
+    @torch.no_grad()
+    def logits(
+        self, window: Int[Tensor, "length"], hidden: Float[Tensor, "length width"]
+    ) -> Float[Tensor, "length vocabulary"]:
+        """Logits from the last block's output: final norm, head and whatever else the architecture has there."""
+        last = len(self.blocks) - 1
+
+        def answer(index: int, *args: Any, **kwargs: Any) -> Tensor:
+            first = args[0] if args else kwargs["hidden_states"]
+            return hidden[None].to(first.device, first.dtype) if index == last else first
+
+        with self.resident(self._outside_with_ties()), self._stand_ins(answer):
+            return self.model(input_ids=window[None].to(self.device), use_cache=False).logits[0].float()
+
+    def _outside_with_ties(self) -> list[str]:
+        return self.names_outside() + sorted(self.tied_names)
+
+
+def hidden_states(
+    shape: tuple[int, int, int], *, limit_bytes: int, folder: Path
+) -> Float[Tensor, "windows length width"]:
+    """Room for the hidden states of all windows: memory, or a file mapped into memory past ``limit_bytes``.
+
+    The file has no name any more when this returns, so it vanishes with the process, however that ends.
+    """
+    windows, length, width = shape
+    size = windows * length * width
+    if 4 * size <= limit_bytes:
+        return torch.empty(shape)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden-", suffix=TEMPORARY) as file:
+        # Not a sparse file: a disk that fills up later would kill the process.
+        os.posix_fallocate(file.fileno(), 0, 4 * size)
+        return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)

@@ -1,0 +1,253 @@
+"""Mixture-of-experts layers as ordinary linear layers: transformers' fused tensors taken apart, and put back.
+
+transformers keeps all experts of a layer in two tensors, ``gate_up_proj`` (experts, 2 * width, hidden) and
+``down_proj`` (experts, hidden, width). A low-rank quantizer wants each projection of each expert on its own, so
+`split_experts` puts an `Experts` module there: ``experts.3.gate_proj`` is then a linear layer like any other.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+# What `transformers.integrations.use_experts_implementation` (5.23) sets on a module with fused experts.
+_DECLARED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One projection of one expert as a part of a fused tensor.
+
+    Attributes:
+        expert: index along the first dimension.
+        half: 0 for the gate's rows, 1 for those of the up projection, None for all.
+        interleaved: the halves alternate row by row and do not follow each other.
+        transposed: the fused tensor keeps (in, out).
+    """
+
+    expert: int
+    half: int | None
+    interleaved: bool
+    transposed: bool
+
+    def of(self, fused: Tensor) -> Tensor:
+        """This part of the expert's own slice of the fused tensor: a weight (out, in), or a bias.
+
+        Example:
+            >>> Part(0, 1, interleaved=True, transposed=True).of(torch.arange(8).view(2, 4))
+            tensor([[1, 5],
+                    [3, 7]])
+        """
+        rows = fused.T if self.transposed and fused.ndim == 2 else fused
+        if self.half is None:
+            return rows
+        if self.interleaved:
+            return rows[self.half :: 2]
+        middle = len(rows) // 2
+        return rows[middle:] if self.half else rows[:middle]
+
+
+class Watcher(Protocol):
+    """What may look on while experts run."""
+
+    def before(self, hidden_states: Tensor, top_k_index: Tensor) -> None:
+        """All tokens of the layer, and the experts that each is routed to."""
+
+    def ran(self, expert: int, inputs: Tensor, middle: Tensor, weights: Tensor) -> None:
+        """The tokens routed to one expert: its inputs, those of its down projection, and the router's weights."""
+
+
+class Expert(nn.Module):
+    """The three projections of one expert; `Experts` runs them."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+
+class Experts(nn.ModuleList):
+    """Stands where a fused experts module was; the experts are its children, named by their numbers.
+
+    Args:
+        fused: the module that it replaces, which loses its parameters. What happens between the projections
+            stays what that module's class says.
+    """
+
+    watcher: Watcher | None = None
+
+    def __init__(self, fused: Any):
+        super().__init__(Expert() for _ in range(len(fused.gate_up_proj)))
+        self._fused = (fused,)  # in a tuple, so that it is no child
+        for name, tensor, part in self.parts():
+            path, _, leaf = name.rpartition(".")
+            expert, _, projection = path.partition(".")
+            values = part.of(getattr(fused, tensor).detach()[part.expert]).clone()
+            if leaf == "weight":
+                layer = nn.Linear(values.shape[1], values.shape[0], bias=fused.has_bias, device="meta")
+                setattr(self[int(expert)], projection, layer)
+            setattr(self.get_submodule(path), leaf, nn.Parameter(values, requires_grad=False))
+        fused._parameters.clear()
+
+    def parts(self) -> Iterator[tuple[str, str, Part]]:
+        """Of every parameter the name here, such as "3.gate_proj.weight", the fused tensor's, and the part of it."""
+        fused = self._fused[0]
+        for expert in range(len(self)):
+            for projection, tensor, half in (
+                ("gate_proj", "gate_up_proj", 0), ("up_proj", "gate_up_proj", 1), ("down_proj", "down_proj", None),
+            ):  # fmt: skip
+                part = Part(expert, half, not fused.is_concatenated, fused.is_transposed)
+                yield f"{expert}.{projection}.weight", tensor, part
+                if fused.has_bias:
+                    yield f"{expert}.{projection}.bias", tensor + "_bias", part
+
+    @property
+    def takes_apart_in_order(self) -> bool:
+        """The fused tensors are the experts' own (out, in) weights, one after the other, the gate's before up's."""
+        return self._fused[0].is_concatenated and not self._fused[0].is_transposed
+
+    def fuse(self) -> nn.Module:
+        """The original module, its parameters made from the experts' dense layers."""
+        fused: Any = self._fused[0]
+        for leaf, ending in (("weight", ""), ("bias", "_bias")) if fused.has_bias else (("weight", ""),):
+            gate, up, down = (
+                torch.stack([getattr(getattr(expert, projection), leaf).detach() for expert in self])
+                for projection in ("gate_proj", "up_proj", "down_proj")
+            )
+            for name, tensor in (("gate_up_proj", self._join(gate, up, 1)), ("down_proj", down)):
+                if fused.is_transposed and leaf == "weight":
+                    tensor = tensor.mT.contiguous()
+                fused.register_parameter(name + ending, nn.Parameter(tensor, requires_grad=False))
+        return fused.train(self.training)
+
+    def _join(self, gate: Tensor, up: Tensor, dim: int) -> Tensor:
+        """Gate and up as the class keeps them along a dimension: one after the other, or by turns."""
+        if self._fused[0].is_concatenated:
+            return torch.cat([gate, up], dim)
+        return torch.stack([gate, up], dim + 1).flatten(dim, dim + 1)
+
+    def middle(self, expert: int, inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens width"]:
+        """What one expert's down projection is given."""
+        own: Any = self[expert]
+        return self.gated(own.gate_proj(inputs), own.up_proj(inputs))
+
+    def gated(self, gate: Float[Tensor, "tokens width"], up: Float[Tensor, "tokens width"]) -> Tensor:
+        """The model's own way from the gate's and the up projection's outputs to the down projection's input."""
+        return self._fused[0]._apply_gate(self._join(gate, up, 1))
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "tokens in"],
+        top_k_index: Int[Tensor, "tokens k"],
+        top_k_weights: Float[Tensor, "tokens k"],
+    ) -> Float[Tensor, "tokens in"]:
+        """Sum of the chosen experts' outputs, each times its router weight.
+
+        An index past the last expert stands for none: expert parallelism masks tokens so.
+        """
+        if self.watcher:
+            self.watcher.before(hidden_states, top_k_index)
+        out = torch.zeros_like(hidden_states)
+        for number in top_k_index.unique().tolist():
+            if number >= len(self):
+                continue
+            token, place = torch.where(top_k_index == number)
+            inputs, weights = hidden_states[token], top_k_weights[token, place]
+            middle = self.middle(number, inputs)
+            if self.watcher:
+                self.watcher.ran(number, inputs, middle, weights)
+            answer = self[number].down_proj(middle) * weights[:, None]
+            out.index_add_(0, token, answer.to(out.dtype))
+        return out
+
+
+def find_experts(model: nn.Module, under: str = "") -> dict[str, Experts]:
+    """The experts modules of a split model, or of one part of it, by full name."""
+    part = model.get_submodule(under) if under else model
+    return {name: module for name, module in part.named_modules(prefix=under) if isinstance(module, Experts)}
+
+
+def split_experts(model: nn.Module) -> None:
+    """Replace every fused experts module by `Experts`, in place; a dense model stays as it is.
+
+    Raises:
+        ValueError: if experts are built in a way that cannot be taken apart.
+    """
+    found = {name: m for name, m in model.named_modules() if all(hasattr(m, key) for key in _DECLARED)}
+    for name, module in found.items():
+        if reason := _obstacle(module):
+            raise ValueError(
+                f"{type(model).__name__} is not supported: {name} ({type(module).__name__}) {reason}; lorq takes "
+                "apart experts with gate_up_proj and down_proj only"
+            )
+    for name, module in found.items():
+        model.set_submodule(name, Experts(module))
+
+
+def _obstacle(fused: Any) -> str:
+    """Why a declared experts module cannot be taken apart, or nothing."""
+    if not fused.has_gate:
+        return "has no gate projection"
+    if fused.has_post_expert_norm:
+        return "has a norm after each expert"
+    wanted = {"gate_up_proj", "down_proj"} | ({"gate_up_proj_bias", "down_proj_bias"} if fused.has_bias else set())
+    held = {name for name, _ in (*fused.named_parameters(), *fused.named_buffers())}
+    if held != wanted:
+        return f"holds {', '.join(sorted(held))}"
+    return ""
+
+
+def fuse_experts(model: nn.Module) -> None:
+    """The inverse of `split_experts`, for a model whose layers are all dense."""
+    for name, experts in find_experts(model).items():
+        model.set_submodule(name, experts.fuse())
+
+
+def routing_layers(model: nn.Module) -> dict[str, str]:
+    """Linear layers beside experts that weigh them and do not compute, by name, each with the reason to keep it.
+
+    Found by shape: what stands beside the experts and has a single linear layer, with an output per expert (a
+    router) or with one output (the gate of a shared expert). Most routers are not linear layers at all.
+    """
+    found = {}
+    for name, experts in find_experts(model).items():
+        parent = name.rpartition(".")[0]
+        for sibling, module in model.get_submodule(parent).named_children():
+            linears = [(n, m) for n, m in module.named_modules(prefix=sibling) if isinstance(m, nn.Linear)]
+            if len(linears) != 1 or module is experts:
+                continue
+            local, layer = linears[0]
+            if layer.out_features == len(experts):
+                found[f"{parent}.{local}"] = "routes tokens to experts, kept as it is"
+            elif layer.out_features == 1:
+                found[f"{parent}.{local}"] = "weighs an expert with one number per token, kept as it is"
+    return found
+
+
+@dataclass(frozen=True)
+class ExpertName:
+    """Where an expert's projection is: ``model.layers.0.mlp.experts.3.gate_proj``.
+
+    Attributes:
+        module: the experts module, ``model.layers.0.mlp.experts``.
+        expert: its number.
+        projection: such as ``gate_proj``.
+    """
+
+    module: str
+    expert: int
+    projection: str
+
+    @property
+    def tiles(self) -> str:
+        """Name under which the tile factors of this projection are stored."""
+        return f"{self.module}.tiles.{self.projection}"
+
+
+def expert_name(name: str, modules: Mapping[str, Any]) -> ExpertName | None:
+    """The parts of an expert projection's name; None for a layer outside the experts ``modules``."""
+    path, _, projection = name.rpartition(".")
+    module, _, number = path.rpartition(".")
+    return ExpertName(module, int(number), projection) if module in modules else None

@@ -1,0 +1,233 @@
+"""Text that the model writes itself: calibration without data, sampled with a seed and kept for the next run."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from lorq.models.locate import cache_dir
+from lorq.models.texts import check_window_counts
+
+if TYPE_CHECKING:  # importing a model class takes seconds; here it is only named
+    import transformers
+Progress = Callable[[int, int], None]
+# Part of every cache key: raise it when the sampling loop changes what it writes.
+CACHE_FORMAT = 1
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Dropout and the like off inside the block; afterwards every submodule is as it was."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+def self_windows(
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    *,
+    windows: int,
+    length: int,
+    seed: int,
+    batch: int = 16,
+    temperature: float = 1.0,
+    progress: Progress | None = None,
+) -> Int[Tensor, "windows length"]:
+    """Windows that the model writes itself: calibration without any data.
+
+    Every window starts with the start token (``bos`` of the tokenizer, else of the model's config, else
+    ``eos`` of the tokenizer) and goes on with tokens sampled from the model's own distribution. Writing does
+    not stop at an end token: the model goes on to the next document, until the window is full.
+
+    Args:
+        model: a causal language model that takes a key-value cache; its mode and weights stay as they are.
+        tokenizer: the model's own; only its special tokens are used.
+        windows: how many, at least 1.
+        length: tokens of each window, the start token included, at least 2.
+        seed: of this call's own generator; the global one is neither used nor moved.
+        batch: windows written at the same time, at least 1; other batch sizes draw other texts.
+        temperature: divides the logits, above 0; 1 is the model's own distribution.
+        progress: called with (tokens sampled so far, tokens to sample) after every step.
+
+    Returns:
+        int64 tokens on the CPU, the same for the same model, seed, temperature and batch.
+
+    Raises:
+        ValueError: if there is no start token, or a setting is out of range.
+        FloatingPointError: if a logit is not finite.
+    """
+    start = _start_token(tokenizer, model.config)
+    _check_self_settings(model.config, windows=windows, length=length, batch=batch, temperature=temperature)
+    # Allocated out here: a tensor born in inference mode could not be used in training later.
+    tokens = torch.full((windows, length), start, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    total = windows * (length - 1)
+    with eval_mode(model), torch.inference_mode():
+        for first in range(0, windows, batch):
+            rows = tokens[first : first + batch]  # a view
+            for step, logits in enumerate(_next_logits(model, rows), start=1):
+                probabilities = (logits / temperature).softmax(-1)
+                rows[:, step] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+                if progress is not None:
+                    progress(first * (length - 1) + rows.shape[0] * step, total)
+    return tokens
+
+
+def _next_logits(model: "transformers.PreTrainedModel", rows: Tensor) -> Iterator[Tensor]:
+    """Logits (rows, vocab) for column 1, 2, ... of ``rows``; the caller fills each column before the next."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for step in range(1, rows.shape[1]):
+        last = rows[:, step - 1 : step].to(model.device)
+        logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits[:, -1]
+        # Sampling in float32 on the CPU: one generator, the same draws, whatever device computes.
+        logits = logits.float().cpu()
+        if not bool(torch.isfinite(logits).all()):
+            bad = int((~torch.isfinite(logits)).sum())
+            raise FloatingPointError(
+                f"logits must be finite to sample from, got {bad} NaN or infinite values of {logits.numel()} "
+                f"at token {step}; the model overflows in {model.dtype}, load it in a wider dtype"
+            )
+        yield logits
+
+
+def _start_token(tokenizer: Any, config: Any) -> int:
+    text_config = config.get_text_config()
+    # The config before eos: instruct models end a turn with eos and start a document with the config's bos.
+    config_bos = getattr(text_config, "bos_token_id", None)
+    for start in (tokenizer.bos_token_id, config_bos, tokenizer.eos_token_id):
+        if start is None:
+            continue
+        if not 0 <= start < text_config.vocab_size:
+            raise ValueError(
+                f"the start token must be below the model's vocabulary size {text_config.vocab_size}, got "
+                f"{start}; is this the model's tokenizer?"
+            )
+        return int(start)
+    raise ValueError(
+        "a model writes its own text from a start token, got none: bos_token_id and eos_token_id are None; "
+        "set tokenizer.bos_token, or name a text"
+    )
+
+
+def _check_self_settings(config: Any, *, windows: int, length: int, batch: int, temperature: float) -> None:
+    check_window_counts(windows, length)
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ValueError(f"length must be at most the model's {longest} positions, got {length}; lower --seq-len")
+
+
+# ---- the cache of written windows -----------------------------------------------------------------------
+
+
+def cached_self_windows(
+    load_model: "Callable[[], transformers.PreTrainedModel]",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    config: "transformers.PreTrainedConfig",
+    *,
+    fingerprint: str,
+    dtype: torch.dtype,
+    windows: int,
+    length: int,
+    seed: int,
+    batch: int = 16,
+    temperature: float = 1.0,
+    progress: Progress | None = None,
+) -> Int[Tensor, "windows length"]:
+    """``self_windows``, written once and kept in ``cache_dir()``; a kept result needs no model in memory.
+
+    The file's name is the SHA-256 of all that decides the tokens. A file that does not hold what its name
+    promises is logged and written again.
+
+    Args:
+        load_model: called only when nothing is kept.
+        tokenizer: as in ``self_windows``.
+        config: the config of the model that ``load_model`` gives.
+        fingerprint: identifies the model's weights and config, for instance a checksum of its files.
+        dtype: of the weights that ``load_model`` gives.
+        windows, length, seed, batch, temperature, progress: as in ``self_windows``.
+
+    Raises:
+        ValueError: as in ``self_windows``; or if the fingerprint is empty or the model has another dtype.
+        OSError: if the cache cannot be written; set ``LORQ_CACHE`` to a writable folder.
+    """
+    size: dict[str, Any] = dict(windows=windows, length=length, batch=batch, temperature=float(temperature))
+    _check_self_settings(config, **size)
+    if not fingerprint:
+        raise ValueError(f"fingerprint must identify the model, got {fingerprint!r}")
+    start = _start_token(tokenizer, config)
+    key = {"format": CACHE_FORMAT, "model": fingerprint, "dtype": str(dtype), "start": start, "seed": seed}
+    description = json.dumps(key | size, sort_keys=True)
+    path = cache_dir() / f"self-{hashlib.sha256(description.encode()).hexdigest()}.safetensors"
+    vocabulary = config.get_text_config().vocab_size
+    if (kept := _read_cached(path, shape=(windows, length), vocabulary=vocabulary)) is not None:
+        return kept
+    try:  # before the sampling, which takes minutes
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        error.add_note("while making lorq's cache folder; set LORQ_CACHE to a writable folder")
+        raise
+    model = load_model()
+    if model.dtype != dtype:
+        raise ValueError(f"load_model must give a model of the dtype stated, {dtype}, got {model.dtype}")
+    tokens = self_windows(model, tokenizer, seed=seed, progress=progress, **size)
+    _write_cached(path, tokens, description)
+    return tokens
+
+
+def _read_cached(path: Path, *, shape: tuple[int, int], vocabulary: int) -> Tensor | None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not path.exists():
+        return None
+    try:
+        tokens = load(path.read_bytes())["tokens"]
+    except (SafetensorError, KeyError, OSError) as error:
+        problem = f"not a file of tokens ({error})"
+    else:
+        if tokens.shape != shape or tokens.dtype != torch.int64:
+            problem = f"must be int64 of shape {shape}, is {tokens.dtype} of shape {tuple(tokens.shape)}"
+        elif int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+            problem = f"tokens must be 0 .. {vocabulary - 1}, are {int(tokens.min())} .. {int(tokens.max())}"
+        else:
+            return tokens
+    _log.warning("cached windows %s are corrupt, writing them again: %s", path, problem)
+    return None
+
+
+def _write_cached(path: Path, tokens: Tensor, description: str) -> None:
+    from safetensors.torch import save
+
+    # A unique temporary name, then a rename: readers and parallel writers never see half a file.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(save({"tokens": tokens}, metadata={"lorq": description}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,1 @@
+"""From a model to a quantized folder: plan, observe, solve, write, verify."""

@@ -1,0 +1,218 @@
+"""Activations in 8 bits, in a block whose weights are still dense: their grids, smoothing, and the rounding itself."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorq.core.activations import Activations, range_grid
+from lorq.core.basis import Basis
+from lorq.core.stats import InputStats
+from lorq.kernels import fake_quantize
+
+# Layers whose outputs a key-value cache keeps, by the end of their names.
+KEYS_AND_VALUES = ("k_proj", "v_proj")
+# A block must compute the same before and after smoothing up to float32's rounding: energy of the difference.
+_SAME = 1e-6
+# Channels that are hardly ever on would get a scale of zero.
+_LEAST = 1e-5
+
+
+def layer_activations(name: str, stats: InputStats | None, *, inputs: str, cache: str) -> Activations:
+    """What happens to the activations of a layer.
+
+    Args:
+        name: of the layer.
+        stats: of its inputs; for "tensor", whose range is theirs.
+        inputs: "none", "token" or "tensor".
+        cache: "token" also rounds what keys' and values' layers return.
+
+    Raises:
+        ValueError: if "tensor" lacks statistics.
+    """
+    output = cache if name.endswith(KEYS_AND_VALUES) else "none"
+    if inputs != "tensor":
+        return Activations(inputs, output)
+    if stats is None or stats.low is None or stats.high is None:
+        raise ValueError(f"activations 'tensor' take their range from calibration, got no statistics for {name}")
+    scale, zero = range_grid(stats.low.min().view(1), stats.high.max().view(1))
+    return Activations(inputs, output, scale, zero.to(torch.int32))
+
+
+@contextmanager
+def quantized_activations(model: nn.Module, layers: Mapping[str, tuple[Activations, Basis | None]]) -> Iterator[None]:
+    """Round the inputs and outputs of dense layers as their packed likes will.
+
+    Args:
+        model: that the names are of.
+        layers: what is rounded, and the basis in which it is.
+    """
+
+    def before(activations: Activations, basis: Basis | None) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0] if basis is None else basis.rotate(args[0])
+            x = fake_quantize(x, activations.scale, activations.zero_point)
+            return (x if basis is None else basis.unrotate(x), *args[1:])
+
+        return hook
+
+    handles = []
+    for name, (activations, basis) in layers.items():
+        module = model.get_submodule(name)
+        if activations.input != "none":
+            handles.append(module.register_forward_pre_hook(before(activations, basis)))
+        if activations.output != "none":
+            handles.append(module.register_forward_hook(lambda module, args, out: fake_quantize(out, None, None)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Smoothed:
+    """What smoothing changed in a block.
+
+    Attributes:
+        scales: by layer, what its weight's columns were multiplied by.
+        tensors: the norms' parameters as they are to be stored, by name.
+        notes: by layer, why it was left alone.
+    """
+
+    scales: dict[str, Float[Tensor, "in"]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def smoothing_scale(weights: list[Float[Tensor, "_ in"]], stats: InputStats, exponent: float) -> Float[Tensor, "in"]:
+    """What each channel of an input is divided by, and its weights multiplied by, so that both are easy to round.
+
+        s_j = max|x_j|^a / max|W_j|^(1-a)
+
+    Source:
+        SmoothQuant, arXiv:2211.10438, eq. 4.
+    """
+    assert stats.low is not None and stats.high is not None
+    inputs = torch.maximum(-stats.low, stats.high).clamp(min=_LEAST)
+    columns = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).clamp(min=_LEAST)
+    return inputs**exponent / columns ** (1 - exponent)
+
+
+def smooth_block(
+    block: nn.Module,
+    layers: Mapping[str, nn.Module],
+    run: Callable[[], Tensor],
+    stats: dict[str, InputStats],
+    *,
+    prefix: str,
+    exponent: float,
+) -> Smoothed:
+    """Divide the channels of inputs that come straight from a norm, in the norm, and multiply the weights' columns.
+
+    What a norm's output goes into is found by looking. That nothing else reads it is checked by running the block:
+    where its output changes, the norm and its layers are left as they were.
+
+    Args:
+        block: resident; its norms and layers are changed.
+        layers: those to be quantized, by name, their weights (out, in) or transposed.
+        run: runs the block.
+        stats: by layer; those of smoothed inputs are replaced.
+        prefix: name of the block.
+        exponent: ``a``, how much of the inputs' range moves into the weights, 0 to 1.
+
+    Returns:
+        What was changed.
+    """
+    smoothed, expected = Smoothed(), run()
+    readers = _readers(block, layers, run)
+    for name in layers:
+        if not any(name in group for group in readers.values()):
+            smoothed.notes[name] = "not smoothed: its input does not come straight from a norm"
+    for path, names in readers.items():
+        norm = block.get_submodule(path)
+        weights = {name: _out_in(layers[name]) for name in names}
+        wanted = smoothing_scale(list(weights.values()), stats[names[0]], exponent)
+        before = {key: p.detach().clone() for key, p in norm.named_parameters()}
+        originals = {name: weight.clone() for name, weight in weights.items()}
+        for offset in (0.0, 1.0):  # Gemma's norms multiply by 1 + weight
+            scale = _fold(norm, before, wanted, offset)
+            for name in names:
+                weights[name].copy_(originals[name] * scale)
+            delta = run() - expected
+            if bool(delta.square().sum() <= _SAME * expected.square().sum()):
+                smoothed.scales |= dict.fromkeys(names, scale)
+                smoothed.tensors |= {f"{prefix}.{path}.{key}": p.detach() for key, p in norm.named_parameters()}
+                changed = {id(stats[name]): stats[name].smoothed(scale) for name in names}
+                stats |= {name: changed[id(stats[name])] for name in names}
+                break
+            for name in names:
+                weights[name].copy_(originals[name])
+            for key, parameter in norm.named_parameters():
+                parameter.data.copy_(before[key])
+        else:
+            smoothed.notes |= dict.fromkeys(names, f"not smoothed: {path} also serves what is not quantized")
+    return smoothed
+
+
+def _out_in(layer: nn.Module) -> Tensor:
+    """A view of the weight, (out, in)."""
+    from transformers.pytorch_utils import Conv1D
+
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.data.T if isinstance(layer, Conv1D) else weight.data
+
+
+def _fold(norm: nn.Module, before: Mapping[str, Tensor], wanted: Tensor, offset: float) -> Tensor:
+    """Divide a norm's parameters; the scale that its weight, rounded as it is stored, then has divided by."""
+    parameters = dict(norm.named_parameters())
+    weight = before["weight"]
+    kept = ((weight + offset) / wanted - offset).to(torch.float32)
+    scale = torch.where(kept + offset != 0, (weight + offset) / (kept + offset), torch.ones_like(wanted))
+    parameters["weight"].data.copy_(kept)
+    if "bias" in parameters:
+        parameters["bias"].data.copy_(before["bias"] / scale)
+    return scale
+
+
+def _readers(block: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Tensor]) -> dict[str, list[str]]:
+    """The layers that read each norm's output, by the norm's path in the block."""
+    made: dict[tuple[int, torch.Size], str] = {}
+    read: dict[str, tuple[int, torch.Size]] = {}
+    alive: list[Tensor] = []  # so that equal addresses mean equal memory
+
+    def note_output(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if isinstance(out, Tensor):
+                alive.append(out)
+                made[out.data_ptr(), out.shape] = path
+
+        return hook
+
+    def note_input(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            alive.append(args[0])
+            read[name] = (args[0].data_ptr(), args[0].shape)
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(note_input(name)) for name, layer in layers.items()]
+    for path, module in block.named_modules():
+        parameters = dict(module.named_parameters())
+        if "weight" in parameters and all(p.ndim == 1 for p in parameters.values()):
+            handles.append(module.register_forward_hook(note_output(path)))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[str, list[str]] = {}
+    for name, place in read.items():
+        if place in made:
+            groups.setdefault(made[place], []).append(name)
+    return groups

@@ -1,0 +1,238 @@
+"""What the inputs of a block's layers are like: statistics collected while the block runs."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorq.core.stats import InputStats, StatsAccumulator, TokenWeights
+from lorq.models.experts import Experts
+
+# One token in so many may be routed otherwise by rounding alone. A gap between two scores as small as rounding
+# errors is met by about one token in ten thousand; a wrong router moves most tokens.
+_TOKENS_PER_STRAY = 32
+
+
+@dataclass(frozen=True)
+class Observer:
+    """How statistics are collected.
+
+    Attributes:
+        token_weights: see `lorq.core.stats.StatsAccumulator`.
+        router_weights: weigh a routed token by its squared router weight in the expert's statistics.
+        expert_tokens: an expert with fewer tokens than this gets the statistics of all tokens of its layer.
+        device: where the sums live.
+    """
+
+    token_weights: TokenWeights = "equal"
+    router_weights: bool = False
+    expert_tokens: int = 1
+    device: torch.device | str = "cpu"
+
+    def add(self, sums: dict[str, StatsAccumulator], name: str, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Count the inputs of a layer in its sum, which is made when it is first needed."""
+        if name not in sums:
+            sums[name] = StatsAccumulator(inputs.shape[-1], self.token_weights, self.device)
+        try:
+            sums[name].add(inputs, weights)
+        except (FloatingPointError, ValueError) as error:
+            error.add_note(f"while calibrating {name}")
+            raise
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a block's run has shown; filled when the observation ends.
+
+    Attributes:
+        stats: by layer; layers with the same input share one object.
+        notes: what a layer's report should tell.
+    """
+
+    stats: dict[str, InputStats] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+@contextmanager
+def observed(
+    layers: dict[str, nn.Module], experts: dict[str, Experts], run: Callable[[], object], observer: Observer
+) -> Iterator[Observed]:
+    """Collect each distinct input's statistics while the block runs.
+
+    Args:
+        layers: the linear layers to observe, by name, those of experts included.
+        experts: the block's experts modules, by name.
+        run: runs the block once, to see which layers share an input.
+        observer: how.
+    """
+    names = {path: [name for name in layers if name.startswith(path + ".")] for path in experts}
+    routed = {name for own in names.values() for name in own}
+    plain = {name: layer for name, layer in layers.items() if name not in routed}
+    owners = shared_inputs(run, plain) if plain else {}
+    sums: dict[str, StatsAccumulator] = {}
+    watches = [_ExpertsWatch(path, experts[path], own, observer) for path, own in names.items() if own]
+    found = Observed()
+
+    def add(name: str) -> Callable[..., None]:
+        return lambda module, args: observer.add(sums, name, args[0])
+
+    with _hooks({name: add(name) for name in set(owners.values())}, layers), ExitStack() as stack:
+        for watch in watches:
+            stack.enter_context(watch.watching())
+        yield found
+    finished = {name: sums.pop(name).finish() for name in list(sums)}
+    found.stats.update({name: finished[owner] for name, owner in owners.items()})
+    for watch in watches:
+        watch.finish(found)
+
+
+def shared_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Which layers receive the same tensor: each layer's name to the first layer with its input.
+
+    Found by looking, in one run of the block, so that no architecture needs to say it.
+
+    Raises:
+        ValueError: if a layer is never called.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.__setitem__(name, args[0])
+
+    with _hooks({name: look(name) for name in layers}, layers):
+        run()
+    silent = [name for name in layers if name not in seen]
+    if silent:
+        raise ValueError(
+            f"layers must be used when their block runs, these were not: {', '.join(silent)}; --exclude them"
+        )
+    first: dict[tuple[object, ...], str] = {}
+    # The tensors are all still alive here, so equal addresses mean equal memory.
+    keys = {name: (x.data_ptr(), x.shape, x.stride(), x.dtype) for name, x in seen.items()}
+    return {name: first.setdefault(keys[name], name) for name in layers}
+
+
+class _ExpertsWatch:
+    """Collects the statistics of one experts module: of the tokens routed to each expert, and of all tokens.
+
+    An expert that sees too few tokens needs the statistics of all tokens, and whether it does is known only at
+    the end. But who has few in the end has had few all along: so every expert is given all tokens too as long as
+    it has had few, which ends within the first windows for most, and what was collected of it is dropped then.
+    One pass is enough and no window is run twice.
+
+    Args:
+        path: name of the module.
+        experts: the module.
+        layers: names of the linear layers that statistics are wanted for.
+        observer: how.
+    """
+
+    def __init__(self, path: str, experts: Experts, layers: list[str], observer: Observer):
+        self.path, self.experts, self.layers, self.observer = path, experts, layers, observer
+        self.counts = [0] * len(experts)
+        self.tokens = 0
+        # Gate and up projection share their input by construction; it goes under the gate's name.
+        self.inputs = {name: re.sub(r"\.up_proj$", ".gate_proj", name) for name in layers}
+        self.wanted = set(self.inputs.values())
+        self.routed: dict[str, StatsAccumulator] = {}
+        self.all: dict[str, StatsAccumulator] = {}  # the gates' shared input is under the module's own name
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        self.experts.watcher = self
+        try:
+            yield
+        finally:
+            self.experts.watcher = None
+
+    def before(self, hidden_states: Tensor, top_k_index: Tensor) -> None:
+        """Count the tokens of each expert, and show all tokens to those that have had few."""
+        self.tokens += len(hidden_states)
+        chosen = torch.bincount(top_k_index.flatten(), minlength=len(self.counts))
+        self.counts = [a + b for a, b in zip(self.counts, chosen.tolist(), strict=False)]
+        few = [i for i, count in enumerate(self.counts) if count < self.observer.expert_tokens]
+        downs = {i: f"{self.path}.{i}.down_proj" for i in few}
+        self.all = {name: total for name, total in self.all.items() if few and name in {self.path, *downs.values()}}
+        if few:
+            self.observer.add(self.all, self.path, hidden_states)
+        for i, name in downs.items():
+            if name in self.wanted:
+                self.observer.add(self.all, name, self.experts.middle(i, hidden_states))
+
+    def ran(self, expert: int, inputs: Tensor, middle: Tensor, weights: Tensor) -> None:
+        """Count the tokens that were routed to an expert."""
+        v = weights.float().square() if self.observer.router_weights else None
+        for projection, x in (("gate_proj", inputs), ("down_proj", middle)):
+            name = f"{self.path}.{expert}.{projection}"
+            if name in self.wanted:
+                self.observer.add(self.routed, name, x, v)
+
+    def finish(self, found: Observed) -> None:
+        """Give every layer its statistics, and those with few tokens of their own a note."""
+        finished: dict[str, InputStats] = {}
+        for name in self.layers:
+            owner = self.inputs[name]
+            expert, _, projection = name.removeprefix(self.path + ".").partition(".")
+            count = self.counts[int(expert)]
+            sums = self.routed
+            if count < self.observer.expert_tokens:
+                found.notes[name] = f"{count} of {self.tokens} tokens routed here, statistics from all of them"
+                sums, owner = self.all, owner if projection == "down_proj" else self.path
+            if owner not in finished:
+                finished[owner] = sums.pop(owner).finish()
+            if sums is self.all:
+                # One object for each expert, as gate and up share theirs: how many tokens it gets is its own.
+                key = f"{owner} {expert}"
+                finished.setdefault(key, replace(finished[owner], routed=count))
+                owner = key
+            found.stats[name] = finished[owner]
+
+
+@contextmanager
+def routed_alike(experts: Mapping[str, Experts], routes: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Record where a first run's tokens are routed, and send them there again in a second.
+
+    Two runs that differ by float32's last digits differ visibly if a token's scores for two experts are all but
+    equal. Only tokens that the second run would send elsewhere are led back.
+
+    Args:
+        experts: the block's experts modules, by name.
+        routes: experts and router weights of each token, by module; filled by the first run.
+
+    Raises:
+        ArithmeticError: if more tokens go elsewhere than rounding explains.
+    """
+
+    def lead(name: str) -> Callable[..., tuple[Tensor, ...] | None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            hidden, index, weights = args
+            if name not in routes:
+                routes[name] = index.cpu(), weights.cpu()
+                return None
+            known, known_weights = (tensor.to(hidden.device) for tensor in routes[name])
+            strayed = (index.sort(1).values != known.sort(1).values).any(1, keepdim=True)
+            count, allowed = int(strayed.sum()), max(1, len(index) // _TOKENS_PER_STRAY)
+            if count > allowed:
+                raise ArithmeticError(
+                    f"{name}: at most {allowed} of {len(index)} tokens may be routed otherwise than before, got {count}"
+                )
+            return hidden, torch.where(strayed, known, index), torch.where(strayed, known_weights, weights)
+
+        return hook
+
+    with _hooks({name: lead(name) for name in experts}, experts):
+        yield
+
+
+@contextmanager
+def _hooks(hooks: dict[str, Callable[..., Any]], layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    handles = [layers[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""Packed modules in a loaded model, and the hook of transformers."""

@@ -1,0 +1,41 @@
+"""Devices and dtypes behind their names."""
+
+import torch
+
+
+def read_device(name: str | torch.device) -> torch.device:
+    """The device behind a name; "auto" takes an accelerator if there is one.
+
+    Raises:
+        ValueError: if this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("meta tensors hold nothing")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be auto, cpu or an accelerator of this machine, got {name!r} ({reason})"
+        ) from None
+    return device
+
+
+def read_dtype(name: str | torch.dtype, *, auto: bool = True) -> torch.dtype:
+    """The activation dtype behind a name.
+
+    Args:
+        name: of the dtype.
+        auto: the caller takes "auto" too, which errors then tell.
+
+    Raises:
+        ValueError: if it is none of the three.
+    """
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = known.get(str(name).removeprefix("torch."))
+    if dtype is None:
+        raise ValueError(f"dtype must be {'auto, ' if auto else ''}{', '.join(known)}, got {name!r}")
+    return dtype

@@ -1,0 +1,195 @@
+"""QuantLinear: the module that stands where a linear layer was."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorq.core.grids import levels
+from lorq.core.layout import _STORED, OPERANDS, pack_weight, stored_layout, unpack_weight
+from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
+from lorq.kernels import fake_quantize, int8_linear, misfit, multiply
+from lorq.runtime.rotation import SharedRotation
+
+
+def one_memory(layers: Sequence["QuantLinear"], name: str) -> Tensor:
+    """A stored tensor of each layer, one after the other in one memory, of which the layers keep their parts."""
+    parts: list[Any] = [layer._buffers[name] for layer in layers]
+    whole = torch.cat(parts)
+    for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
+        layer._buffers[name] = part
+    return whole
+
+
+class QuantLinear(nn.Module):
+    """``y = x W^T + b`` with ``W`` kept packed.
+
+    The stored tensors are buffers under the names of docs/format.md; those a layer does not have are None.
+    Moving the module (``.to(device)``) moves them; asking for another dtype converts the bias and leaves
+    them alone, since codes and scales belong together.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        format: bits, group size, rank and so on.
+        bias: whether there is a bias.
+        dtype: of the bias.
+        device: "meta" makes room without memory.
+    """
+
+    bias: nn.Parameter | None
+    weight_shape: Tensor
+    weight_packed: Tensor
+    permutation: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+
+    def __init__(
+        self, in_features: int, out_features: int, format: LayerFormat, *, bias: bool = False,
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.in_features, self.out_features, self.format = in_features, out_features, format
+        layout = stored_layout(out_features, in_features, format)
+        for name in _STORED:
+            tensor = torch.zeros(layout[name][0], dtype=layout[name][1], device=device) if name in layout else None
+            self.register_buffer(name, tensor)
+        parameter = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.register_parameter("bias", parameter)
+        self.rotation = SharedRotation()
+        # What learns which layers share an input, and then the product of those and this one's place
+        # (`lorq.runtime.same_input`).
+        self.siblings: Any = None
+        self.learned = True
+        self.joined: tuple[Any, int] | None = None
+        self.merged = False  # whether what compiles this layer leaves one of several equal calls
+        # Factors that an expert shares with others, and its number; `lorq.runtime.experts.QuantExperts` runs them. In a
+        # tuple, so that they are no child of every expert.
+        self.shared: tuple[Any, int] | None = None
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None = None) -> "QuantLinear":
+        """Wrap a solved weight."""
+        out_features, in_features = weight.shape
+        layer = cls(in_features, out_features, weight.format, bias=bias is not None)
+        layer.load_state_dict(pack_weight(weight) | ({} if bias is None else {"bias": bias}))
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.learned and not torch.compiler.is_compiling():
+            self.siblings.learn(self, x)
+        y = None if self.joined is None else self.joined[0].product(self, x, self.joined[1])
+        return self._finish(self._product(self.into_basis(x)) if y is None else y)
+
+    def _unjoin(self) -> None:
+        if self.joined is not None:
+            self.joined[0].dissolve()
+        self.learned = self.siblings is None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in OPERANDS and self.__dict__.get("joined") is not None:
+            self.joined[0].refresh()  # type: ignore[index]
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        if self.joined is not None:
+            self.joined[0].refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not of the same memory.
+        return self.__dict__ | {"joined": None, "learned": self.siblings is None}
+
+    def _replicate_for_data_parallel(self) -> "QuantLinear":
+        replica: QuantLinear = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.joined, replica.siblings, replica.learned = None, None, True
+        return replica
+
+    def into_basis(self, x: Tensor) -> Tensor:
+        """``x T``: the input as the stored weight needs it; ``x`` itself where there is no basis."""
+        return self.rotation(x, self.permutation, self.format) if self.format.has_basis else x
+
+    def multiply(self, z: Tensor) -> Tensor:
+        """The output for an input that is in the basis already."""
+        return self._finish(self._product(z))
+
+    def _finish(self, y: Tensor) -> Tensor:
+        bias = self.bias
+        y = y if bias is None else y + bias.to(y.dtype)
+        return y if self.format.output_quantization == "none" else fake_quantize(y, None, None)
+
+    def _product(self, z: Tensor) -> Tensor:
+        if self.format.input_quantization != "none":
+            grid = self.input_scale, self.input_zero_point
+            # Whole numbers have no gradient to give.
+            learns = z.requires_grad and torch.is_grad_enabled()
+            if not learns and misfit(self.format, self.in_features, z.device, z.dtype) is None:
+                codes = self.weight_packed, self.weight_scale, self.weight_zero_point
+                return int8_linear(z, *codes, *grid, self.format.bits)
+            z = fake_quantize(z, *grid)
+        return multiply(z, *self._operands(), self.format.bits)
+
+    def _operands(self) -> list[Tensor | None]:
+        # From torch's own dicts: a module's __getattr__, twelve times, takes as long as a small product.
+        tensors = {**self._buffers, **self._parameters, "levels": self.levels}
+        return [tensors[name] for name in OPERANDS]
+
+    @property
+    def levels(self) -> Tensor | None:
+        """What codes stand for where that is not whole numbers, on the layer's device."""
+        f = self.format
+        return None if f.grid == "integer" else levels(f.grid, f.bits, self.weight_packed.device)
+
+    def value(self) -> QuantizedWeight:
+        """What is stored, an expert's part of shared factors included, as a value without its record."""
+        weight = unpack_weight(self.stored(), self.format)
+        if self.shared is None:
+            return weight
+        tiles, expert = self.shared
+        return replace(weight, tile=Tile(tiles.factors(), expert))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, (out, in), decoded anew at every look: for reading, writing to it changes nothing."""
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        return self.value().dense().to(dtype)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The stored tensors that this layer has, by local name."""
+        return {name: tensor for name in _STORED if (tensor := getattr(self, name)) is not None}
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain linear layer with the dense weight."""
+        weight = self.value().dense()
+        layer = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        layer.weight = nn.Parameter(weight.to(dtype or weight.dtype), requires_grad=False)
+        if self.bias is not None:
+            layer.bias = nn.Parameter(self.bias.detach().to(layer.weight.dtype), requires_grad=False)
+        return layer
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        self._unjoin()
+        bias = self._parameters["bias"]
+        moved = None if bias is None else nn.Parameter(fn(bias.data), requires_grad=bias.requires_grad)
+        self._parameters["bias"] = None
+        try:
+            super()._apply(keep_dtype, recurse)
+            bias = moved
+        finally:
+            self._parameters["bias"] = bias
+        return self
+
+    def extra_repr(self) -> str:
+        f = self.format
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={f.bits}, "
+            f"group_size={f.group_size}, rank={f.rank}, vector={f.vector}, rotation={f.rotation_block}, "
+            f"grid={f.grid}, scale_rank={f.scale_rank}, input={f.input_quantization}, "
+            f"bias={self.bias is not None}"
+        )

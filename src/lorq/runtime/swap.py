@@ -1,0 +1,148 @@
+"""Packed modules in the place of a model's linear layers and experts, and whether what is stored fits them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorq.core.basis import check_block
+from lorq.core.grids import VectorGrid
+from lorq.core.layout import stored_layout
+from lorq.core.tile_factors import TileFormat, tile_layout
+from lorq.core.weight import LayerFormat
+from lorq.models.experts import Experts
+from lorq.runtime.experts import QuantExperts, Tiles
+from lorq.runtime.linear import QuantLinear
+from lorq.storage.safetensors_file import read_header
+
+
+def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:
+    """Put empty `QuantLinear` modules, on the meta device, where the named linear layers are.
+
+    Raises:
+        ValueError: if a name is not a linear layer of the model, or its width does not fit the format.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    modules = dict(model.named_modules())
+    for name, format in formats.items():
+        layer = modules.get(name)
+        if not isinstance(layer, nn.Linear | Conv1D):
+            raise ValueError(
+                f"quantization_config names the layer {name}, which is "
+                f"{'not in the model' if layer is None else 'no linear layer'}; the config belongs to another model"
+            )
+        out, in_ = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+        _check_fit(name, out, in_, format)
+        bias = layer.bias
+        new = QuantLinear(
+            in_, out, format, bias=bias is not None, dtype=None if bias is None else bias.dtype, device="meta"
+        )
+        _replace(model, name, new.requires_grad_(False))
+        parent = model.get_submodule(name.rpartition(".")[0])
+        # Some architectures initialise their children's weights from the parent. There is nothing to initialise
+        # (check_tensors has seen to it), and looking at a packed layer's weight would decode it.
+        if not parent._parameters and not parent._buffers:
+            parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def swap_experts(model: nn.Module, formats: dict[str, TileFormat]) -> None:
+    """Put `QuantExperts` with empty tile factors, on the meta device, where the named experts are.
+
+    Raises:
+        ValueError: if a name is not a projection of experts of the model, or their number differs.
+    """
+    modules: dict[str, dict[str, Tiles]] = {}
+    for name, format in formats.items():
+        path, _, projection = name.rpartition(".tiles.")
+        experts = dict(model.named_modules()).get(path)
+        known = isinstance(experts, Experts) and projection in dict(experts[0].named_children())
+        if not isinstance(experts, Experts) or not known or len(experts) != format.experts:
+            raise ValueError(
+                f"quantization_config.tiles names {name} with {format.experts} experts, which the model does not have; "
+                "the config belongs to another model"
+            )
+        layer = getattr(experts[0], projection)
+        modules.setdefault(path, {})[projection] = Tiles(layer.out_features, layer.in_features, format, device="meta")
+    for path, tiles in modules.items():
+        _replace(model, path, QuantExperts(model.get_submodule(path), tiles))  # type: ignore[arg-type]
+
+
+def check_permutation(name: str, layer: QuantLinear) -> None:
+    """Refuse an order of channels that is none.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    order = layer.permutation
+    if order is not None and not torch.equal(order.long().sort()[0].cpu(), torch.arange(layer.in_features)):
+        raise ValueError(
+            f"{name}.permutation must hold each of 0 .. {layer.in_features - 1} once, it does not; the folder is "
+            "damaged, download it again"
+        )
+
+
+def check_cells(name: str, tiles: Tiles) -> None:
+    """Refuse cells outside the grid.
+
+    Raises:
+        ValueError: naming the tile factors.
+    """
+    f, cells = tiles.format, tiles.cells.long()
+    limits = torch.tensor([f.rows, f.columns], device=cells.device)
+    if bool(((cells < 0) | (cells >= limits)).any()):
+        raise ValueError(
+            f"{name}.cells must lie in a grid of {f.rows} x {f.columns}, got {cells.amin(0).tolist()} to "
+            f"{cells.amax(0).tolist()}; the folder is damaged, download it again"
+        )
+
+
+def _check_fit(name: str, out: int, in_: int, format: LayerFormat) -> None:
+    if in_ % format.group_size:
+        raise ValueError(f"group_size {format.group_size} must divide the width {in_} of {name}")
+    try:
+        if format.vector > 1:
+            rows, columns = format.codebook_rows, format.codebook_columns
+            VectorGrid(format.bits, format.vector, rows, columns, format.group_size).check(out, in_)
+        if format.rotation_block:
+            check_block(in_, format.rotation_block, format.rotation_skip)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; the config belongs to another model") from None
+
+
+def check_tensors(model: Any, files: list[Path]) -> None:
+    """Compare what the model needs with what the files hold, before anything is read.
+
+    transformers fills missing tensors with random numbers and drops unexpected ones, with a warning at most.
+
+    Raises:
+        ValueError: if a tensor is missing, unexpected, or of another shape or type than its layer's.
+    """
+    stored = {name: entry for file in files for name, entry in read_header(file).tensors.items()}
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    needed = model.state_dict(keep_vars=True)
+    wrong = []
+    for name, tensor in needed.items():
+        if name not in stored:
+            if name not in tied:
+                wrong.append(f"{name} is missing")
+        elif tuple(stored[name].shape) != tuple(tensor.shape):
+            wrong.append(f"{name} is {tuple(stored[name].shape)}, not {tuple(tensor.shape)}")
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear | Tiles):
+            layout_of = stored_layout if isinstance(module, QuantLinear) else tile_layout
+            layout = layout_of(module.out_features, module.in_features, module.format)  # type: ignore[arg-type]
+            for local, (_, dtype) in layout.items():
+                entry = stored.get(f"{name}.{local}")
+                if entry is not None and entry.dtype != dtype:
+                    wrong.append(f"{name}.{local} is {entry.dtype}, not {dtype}")
+    wrong += [f"{name} has no place in the model" for name in stored if name not in needed]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"the folder's tensors do not fit its config: {'; '.join(wrong[:5])}{more}; download it again")
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, module)

@@ -1,0 +1,164 @@
+"""quantization_config: what a lorq folder's config.json says of its packed layers."""
+
+from dataclasses import asdict, fields
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lorq.core.activations import INPUTS, OUTPUTS
+from lorq.core.grids import LEVEL_KINDS
+from lorq.core.low_rank import FACTOR_TYPES
+from lorq.core.tile_factors import TileFormat
+from lorq.core.weight import LayerFormat
+
+FORMAT_VERSION = 3
+
+
+class LorqConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a lorq folder (docs/format.md).
+
+    Args:
+        format_version: of the folder; a newer one than this lorq's is refused.
+        lorq_version: that wrote it.
+        method: name of the method.
+        settings: the method's settings.
+        layers: for each quantized layer the fields of `lorq.core.weight.LayerFormat`.
+        tiles: for each projection whose experts share factors the fields of `lorq.core.tile_factors.TileFormat`.
+
+    Raises:
+        ValueError: for a newer format version, an unknown or missing key, or a value out of range.
+    """
+
+    method: str
+    layers: dict[str, Any]
+    tiles: dict[str, Any]
+
+    def __init__(self, **keys: Any):
+        self.quant_method = keys.pop("quant_method", "lorq")  # type: ignore[assignment]
+        version = keys.pop("format_version", None)
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise ValueError(f"format_version of a lorq folder must be a whole number from 1, got {version!r}")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"the folder has lorq format version {version}, this lorq reads up to {FORMAT_VERSION}; "
+                "upgrade it: pip install --upgrade lorq"
+            )
+        self.format_version = version
+        if version == 1:
+            keys = _from_version_1(keys)
+        if version < 3 and isinstance(keys.get("layers"), dict):
+            keys["layers"] = {name: _entry_from_version_2(entry) for name, entry in keys["layers"].items()}
+        for key, kind in (
+            ("lorq_version", str), ("method", str), ("settings", dict), ("layers", dict), ("tiles", dict),
+        ):  # fmt: skip
+            if not isinstance(keys.get(key), kind):
+                raise ValueError(f"quantization_config.{key} must be a {kind.__name__}, got {keys.get(key)!r}")
+            setattr(self, key, keys.pop(key))
+        if keys:
+            raise ValueError(
+                f"unknown keys in quantization_config: {', '.join(sorted(keys))}; known are quant_method, "
+                "format_version, lorq_version, method, settings, layers, tiles"
+            )
+        self.formats()  # checks them
+        self.tile_formats()
+
+    def formats(self) -> dict[str, LayerFormat]:
+        """The layers' formats by name."""
+        return {name: _layer_format(name, entry) for name, entry in self.layers.items()}
+
+    def tile_formats(self) -> dict[str, TileFormat]:
+        """The formats of the factors that experts share, by name."""
+        found = {}
+        for name, entry in self.tiles.items():
+            found[name] = f = _read_fields(f"tiles[{name!r}]", entry, TileFormat)
+            if (
+                min(f.rows, f.columns, f.experts, f.rank) < 1
+                or max(f.rows, f.columns, f.rank) >= 2**31
+                or f.factor_type not in FACTOR_TYPES
+            ):
+                raise ValueError(
+                    f"quantization_config.tiles[{name!r}] must have rows, columns, experts and rank from 1 to 2^31 and "
+                    f"factor_type {', '.join(FACTOR_TYPES)}, got {entry}"
+                )
+        return found
+
+    def __repr__(self) -> str:
+        # The table of layers is long and transformers prints configs freely.
+        return f"LorqConfig(method={self.method!r}, format_version={self.format_version}, layers={len(self.layers)})"
+
+
+def _from_version_1(keys: dict[str, Any]) -> dict[str, Any]:
+    """What a folder of format version 1 says, in the words of version 2."""
+    if "tiles" in keys:
+        raise ValueError("unknown keys in quantization_config of format version 1: tiles")
+    layers = keys.get("layers")
+    if isinstance(layers, dict):
+        layers = {name: _entry_from_version_1(entry) for name, entry in layers.items()}
+    return {**keys, "layers": layers, "tiles": {}}
+
+
+def _entry_from_version_1(entry: Any) -> Any:
+    if not isinstance(entry, dict) or set(entry) != {"bits", "group_size", "symmetric", "rank", "factor_bits"}:
+        return entry  # refused with the keys it has
+    rest = {key: value for key, value in entry.items() if key != "factor_bits"}
+    old = (
+        "vector", "codebook_rows", "codebook_columns", "permuted", "rotation_block", "rotation_skip",
+    )  # fmt: skip
+    defaults = asdict(LayerFormat(4, 1, True))
+    return (
+        rest
+        | {key: defaults[key] for key in old}
+        | {"factor_type": {8: "int8", 16: "float16"}.get(entry["factor_bits"], entry["factor_bits"])}
+    )
+
+
+def _entry_from_version_2(entry: Any) -> Any:
+    new = ("grid", "scale_rank", "input_quantization", "output_quantization")
+    if not isinstance(entry, dict) or not set(entry).isdisjoint(new):
+        return entry  # refused with the keys it has
+    defaults = asdict(LayerFormat(4, 1, True))
+    return entry | {key: defaults[key] for key in new}
+
+
+def _read_fields(where: str, entry: Any, kind: type[Any]) -> Any:
+    """A dataclass from a JSON object that must have exactly its fields, of their types."""
+    known = {field.name: field.type for field in fields(kind)}
+    if not isinstance(entry, dict) or set(entry) != set(known):
+        got = sorted(entry) if isinstance(entry, dict) else entry
+        raise ValueError(f"quantization_config.{where} must have the keys {sorted(known)}, got {got}")
+    for key, type_ in known.items():
+        if type(entry[key]) is not type_:
+            raise ValueError(f"quantization_config.{where}.{key} must be {type_}, got {entry[key]!r}")
+    return kind(**entry)
+
+
+def _layer_format(name: str, entry: Any) -> LayerFormat:
+    format = _read_fields(f"layers[{name!r}]", entry, LayerFormat)
+    books = (format.codebook_rows, format.codebook_columns)
+    if format.vector < 1 or (min(books) < 1 if format.vector > 1 else books != (0, 0)):
+        raise ValueError(
+            f"quantization_config.layers[{name!r}] must have vector >= 1, and codebook_rows and codebook_columns just "
+            f"where vector is above 1, got {asdict(format)}"
+        )
+    in_range = 1 <= format.bits <= 8 and format.group_size >= 1 and format.rank >= 0
+    if not in_range or format.factor_type not in FACTOR_TYPES:
+        raise ValueError(
+            f"quantization_config.layers[{name!r}] must have bits 1..8, group_size >= 1, rank >= 0 and factor_type "
+            f"{', '.join(FACTOR_TYPES)}, got {asdict(format)}"
+        )
+    names = (
+        ("grid", LEVEL_KINDS), ("input_quantization", INPUTS), ("output_quantization", OUTPUTS),
+    )  # fmt: skip
+    for key, known in names:
+        if getattr(format, key) not in known:
+            raise ValueError(
+                f"quantization_config.layers[{name!r}].{key} must be one of {', '.join(known)}, "
+                f"got {getattr(format, key)!r}"
+            )
+    plain = format.vector == 1 and format.symmetric
+    if format.scale_rank < 0 or ((format.scale_rank or format.grid != "integer") and not plain):
+        raise ValueError(
+            f"quantization_config.layers[{name!r}] must have scale_rank >= 0, and be symmetric without codebooks where "
+            f"that is above 0 or the grid is not integer, got {asdict(format)}"
+        )
+    return format

@@ -1,0 +1,80 @@
+"""JSON and names from files that are hostile until checked."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library; keeps a wrong length from filling memory
+
+
+def damaged(path: Path | str, what: str) -> ValueError:
+    """The error for a file that breaks a rule; ``what`` names the rule and the value."""
+    return ValueError(f"{path}: {what}; the file is damaged, download or write it again")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; errors are those of ``parse_json``."""
+    with path.open("rb") as file:
+        return parse_json(file.read(MAX_JSON_BYTES + 1), where=path)
+
+
+def parse_json(raw: bytes, *, where: Path | str) -> dict[str, Any]:
+    """A JSON object in which no key appears twice.
+
+    Raises:
+        ValueError: if it is too long, not UTF-8, not JSON, nested too deep, not an object, or repeats a key.
+    """
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"the key {_short(key)} appears twice")
+            result[key] = value
+        return result
+
+    if len(raw) > MAX_JSON_BYTES:
+        raise damaged(where, f"JSON must be at most {MAX_JSON_BYTES} bytes, got at least {len(raw)}")
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise damaged(where, f"not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise damaged(where, f"JSON must be an object, got {_short(value)}")
+    return value
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one spelling of ``value`` as JSON: sorted keys, two spaces, a newline at the end."""
+    return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def plain_name(name: Any, *, where: Path | str, suffix: str = "") -> str:
+    """``name`` if it is a file name and nothing else: no folder, no drive, no ``..``, the suffix wanted.
+
+    ValueError otherwise. It may still be a link: a hub cache is links into its ``blobs`` folder.
+    """
+    if (
+        not isinstance(name, str)
+        or name in ("", ".", "..")
+        or not name.isprintable()
+        or not name.endswith(suffix)
+        or not PurePosixPath(name).name == name == PureWindowsPath(name).name
+    ):
+        wanted = f"a plain file name ending in {suffix}" if suffix else "a plain file name"
+        raise ValueError(f"{where}: must name {wanted}, without a folder, got {_short(name)}")
+    return name
+
+
+def some_of(names: Iterable[str]) -> str:
+    """The first five names, and how many more there are."""
+    ordered = sorted(names)
+    rest = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
+    return ", ".join(_short(name).strip("'") for name in ordered[:5]) + rest
+
+
+def _short(value: Any) -> str:
+    """``repr`` cut to a line: a hostile value may be megabytes long, or steer the terminal."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,235 @@
+"""Checkpoints in and out: a model's folder read lazily, a quantized folder written so that no crash harms it.
+
+An unfinished output folder holds shards and ``lorq_journal.jsonl``, and neither an index nor a
+``config.json``, so nothing can load it. The journal's first line is the identity of the run (what must be
+equal for a resumed run to give the same bytes); every further line is a finished shard with its checksum.
+The order for one shard is: bytes to a temporary name, journal line, rename, each on the disk before the
+next begins. So every file under its final name is in the journal, and a line without its file only means
+that this shard is made again. ``finish`` writes ``config.json`` last and then removes the journal.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from lorq.storage.atomic import TEMPORARY, rename_synced, room_for, sync_folder, write_synced
+from lorq.storage.journal import FinishedShard, append_line, differences, read_journal, write_journal
+from lorq.storage.json_files import json_bytes, plain_name, read_json, some_of
+from lorq.storage.names import INDEX, JOURNAL
+from lorq.storage.safetensors_file import read_header, read_tensor
+
+
+class CheckpointWriter:
+    """Writes a checkpoint shard by shard; a run that is killed at any moment can go on where it was."""
+
+    def __init__(self, folder: Path, shards: list[FinishedShard]) -> None:
+        """Use ``create``."""
+        self.folder = folder
+        self._shards = {shard.name: shard for shard in shards}
+
+    @classmethod
+    def create(
+        cls, folder: Path, identity: dict[str, Any], *, overwrite: bool = False, resume: bool = False
+    ) -> "CheckpointWriter":
+        """Begin a folder, or with ``resume`` go on with one.
+
+        Args:
+            folder: made if missing.
+            identity: everything that the bytes depend on (model fingerprint, method, settings, format
+                version ...), as JSON values. A resumed run must have the same.
+            overwrite: first remove what an earlier lorq run wrote here; any other file stays.
+            resume: keep the shards that are whole, drop the first broken one and all after it. An empty
+                folder is begun.
+
+        Raises:
+            FileExistsError: if the folder has content and no flag allows to use it.
+            ValueError: if both flags are given, the identity differs, or the journal is damaged.
+        """
+        cls.check(folder, overwrite=overwrite, resume=resume)
+        identity = json.loads(json_bytes(identity))  # as the journal will give it back: tuples are lists
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"*{TEMPORARY}"):
+            leftover.unlink()
+        shards = _resume(folder, identity) if resume and (folder / JOURNAL).is_file() else []
+        if overwrite and any(folder.iterdir()):
+            _remove_own_files(folder)
+        write_journal(folder / JOURNAL, identity, shards)
+        return cls(folder, shards)
+
+    @staticmethod
+    def check(folder: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Refuse what ``create`` refuses by the flags and what is in the folder; changes nothing."""
+        if overwrite and resume:
+            raise ValueError("--overwrite and --resume exclude each other, got both; give one")
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"{folder} must be a folder, it is a file; choose another name")
+        present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+        present = [name for name in present if not name.endswith(TEMPORARY)]
+        state = "unfinished" if JOURNAL in present else "finished" if _is_lorq(folder) else "foreign"
+        allowed = (resume and state == "unfinished") or (overwrite and state != "foreign")
+        if present and not allowed:
+            raise FileExistsError(_refusal(folder, present, state, resume=resume))
+
+    @property
+    def completed(self) -> dict[str, Any]:
+        """The record of every finished shard, by name, in the order of writing."""
+        return {name: shard.record for name, shard in self._shards.items()}
+
+    def shard_checksums(self) -> dict[str, str]:
+        """sha256 (hex) of every finished shard, by name; for the report and ``verify_shards``."""
+        return {name: shard.sha256 for name, shard in self._shards.items()}
+
+    def read_shard(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a finished shard; KeyError if there is no such shard."""
+        if name not in self._shards:
+            raise KeyError(f"{self.folder} has no finished shard {name!r}, only: {some_of(self._shards)}")
+        header = read_header(self.folder / name)
+        return {key: read_tensor(self.folder / name, header, key) for key in header.tensors}
+
+    def write_shard(self, name: str, tensors: dict[str, Tensor], record: Any) -> None:
+        """Write one shard; it is whole and on the disk on return.
+
+        Args:
+            name: plain file name ending in ``.safetensors``, not written before.
+            tensors: none of them in an earlier shard; moved to the CPU here.
+            record: JSON value that ``completed`` returns.
+
+        Raises:
+            ValueError: if the name or a tensor is there already.
+            OSError: if the disk is full; the finished shards are kept.
+        """
+        plain_name(name, where="shard", suffix=".safetensors")
+        record = json.loads(json_bytes(record))  # as a resumed run will see it
+        if name in self._shards:
+            raise ValueError(f"shard {name} is already written, as one of {len(self._shards)}; skip it")
+        for other in self._shards.values():
+            if twice := tensors.keys() & set(other.tensors):
+                raise ValueError(f"{name} repeats {len(twice)} tensors of {other.name}: {some_of(twice)}")
+        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        data = save(on_cpu, metadata={"format": "pt"})  # safetensors does not order more than one key
+        shard = FinishedShard(name, hashlib.sha256(data).hexdigest(), len(data), sorted(tensors), record)
+        path = self.folder / name
+        with room_for(path, len(data)):
+            temporary = write_synced(path, data)
+            append_line(self.folder / JOURNAL, {"shard": asdict(shard)})
+            rename_synced(temporary, path)
+        self._shards[name] = shard
+
+    def finish(self, *, config: dict[str, Any], files: Mapping[str, bytes | Path], index_name: str = INDEX) -> None:
+        """Write the index, the extra files and at last ``config.json``; only then is it a checkpoint.
+
+        Args:
+            config: of the model, with ``quantization_config.quant_method == "lorq"``: by that a later
+                ``--overwrite`` knows the folder.
+            files: further files by plain name: their bytes, or a file to copy.
+            index_name: which tensor is in which shard, in the form of a Hugging Face index.
+
+        Raises:
+            ValueError: if a name is not plain or taken, or ``config`` is not of lorq, or no shard is written.
+            OSError: if the disk is full; the finished shards are kept.
+        """
+        if (method := _quant_method(config)) != "lorq":
+            raise ValueError(f'config needs quantization_config.quant_method "lorq", got {method!r}')
+        if not self._shards:
+            raise ValueError(f"{self.folder} needs at least 1 shard to finish, got 0; call write_shard first")
+        plain_name(index_name, where="index_name", suffix=".index.json")
+        if taken := files.keys() & {*self._shards, index_name, JOURNAL, "config.json"}:
+            raise ValueError(f"extra files must have names of their own, got {some_of(taken)}")
+        own = sorted([*self._shards, *(plain_name(name, where="extra file") for name in files)])
+        headers = [read_header(self.folder / name) for name in self._shards]
+        stored_bytes = sum(header.file_bytes - 8 - len(header.raw) for header in headers)
+        index = {
+            "metadata": {"lorq_files": own, "total_size": stored_bytes},
+            "weight_map": {tensor: shard.name for shard in self._shards.values() for tensor in shard.tensors},
+        }
+        contents = {
+            index_name: json_bytes(index),
+            **{name: data.read_bytes() if isinstance(data, Path) else data for name, data in files.items()},
+            "config.json": json_bytes(config),  # last: with it the folder can be loaded
+        }
+        append_line(self.folder / JOURNAL, {"closing": list(reversed(contents))})
+        for name, data in contents.items():
+            with room_for(self.folder / name, len(data)):
+                rename_synced(write_synced(self.folder / name, data), self.folder / name)
+        (self.folder / JOURNAL).unlink()
+        sync_folder(self.folder)
+
+
+def check_begun(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to resume a folder that was begun with others of these settings, which may be a part of its identity.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if (folder / JOURNAL).is_file():
+        then = read_journal(folder / JOURNAL).identity
+        _require_same(folder, {key: then.get(key) for key in settings}, settings)
+
+
+def _require_same(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    if different := differences(then, now):
+        raise ValueError(
+            f"{folder} was begun differently: {'; '.join(different)}; "
+            "resume with the same settings, or begin again with --overwrite"
+        )
+
+
+def _resume(folder: Path, identity: dict[str, Any]) -> list[FinishedShard]:
+    """The shards to keep. Removes the others, and what an interrupted ``finish`` has left."""
+    journal = read_journal(folder / JOURNAL)
+    _require_same(folder, journal.identity, identity)
+    whole = list(takewhile(lambda shard: shard.is_whole(folder), journal.shards))
+    for name in [*journal.closing, *(shard.name for shard in journal.shards[len(whole) :])]:
+        (folder / name).unlink(missing_ok=True)
+    return whole
+
+
+def _remove_own_files(folder: Path) -> None:
+    """Remove what lorq wrote; what marks the folder as lorq's goes last, so that a crash leaves the mark."""
+    if (folder / JOURNAL).is_file():
+        journal = read_journal(folder / JOURNAL)
+        own = [*(shard.name for shard in journal.shards), *journal.closing, JOURNAL]
+    else:
+        own = []
+        for index in sorted(folder.glob("*.index.json")):
+            metadata = read_json(index).get("metadata")
+            listed = metadata.get("lorq_files") if isinstance(metadata, dict) else None
+            if isinstance(listed, list):
+                own += [*(plain_name(name, where=index) for name in listed), index.name]
+        own.append("config.json")
+    for name in own:
+        (folder / name).unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def _is_lorq(folder: Path) -> bool:
+    """Whether the folder holds a checkpoint that lorq has finished."""
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False
+    return _quant_method(config) == "lorq"
+
+
+def _quant_method(config: dict[str, Any]) -> Any:
+    quantization = config.get("quantization_config")
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
+
+
+def _refusal(folder: Path, present: list[str], state: str, *, resume: bool) -> str:
+    """Why a folder with content is not used as asked, by its state."""
+    if state == "finished" and resume:
+        return f"{folder} is already complete, nothing to resume; quantize it again with --overwrite"
+    what = {
+        "unfinished": "it is an unfinished lorq run; continue with --resume, or begin again with --overwrite",
+        "finished": "it is a complete lorq checkpoint; replace it with --overwrite",
+        "foreign": "lorq did not write it; choose an empty folder (--resume and --overwrite refuse it)",
+    }
+    return f"{folder} is not empty ({some_of(present)}): {what[state]}"

@@ -1,0 +1,162 @@
+"""Input statistics against their definition in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from lorq.core.stats import StatsAccumulator, output_energy
+
+both = pytest.mark.parametrize("token_weights", ["equal", "plain"])
+
+
+def gather(*parts, token_weights):
+    sums = StatsAccumulator(parts[0].shape[-1], token_weights)
+    for part in parts:
+        sums.add(part)
+    return sums.finish()
+
+
+def by_definition(x, token_weights):
+    """``(X^T D X / tokens, mean of sqrt(d) |x|)``, one token at a time."""
+    x = x.double()
+    hessian = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    mean_abs = torch.zeros(x.shape[1], dtype=torch.float64)
+    for token in x:
+        weight = 1 / token.square().mean() if token_weights == "equal" else 1.0
+        hessian += weight * torch.outer(token, token) / len(x)
+        mean_abs += weight**0.5 * token.abs() / len(x)
+    return hessian, mean_abs
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_statistics_are_their_definition(token_weights, dtype, correlated):
+    x = correlated(60, 12).to(dtype)
+    before = x.clone()
+    stats = gather(x, token_weights=token_weights)
+    hessian, mean_abs = by_definition(x, token_weights)
+    assert stats.tokens == 60
+    assert stats.hessian.dtype == stats.mean_abs.dtype == torch.float32
+    # Sums of 60 float32 products, whatever the inputs came in.
+    assert_close(stats.hessian.double(), hessian, rtol=1e-5, atol=1e-5 * float(hessian.abs().max()))
+    assert_close(stats.mean_abs.double(), mean_abs, rtol=1e-5, atol=0)
+    assert torch.equal(x, before)
+
+
+@both
+def test_windows_and_leading_dimensions_are_only_tokens(token_weights, correlated):
+    x = correlated(60, 12)
+    whole = gather(x, token_weights=token_weights)
+    parts = gather(x[:1], x[1:20], x[20:].view(2, 4, 5, 12), x[0, None][:0], token_weights=token_weights)
+    assert parts.tokens == 60
+    # Another order of float32 sums.
+    assert_close(parts.hessian, whole.hessian, rtol=1e-5, atol=1e-5)
+    assert_close(parts.mean_abs, whole.mean_abs, rtol=1e-5, atol=0)
+
+
+def test_equal_weights_do_not_see_how_loud_a_token_is(correlated, generator):
+    x = correlated(60, 12)
+    loudness = 2.0 ** torch.randint(-6, 12, (60, 1), generator=generator)  # powers of two change no digit
+    (equal, louder), (plain, swamped) = (
+        [gather(part, token_weights=kind) for part in (x, x * loudness)] for kind in ("equal", "plain")
+    )
+    assert_close(louder.hessian, equal.hessian, rtol=1e-5, atol=1e-5)
+    assert_close(louder.mean_abs, equal.mean_abs, rtol=1e-5, atol=0)
+    assert float(swamped.hessian.trace()) > 1000 * float(plain.hessian.trace())
+    # Each token has the mean square 1, so the trace is the width.
+    assert_close(equal.hessian.trace(), torch.tensor(12.0), rtol=1e-5, atol=0)
+
+
+def test_a_token_of_zeros_counts_and_adds_nothing(correlated):
+    x = correlated(30, 12)
+    alone, padded = (gather(part, token_weights="equal") for part in (x, torch.cat([x, torch.zeros(30, 12)])))
+    assert padded.tokens == 60
+    assert_close(padded.hessian * 2, alone.hessian, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_not_finite_are_counted_and_refused(value):
+    x = torch.ones(4, 5)
+    x[1, 2] = x[3, 0] = value
+    with pytest.raises(FloatingPointError, match="got 2 NaN or infinite values of 20"):
+        StatsAccumulator(5).add(x)
+
+
+@both
+def test_token_weights_from_outside_count_like_repeated_tokens(token_weights, correlated):
+    x, times = correlated(40, 12), torch.arange(40) % 4
+    sums = StatsAccumulator(12, token_weights)
+    sums.add(x[:15].view(3, 5, 12), times[:15].view(3, 5).float())
+    sums.add(x[15:], times[15:].float())
+    repeated = gather(x.repeat_interleave(times, 0), token_weights=token_weights)
+    assert sums.tokens == 40
+    # Another order of float32 sums.
+    assert_close(sums.finish().hessian, repeated.hessian, rtol=1e-5, atol=1e-5)
+    assert_close(sums.finish().mean_abs, repeated.mean_abs, rtol=1e-5, atol=0)
+
+
+@both
+def test_equal_weights_from_outside_change_nothing(token_weights, correlated):
+    x = correlated(60, 12)
+    sums = StatsAccumulator(12, token_weights)
+    sums.add(x, torch.full((60,), 0.25))  # a power of two changes no digit
+    plain = gather(x, token_weights=token_weights)
+    assert_close(sums.finish().hessian, plain.hessian, rtol=1e-6, atol=1e-6)
+    assert_close(sums.finish().mean_abs, plain.mean_abs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("wrong, shown", [(-0.5, "-0.5 to 1.0"), (float("inf"), "1.0 to inf")])
+def test_token_weights_that_are_negative_or_not_finite_are_refused(wrong, shown):
+    with pytest.raises(ValueError, match=f"finite and at least 0, got {shown}"):
+        StatsAccumulator(5).add(torch.ones(2, 5), torch.tensor([1.0, wrong]))
+
+
+def test_statistics_of_tokens_without_weight_are_refused():
+    sums = StatsAccumulator(5)
+    sums.add(torch.ones(2, 5), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"weights of 2 tokens must sum to more than 0, got 0\.0"):
+        sums.finish()
+
+
+def test_statistics_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="at least one token, got 0"):
+        StatsAccumulator(5).finish()
+
+
+def test_a_prepared_hessian_is_shrunk_and_its_factors_damped(correlated):
+    stats = gather(correlated(200, 16), token_weights="plain")
+    prepared = stats.prepared(shrinkage=0.25, damping=0.01)
+    h = stats.hessian.double()
+    shrunk = 0.75 * h + 0.25 * torch.diag(h.diagonal())
+    damped = shrunk + 0.01 * h.diagonal().mean() * torch.eye(16, dtype=torch.float64)
+    assert_close(prepared.matrix.double(), shrunk, rtol=1e-6, atol=1e-7)
+    # float32, which loses the condition number's digits.
+    assert_close(prepared.factor.double(), torch.linalg.cholesky(damped), rtol=1e-4, atol=1e-4)
+    upper = prepared.inverse_factor.double()
+    assert_close(upper.T @ upper @ damped, torch.eye(16, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
+def test_a_prepared_hessian_is_made_once_for_each_setting(correlated):
+    stats = gather(correlated(60, 12), token_weights="equal")
+    first = stats.prepared(shrinkage=0.2, damping=0.01)
+    assert stats.prepared(shrinkage=0.2, damping=0.01) is first
+    assert first.factor is first.factor and first.inverse_factor is first.inverse_factor
+    for shrinkage, damping in ((0.1, 0.01), (0.2, 0.1)):
+        assert stats.prepared(shrinkage=shrinkage, damping=damping) is not first
+
+
+def test_other_statistics_have_other_prepared_hessians(correlated):
+    stats = gather(correlated(60, 12), token_weights="equal")
+    stats.prepared(shrinkage=0.0, damping=0.01)
+    louder = dataclasses.replace(stats, hessian=4 * stats.hessian)
+    assert torch.equal(louder.prepared(shrinkage=0.0, damping=0.01).matrix, 4 * stats.hessian)
+
+
+def test_output_energy_is_the_mean_squared_change_of_the_output(correlated, generator):
+    x = correlated(300, 16).double()
+    delta = torch.randn(9, 16, generator=generator, dtype=torch.float64)
+    changed = torch.stack([(delta @ token).square().sum() for token in x]).mean()
+    assert_close(output_energy(delta, x.T @ x / 300), changed, rtol=1e-12, atol=0)
+    assert float(output_energy(torch.zeros(9, 16), torch.eye(16))) == 0
