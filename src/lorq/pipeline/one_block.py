@@ -1,6 +1,5 @@
 """Solve one block: which layers a method takes in one call, with which statistics and which randomness."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lorq.core.descent import BlockProblem
+from lorq.core.problem import layer_generator
 from lorq.core.stats import InputStats
 from lorq.core.weight import QuantizedWeight
 from lorq.methods import Method
@@ -134,9 +134,3 @@ def check_finite(weight: QuantizedWeight) -> None:
         parts += [factors.lefts(), factors.rights(), *([] if factors.input_scale is None else [factors.input_scale])]
     if not all(bool(torch.isfinite(part).all()) for part in parts):
         raise ArithmeticError("scales and factors must be finite, got NaN or infinite values; raise the damping")
-
-
-def layer_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A layer's own source of randomness, so that neither order nor interruption changes a bit."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

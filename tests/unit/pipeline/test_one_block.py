@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import lorq
+from lorq.core.problem import layer_generator
 from lorq.core.stats import InputStats
 from lorq.models.blocks import Target
 from lorq.models.experts import ExpertName, expert_name
-from lorq.pipeline.one_block import check_finite, layer_generator, solve_block
+from lorq.pipeline.one_block import check_finite, solve_block
 from lorq.pipeline.together import expert_formats, expert_groups
 
 BLOCK = "model.layers.0"
