@@ -13,7 +13,7 @@ from lorq.core.weight import LayerFormat
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def misplaced(home: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def declines_input(home: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why kernels of one device type do not take such inputs; None where they do."""
     if device.type != home:
         return f"the device is {device.type}"

@@ -61,7 +61,7 @@ def _fake(x, expert, packed, *rest):  # type: ignore[no-untyped-def]
     return x.new_empty(expert.shape[0], packed.shape[1])
 
 
-def misfit(format: LayerFormat) -> str | None:
+def declines_experts(format: LayerFormat) -> str | None:
     """Why no kernel runs all experts of a format in one call; None where one may."""
     if format.scale_rank:
         return f"experts have scales of rank {format.scale_rank}"

@@ -9,7 +9,6 @@ experts does not fill a device.
 """
 
 from dataclasses import replace
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -17,14 +16,19 @@ from torch import Tensor
 from lorq.core.weight import LayerFormat
 from lorq.kernels import triton_linear
 from lorq.kernels.operands import NAMES, Operands, format_of
-from lorq.kernels.reference_experts import expert_linear, expert_linear_reference, misfit
+from lorq.kernels.reference_experts import declines_experts, expert_linear, expert_linear_reference
 from lorq.kernels.triton_linear import Tile, choose_tile
 
 
-def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernel does not run experts of one format; None where it does. Arguments as of `triton_linear.covers`."""
-    why = misfit(format)
-    return triton_linear.covers(format, in_features, device, dtype) if why is None else why
+def declines(
+    format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype, pairs: float
+) -> str | None:
+    """Why the kernel does not run experts of one format; None where it does, however many ``pairs`` an expert has.
+
+    Other arguments are those of `triton_linear.declines`.
+    """
+    why = declines_experts(format)
+    return triton_linear.declines(format, in_features, device, dtype) if why is None else why
 
 
 def tile_of(pairs: int, experts: int, dtype: torch.dtype, format: LayerFormat, in_features: int) -> Tile:
@@ -72,7 +76,7 @@ def linear(
     codebook: Tensor | None, codebook_scale: Tensor | None, left: Tensor | None, left_scale: Tensor | None,
     cells: Tensor | None, projected: Tensor | None, bits: int,
 ) -> Tensor:  # fmt: skip
-    """`expert_linear` by the kernel, whatever the device: for operands that `covers` accepts."""
+    """`expert_linear` by the kernel, whatever the device: for operands that it does not decline."""
     from lorq.kernels import triton_expert_tile
 
     pairs, in_features, (count, out, words) = len(expert), x.shape[1], packed.shape
@@ -130,7 +134,8 @@ def _fits(
     return scaled and whole and len(projected) == len(x)
 
 
-def _linear_or_reference(
+@expert_linear.register_kernel("cuda")
+def linear_or_reference(
     x: Tensor, expert: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, levels: Tensor | None,
     codebook: Tensor | None, codebook_scale: Tensor | None, left: Tensor | None, left_scale: Tensor | None,
     cells: Tensor | None, projected: Tensor | None, bits: int,
@@ -142,15 +147,7 @@ def _linear_or_reference(
     large = any(t is not None and t[0].numel() >= 2**31 for t in (packed, scale, codebook))
     large |= left is not None and left.numel() >= 2**31
     fits = format is not None and not large and _fits(x, packed, left, left_scale, cells, projected)
-    if format is None or not fits or covers(format, x.shape[1], x.device, x.dtype) is not None:
+    if format is None or not fits or declines(format, x.shape[1], x.device, x.dtype, 1.0) is not None:
         return expert_linear_reference(*arguments)
     with torch.cuda.device(x.device):
         return linear(*arguments)
-
-
-def register() -> str | None:
-    """Make the kernel the operator's implementation on CUDA devices, or say why not; triton is not imported yet."""
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
-    expert_linear.register_kernel("cuda")(_linear_or_reference)
-    return None

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.weight import LayerFormat
-from lorq.kernels.operands import DTYPES, NAMES, Operands, format_of, misplaced
+from lorq.kernels.operands import DTYPES, NAMES, Operands, declines_input, format_of
 from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate, rotate_reference
 
 _CODE_BITS = (1, 2, 3, 4, 6, 8)  # whole codes in a word, or in 24 bits
@@ -75,7 +75,7 @@ _DECODED, _DECODED_WITH_FACTORS = Tile(0, 32, 256, 4, 1), Tile(0, 128, 128, 8, 1
 _STRIP_BYTES = 256 << 20  # of a decoded weight at a time
 
 
-def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
+def declines(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels do not run a layer; None where they do.
 
     Args:
@@ -84,16 +84,19 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
         device: that it runs on.
         dtype: of its inputs.
     """
-    why = misfit(format, in_features, device, dtype)
-    return _unfit(device) if why is None else why
+    why = declines_input("cuda", device, dtype)
+    if why is None:
+        why = declines_format(format)
+    return _declines_device(device) if why is None else why
 
 
-def misfit(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """`covers`, but for what only the machine can tell."""
-    f = format
-    why = misplaced("cuda", device, dtype)
-    if why is not None:
-        return why
+def few_tokens(dtype: torch.dtype) -> int:
+    """Tokens up to which weights are multiplied as they are stored."""
+    return MANY_FROM.get(dtype.itemsize, 1) - 1
+
+
+def declines_format(f: LayerFormat) -> str | None:
+    """`declines`, as far as the format tells it."""
     if f.code_bits not in _CODE_BITS or f.vector not in _ENTRIES:
         return f"codes take {f.code_bits} bits for {f.vector} weights"
     if f.scale_rank > _LARGEST_SCALE_RANK:
@@ -104,7 +107,7 @@ def misfit(format: LayerFormat, in_features: int, device: torch.device, dtype: t
 
 
 @cache
-def _unfit(device: torch.device) -> str | None:
+def _declines_device(device: torch.device) -> str | None:
     """Why no kernel runs on a CUDA device; asked at every forward."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
@@ -124,10 +127,10 @@ class Plan:
 
 
 def linear(x: Tensor, *operands: Tensor | int | None) -> Tensor:
-    """`quant_linear` by the kernels, whatever the device: for operands that `covers` accepts."""
+    """`quant_linear` by the kernels, whatever the device: for operands that they do not decline."""
     plan = _plan(x, *operands)
     assert plan is not None
-    return _multiply(plan, x, *operands)
+    return _by_plan(plan, x, *operands)
 
 
 def _plan(x: Tensor, *operands: Tensor | int | None) -> Plan | None:
@@ -162,7 +165,7 @@ def _plan_of(
     return Plan(format, tile, span_of(tensors[0].shape[0], in_features, tile))
 
 
-def _multiply(plan: Plan, x: Tensor, *operands: Tensor | int | None) -> Tensor:
+def _by_plan(plan: Plan, x: Tensor, *operands: Tensor | int | None) -> Tensor:
     p = Operands(**dict(zip(NAMES, operands[:-1], strict=True)))
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = flat.new_empty(flat.shape[0], p.packed.shape[0])
@@ -296,7 +299,7 @@ def _projected(x: Tensor, p: Operands, dtype: torch.dtype) -> Tensor | None:
 
 
 def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False) -> Tensor:
-    """`rotate` by the kernel, whatever the device: for bases that `covers_basis` accepts."""
+    """`rotate` by the kernel, whatever the device: for bases that it does not decline."""
     from lorq.kernels import triton_tile
 
     flat = x.contiguous()
@@ -313,15 +316,16 @@ def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: 
     return y
 
 
-def covers_basis(block: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernel does not take inputs into a basis; None where it does. Arguments as those of `covers`."""
-    why = misplaced("cuda", device, dtype)
+def declines_basis(block: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel does not take inputs into a basis; None where it does. Arguments as those of `declines`."""
+    why = declines_input("cuda", device, dtype)
     if why is None and (block > _LARGEST_BLOCK or block == 1):
         why = f"blocks of {block} are not between 2 and {_LARGEST_BLOCK}"
-    return _unfit(device) if why is None else why
+    return _declines_device(device) if why is None else why
 
 
-def run(
+@quant_linear.register_kernel("cuda")
+def multiply(
     x: Tensor, packed: Tensor, scale: Tensor | None, zero_point: Tensor | None, levels: Tensor | None,
     scale_left: Tensor | None, scale_right: Tensor | None, codebook: Tensor | None, codebook_scale: Tensor | None,
     left: Tensor | None, right: Tensor | None, left_scale: Tensor | None, right_scale: Tensor | None, bits: int,
@@ -331,25 +335,17 @@ def run(
         right_scale, bits,
     )  # fmt: skip
     plan = _plan(x, *operands)
-    if plan is None or covers(plan.format, x.shape[-1], x.device, x.dtype) is not None:
+    if plan is None or declines(plan.format, x.shape[-1], x.device, x.dtype) is not None:
         return quant_linear_reference(x, *operands)
     with torch.cuda.device(x.device):
-        return _multiply(plan, x, *operands)
+        return _by_plan(plan, x, *operands)
 
 
+@rotate.register_kernel("cuda")
 def turn_or_reference(
     x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False
 ) -> Tensor:  # fmt: skip
-    if covers_basis(block, x.device, x.dtype) is not None:
+    if declines_basis(block, x.device, x.dtype) is not None:
         return rotate_reference(x, permutation, block, skip, inverse)
     with torch.cuda.device(x.device):
         return turn(x, permutation, block, skip, inverse)
-
-
-def register() -> str | None:
-    """Make the kernels the operators' implementations on CUDA devices, or say why not; triton is not imported yet."""
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
-    quant_linear.register_kernel("cuda")(run)
-    rotate.register_kernel("cuda")(turn_or_reference)
-    return None

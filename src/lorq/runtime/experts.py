@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorq.core.tile_factors import _STORED, TileFactors, TileFormat, tile_layout
 from lorq.models.experts import Expert, Experts
-from lorq.runtime.experts_at_once import Stacks, layers_of, run_grouped, why_not_grouped
+from lorq.runtime.experts_at_once import Stacks, declines_at_once, layers_of, run_grouped
 from lorq.runtime.linear import QuantLinear
 
 
@@ -126,7 +126,7 @@ class QuantExperts(Experts):
         if not self.fused or any(t.input_scale is not None for t in tiles.values()):
             return self._unfused(tiles, hidden_states, top_k_index, top_k_weights)
         layers = layers_of(self)
-        if why_not_grouped(layers, tuple(self.tiles), hidden_states, top_k_weights) is None:
+        if declines_at_once(layers, tuple(self.tiles), hidden_states, top_k_weights) is None:
             return run_grouped(self._stacks, layers, tiles, self.gated, hidden_states, top_k_index, top_k_weights)
         return _Pass(self, tiles, hidden_states, top_k_index, top_k_weights).output()
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lorq.core.tile_factors import TileFactors, TileFormat
 from lorq.core.weight import LayerFormat
-from lorq.kernels import cpu_experts, expert_linear, turn, why_not_experts
+from lorq.kernels import KERNELS, declines_experts, expert_linear, turn
 from lorq.models.experts import Expert, Experts
 from lorq.runtime.linear import QuantLinear, one_memory
 
@@ -42,10 +42,10 @@ class Stacks:
         return tensors
 
 
-def why_not_alike(
+def declines_stored(
     path: str, formats: Mapping[str, LayerFormat], tiled: Mapping[str, TileFormat], stored: Collection[str]
 ) -> str | None:
-    """`why_not_grouped`, as far as a folder tells it.
+    """`declines_at_once`, as far as a folder tells it.
 
     Args:
         path: of the experts.
@@ -73,7 +73,7 @@ def layers_of(experts: Experts) -> dict[str, list[Any]]:
     return {name: [layers[name] for layers in own] for name in PROJECTIONS}
 
 
-def why_not_grouped(
+def declines_at_once(
     layers: Mapping[str, Sequence[Any]], tiled: Collection[str], x: Tensor, weights: Tensor
 ) -> str | None:
     """Why experts do not run as `run_grouped` has it; None where they do. Nothing is read from the device.
@@ -90,7 +90,7 @@ def why_not_grouped(
         if name not in tiled:
             return f"{name} has no shared factors"
         first = layers[name][0]
-        why = why_not_experts(first.format, first.in_features, x.device, x.dtype, weights.numel() / len(layers[name]))
+        why = declines_experts(first.format, first.in_features, x.device, x.dtype, weights.numel() / len(layers[name]))
         if why is not None:
             return why
         if any(layer.format is not first.format and layer.format != first.format for layer in layers[name]):
@@ -134,15 +134,16 @@ def run_grouped(
     last = layers["down_proj"][0]
     h = _own_basis(last, own["down_proj"], gated(gate, up), cell)
     weight = torch.where(known, weights, 0).unsqueeze(-1)
-    # In C++ an expert's own part of the factors costs no more than the sum of its column's.
-    inside = _in_cpp(h)
+    # Where kernels add the factors, an expert's own part costs no more than the sum of its column's.
+    inside = _run_experts(h) is not None
     answers = _product(last, own["down_proj"], h, expert, down if inside else None).unflatten(0, (tokens, places))
     out = (answers * weight).sum(1).to(x.dtype)
     return out if down is None or inside else out + _shared_down(down, h, cell, weight, x.dtype)
 
 
-def _in_cpp(x: Tensor) -> bool:
-    return x.device.type == "cpu"
+def _run_experts(x: Tensor) -> Callable[..., Tensor | None] | None:
+    kernels = KERNELS.get(x.device.type)
+    return None if kernels is None else kernels.run_experts
 
 
 def _own_basis(first: QuantLinear, own: dict[str, Tensor], h: Tensor, expert: Tensor) -> Tensor:
@@ -156,9 +157,10 @@ def _own_basis(first: QuantLinear, own: dict[str, Tensor], h: Tensor, expert: Te
 def _product(first: QuantLinear, own: dict[str, Tensor], z: Tensor, expert: Tensor, t: TileFactors | None) -> Tensor:
     """A projection of every pair, shared factors included, given its tensors and one of its layers."""
     packed, scale, zero, book, book_scale = stored = [own.get(name) for name in _STACKED[:5]]
-    if _in_cpp(z):
+    run = _run_experts(z)
+    if run is not None:
         shared = None if t is None else (t.left, t.right, t.left_scale, t.right_scale, t.cells)
-        y = cpu_experts.run(z, expert, stored, first.levels, shared, first.format.bits)
+        y = run(z, expert, stored, first.levels, shared, first.format.bits)
         if y is not None:
             return y
     factors: list[Tensor | None] = [None] * 4

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorq.kernels import Implementation, implementation, why_not_experts
-from lorq.runtime.experts_at_once import why_not_alike
+from lorq.kernels import Implementation, declines_experts, implementation
+from lorq.runtime.experts_at_once import declines_stored
 from lorq.storage.json_files import read_json, some_of
 from lorq.storage.names import INDEX
 from lorq.storage.reader import SourceCheckpoint
@@ -28,10 +28,10 @@ def expert_lines(folder: Path) -> Iterator[str]:
     alike: dict[str | None, list[str]] = {}
     for path in dict.fromkeys(name.partition(".tiles.")[0] for name in tiles):
         tiled = {name.rpartition(".")[2]: format for name, format in tiles.items() if name.startswith(f"{path}.tiles.")}
-        why = why_not_alike(path, formats, tiled, stored)
+        why = declines_stored(path, formats, tiled, stored)
         for name in formats if why is None else ():
             if name.startswith(f"{path}."):
-                why = why or why_not_experts(formats[name], widths[name], *place, 0.0)
+                why = why or declines_experts(formats[name], widths[name], *place, 0.0)
         alike.setdefault(why, []).append(path)
     for why, paths in alike.items():
         way = "one call for all those of few tokens" if why is None else f"one after the other: {why}"

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from lorq.core.grids import levels
 from lorq.core.layout import _STORED, OPERANDS, pack_weight, stored_layout, unpack_weight
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
-from lorq.kernels import fake_quantize, int8_linear, misfit, multiply
+from lorq.kernels import fake_quantize, int8_linear, multiply
+from lorq.kernels.int8 import declines_format
 from lorq.runtime.rotation import SharedRotation
 
 
@@ -125,7 +126,7 @@ class QuantLinear(nn.Module):
             grid = self.input_scale, self.input_zero_point
             # Whole numbers have no gradient to give.
             learns = z.requires_grad and torch.is_grad_enabled()
-            if not learns and misfit(self.format, self.in_features, z.device, z.dtype) is None:
+            if not learns and declines_format(self.format, self.in_features, z.device, z.dtype) is None:
                 codes = self.weight_packed, self.weight_scale, self.weight_zero_point
                 return int8_linear(z, *codes, *grid, self.format.bits)
             z = fake_quantize(z, *grid)

@@ -20,10 +20,11 @@ from lorq.core.layout import pack_weight
 from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.tile_factors import pack_tiles, tile_layout, unpack_tiles
 from lorq.core.weight import LayerFormat
-from lorq.kernels import cpu_experts, triton_experts
+from lorq.kernels import cpu_experts
+from lorq.kernels.reference_experts import declines_experts
 from lorq.models.experts import Experts
 from lorq.runtime.experts import QuantExperts, Tiles
-from lorq.runtime.experts_at_once import layers_of, run_grouped, why_not_grouped
+from lorq.runtime.experts_at_once import declines_at_once, layers_of, run_grouped
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.same_input import share_rotations
 
@@ -243,7 +244,7 @@ def test_the_middle_of_one_expert_has_its_part_of_the_shared_factors(packed, gen
 
 @pytest.fixture(params=["C++", "as on a GPU"])
 def grouped(request, monkeypatch):
-    """Experts run in one call, and how often they did: in C++, or as on a device whose kernel covers them."""
+    """Experts run in one call, and how often they did: in C++, or as on a device whose kernels do not decline them."""
     runs, taken = [], []
 
     def run(*given):
@@ -258,10 +259,9 @@ def grouped(request, monkeypatch):
         return taken[-1]
 
     cpu_experts_run = cpu_experts.run
-    monkeypatch.setattr(cpu_experts, "run", multiply)
-    monkeypatch.setattr(lorq.runtime.experts_at_once, "_in_cpp", lambda x: request.param == "C++")
-
-    monkeypatch.setattr(lorq.runtime.experts_at_once, "why_not_experts", lambda *_: None)
+    in_cpp = multiply if request.param == "C++" else None
+    monkeypatch.setattr(lorq.runtime.experts_at_once, "_run_experts", lambda x: in_cpp)
+    monkeypatch.setattr(lorq.runtime.experts_at_once, "declines_experts", lambda *_: None)
     monkeypatch.setattr(lorq.runtime.experts, "run_grouped", run)
     return runs
 
@@ -317,20 +317,18 @@ def test_why_experts_do_not_run_in_one_product_is_said(packed, generator, monkey
     x, _, weights = tokens_for(EXPERTS, 2, generator)
 
     def why(experts, x=x):
-        return why_not_grouped(layers_of(experts), tuple(experts.tiles), x, weights)
+        return declines_at_once(layers_of(experts), tuple(experts.tiles), x, weights)
 
     assert why(packed()) is None
     assert why(packed(), x.double()) == "inputs are torch.float64"
-    many = why_not_grouped(layers_of(packed()), PROJECTIONS, x, torch.ones(75, 2))
+    many = declines_at_once(layers_of(packed()), PROJECTIONS, x, torch.ones(75, 2))
     assert many is not None and many.startswith("an expert has 25.0 tokens, and more than ")
     with monkeypatch.context() as compiling:
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
         assert why(packed()) == "a program is being compiled, which one call of C++ is no part of"
     books = packed(format=LayerFormat(2, -1, True, vector=4, codebook_rows=8, codebook_columns=16))
     assert why(books) == "an expert has 3.7 tokens, and more than 1 are faster one expert after the other"
-    monkeypatch.setattr(
-        lorq.runtime.experts_at_once, "why_not_experts", lambda format, *_: triton_experts.misfit(format)
-    )
+    monkeypatch.setattr(lorq.runtime.experts_at_once, "declines_experts", lambda format, *_: declines_experts(format))
     assert why(packed()) is None
     assert why(packed(), x.clone().requires_grad_()) == "inputs need gradients"
     assert why(packed(tiles=("gate_proj", "up_proj"))) == "down_proj has no shared factors"
