@@ -94,7 +94,7 @@ def _written(model: Any, tokenizer: Any, options: dict[str, Any], *, inference: 
     def write() -> None:
         try:
             # Compiled, inference mode spares every operator a look at gradients; else layers that share a rotated
-            # input would lose it (`lorq.runtime.rotation.SharedRotation`).
+            # input would lose it (`lorq.runtime.same_input.Together`).
             with torch.inference_mode() if inference else nullcontext():
                 model.generate(streamer=streamer, **options)
         except BaseException as error:

@@ -415,7 +415,7 @@ V1_KEYS = ("bits", "group_size", "symmetric", "rank")
 
 def as_version_1(config):
     config["format_version"] = 1
-    del config["tiles"]
+    del config["tiles"], config["inputs"]
     for name, layer in config["layers"].items():
         bits = {"int8": 8, "float16": 16}[layer["factor_type"]]
         config["layers"][name] = {key: layer[key] for key in V1_KEYS} | {"factor_bits": bits}

@@ -20,7 +20,7 @@ from lorq.models.experts import Experts, expert_name, find_experts
 from lorq.models.skeleton import get_tensor
 from lorq.models.texts import Windows
 from lorq.pipeline.dense_activations import Smoothed, layer_activations, quantized_activations, smooth_block
-from lorq.pipeline.observe import Observed, Observer, observed, routed_alike
+from lorq.pipeline.observe import Observed, Observer, observed, routed_alike, same_inputs
 from lorq.pipeline.one_block import solve_block, solve_whole_block
 from lorq.pipeline.plan import Run, kept_names
 from lorq.pipeline.verify import probe_tokens, verify
@@ -47,6 +47,7 @@ class _Solved:
     weights: dict[Target, QuantizedWeight]
     notes: dict[str, str]
     changed: dict[str, Tensor]  # parameters outside the layers that smoothing changed, by name
+    inputs: list[list[str]]  # layers that read one input
 
 
 class Solver:
@@ -161,7 +162,7 @@ class Solver:
         ]:  # fmt: skip
             if note:
                 notes[name] = f"{notes[name]}; {note}" if name in notes else note
-        return _Solved(weights, notes, smoothed.tensors)
+        return _Solved(weights, notes, smoothed.tensors, self._inputs(index))
 
     def _problem(self, index: int, weights: Mapping[Target, Tensor], found: Observed) -> BlockProblem:
         """The resident block as methods of scope "block" take it."""
@@ -209,10 +210,17 @@ class Solver:
                     model.run(index, hidden, self.calls)
         return found
 
+    def _inputs(self, index: int) -> list[list[str]]:
+        """Which layers of the block read one input, those of experts aside."""
+        model, experts = self.run.model, self._experts(index)
+        names = [t.name for t in self.run.plan[self.run.model.blocks[index]] if expert_name(t.name, experts) is None]
+        layers = {name: model.model.get_submodule(name) for name in names}
+        return same_inputs(lambda: model.run(index, self.probe_hidden[0], self.probe_calls), layers)
+
     def _shard(self, block: str, solved: _Solved) -> "_Shard":
         modules = find_experts(self.run.model.model, block)
         kept = {name: self.run.model.stored_tensor(name) for name in kept_names(self.run, block)}
-        shard = _Shard(kept | solved.changed)
+        shard = _Shard(kept | solved.changed, solved.inputs)
         for target, weight in solved.weights.items():
             shard.tensors.update({f"{target.name}.{local}": t for local, t in pack_weight(weight).items()})
             shard.formats[target.name] = asdict(weight.format)
@@ -236,6 +244,7 @@ class Solver:
             "layers": [record_of(report) for report in shard.reports],
             "formats": shard.formats,
             "tiles": shard.tiles,
+            "inputs": shard.inputs,
             "bytes": sum(t.numel() * t.element_size() for t in shard.tensors.values()),
         }
         self.writer.write_shard(name, shard.tensors, record)
@@ -257,7 +266,7 @@ class Solver:
                 weight = replace(weight, tile=Tile(tiles[place.tiles], place.expert))
             weights[target] = weight
         changed = {name: tensors[name] for name in kept_names(self.run, block)} if self.run.options.smoothing else {}
-        return _Solved(weights, {}, changed)
+        return _Solved(weights, {}, changed, record["inputs"])
 
 
 @dataclass(frozen=True)
@@ -265,6 +274,7 @@ class _Shard:
     """What goes into one file, and what the journal keeps of it."""
 
     tensors: dict[str, Tensor]
+    inputs: list[list[str]] = field(default_factory=list)
     reports: list[LayerReport] = field(default_factory=list)
     formats: dict[str, dict[str, Any]] = field(default_factory=dict)
     tiles: dict[str, dict[str, Any]] = field(default_factory=dict)

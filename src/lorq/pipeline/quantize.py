@@ -176,12 +176,13 @@ def _finish(run: Run, writer: CheckpointWriter, windows: Windows | None) -> Repo
     files[REPORT_NAME] = report.to_bytes()
     formats = {name: format for record in records for name, format in record["formats"].items()}
     tiles = {name: format for record in records for name, format in record["tiles"].items()}
+    inputs = [names for record in records for names in record["inputs"]]
     config = read_config(run.folder).to_dict() | {
         "transformers_weights": SENTINEL,
         "quantization_config": {
             "quant_method": "lorq", "format_version": FORMAT_VERSION, "lorq_version": __version__,
             "method": run.name, "settings": asdict(run.method), "layers": formats,  # type: ignore[call-overload]
-            "tiles": tiles,
+            "tiles": tiles, "inputs": inputs,
         },
     }  # fmt: skip
     # Where the model was read from is nobody's business and would differ from machine to machine.

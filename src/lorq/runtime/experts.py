@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lorq.core.tile_factors import _STORED, TileFactors, TileFormat, tile_layout
 from lorq.models.experts import Expert, Experts
-from lorq.runtime.experts_at_once import Stacks, declines_at_once, layers_of, run_grouped
+from lorq.runtime.experts_at_once import declines_at_once, layers_of, run_grouped
 from lorq.runtime.linear import QuantLinear
 
 
@@ -86,7 +86,6 @@ class QuantExperts(Experts):
         self._fused = experts._fused
         self._modules.update(experts._modules)
         self.tiles = nn.ModuleDict(tiles)
-        self._stacks = Stacks()
         for name, module in tiles.items():
             for expert in range(len(self)):
                 layer = getattr(self[expert], name)
@@ -127,7 +126,7 @@ class QuantExperts(Experts):
             return self._unfused(tiles, hidden_states, top_k_index, top_k_weights)
         layers = layers_of(self)
         if declines_at_once(layers, tuple(self.tiles), hidden_states, top_k_weights) is None:
-            return run_grouped(self._stacks, layers, tiles, self.gated, hidden_states, top_k_index, top_k_weights)
+            return run_grouped(layers, tiles, self.gated, hidden_states, top_k_index, top_k_weights)
         return _Pass(self, tiles, hidden_states, top_k_index, top_k_weights).output()
 
     def middle(self, expert: int, inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens width"]:

@@ -1,6 +1,5 @@
 """Tokens through packed experts with shared factors, all experts of a projection in one product."""
 
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn import functional
 from lorq.core.tile_factors import TileFactors, TileFormat
 from lorq.core.weight import LayerFormat
 from lorq.kernels import KERNELS, declines_experts, expert_linear, turn
+from lorq.kernels.derived import Derived
 from lorq.models.experts import Expert, Experts
 from lorq.runtime.linear import QuantLinear, one_memory
 
@@ -19,27 +19,15 @@ PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 _STACKED = "weight_packed", "weight_scale", "weight_zero_point", "codebook", "codebook_scale", "permutation"
 
 
-class Stacks:
-    """The experts' stored tensors by projection, each kind in one memory, of which every layer keeps its part.
+@torch.inference_mode(False)  # kept: made while measuring, it must serve training too
+def _stack(own: Sequence[Any]) -> dict[str, Tensor]:
+    """A projection's tensors of all experts by local name, experts first, each in one memory that the experts share."""
+    kinds = {local: own[place :: len(_STACKED)] for place, local in enumerate(_STACKED)}
+    given = {local: tensors for local, tensors in kinds.items() if tensors[0] is not None}
+    return {local: one_memory(tensors).unflatten(0, (len(tensors), -1)) for local, tensors in given.items()}
 
-    Made at the first need and again when layers or their tensors are others, as after a move to another device.
-    """
 
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[list[Tensor | None], dict[str, Tensor]]] = {}
-
-    @torch.inference_mode(False)  # kept: made while measuring, it must serve training too
-    def of(self, name: str, layers: Sequence[QuantLinear]) -> dict[str, Tensor]:
-        """A projection's tensors of all experts, by local name, experts first."""
-        seen, tensors = self._kept.get(name, ([], {}))
-        own = [layer._buffers[local] for layer in layers for local in _STACKED]
-        if len(seen) != len(own) or not all(map(operator.is_, own, seen)):
-            tensors = {}
-            for local in _STACKED:
-                if layers[0]._buffers[local] is not None:
-                    tensors[local] = one_memory(layers, local).unflatten(0, (len(layers), -1))
-            self._kept[name] = [layer._buffers[local] for layer in layers for local in _STACKED], tensors
-        return tensors
+_STACKS = Derived(_stack, copies=False)
 
 
 def declines_stored(
@@ -101,7 +89,6 @@ def declines_at_once(
 
 
 def run_grouped(
-    stacks: Stacks,
     layers: Mapping[str, Sequence[QuantLinear]],
     tiles: Mapping[str, TileFactors],
     gated: Callable[[Tensor, Tensor], Tensor],
@@ -115,7 +102,6 @@ def run_grouped(
     expert. Nothing waits for the device, and sums have one order, so that the same inputs give the same bits.
 
     Args:
-        stacks: of the same experts; filled where need be.
         layers: of all experts, by projection.
         tiles: their shared factors; none to leave the low-rank part away.
         gated: what happens between the projections.
@@ -126,7 +112,8 @@ def run_grouped(
     (tokens, places), down = index.shape, tiles.get("down_proj")
     known = index < len(layers["down_proj"])
     expert, cell = index.flatten(), torch.where(known, index, 0).flatten()
-    own = {name: stacks.of(name, layers[name]) for name in PROJECTIONS}
+    stored = {name: [layer._buffers[local] for layer in layers[name] for local in _STACKED] for name in PROJECTIONS}
+    own = {name: _STACKS.of(tensors) for name, tensors in stored.items()}
     gate, up = (
         _product(layers[name][0], own[name], layers[name][0].into_basis(x), expert, tiles.get(name))
         for name in ("gate_proj", "up_proj")

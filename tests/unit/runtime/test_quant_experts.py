@@ -26,7 +26,7 @@ from lorq.models.experts import Experts
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.experts_at_once import declines_at_once, layers_of, run_grouped
 from lorq.runtime.linear import QuantLinear
-from lorq.runtime.same_input import share_rotations
+from lorq.runtime.same_input import join
 
 HIDDEN, WIDTH, EXPERTS = 32, 48, 6
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -73,7 +73,7 @@ def packed(random_weight, random_tiles, generator):
             modules[name] = Tiles(out, in_, factors.format)
             modules[name].load_state_dict(pack_tiles(factors))
         whole = QuantExperts(experts, modules)
-        share_rotations(whole)
+        join(whole, [])
         return whole.requires_grad_(False).eval()
 
     return make
@@ -298,9 +298,12 @@ def test_in_one_product_every_kind_of_codes_carries_tiles(format, packed, genera
 def test_experts_that_were_moved_replaced_or_copied_are_those_that_run(packed, generator, grouped):
     experts, given = packed(), tokens_for(EXPERTS, 3, generator)
     check(experts, given)
-    kept = experts[1].down_proj.weight_packed
+    packed_ = [expert.down_proj.weight_packed for expert in experts]
     check(experts, given)
-    assert experts[1].down_proj.weight_packed is kept and len(kept._base) == EXPERTS * len(kept)
+    assert [expert.down_proj.weight_packed is own for expert, own in zip(experts, packed_, strict=True)] == [
+        True
+    ] * EXPERTS
+    assert {own.untyped_storage().nbytes() for own in packed_} == {EXPERTS * packed_[0].nbytes}
     twin = copy.deepcopy(experts)
     experts[2].up_proj = packed()[2].up_proj
     experts[2].up_proj.shared, experts[2].up_proj.permutation = twin[2].up_proj.shared, twin[2].up_proj.permutation
