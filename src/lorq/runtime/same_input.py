@@ -50,8 +50,8 @@ class _Once:
         of, made, takers = self._of, self._made, self._takers
         state = x._version, x.requires_grad, torch.is_grad_enabled()
         if of is None or of[0]() is not x or of[1] != state or place in takers:
-            made, takers, me = make(), (), weakref.proxy(self)
-            self._of, self._made = (weakref.ref(x, lambda gone: me._forget()), state), made
+            made, takers = make(), ()
+            self._of, self._made = (weakref.ref(x, self._forget), state), made
         self._takers = *takers, place
         if len(self._takers) == self._count:
             self._forget()
@@ -76,7 +76,6 @@ class Together:
         self.layers: list[Callable[[], QuantLinear | None]] = [lambda: None] * count
         self.program: list[Tensor | None] | None = None
         self._few: dict[torch.dtype, int] = {}
-        self._rows: list[int] = []
         self._images, self._parts = _Once(count), _Once(count)
         self._joined = Derived(partial(_join, self.layers), copies=True)  # `left` is copied
 
@@ -100,7 +99,7 @@ class Together:
             # Every layer has the product to itself; `merge_calls` leaves one of them.
             if not self.program or x.numel() > self._few.get(x.dtype, 0) * x.shape[-1]:
                 return None
-            return _parts(x, self.program, layer.format, self._rows)[place]
+            return _parts(x, self.program, self._rows, layer.format)[place]
         if x.is_inference():
             return None
         known = self.layers[place]()
@@ -119,28 +118,33 @@ class Together:
         # Nothing that learns is joined.
         if x.numel() > few_tokens(x.device, x.dtype) * x.shape[-1] or (x.requires_grad and torch.is_grad_enabled()):
             return None
-        layers = [layer for known in self.layers if (layer := known()) is not None]
-        operands = self._operands(layers)
-        if operands is None:
+        layers: list[Any] = [known() for known in self.layers]
+        joined = self._as_one(layers)
+        if joined is None:
             return None
-        return _parts(x, operands, layers[0].format, self._rows), [_seen(layer) for layer in layers]
+        return _parts(x, *joined, layers[0].format), list(map(_seen, layers))
 
-    def _operands(self, layers: list[QuantLinear]) -> list[Tensor | None] | None:
-        """The operator's tensors of all layers as of one, and the permutation; None where they do not fit."""
-        if len(layers) < self.count:
+    def _as_one(self, layers: Sequence[Any]) -> "_One | None":
+        """What the layers hold as of one; None where one is not known, or they do not fit."""
+        if None in layers:
             return None
-        self._rows = [layer.out_features for layer in layers]
         return self._joined.of([t for layer in layers for t in layer._buffers.values() if t is not None])
 
     def refresh(self) -> None:
         """Show compiled programs what the layers hold now."""
         if self.program is not None and self.joins:
-            layers = [layer for known in self.layers if (layer := known()) is not None]
-            self.program[:] = self._operands(layers) or []
-            self._few = {dtype: few_tokens(layers[0].weight_packed.device, dtype) for dtype in DTYPES}
+            operands, self._rows = self._as_one([known() for known in self.layers]) or ([], [])
+            self.program[:] = operands
+            if operands and operands[0] is not None:
+                self._few = {dtype: few_tokens(operands[0].device, dtype) for dtype in DTYPES}
 
 
-def _parts(x: Tensor, operands: Sequence[Tensor | None], format: LayerFormat, rows: list[int]) -> list[Tensor]:
+# The operator's tensors of several layers as of one, and the permutation; and the rows of each layer.
+_One = tuple[list[Tensor | None], list[int]]
+
+
+def _parts(x: Tensor, operands: Sequence[Tensor | None], rows: list[int], format: LayerFormat) -> list[Tensor]:
+    """Each layer's part of the product with ``x``."""
     *stored, permutation = operands
     z = turn(x, permutation, format.rotation_block, format.rotation_skip) if format.has_basis else x
     y = multiply(z, *stored, format.bits)
@@ -154,8 +158,8 @@ def _seen(layer: QuantLinear) -> tuple[int, ...]:
 
 
 @torch.inference_mode(False)  # kept: made while measuring, it must serve training too
-def _join(known: Sequence[Callable[[], QuantLinear | None]], _: Sequence[Tensor | None]) -> list[Tensor | None] | None:
-    """The operator's tensors of several layers as of one, whose memory the layers share from then on.
+def _join(known: Sequence[Callable[[], QuantLinear | None]], _: Sequence[Tensor | None]) -> _One | None:
+    """Several layers as one, whose memory they share from then on.
 
     None where one learns, does not count its changes, or lies on another device.
     """
@@ -171,7 +175,7 @@ def _join(known: Sequence[Callable[[], QuantLinear | None]], _: Sequence[Tensor 
             joined.append(own[0])
         else:
             joined.append(_side_by_side(layers) if name == "left" else one_memory(parts))
-    return [*joined, layers[0].permutation]
+    return [*joined, layers[0].permutation], [layer.out_features for layer in layers]
 
 
 def _side_by_side(layers: Sequence[QuantLinear]) -> Tensor:
