@@ -192,7 +192,7 @@ def bits_per_weight(model: nn.Module, folder: Path) -> float:
         shares = {
             layer: module.tiles[name].format.share(layer.out_features, layer.in_features)  # type: ignore[operator,union-attr]
             for module in model.modules() if isinstance(module, QuantExperts)
-            for expert in module for name, layer in expert.named_children() if name in module.tiles
+            for expert in module.plain for name, layer in expert.named_children() if name in module.tiles
         }  # fmt: skip
         stored = sum(
             layer_bytes(layer.format.stored_bits(layer.out_features, layer.in_features) + shares.get(layer, 0))

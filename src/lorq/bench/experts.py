@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -69,17 +69,20 @@ def bench_experts(
         )
     place, kind = read_device(device), read_dtype(dtype, auto=False)
     layer = random_experts(experts, hidden, width, rank, (rows, columns), generator).to(place)
+    forms: dict[str, Callable[..., Tensor]] = {
+        "none": QuantExperts(layer.plain, {}),
+        "each": layer.one_by_one,
+        "fused": layer,
+    }
     for count in tokens:
         x = torch.randn(count, hidden, generator=generator).to(place, kind)
         index = torch.rand(count, experts, generator=generator).topk(top_k).indices.to(place)
         weights = torch.full((count, top_k), 1 / top_k).to(x)
-        seconds: dict[str, list[float]] = {"none": [], "each": [], "fused": []}
+        seconds: dict[str, list[float]] = {name: [] for name in forms}
         for round_ in range(repeats + 1):
-            for name in seconds:
-                layer.fused = name != "each"
-                layer.low_rank = name != "none"
+            for name, run in forms.items():
                 with torch.no_grad():
-                    taken = seconds_of(lambda: layer(x, index, weights), place)  # noqa: B023
+                    taken = seconds_of(lambda: run(x, index, weights), place)  # noqa: B023
                 if round_:
                     seconds[name].append(taken)
         median = {name: statistics.median(taken) for name, taken in seconds.items()}
@@ -98,7 +101,7 @@ def random_experts(
 
     config = MixtralConfig(hidden_size=hidden, intermediate_size=width, num_local_experts=experts)
     with torch.device("meta"):
-        split = Experts(MixtralExperts(config))
+        split = Experts.split(MixtralExperts(config))
     common = math.gcd(hidden, width)
     format = LayerFormat(2, math.gcd(64, common), False, rotation_block=largest_block(common))
     tiles = {}
