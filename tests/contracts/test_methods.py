@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import solve_one
+from helpers import same_codes, solve_one
 
 from lorq.core.problem import Problem
 from lorq.core.stats import StatsAccumulator
@@ -135,19 +135,17 @@ def case(name, settings):
     return solved(name, tuple(settings.items()))
 
 
-def parts(result):
-    pieces = {"codes": result.codes, "scale": result.scale, "zero_point": result.zero_point, "grid": result.grid}
-    for part in (result.low_rank, result.codebook, result.basis, result.scale_factors):
-        pieces |= {f"{type(part).__name__} {name}": value for name, value in vars(part).items()} if part else {}
-    return pieces
-
-
 def same(a, b):
     def equal(x, y):
         return torch.equal(x.double(), y.double()) if isinstance(x, torch.Tensor) else x == y
 
-    a, b = parts(a), parts(b)
-    return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    def parts(result):
+        own = (result.low_rank, result.basis)
+        return {f"{type(part).__name__} {name}": value for part in own if part for name, value in vars(part).items()}
+
+    left, right = parts(a), parts(b)
+    alike = left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    return alike and a.format == b.format and same_codes(a.codes, b.codes)
 
 
 def relative_error(weight, dense, hessian):
@@ -160,7 +158,7 @@ def test_the_cases_reach_low_rank_parts_of_every_type_and_none():
     assert ranks >= {("int8", True), ("float16", True), ("int8", False)}
     formats = [case(name, settings).result.format for name, settings in CASES if name == "lopro"]
     assert {f.factor_type for f in formats if f.rank} == {"int8", "e4m3", "float16"}
-    assert {(f.permuted, f.rotation_block > 0, f.rotation_skip > 0, f.vector > 1) for f in formats} >= {
+    assert {(f.permuted, f.rotation_block > 0, f.rotation_skip > 0, f.codes.kind == "vectors") for f in formats} >= {
         (permuted, block, skip, vector)
         for permuted, (block, skip), vector in itertools.product(
             (False, True), ((True, False), (True, True)), (False, True)
@@ -180,24 +178,9 @@ def test_a_method_keeps_the_protocol_and_is_frozen(name):
 def test_parts_are_in_range_and_inputs_unchanged(name, settings):
     c = case(name, settings)
     assert c.unchanged
-    format = c.result.format
-    # Vector codebooks have one scale for each row, and no zero point; a matrix of scales has neither groups.
-    assert format.group_size == (32 if format.vector == 1 and not format.scale_rank else IN)
+    codes = c.result.codes
     assert c.result.shape == (OUT, IN)
-    assert c.result.codes.dtype == torch.uint8 and c.result.codes.shape == (OUT, IN // format.vector)
-    assert int(c.result.codes.max()) < 2 ** (3 * format.vector)
-    assert (c.result.zero_point is None) == (
-        c.method.symmetric or format.vector > 1 or format.grid != "integer" or format.scale_rank > 0
-    )
-    assert c.result.zero_point is None or int(c.result.zero_point.max()) <= 7
-    if format.scale_rank:
-        factors = c.result.scale_factors
-        assert c.result.scale is None and factors.left.shape == (OUT, format.scale_rank)
-        assert factors.right.shape == (format.scale_rank, IN)
-        assert factors.left.dtype == factors.right.dtype == torch.float16
-    else:
-        assert c.result.scale.dtype == torch.float16 and float(c.result.scale.min()) > 0
-        assert c.result.scale.shape == (OUT, IN // format.group_size)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in codes.tensors().items()} == codes.format.layout(OUT, IN)
     assert torch.isfinite(c.result.dense()).all()
 
 
@@ -207,10 +190,8 @@ def test_the_recorded_errors_are_those_of_the_result(name, settings):
     assert c.result.record.error_after == pytest.approx(
         relative_error(c.weight, c.result.dense(), c.stats.hessian), rel=1e-4
     )
-    if c.result.format.scale_rank or c.result.format.grid != "integer":
-        return  # plain rounding then has other groups or levels; the methods' own tests know them
-    symmetric = c.method.symmetric and c.result.format.vector == 1
-    nearest = METHODS["nearest"](bits=3, group_size=c.result.format.group_size, symmetric=symmetric)
+    grid = c.result.codes.format.plain()
+    nearest = METHODS["nearest"](bits=3, group_size=grid.group_size, symmetric=grid.symmetric)
     plain = solve_one(nearest, c.weight, c.stats)
     # float32 sums of differences.
     expected = relative_error(c.weight, plain.dense(), c.stats.hessian)
@@ -300,9 +281,9 @@ def test_errors_fall_with_every_bit(name):
 def test_one_group_per_row_is_the_group_of_the_whole_width(name):
     weight, stats = layer()
     whole, minus_one = (solve_one(made(name, bits=3, group_size=size), weight, stats) for size in (IN, -1))
-    assert minus_one.format.scale_rank or minus_one.scale.shape == (OUT, 1)
+    assert getattr(minus_one.codes.format, "scale_rank", 0) or minus_one.codes.scale.shape == (OUT, 1)
     assert same(whole, minus_one)
-    assert METHODS[name](group_size=-1).largest(OUT, IN).group_size == IN
+    assert METHODS[name](group_size=-1).largest(OUT, IN).codes.group_size == IN
 
 
 @grouped
