@@ -121,7 +121,7 @@ class LoRDS:
         refine_steps: gradient steps on the scales of a whole block against its output, codes fixed; 0 leaves that out.
         refine_rate: of the first of these, relative to the factors' size; it falls to 0.
         batch: calibration windows of such a step, at most all.
-        token_weights: "equal" lets each token of the block's output count the same there, "plain" sums squares.
+        loss_weights: "equal" lets each token of the block's output count the same there, "plain" sums squares.
     """
 
     bits: int = 4
@@ -139,10 +139,10 @@ class LoRDS:
     refine_steps: int = 0
     refine_rate: float = 1e-2
     batch: int = 2
-    token_weights: TokenWeights = "equal"
+    loss_weights: TokenWeights = "equal"
 
     symmetric: ClassVar[bool] = True
-    block_settings: ClassVar[tuple[str, ...]] = ("refine_steps", "refine_rate", "batch", "token_weights")
+    block_settings: ClassVar[tuple[str, ...]] = ("refine_steps", "refine_rate", "batch", "loss_weights")
 
     def __post_init__(self) -> None:
         check_grid(self.bits, self.group_size)
@@ -154,7 +154,7 @@ class LoRDS:
         check_choice("weighting", self.weighting, ("none", "diagonal"))
         check_choice("solver", self.solver, ("least-squares", "gradient"))
         check_choice("rounding", self.rounding, ("nearest", "gptq"))
-        check_choice("token_weights", self.token_weights, ("equal", "plain"))
+        check_choice("loss_weights", self.loss_weights, ("equal", "plain"))
         check_range("steps", self.steps, 0, 1_000_000)
         check_range("learning_rate", self.learning_rate, 0.0, 1.0)
         check_range("shrinkage", self.shrinkage, 0.0, 1.0)
@@ -196,7 +196,7 @@ class LoRDS:
             name: Refined.of(problem.methods.get(name, self)._rounded(weight, problem.stats.get(name)))
             for name, weight in problem.weights.items()
         }
-        loss = block_loss(block, lambda: {name: layer.weight() for name, layer in layers.items()}, self.token_weights)
+        loss = block_loss(block, lambda: {name: layer.weight() for name, layer in layers.items()}, self.loss_weights)
         parameters = [part for layer in layers.values() for part in (layer.left, layer.right)]
         descent = Descent(self.refine_steps, self.refine_rate, self.batch)
         order = cpu_generator(problem.generator(next(iter(layers))))

@@ -162,7 +162,7 @@ class LRQ:
         steps: gradient steps for each block.
         learning_rate: of the first step; it falls to 0.
         batch: calibration windows of a step, at most all.
-        token_weights: "equal" lets each token of the block's output count the same; "plain" is the paper's sum.
+        loss_weights: "equal" lets each token of the block's output count the same; "plain" is the paper's sum.
     """
 
     bits: int = 4
@@ -174,17 +174,17 @@ class LRQ:
     steps: int = 100
     learning_rate: float = 1e-2
     batch: int = 2
-    token_weights: TokenWeights = "equal"
+    loss_weights: TokenWeights = "equal"
 
     scope: ClassVar[str] = "block"
-    block_settings: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "batch", "token_weights")
+    block_settings: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "batch", "loss_weights")
     needs_stats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_grid(self.bits, self.group_size)
         check_choice("scaling", self.scaling, ("low-rank", "full"))
         check_choice("range_search", self.range_search, SEARCHES)
-        check_choice("token_weights", self.token_weights, ("equal", "plain"))
+        check_choice("loss_weights", self.loss_weights, ("equal", "plain"))
         check_range("rank", self.rank, -1, 1 << 16)
         if self.rank == 0:
             raise ValueError(f"rank must be at least 1, or -1 for a quarter of the smaller side, got {self.rank}")
@@ -231,7 +231,7 @@ class LRQ:
             return {name: scaling.quantized() for name, scaling in scalings.items()}
 
         parameters = [parameter for scaling in scalings.values() for parameter in scaling.parameters()]
-        loss = block_loss(block, weights, self.token_weights)
+        loss = block_loss(block, weights, self.loss_weights)
         order = cpu_generator(generators[next(iter(generators))])  # where the first layer's has got to
         outcome = minimise(parameters, loss, len(block.inputs), self._descent, generator=order)
         return {name: _result(s, problem.stats[name], f"block: {outcome}") for name, s in scalings.items()}
@@ -290,4 +290,4 @@ class LRQPaper(LRQ):
     range_search: Literal["none", "saturate", "scale"] = "none"
     steps: int = 5000
     learning_rate: float = 9e-4
-    token_weights: TokenWeights = "plain"
+    loss_weights: TokenWeights = "plain"

@@ -249,11 +249,11 @@ def test_the_weights_returned_are_weights_that_were_measured(scaling, problem):
 # ---- learning ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scaling, token_weights", [("low-rank", "equal"), ("full", "plain")])
+@pytest.mark.parametrize("scaling, loss_weights", [("low-rank", "equal"), ("full", "plain")])
 @pytest.mark.parametrize("range_search", ["none", "scale"])
-def test_a_block_errs_less_than_its_layers_rounded_each_alone(range_search, token_weights, scaling, problem):
+def test_a_block_errs_less_than_its_layers_rounded_each_alone(range_search, loss_weights, scaling, problem):
     method = LRQ(
-        3, 16, scaling=scaling, range_search=range_search, steps=100, learning_rate=0.01, token_weights=token_weights
+        3, 16, scaling=scaling, range_search=range_search, steps=100, learning_rate=0.01, loss_weights=loss_weights
     )
     before = block_error(problem, solve_block(problem, dataclasses.replace(method, steps=0)))
     after = block_error(problem, solve_block(problem, method))
@@ -373,5 +373,5 @@ def test_statistics_are_needed(layer):
 def test_the_papers_settings_are_the_papers():
     paper = LRQPaper()
     assert (paper.group_size, paper.symmetric, paper.steps, paper.learning_rate) == (-1, False, 5000, 9e-4)
-    assert (paper.batch, paper.range_search, paper.token_weights) == (2, "none", "plain")
+    assert (paper.batch, paper.range_search, paper.loss_weights) == (2, "none", "plain")
     assert paper._rank(4096, 4096) == 1024
