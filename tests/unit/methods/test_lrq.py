@@ -348,23 +348,6 @@ def test_a_group_size_that_does_not_divide_is_refused():
         LRQ(3, 24).largest(32, 64)
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"bits": 9}, "bits must be 2 to 8, got 9"),
-        ({"group_size": 0}, "group_size must be at least 1, or -1 for one group per row, got 0"),
-        ({"rank": -2}, "rank must be between -1 and 65536, got -2"),
-        ({"rank": 0}, "rank must be at least 1, or -1 for a quarter of the smaller side, got 0"),
-        ({"steps": -1}, "steps must be between 0 and 1e+06, got -1"),
-        ({"learning_rate": 1.5}, "learning_rate must be between 0 and 1, got 1.5"),
-        ({"batch": 0}, "batch must be between 1 and 65536, got 0"),
-    ],
-)
-def test_settings_out_of_range_are_refused(settings, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        LRQ(**settings)
-
-
 def test_statistics_are_needed(layer):
     with pytest.raises(ValueError, match="this method needs input statistics, got None; calibrate first"):
         solve_one(LRQ(3, 16), layer()[0], None)
