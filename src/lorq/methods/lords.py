@@ -141,7 +141,6 @@ class LoRDS:
     batch: Annotated[int, Range(1, 1 << 16)] = 2
     loss_weights: TokenWeights = "equal"
 
-    symmetric: ClassVar[bool] = True
     block_settings: ClassVar[tuple[str, ...]] = ("refine_steps", "refine_rate", "batch", "loss_weights")
 
     def __post_init__(self) -> None:
