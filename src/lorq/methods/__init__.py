@@ -1,8 +1,9 @@
 """The methods: each a frozen dataclass of settings with a pure `solve`."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from lorq.core.problem import Problem
+from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.flrq import FLRQ, FLRQPaper
 from lorq.methods.gptq import GPTQ
@@ -19,11 +20,12 @@ class Method(Protocol):
 
     Attributes:
         scope: what one call of `solve` must cover: "layer", nothing but the layer; "input", all layers that read one
-            input; "experts", as "input", and all experts of a layer, with `largest_experts` for their formats (see
-            `lorq.methods.tileq.TileQ`); "block", all layers of a block against its output, with ``block_settings``,
-            the names of the settings that they share.
+            input; "experts", as "input", and all experts of a layer (`SharesFactors`); "block", all layers of a block
+            against its output, with ``block_settings``, the names of the settings that they share.
         needs_stats: whether `solve` reads the input statistics, so that calibration is run.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def scope(self) -> str: ...
@@ -34,8 +36,6 @@ class Method(Protocol):
 
     @property
     def group_size(self) -> int: ...
-    @property
-    def symmetric(self) -> bool: ...
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """Quantize the weights of a problem, by their names."""
@@ -46,7 +46,15 @@ class Method(Protocol):
         ...
 
 
-METHODS: dict[str, type[Any]] = {
+class SharesFactors(Method, Protocol):
+    """What a method of scope "experts" has besides."""
+
+    def largest_experts(self, out: int, in_: int, experts: int) -> tuple[LayerFormat, TileFormat]:
+        """The largest formats of an expert's weight, and of the factors that a projection's experts share."""
+        ...
+
+
+METHODS: dict[str, type[Method]] = {
     "flrq": FLRQ,
     "flrq-paper": FLRQPaper,
     "lopro": LoPRo,
@@ -59,7 +67,3 @@ METHODS: dict[str, type[Any]] = {
     "gptq": GPTQ,
     "nearest": Nearest,
 }
-__all__ = [
-    "FLRQ", "GPTQ", "LRQ", "METHODS", "FLRQPaper", "LRQPaper", "LoPRo", "LoPRoPaper", "LoRDS", "LoRDSPaper", "Method",
-    "Nearest", "TileQ",
-]  # fmt: skip
