@@ -70,8 +70,8 @@ def quantize(
     name = next((key for key, kind in METHODS.items() if type(solver) is kind), type(solver).__name__.lower())
     run = Run(streamed, source, plan, excluded, solver, name, chosen, progress or (lambda *_: None))
     if chosen.resume:  # the text is compared when it is read
-        settings = _identity(run, None)
-        check_begun(out, {key: settings[key] for key in ("format_version", "lorq_version", "method", "settings")})
+        of_text = ("calibration", "calibration_tokens", "samples", "seq_len")
+        check_begun(out, {key: value for key, value in _identity(run, None).items() if key not in of_text})
     check_activations(run)
     check_weights(run)
     largest = estimate(run)
@@ -140,24 +140,37 @@ def _require_memory(run: Run) -> None:
         )
 
 
-def _identity(run: Run, windows: Windows | None) -> dict[str, Any]:
-    """Everything that decides the bytes of the folder; resuming with another one is refused."""
+# Options that say how a run is done and leave the bytes as they are.
+_HOW = ("device", "spill_bytes", "dry_run", "resume", "overwrite")
+
+
+def _run_info(run: Run, windows: Windows | None) -> dict[str, Any]:
+    """Everything that was asked for and decides the bytes of the folder, for its report."""
     options = run.options if windows else replace(run.options, samples=0, seq_len=0)
-    keep = (
-        "samples", "seq_len", "seed", "token_weights", "router_weights", "expert_tokens", "exclude", "override",
-        "activations", "kv_cache", "smoothing", "average_bits", "wide_bits", "wide_layers",
-    )  # fmt: skip
     return {
+        **{key: value for key, value in vars(options).items() if key not in _HOW},
         "format_version": FORMAT_VERSION,
         "lorq_version": __version__,
         "model": run.model.checkpoint.fingerprint(),
-        "method": run.name,
-        "settings": asdict(run.method),  # type: ignore[call-overload]
         "calibration": None if windows is None else windows.source,
         "calibration_tokens": None if windows is None else windows.sha256,
-        **{key: getattr(options, key) for key in keep},
         "stream": run.stream,
         "device_type": run.model.device.type,
+    }
+
+
+def _identity(run: Run, windows: Windows | None) -> dict[str, Any]:
+    """Everything that decides the bytes of the folder; resuming with another one is refused.
+
+    Sums come out otherwise with other threads and another torch. That is for the journal alone: the folder does not
+    tell on what machine it was made.
+    """
+    return {
+        **_run_info(run, windows),
+        "method": run.name,
+        "settings": asdict(run.method),  # type: ignore[call-overload]
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }
 
 
@@ -167,8 +180,7 @@ def _identity(run: Run, windows: Windows | None) -> dict[str, Any]:
 def _finish(run: Run, writer: CheckpointWriter, windows: Windows | None) -> Report:
     records = list(writer.completed.values())
     layers = [LayerReport(**{**l, "shape": tuple(l["shape"])}) for record in records for l in record["layers"]]
-    identity = _identity(run, windows)
-    run_info = {key: value for key, value in identity.items() if key not in ("method", "settings")}
+    run_info = _run_info(run, windows)
     stored = sum(record["bytes"] for record in records)
     report = make_report(run, layers, kept_bytes=0, run_info=run_info, checksums=writer.shard_checksums())
     report = replace(report, bytes=stored)
