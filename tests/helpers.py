@@ -8,6 +8,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lorq.core.problem import Problem
+
 BYTES = 256
 BOS = 256
 
@@ -37,6 +39,11 @@ def tiny_model(seed: int = 0, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**settings | changes))
+
+
+def solve_one(method, weight, stats=None, *, seed=0, name="layer"):
+    """One layer by itself, as a method of any scope solves it."""
+    return method.solve(Problem({name: weight}, {} if stats is None else {name: stats}, seed))[name]
 
 
 # ---- folders ----------------------------------------------------------------------------------------------

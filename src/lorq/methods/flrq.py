@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorq.core.checks import check_choice, check_grid, check_range
 from lorq.core.low_rank import FACTOR_TYPES, LowRank, factor_bits, store_factors
+from lorq.core.problem import Problem
 from lorq.core.rank_choice import MEASURES, choose_rank, rank_cap
 from lorq.core.rounding import ROUNDINGS, RangeSearch, Rounded
 from lorq.core.sketch import FORMS, sketch
@@ -96,8 +97,15 @@ class FLRQ:
         check_range("damping", self.damping, 0.0, 10.0)
         check_choice("factor_type", self.factor_type, FACTOR_TYPES)
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """Each weight by itself: its low rank, its codes, in turns."""
+        return {
+            name: self._solve(weight, problem.stats.get(name), problem.generator(name))
+            for name, weight in problem.weights.items()
+        }
+
+    def _solve(
+        self, weight: Float[Tensor, "out in"], stats: InputStats | None, generator: torch.Generator
     ) -> QuantizedWeight:
         """BLC: fit the low rank to what the codes miss, the codes to what the low rank misses; keep the best.
 

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core import rounding
 from lorq.core.checks import check_choice, check_grid, check_range
+from lorq.core.problem import Problem
 from lorq.core.stats import InputStats
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import SEARCHES, assemble, layer_grid, layer_group, needed
@@ -43,10 +43,11 @@ class GPTQ:
         check_range("shrinkage", self.shrinkage, 0.0, 1.0)
         check_range("damping", self.damping, 0.0, 10.0)
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
-    ) -> QuantizedWeight:
-        """Round ``weight`` under its inputs' Hessian."""
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """Round each weight under its inputs' Hessian."""
+        return {name: self._solve(weight, problem.stats.get(name)) for name, weight in problem.weights.items()}
+
+    def _solve(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> QuantizedWeight:
         grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         stats = needed(stats)
         hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping)

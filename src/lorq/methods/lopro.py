@@ -1,7 +1,6 @@
 """LoPRo: permuted block rotation of the residual, error-passing rounding or vector codebooks, low-rank factors."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,6 +13,7 @@ from lorq.core.checks import check_choice, check_grid, check_range
 from lorq.core.grids import VectorGrid
 from lorq.core.linalg import shrink
 from lorq.core.low_rank import FACTOR_TYPES, LowRank, Metric, r1svd
+from lorq.core.problem import Problem
 from lorq.core.rounding import ROUNDINGS, Rounded, VectorRounded, gptvq
 from lorq.core.sketch import FORMS
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
@@ -125,45 +125,29 @@ class LoPRo:
         if self.codebook == "vector" and self.bits not in _VECTOR:
             raise ValueError(f"bits must be {', '.join(map(str, _VECTOR))} with vector codebooks, got {self.bits}")
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
-    ) -> QuantizedWeight:
-        """One weight with an input of its own; see `solve_together`."""
-        return self.solve_together([weight], stats, generators=[generator])[0]
-
-    def solve_together(
-        self, weights: Sequence[Tensor], stats: InputStats | None, *, generators: Sequence[torch.Generator]
-    ) -> list[QuantizedWeight]:
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """The weights of the layers that read one input, in one basis, so that it is rotated once for all.
-
-        Args:
-            weights: (out, in) each, float32.
-            stats: of their input.
-            generators: one for each weight, on its device.
 
         Source:
             The paper permutes each matrix for itself; ``mean|R|`` is the sum over the matrices here.
         """
-        stats = needed(stats)
+        weights = problem.weights
+        stats = needed(problem.stats.get(next(iter(weights))))
         residuals = [
-            weight - self._low_rank_first(weight, stats, generator)
-            for weight, generator in zip(weights, generators, strict=True)
+            weight - self._low_rank_first(weight, stats, problem.generator(name)) for name, weight in weights.items()
         ]
         basis = self._basis(sum((r.abs().sum(0) for r in residuals), torch.zeros_like(stats.mean_abs)), stats)
         hessian = PreparedHessian(basis.rotate_hessian(shrink(stats.hessian, self.shrinkage)), self.damping)
-        return [
-            self._solve_in(basis, hessian, weight, stats, generator)
-            for weight, generator in zip(weights, generators, strict=True)
-        ]
+        return {
+            name: self._solve_in(basis, hessian, weight, stats, problem.generator(name))
+            for name, weight in weights.items()
+        }
 
     def _low_rank_first(self, weight: Tensor, stats: InputStats, generator: torch.Generator) -> Tensor | float:
         """What the paper takes out of the weight before it orders the columns."""
         if self.order == "codes-then-low-rank" or self.importance in ("hessian", "none"):
             return 0.0
-        # A copy, so that the same factors are found again in the basis.
-        copy = torch.Generator(generator.device)
-        copy.set_state(generator.get_state())
-        low_rank = self._fit(weight, Metric.activation(activation_scale(stats, self.exponent)), copy)
+        low_rank = self._fit(weight, Metric.activation(activation_scale(stats, self.exponent)), generator)
         return low_rank.dense() if low_rank else 0.0
 
     def _basis(self, magnitude: Float[Tensor, "in"], stats: InputStats) -> Basis:

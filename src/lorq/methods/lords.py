@@ -1,7 +1,6 @@
 """LoRDS: a scale for every weight, low rank as a matrix, fitted to the weight and then to the block's output."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -10,8 +9,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lorq.core.checks import check_choice, check_grid, check_range
-from lorq.core.descent import BlockProblem, Descent, block_loss, cpu_generator, minimise
+from lorq.core.descent import Descent, block_loss, cpu_generator, minimise
 from lorq.core.grids import LEVEL_KINDS, LevelGrid, level_values
+from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import LevelRounded, gptq_levels
 from lorq.core.scale_factors import (
     LowRankScale,
@@ -173,22 +173,18 @@ class LoRDS:
         """Only a plain fit with nearest codes does without."""
         return self.weighting != "none" or self.rounding == "gptq" or self.refine_steps > 0
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
-    ) -> QuantizedWeight:
-        """One layer alone: fit the scale, choose the codes."""
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """Of each layer, fit the scale, choose the codes; in a block, then refine the scales of all together."""
+        if problem.block is not None:
+            return self._refine(problem, problem.block)
+        return {name: self._solve_alone(w, problem.stats.get(name)) for name, w in problem.weights.items()}
+
+    def _solve_alone(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> QuantizedWeight:
         rounded = self._rounded(weight, stats)
         return assemble(weight, rounded, None, stop="given", hessian=None if stats is None else stats.hessian)
 
-    def solve_block(
-        self, problem: BlockProblem, *, methods: Mapping[str, "LoRDS"], generators: Mapping[str, torch.Generator]
-    ) -> dict[str, QuantizedWeight]:
-        """Each layer as `solve` does it, then the scales of all together against the block's output.
-
-        Args:
-            problem: the block.
-            methods: settings of each layer; those of the refinement are this object's.
-            generators: one for each layer; the first draws the order of the windows.
+    def _refine(self, problem: Problem, block: BlockOutput) -> dict[str, QuantizedWeight]:
+        """Each layer with its own settings, but for those of the refinement, which are this object's.
 
         Raises:
             ArithmeticError: if the loss is not finite.
@@ -197,14 +193,14 @@ class LoRDS:
             Ours: the loop of LRQ, arXiv:2407.11534, on the scales of LoRDS.
         """
         layers = {
-            name: Refined.of(methods[name]._rounded(weight, problem.stats[name]))
+            name: Refined.of(problem.methods.get(name, self)._rounded(weight, problem.stats.get(name)))
             for name, weight in problem.weights.items()
         }
-        loss = block_loss(problem, lambda: {name: layer.weight() for name, layer in layers.items()}, self.token_weights)
+        loss = block_loss(block, lambda: {name: layer.weight() for name, layer in layers.items()}, self.token_weights)
         parameters = [part for layer in layers.values() for part in (layer.left, layer.right)]
         descent = Descent(self.refine_steps, self.refine_rate, self.batch)
-        order = cpu_generator(generators[next(iter(layers))])
-        outcome = minimise(parameters, loss, len(problem.inputs), descent, generator=order)
+        order = cpu_generator(problem.generator(next(iter(layers))))
+        outcome = minimise(parameters, loss, len(block.inputs), descent, generator=order)
         results = {}
         for name, layer in layers.items():
             hessian = problem.stats[name].hessian

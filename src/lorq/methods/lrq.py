@@ -1,7 +1,6 @@
 """LRQ: what each weight is divided by before it is rounded, learned against the output of a whole decoder block."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -10,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.checks import check_choice, check_grid, check_range
-from lorq.core.descent import BlockProblem, Descent, block_loss, cpu_generator, layer_loss, minimise
+from lorq.core.descent import Descent, block_loss, cpu_generator, layer_loss, minimise
 from lorq.core.grids import SMALLEST_SCALE, IntGrid
+from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import Rounded, clip, nearest
 from lorq.core.stats import InputStats, TokenWeights
 from lorq.core.weight import LayerFormat, QuantizedWeight
@@ -192,29 +192,27 @@ class LRQ:
         check_range("learning_rate", self.learning_rate, 0.0, 1.0)
         check_range("batch", self.batch, 1, 1 << 16)
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """All layers of a block together, against the block's output; without a block, each against its own output."""
+        if problem.block is not None:
+            return self._solve_block(problem, problem.block)
+        return {
+            name: self._solve_alone(weight, problem.stats.get(name), problem.generator(name))
+            for name, weight in problem.weights.items()
+        }
+
+    def _solve_alone(
+        self, weight: Float[Tensor, "out in"], stats: InputStats | None, generator: torch.Generator
     ) -> QuantizedWeight:
-        """One layer alone, against its own output: the same parameters, ``tr[(W - W^) H (W - W^)^T]`` the loss."""
+        """The same parameters, ``tr[(W - W^) H (W - W^)^T]`` the loss."""
         stats = needed(stats)
         scaling = self._start(weight, stats, generator)
         loss = layer_loss(weight, stats, scaling.quantized)
         outcome = minimise(scaling.parameters(), loss, 1, self._descent, generator=cpu_generator(generator))
         return _result(scaling, stats, f"layer alone: {outcome}")
 
-    def solve_block(
-        self,
-        problem: BlockProblem,
-        *,
-        methods: Mapping[str, "LRQ"],
-        generators: Mapping[str, torch.Generator],
-    ) -> dict[str, QuantizedWeight]:
-        """All layers of a block together, against the block's output.
-
-        Args:
-            problem: the block.
-            methods: settings of each layer; those of the steps, batches and tokens are this object's.
-            generators: one for each layer, on its weight's device. The first also draws the order of the windows.
+    def _solve_block(self, problem: Problem, block: BlockOutput) -> dict[str, QuantizedWeight]:
+        """Each layer with its own settings, but for those of the steps, batches and tokens, which are this object's.
 
         Raises:
             ArithmeticError: if the loss is not finite.
@@ -223,8 +221,9 @@ class LRQ:
             LRQ, arXiv:2407.11534. Deviations: groups within a row, rank and range search as the class has them, token
             weights, the best parameters kept (`lorq.core.descent.minimise`).
         """
+        generators = {name: problem.generator(name) for name in problem.weights}
         scalings = {
-            name: methods[name]._start(weight, problem.stats[name], generators[name])
+            name: problem.methods.get(name, self)._start(weight, needed(problem.stats.get(name)), generators[name])
             for name, weight in problem.weights.items()
         }
 
@@ -232,9 +231,9 @@ class LRQ:
             return {name: scaling.quantized() for name, scaling in scalings.items()}
 
         parameters = [parameter for scaling in scalings.values() for parameter in scaling.parameters()]
-        loss = block_loss(problem, weights, self.token_weights)
-        order = cpu_generator(generators[next(iter(problem.weights))])
-        outcome = minimise(parameters, loss, len(problem.inputs), self._descent, generator=order)
+        loss = block_loss(block, weights, self.token_weights)
+        order = cpu_generator(generators[next(iter(generators))])  # where the first layer's has got to
+        outcome = minimise(parameters, loss, len(block.inputs), self._descent, generator=order)
         return {name: _result(s, problem.stats[name], f"block: {outcome}") for name, s in scalings.items()}
 
     @property

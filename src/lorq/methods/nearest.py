@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorq.core.checks import check_choice, check_grid
 from lorq.core.grids import LEVEL_KINDS, IntGrid, LevelGrid
+from lorq.core.problem import Problem
 from lorq.core.rounding import LevelRounded, Rounded, clip, nearest, nearest_levels
 from lorq.core.stats import InputStats
 from lorq.core.weight import LayerFormat, QuantizedWeight
@@ -42,10 +43,11 @@ class Nearest:
         check_choice("range_search", self.range_search, SEARCHES)
         check_choice("grid", self.grid, LEVEL_KINDS)
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
-    ) -> QuantizedWeight:
-        """Round ``weight``; ``stats`` only serve the record."""
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """Round each weight; statistics only serve the record."""
+        return {name: self._solve(weight, problem.stats.get(name)) for name, weight in problem.weights.items()}
+
+    def _solve(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> QuantizedWeight:
         size, search = layer_group(weight.shape[1], self.group_size), SEARCHES[self.range_search]
         rounded: Rounded | LevelRounded
         if self.grid != "integer":

@@ -12,6 +12,7 @@ from lorq.core.basis import Basis
 from lorq.core.checks import check_choice, check_range
 from lorq.core.linalg import shrink
 from lorq.core.low_rank import Metric
+from lorq.core.problem import Problem
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.tile_factors import TileFactors, TileFormat, fit_tiles, grid_of, place_experts
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
@@ -60,43 +61,32 @@ class TileQ(LoPRo):
                 f"got {self.metric!r}"
             )
 
-    def solve_experts(
-        self,
-        projections: Sequence[Sequence[Tensor]],
-        stats: Sequence[InputStats | None],
-        *,
-        common_input: bool,
-        generators: Sequence[Sequence[torch.Generator]],
-    ) -> list[list[QuantizedWeight]]:
-        """All experts of the projections that read the same inputs.
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """All experts of the projections that read the same inputs; other layers as LoPRo does them.
 
-        Args:
-            projections: for gate and up together, or for down alone, each expert's weight (out, in), float32.
-            stats: of each expert's input.
-            common_input: all experts read the layer's input, so that one basis serves them all; if not, each has
-                an input and a basis of its own.
-            generators: one for each weight.
-
-        Returns:
-            The solved weights in the order of ``projections``; those of one projection share their tile factors.
+        The results of one projection share their tile factors.
         """
-        known = [needed(s) for s in stats]
-        mean = _mean_stats(known)
+        if not problem.projections:
+            return super().solve(problem)
+        projections = [[problem.weights[name] for name in names] for names in problem.projections]
+        stats = [needed(problem.stats.get(name)) for name in problem.projections[0]]
+        mean = _mean_stats(stats)
         magnitudes = [
-            torch.stack([weights[e].abs().sum(0) for weights in projections]).sum(0) for e in range(len(known))
+            torch.stack([weights[e].abs().sum(0) for weights in projections]).sum(0) for e in range(len(stats))
         ]
-        if common_input:
-            bases = [self._basis(torch.stack(magnitudes).sum(0), mean)] * len(known)
+        if problem.common_input:
+            bases = [self._basis(torch.stack(magnitudes).sum(0), mean)] * len(stats)
         else:
-            bases = [self._basis(m, s) for m, s in zip(magnitudes, known, strict=True)]
+            bases = [self._basis(m, s) for m, s in zip(magnitudes, stats, strict=True)]
         hessians = [
             PreparedHessian(basis.rotate_hessian(shrink(s.hessian, self.shrinkage)), self.damping)
-            for basis, s in zip(bases, known, strict=True)
+            for basis, s in zip(bases, stats, strict=True)
         ]
-        return [
-            self._solve_tiles(weights, known, bases, hessians, given[0])
-            for weights, given in zip(projections, generators, strict=True)
-        ]
+        results: dict[str, QuantizedWeight] = {}
+        for names, weights in zip(problem.projections, projections, strict=True):
+            solved = self._solve_tiles(weights, stats, bases, hessians, problem.generator(names[0]))
+            results |= dict(zip(names, solved, strict=True))
+        return results
 
     def _solve_tiles(
         self,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lorq.core.activations import Activations
 from lorq.core.basis import Basis
-from lorq.core.descent import BlockProblem
 from lorq.core.layout import pack_weight, unpack_weight
+from lorq.core.problem import BlockOutput, Problem
 from lorq.core.tile_factors import pack_tiles, unpack_tiles
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile, layer_bytes
 from lorq.models.blocks import Calls, Target, hidden_states
@@ -145,13 +145,11 @@ class Solver:
 
         weights: dict[Target, QuantizedWeight] = {}
         if self.targets is None:
-            weights = solve_block(
-                jobs, found.stats, self._experts(index), weight=weight, seed=options.seed, device=model.device
-            )
+            weights = solve_block(jobs, found.stats, self._experts(index), weight=weight, seed=options.seed)
         elif jobs:
             with quantized_activations(model.model, {name: (a, None) for name, a in activations.items()}):
                 problem = self._problem(index, {t: weight(t) for t in jobs}, found)
-                weights = solve_whole_block(jobs, problem, seed=options.seed, device=model.device)
+                weights = solve_whole_block(jobs, problem)
         weights = {t: replace(w, activations=activations[t.name]) for t, w in weights.items()}
         self.calibrating += observed_at - began
         self.solving += time.monotonic() - observed_at
@@ -163,7 +161,7 @@ class Solver:
                 notes[name] = f"{notes[name]}; {note}" if name in notes else note
         return _Solved(weights, notes, smoothed.tensors)
 
-    def _problem(self, index: int, weights: Mapping[Target, Tensor], found: Observed) -> BlockProblem:
+    def _problem(self, index: int, weights: Mapping[Target, Tensor], found: Observed) -> Problem:
         """The resident block as methods of scope "block" take it."""
         assert self.targets is not None
         model, targets = self.run.model, {target.name: target for target in weights}
@@ -173,8 +171,13 @@ class Solver:
             # One window at a time: masks and rotary angles are those of one.
             return torch.stack([model.differentiable_run(index, h, self.calls, own) for h in hidden])
 
-        named = {target.name: weight for target, weight in weights.items()}
-        return BlockProblem(named, found.stats, forward, self.hidden, self.targets)
+        return Problem(
+            {target.name: weight for target, weight in weights.items()},
+            found.stats,
+            self.run.options.seed,
+            methods={t.name: method for t, method in self.run.plan[self.run.model.blocks[index]].items()},
+            block=BlockOutput(forward, self.hidden, self.targets),
+        )
 
     def _smooth(self, index: int, found: Observed) -> Smoothed:
         model, block = self.run.model, self.run.model.blocks[index]

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorq.core.descent import BlockProblem
-from lorq.core.problem import layer_generator
+from lorq.core.problem import Problem
 from lorq.core.stats import InputStats
 from lorq.core.weight import QuantizedWeight
 from lorq.methods import Method
@@ -22,7 +21,6 @@ def solve_block(
     *,
     weight: Callable[[Target], Tensor],
     seed: int,
-    device: torch.device,
 ) -> dict[Target, QuantizedWeight]:
     """Quantize the layers of one block.
 
@@ -31,42 +29,30 @@ def solve_block(
         stats: by layer name; layers that read one input share one object. Emptied as layers are solved, since
             what is derived from statistics is large.
         modules: the block's experts modules by name.
-        weight: reads a layer's weight, (out, in), float32, on ``device``.
+        weight: reads a layer's weight, (out, in), float32, on the device where the work is done.
         seed: of the run.
-        device: where the work is done.
     """
     solved: dict[Target, QuantizedWeight] = {}
     for group in expert_groups(plan, modules):
-        solved |= _solve_experts(plan, group, stats, weight=weight, seed=seed, device=device)
+        solved |= _solve_experts(plan, group, stats, weight=weight, seed=seed)
     for targets in _together({t: m for t, m in plan.items() if t not in solved}, stats):
         method: Any = plan[targets[0]]
         own = [stats.pop(target.name, None) for target in targets].pop()
-        generators = [layer_generator(seed, target.name, device) for target in targets]
-        weights = [weight(target) for target in targets]
-        with _Note(", ".join(target.name for target in targets)):
-            if method.scope == "layer":
-                results = [method.solve(weights[0], own, generator=generators[0])]
-            else:
-                results = method.solve_together(weights, own, generators=generators)
-        solved |= dict(zip(targets, results, strict=True))
+        weights = {target.name: weight(target) for target in targets}
+        with _Note(", ".join(weights)):
+            results = method.solve(Problem(weights, {} if own is None else dict.fromkeys(weights, own), seed))
+        solved |= {target: results[target.name] for target in targets}
     for target, result in solved.items():
         with _Note(target.name):
             check_finite(result)
     return {target: solved[target] for target in plan}
 
 
-def solve_whole_block(
-    plan: Mapping[Target, Method], problem: BlockProblem, *, seed: int, device: torch.device
-) -> dict[Target, QuantizedWeight]:
+def solve_whole_block(plan: Mapping[Target, Method], problem: Problem) -> dict[Target, QuantizedWeight]:
     """Quantize the layers of one block by a method of scope "block", all in one call."""
     method: Any = next(iter(plan.values()))
-    names = [target.name for target in plan]
-    with _Note(f"{names[0]} and the other layers of its block"):
-        results = method.solve_block(
-            problem,
-            methods={target.name: m for target, m in plan.items()},
-            generators={name: layer_generator(seed, name, device) for name in names},
-        )
+    with _Note(f"{next(iter(problem.weights))} and the other layers of its block"):
+        results = method.solve(problem)
     for name, result in results.items():
         with _Note(name):
             check_finite(result)
@@ -80,24 +66,21 @@ def _solve_experts(
     *,
     weight: Callable[[Target], Tensor],
     seed: int,
-    device: torch.device,
 ) -> dict[Target, QuantizedWeight]:
     """The experts of the projections that read the same inputs."""
     projections = list(group.values())
     method: Any = plan[projections[0][0]]
-    known = [stats[target.name] for target in projections[0]]
-    with _Note(f"{projections[0][0].name} and the other experts"):
-        results = method.solve_experts(
-            [[weight(target) for target in targets] for targets in projections],
-            known,
-            common_input="down_proj" not in group,
-            generators=[[layer_generator(seed, t.name, device) for t in targets] for targets in projections],
-        )
-    for targets in projections:
-        for target in targets:
-            stats.pop(target.name)
-    pairs = zip(projections, results, strict=True)
-    return {t: w for targets, weights in pairs for t, w in zip(targets, weights, strict=True)}
+    experts = [target for targets in projections for target in targets]
+    problem = Problem(
+        {target.name: weight(target) for target in experts},
+        {target.name: stats.pop(target.name) for target in experts},
+        seed,
+        projections=tuple(tuple(target.name for target in targets) for targets in projections),
+        common_input="down_proj" not in group,
+    )
+    with _Note(f"{experts[0].name} and the other experts"):
+        results = method.solve(problem)
+    return {target: results[target.name] for target in experts}
 
 
 class _Note:

@@ -7,12 +7,14 @@ import re
 
 import pytest
 import torch
+from helpers import solve_one
 from torch.testing import assert_close
 
 from lorq.core.basis import Basis
 from lorq.core.grids import IntGrid, VectorGrid
 from lorq.core.linalg import damp, inverse_factor, shrink
 from lorq.core.low_rank import Metric, r1svd
+from lorq.core.problem import Problem, layer_generator
 from lorq.core.rounding import clip, gptq, gptvq
 from lorq.core.stats import InputStats, StatsAccumulator, output_energy
 from lorq.methods import GPTQ, LoPRo, LoPRoPaper, Nearest
@@ -27,8 +29,9 @@ codebooks = pytest.mark.parametrize("codebook", ["scalar", "vector"])
 PLAIN = {"rotation": "none", "importance": "none", "rank": 0, "group_size": 32}
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def seeded():
+    """What `solve_one` draws from."""
+    return layer_generator(0, "layer")
 
 
 @pytest.fixture
@@ -48,7 +51,7 @@ def layer(correlated, generator):
 
 
 def solve(weight, stats, **settings):
-    return LoPRo(**settings).solve(weight, stats, generator=seeded())
+    return solve_one(LoPRo(**settings), weight, stats)
 
 
 # ---- reductions -------------------------------------------------------------------------------------------
@@ -63,7 +66,7 @@ def test_without_basis_and_rank_it_is_gptq(range_search, symmetric, shrinkage, d
         "bits": 3, "symmetric": symmetric, "range_search": range_search, "shrinkage": shrinkage, "damping": damping,
     }  # fmt: skip
     result = solve(weight, stats, epochs=3, **common | PLAIN)
-    expected = GPTQ(group_size=32, **common).solve(weight, stats, generator=seeded())
+    expected = solve_one(GPTQ(group_size=32, **common), weight, stats)
     assert torch.equal(result.codes, expected.codes)
     assert torch.equal(result.scale, expected.scale)
     assert symmetric or torch.equal(result.zero_point, expected.zero_point)
@@ -75,7 +78,7 @@ def test_without_basis_and_rank_it_is_gptq(range_search, symmetric, shrinkage, d
 def test_without_basis_and_rank_the_other_roundings_are_themselves(layer):
     weight, stats = layer()
     result = solve(weight, stats, bits=3, rounding="nearest", **PLAIN)
-    expected = Nearest(bits=3, group_size=32).solve(weight, stats, generator=seeded())
+    expected = solve_one(Nearest(bits=3, group_size=32), weight, stats)
     assert torch.equal(result.codes, expected.codes) and torch.equal(result.scale, expected.scale)
     result = solve(weight, stats, bits=3, rounding="clip", range_search="saturate", **PLAIN)
     clipped = clip(weight, shrink(stats.hessian, 0.2), IntGrid(3, 32), search=SEARCHES["saturate"])
@@ -160,7 +163,7 @@ def test_the_papers_settings_are_lopros_with_other_defaults(layer):
         if field.default != LoPRo.__dataclass_fields__[field.name].default
     }
     assert told["rotation"] == "partial" and told["importance"] == "log" and told["metric"] == "activation"
-    paper = LoPRoPaper(bits=2, group_size=32).solve(weight, stats, generator=seeded())
+    paper = solve_one(LoPRoPaper(bits=2, group_size=32), weight, stats)
     result = solve(weight, stats, bits=2, group_size=32, **told)
     assert torch.equal(paper.codes, result.codes) and torch.equal(paper.dense(), result.dense())
     assert paper.record == result.record
@@ -305,11 +308,10 @@ def test_the_activation_metric_is_that_of_the_models_own_channels(rotation, laye
 def test_layers_of_one_input_are_ordered_by_the_sum_of_their_magnitudes(layer):
     weight, stats = layer()
     other = weight.flip(1)[:24] * 3
-    results = LoPRo(bits=3, group_size=32, importance="residual").solve_together(
-        [weight, other], stats, generators=[seeded(), seeded(1)]
-    )
+    problem = Problem({"a": weight, "b": other}, {"a": stats, "b": stats}, 0)
+    results = LoPRo(bits=3, group_size=32, importance="residual").solve(problem)
     expected = (weight.abs().sum(0) + other.abs().sum(0)).argsort(stable=True)
-    for result in results:
+    for result in results.values():
         assert torch.equal(result.basis.permutation.long(), expected)
 
 
@@ -351,7 +353,7 @@ def test_the_largest_format_is_the_results(out, in_, layer):
             bits=3, group_size=-1, codebook=codebook, rotation=rotation, importance=importance, rank=rank, epochs=0,
             kmeans_iterations=1, range_search="none",
         )  # fmt: skip
-        result = method.solve(weight, stats, generator=seeded())
+        result = solve_one(method, weight, stats)
         assert method.largest(out, in_) == result.format
         assert result.format.rank == min(rank, out, in_)
 
@@ -419,7 +421,7 @@ def test_sizes_that_do_not_fit_are_refused_before_and_while_solving(settings, sh
         method.largest(*shape)
     stats = InputStats(torch.eye(shape[1]), torch.ones(shape[1]), 10)
     with pytest.raises(ValueError, match=re.escape(message)):
-        method.solve(torch.zeros(shape), stats, generator=seeded())
+        solve_one(method, torch.zeros(shape), stats)
 
 
 @pytest.mark.parametrize("bits", [5, 6, 8])

@@ -5,12 +5,14 @@ import itertools
 
 import pytest
 import torch
+from helpers import solve_one
 from torch.testing import assert_close
 
 from lorq.core.basis import Basis
 from lorq.core.grids import IntGrid
 from lorq.core.layout import pack_weight
 from lorq.core.linalg import damp, shrink
+from lorq.core.problem import Problem
 from lorq.core.rounding import nearest
 from lorq.core.stats import InputStats, PreparedHessian, StatsAccumulator, output_energy
 from lorq.core.tile_factors import TileFormat, pack_tiles
@@ -49,11 +51,19 @@ def experts(generator):
     return make
 
 
+def solve_projections(method, projections, stats, *, common_input=True, seed=0):
+    """The experts of projections that read the same inputs, by projection."""
+    names = tuple(tuple(f"{e}.{i}" for e in range(len(stats))) for i in range(len(projections)))
+    weights = {name: w for own, ws in zip(names, projections, strict=True) for name, w in zip(own, ws, strict=True)}
+    known = {name: s for own in names for name, s in zip(own, stats, strict=True) if s is not None}
+    solved = method.solve(Problem(weights, known, seed, projections=names, common_input=common_input))
+    return [[solved[name] for name in own] for own in names]
+
+
 def solve(weights, stats, *, common_input=True, seed=0, **settings):
     """One projection of all experts."""
-    generators = [seeded(seed + e) for e in range(len(weights))]
     method = TileQ(**COMMON | settings)
-    return method.solve_experts([weights], stats, common_input=common_input, generators=[generators])[0]
+    return solve_projections(method, [weights], stats, common_input=common_input, seed=seed)[0]
 
 
 def energy(delta, stats):
@@ -131,8 +141,7 @@ def test_shared_factors_lower_the_error_of_experts_without(bits, common_input, o
     weights, stats = experts()
     given = {"bits": bits, "order": order}
     plain = [
-        LoPRo(**COMMON | given | {"rank": 0}).solve(weight, s, generator=seeded())
-        for weight, s in zip(weights, stats, strict=True)
+        solve_one(LoPRo(**COMMON | given | {"rank": 0}), weight, s) for weight, s in zip(weights, stats, strict=True)
     ]
     shared = solve(weights, stats, common_input=common_input, **given)
     more = solve(weights, stats, common_input=common_input, **given | {"rank": 12})
@@ -175,9 +184,7 @@ def test_a_row_shares_what_is_read_and_a_column_what_is_written(common_input, ex
 def test_experts_of_one_input_have_one_basis(experts):
     weights, stats = experts()
     others = [1.5 * weight.flip(0)[:8] for weight in weights]
-    method = TileQ(**COMMON, importance="log")
-    generators = [[seeded(e) for e in range(EXPERTS)]] * 2
-    gate, up = method.solve_experts([weights, others], stats, common_input=True, generators=generators)
+    gate, up = solve_projections(TileQ(**COMMON, importance="log"), [weights, others], stats)
     tokens = torch.tensor([float(s.tokens) for s in stats])
     h = sum(s.hessian.diagonal() * t for s, t in zip(stats, tokens, strict=True)) / tokens.sum()
     magnitude = sum(w.abs().sum(0) for w in (*weights, *others))
@@ -193,7 +200,7 @@ def test_experts_with_inputs_of_their_own_have_the_basis_that_lopro_gives_them(e
     orders = [r.basis.permutation.tolist() for r in results]
     assert len({tuple(order) for order in orders}) == EXPERTS
     for weight, s, order in zip(weights, stats, orders, strict=True):
-        alone = LoPRo(**COMMON, importance="log", epochs=0).solve(weight, s, generator=seeded())
+        alone = solve_one(LoPRo(**COMMON, importance="log", epochs=0), weight, s)
         assert order == alone.basis.permutation.tolist()
 
 
@@ -293,7 +300,7 @@ def test_one_expert_alone_is_lopros_to_rounding(metric, factor_type, order, expe
         "metric": metric, "factor_type": factor_type, "order": order, "exponent": 1.0, "iterations": 6, "epochs": 0,
     }  # fmt: skip
     (tile,) = solve(weights, stats, importance="hessian", **given)
-    alone = LoPRo(**COMMON, importance="hessian", **given).solve(weights[0], stats[0], generator=seeded())
+    alone = solve_one(LoPRo(**COMMON, importance="hessian", **given), weights[0], stats[0])
     assert torch.equal(tile.basis.permutation, alone.basis.permutation)
     assert tile.tile.factors.grid == (1, 1) and tile.rank == alone.rank == 4
     # The same fit in other words: the pairs differ by rounding, and so do some codes if they come after.
@@ -304,8 +311,8 @@ def test_one_expert_alone_is_lopros_to_rounding(metric, factor_type, order, expe
 
 def test_a_weight_of_no_expert_is_lopros(experts):
     weights, stats = experts(1)
-    ordinary = TileQ(**COMMON).solve(weights[0], stats[0], generator=seeded())
-    expected = LoPRo(**COMMON).solve(weights[0], stats[0], generator=seeded())
+    ordinary = solve_one(TileQ(**COMMON), weights[0], stats[0])
+    expected = solve_one(LoPRo(**COMMON), weights[0], stats[0])
     assert torch.equal(ordinary.dense(), expected.dense()) and ordinary.format == expected.format
     assert ordinary.tile is None
 
