@@ -100,3 +100,9 @@ def read_method(method: str | Method) -> Method:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     return METHODS[method]()
+
+
+def method_name(method: Method) -> str:
+    """By which `read_method` knows a method; that of its class, where it does not."""
+    kind = type(method)
+    return next((name for name, known in METHODS.items() if known is kind), kind.__name__.lower())

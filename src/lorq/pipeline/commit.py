@@ -1,0 +1,121 @@
+"""Commit: what is solved is written, and put into the resident block, so that the walk goes on in it."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from lorq.core.layout import pack_weight, unpack_weight
+from lorq.core.tile_factors import pack_tiles, unpack_tiles
+from lorq.core.weight import LayerFormat, Tile, layer_bytes
+from lorq.models.blocks import Part, StreamedModel
+from lorq.models.experts import expert_name, find_experts
+from lorq.models.skeleton import get_tensor
+from lorq.pipeline.one_block import Solved
+from lorq.pipeline.plan import Plan
+from lorq.pipeline.verify import Probe
+from lorq.pipeline.walk import Visit
+from lorq.storage.names import shard_name
+from lorq.storage.report import LayerReport, record_of
+from lorq.storage.writer import CheckpointWriter
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Where solved blocks go.
+
+    Attributes:
+        model: whose blocks are resident when they are committed.
+        plan: what was solved.
+        writer: of the folder; has the blocks of an earlier run already.
+    """
+
+    model: StreamedModel
+    plan: Plan
+    writer: CheckpointWriter
+
+    @property
+    def finished(self) -> set[str]:
+        """Names of the blocks that are written."""
+        return {part.name for part in self.model.blocks if self._shard_of(part) in self.writer.completed}
+
+    def _shard_of(self, block: Part) -> str:
+        return shard_name(self.model.blocks.index(block) + 1, len(self.model.blocks))
+
+    def outside(self, stored: dict[str, Tensor]) -> None:
+        """Write what lies outside the blocks, unless it is written."""
+        shard = shard_name(0, len(self.model.blocks))
+        if shard not in self.writer.completed:
+            self._write(shard, _Shard(stored))
+
+    def block(self, visit: Visit, solved: Solved, probe: Probe) -> None:
+        """Write a block, unless it is written, and re-enter it with the solved weights; the probe goes through it."""
+        shard = self._shard_of(visit.part)
+        if shard not in self.writer.completed:
+            self._write(shard, self._pack(visit, solved))
+        for name, tensor in solved.changed.items():
+            get_tensor(self.model.model, name).data.copy_(tensor)
+        for target, weight in solved.weights.items():
+            self.model.resident_weight(target).copy_(weight.dense())
+        probe.advance(self.model, visit.part)
+        visit.rounding.update({t.name: (weight.activations, weight.basis) for t, weight in solved.weights.items()})
+
+    def read(self, block: Part) -> Solved:
+        """A block that an earlier run has written."""
+        shard = self._shard_of(block)
+        tensors, record = self.writer.read_shard(shard), self.writer.completed[shard]
+        modules = find_experts(self.model.model, block.name)
+
+        def under(name: str) -> dict[str, Tensor]:
+            return {n.removeprefix(name + "."): t for n, t in tensors.items() if n.startswith(name + ".")}
+
+        tiles = {name: unpack_tiles(under(name)) for name in record["tiles"]}
+        weights = {}
+        for target in self.plan.of(block):
+            weight = unpack_weight(under(target.name), LayerFormat(**record["formats"][target.name]))
+            place = expert_name(target.name, modules)
+            if place is not None and place.tiles in tiles:
+                weight = replace(weight, tile=Tile(tiles[place.tiles], place.expert))
+            weights[target] = weight
+        changed = {name: tensors[name] for name in self.plan.kept(block)} if self.plan.options.smoothing else {}
+        return Solved(weights, {}, changed)
+
+    def _pack(self, visit: Visit, solved: Solved) -> "_Shard":
+        modules = find_experts(self.model.model, visit.part.name)
+        shard = _Shard(visit.kept | solved.changed)
+        for target, weight in solved.weights.items():
+            shard.tensors.update({f"{target.name}.{local}": t for local, t in pack_weight(weight).items()})
+            shard.formats[target.name] = asdict(weight.format)
+            place = expert_name(target.name, modules)
+            if weight.tile is not None and place is not None and place.tiles not in shard.tiles:
+                factors = weight.tile.factors
+                shard.tensors.update({f"{place.tiles}.{local}": t for local, t in pack_tiles(factors).items()})
+                shard.tiles[place.tiles] = asdict(factors.format)
+            shard.reports.append(
+                LayerReport(
+                    name=target.name, shape=weight.shape, bits=weight.bits, rank=weight.rank,
+                    stop=weight.record.stop, error_before=weight.record.error_before,
+                    error_after=weight.record.error_after, bytes=layer_bytes(weight.stored_bits()),
+                    note=solved.notes.get(target.name, ""),
+                )
+            )  # fmt: skip
+        return shard
+
+    def _write(self, name: str, shard: "_Shard") -> None:
+        record = {
+            "layers": [record_of(report) for report in shard.reports],
+            "formats": shard.formats,
+            "tiles": shard.tiles,
+            "bytes": sum(t.numel() * t.element_size() for t in shard.tensors.values()),
+        }
+        self.writer.write_shard(name, shard.tensors, record)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """What goes into one file, and what the journal keeps of it."""
+
+    tensors: dict[str, Tensor]
+    reports: list[LayerReport] = field(default_factory=list)
+    formats: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tiles: dict[str, dict[str, Any]] = field(default_factory=dict)
