@@ -27,14 +27,12 @@ class Target:
         out_features: rows of its weight in our orientation.
         in_features: columns.
         transposed: the checkpoint keeps ``(in, out)``, as GPT-2's Conv1D does.
-        has_bias: there is a bias, which stays as it is.
     """
 
     name: str
     out_features: int
     in_features: int
     transposed: bool
-    has_bias: bool
 
 
 @dataclass(frozen=True)
@@ -170,14 +168,9 @@ class StreamedModel:
         found = []
         for name, module in self.model.get_submodule(block).named_modules(prefix=block):
             if isinstance(module, nn.Linear | Conv1D):
-                out, in_ = module.weight.shape
                 transposed = isinstance(module, Conv1D)
-                found.append(
-                    Target(
-                        name, in_ if transposed else out, out if transposed else in_, transposed,
-                        module.bias is not None,
-                    )
-                )  # fmt: skip
+                out, in_ = reversed(module.weight.shape) if transposed else module.weight.shape
+                found.append(Target(name, out, in_, transposed))
         return tuple(found)
 
     @property

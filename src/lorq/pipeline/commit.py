@@ -1,6 +1,6 @@
 """Commit: what is solved is written, and put into the resident block, so that the walk goes on in it."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +16,10 @@ from lorq.pipeline.plan import Plan
 from lorq.pipeline.verify import Probe
 from lorq.pipeline.walk import Visit
 from lorq.storage.names import shard_name
-from lorq.storage.report import LayerReport, record_of
+from lorq.storage.report import LayerReport
 from lorq.storage.writer import CheckpointWriter
+
+Formats = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class Commit:
         """Write what lies outside the blocks, unless it is written."""
         shard = shard_name(0, len(self.model.blocks))
         if shard not in self.writer.completed:
-            self._write(shard, _Shard(stored))
+            self._write(shard, stored, [], {}, {})
 
     def block(self, visit: Visit, solved: Solved, probe: Probe) -> None:
         """Write a block, unless it is written, and re-enter it with the solved weights; the probe goes through it."""
         shard = self._shard_of(visit.part)
         if shard not in self.writer.completed:
-            self._write(shard, self._pack(visit, solved))
+            self._write(shard, *self._pack(visit, solved))
         for name, tensor in solved.changed.items():
             get_tensor(self.model.model, name).data.copy_(tensor)
         for target, weight in solved.weights.items():
@@ -80,18 +82,22 @@ class Commit:
         changed = {name: tensors[name] for name in self.plan.kept(block)} if self.plan.options.smoothing else {}
         return Solved(weights, {}, changed)
 
-    def _pack(self, visit: Visit, solved: Solved) -> "_Shard":
+    def _pack(self, visit: Visit, solved: Solved) -> tuple[dict[str, Tensor], list[LayerReport], Formats, Formats]:
+        """A block's tensors, and of its layers the reports, formats, and formats of factors that they share."""
         modules = find_experts(self.model.model, visit.part.name)
-        shard = _Shard(visit.kept | solved.changed)
+        tensors = visit.kept | solved.changed
+        reports: list[LayerReport] = []
+        formats: Formats = {}
+        tiles: Formats = {}
         for target, weight in solved.weights.items():
-            shard.tensors.update({f"{target.name}.{local}": t for local, t in pack_weight(weight).items()})
-            shard.formats[target.name] = asdict(weight.format)
+            tensors |= {f"{target.name}.{local}": t for local, t in pack_weight(weight).items()}
+            formats[target.name] = asdict(weight.format)
             place = expert_name(target.name, modules)
-            if weight.tile is not None and place is not None and place.tiles not in shard.tiles:
+            if weight.tile is not None and place is not None and place.tiles not in tiles:
                 factors = weight.tile.factors
-                shard.tensors.update({f"{place.tiles}.{local}": t for local, t in pack_tiles(factors).items()})
-                shard.tiles[place.tiles] = asdict(factors.format)
-            shard.reports.append(
+                tensors |= {f"{place.tiles}.{local}": t for local, t in pack_tiles(factors).items()}
+                tiles[place.tiles] = asdict(factors.format)
+            reports.append(
                 LayerReport(
                     name=target.name, shape=weight.shape, bits=weight.bits, rank=weight.rank,
                     stop=weight.record.stop, error_before=weight.record.error_before,
@@ -99,23 +105,15 @@ class Commit:
                     note=solved.notes.get(target.name, ""),
                 )
             )  # fmt: skip
-        return shard
+        return tensors, reports, formats, tiles
 
-    def _write(self, name: str, shard: "_Shard") -> None:
+    def _write(
+        self, shard: str, tensors: dict[str, Tensor], reports: list[LayerReport], formats: Formats, tiles: Formats
+    ) -> None:
         record = {
-            "layers": [record_of(report) for report in shard.reports],
-            "formats": shard.formats,
-            "tiles": shard.tiles,
-            "bytes": sum(t.numel() * t.element_size() for t in shard.tensors.values()),
+            "layers": [asdict(report) for report in reports],
+            "formats": formats,
+            "tiles": tiles,
+            "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
         }
-        self.writer.write_shard(name, shard.tensors, record)
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """What goes into one file, and what the journal keeps of it."""
-
-    tensors: dict[str, Tensor]
-    reports: list[LayerReport] = field(default_factory=list)
-    formats: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tiles: dict[str, dict[str, Any]] = field(default_factory=dict)
+        self.writer.write_shard(shard, tensors, record)

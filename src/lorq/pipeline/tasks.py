@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +40,10 @@ def solve_task(task: Task) -> dict[str, QuantizedWeight]:
     Raises:
         ArithmeticError: if a stored part is not finite.
     """
-    with _Note(task.title):
+    with _note(task.title):
         solved = task.method.solve(task.problem)
     for name, weight in solved.items():
-        with _Note(name):
+        with _note(name):
             check_finite(weight)
     return solved
 
@@ -140,18 +141,14 @@ def expert_formats(
             yield targets, method.largest_experts(first.out_features, first.in_features, len(targets))[1]
 
 
-class _Note:
+@contextmanager
+def _note(name: str) -> Iterator[None]:
     """Say on an error which layer it was."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError | ArithmeticError | RuntimeError):
-            error.add_note(f"while solving {self.name}")
+    try:
+        yield
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        error.add_note(f"while solving {name}")
+        raise
 
 
 def check_finite(weight: QuantizedWeight) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from jaxtyping import Float, Int
@@ -105,11 +106,7 @@ def walk(model: StreamedModel, plan: Plan, streams: Streams, *, finished: Collec
     for part in model.blocks:
         kept = {name: model.stored_tensor(name) for name in plan.kept(part)}
         with model.resident(part, stored=dict(kept)):
-
-            def run(window: Tensor, part: Part = part) -> Tensor:
-                return model.run(part, window, streams.calls)
-
-            began = time.monotonic()
+            run, began = partial(model.run, part, calls=streams.calls), time.monotonic()
             if streams.original is not None and (streams.original is not streams.inputs or part.name in finished):
                 advance(streams.original, run)
             found = Observed() if part.name in finished else _observe(model, plan, part, streams, run)

@@ -25,7 +25,7 @@ LOPRO = lorq.LoPRo(bits=4, group_size=16, rank=2, range_search="none", importanc
 
 
 def target(name):
-    return Target(name, OUT, IN, transposed=False, has_bias=False)
+    return Target(name, OUT, IN, transposed=False)
 
 
 def expert_targets(experts=range(4), projections=("gate_proj", "up_proj", "down_proj")):
