@@ -103,7 +103,7 @@ class Plan:
             for entry in entries:
                 target = Target(**{key: value for key, value in entry.items() if key != "settings"})
                 layers[part][target] = replace(method, **entry["settings"])
-        return cls(layers, dict(values["excluded"]), method, read_options(values["options"]))
+        return cls(layers, dict(values["excluded"]), method, read_options(dict(values["options"])))
 
 
 def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
