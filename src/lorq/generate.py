@@ -4,10 +4,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorq.kernels import cpu
 from lorq.runtime.compiled import STEPS, check_compiler, compile_steps
@@ -39,7 +40,8 @@ def stream_text(
         seed: of the sampling; torch's global generator is seeded, as `generate` reads no other.
         device: "auto" takes an accelerator if there is one.
         dtype: of the activations.
-        products: how inputs meet integer codes on a CPU: "exact", or "bytes", see `lorq.kernels.cpu.products`.
+        products: how inputs meet integer codes on a CPU: "exact", or "bytes", see `lorq.kernels.cpu.products`: it holds
+            for the whole process while the answer is written.
         compile: have torch.compile make one program of what a token takes, after the first token. Takes a minute or
             more, which a line on stderr tells; needs a C++ compiler on a CPU.
 
@@ -81,29 +83,38 @@ def stream_text(
         options |= STEPS
         print("compiling: up to a minute before the second token", file=sys.stderr, flush=True)
     torch.manual_seed(seed)
-    yield from _written(loaded, tokenizer, options, inference=compile)
+    yield from _written(loaded, tokenizer, options, products, inference=compile)
 
 
-def _written(model: Any, tokenizer: Any, options: dict[str, Any], *, inference: bool) -> Iterator[str]:
-    """What `generate` writes with these options, as it comes."""
+def _written(model: Any, tokenizer: Any, options: dict[str, Any], products: str, *, inference: bool) -> Iterator[str]:
+    """What `generate` writes with these options, as it comes; an answer that is not read to its end ends there."""
     from transformers import TextIteratorStreamer
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
+    unread = Event()
+
+    def ended(tokens: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(tokens),), unread.is_set(), device=tokens.device)
 
     def write() -> None:
         try:
             # Compiled, inference mode spares every operator a look at gradients; else layers that share a rotated
             # input would lose it (`lorq.runtime.rotation.SharedRotation`).
-            with torch.inference_mode() if inference else nullcontext():
-                model.generate(streamer=streamer, **options)
+            with cpu.products(products), torch.inference_mode() if inference else nullcontext():
+                model.generate(streamer=streamer, stopping_criteria=[ended], **options)
         except BaseException as error:
             failure.append(error)
             streamer.end()
 
     writer = Thread(target=write, daemon=True)
     writer.start()
-    yield from streamer
+    try:
+        yield from streamer
+    except GeneratorExit:
+        unread.set()
+        writer.join()  # at most a token later; only then `products` are what they were
+        raise
     writer.join()
     if failure:
         raise failure[0]

@@ -466,7 +466,7 @@ MISTAKES = {
     "unknown option": (["quantize", "{model}", "{out}", "--bitz", "3"], r"--bitz"),
     "another method's option": ([*PLAIN, "--damping", "0.1"], r"--damping"),
     "unknown method": (["quantize", "{model}", "{out}", "--method", "awq"], r"awq.*flrq.*gptq.*nearest"),
-    "bits of 9": ([*PLAIN, "--bits", "9"], r"bits must be 2 to 8, got 9"),
+    "bits of 9": ([*PLAIN, "--bits", "9"], r"bits must be between 2 and 8, got 9"),
     "bits in words": ([*PLAIN, "--bits", "three"], r"bits.*three|three.*bits"),
     "group size 0": (
         ["quantize", "{model}", "{out}", "--method=nearest", "--group-size", "0"], r"group_size must be .*got 0",
@@ -492,7 +492,7 @@ MISTAKES = {
         r"unknown setting 'bit'; known are bits, group_size",
     ),
     "bad override value": (
-        [*PLAIN, "--override", "down_proj:bits=99"], r"bits must be 2 to 8, got 99",
+        [*PLAIN, "--override", "down_proj:bits=99"], r"bits must be between 2 and 8, got 99",
     ),
     "override of another type": (
         [*PLAIN, "--override", "down_proj:symmetric=maybe"],

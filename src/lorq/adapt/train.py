@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from lorq.adapt.adapters import BASE, adapters_of, attach, load_adapter, lords_layers, save_adapter, use_adapter
 from lorq.adapt.qat import cancel_qat, finish_qat, prepare_qat
 from lorq.adapt.save import merge, save
+from lorq.core.checks import Range, check_settings
 from lorq.models.locate import resolve_model
 from lorq.models.texts import load_text, token_windows
 from lorq.progress import Progress
@@ -41,27 +42,18 @@ class Settings:
         seed: of the order of the data, of what an adapter starts with, and of the model's own dropout.
     """
 
-    steps: int = 200
-    batch: int = 4
-    seq_len: int = 512
-    learning_rate: float = 0.0
-    scale_rate: float = 4.0
-    warmup: float = 0.05
-    rank: int = -1
+    steps: Annotated[int, Range(1)] = 200
+    batch: Annotated[int, Range(1)] = 4
+    seq_len: Annotated[int, Range(2)] = 512
+    learning_rate: Annotated[float, Range(0, 1)] = 0.0
+    scale_rate: Annotated[float, Range(0, 1000)] = 4.0
+    warmup: Annotated[float, Range(0, 1)] = 0.05
+    rank: Annotated[int, Range(1, minus_one="each layer's own")] = -1
     gradient_checkpointing: bool = False
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch", 1), ("seq_len", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name, high in (("learning_rate", 1.0), ("scale_rate", 1000.0), ("warmup", 1.0)):
-            if not 0 <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be between 0 and {high:g}, got {getattr(self, name)}")
-        if self.rank < 1 and self.rank != -1:
-            raise ValueError(f"rank must be at least 1, or -1 for each layer's own, got {self.rank}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be between 0 and 2^63 - 1, got {self.seed}")
+        check_settings(self)
 
 
 @dataclass(frozen=True)

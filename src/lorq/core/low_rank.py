@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lorq.core.sketch import rank1_sketch, sketch
 
+FactorType = Literal["int8", "e4m3", "float16"]
 # Largest magnitude of a stored entry; vectors of 8-bit types are scaled to reach it. For e4m3 that keeps the
 # entries clear of its underflow: a unit vector of 4096 has entries near 2^-6, where its normal range ends.
 FACTOR_TYPES: dict[str, tuple[torch.dtype, float]] = {

@@ -59,7 +59,3 @@ METHODS: dict[str, type[Any]] = {
     "gptq": GPTQ,
     "nearest": Nearest,
 }
-__all__ = [
-    "FLRQ", "GPTQ", "LRQ", "METHODS", "FLRQPaper", "LRQPaper", "LoPRo", "LoPRoPaper", "LoRDS", "LoRDSPaper", "Method",
-    "Nearest", "TileQ",
-]  # fmt: skip

@@ -2,23 +2,36 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.basis import Basis, check_block, largest_block
-from lorq.core.checks import check_choice, check_grid, check_range
+from lorq.core.checks import Range, check_settings
 from lorq.core.grids import VectorGrid
 from lorq.core.linalg import shrink
-from lorq.core.low_rank import FACTOR_TYPES, LowRank, Metric, r1svd
+from lorq.core.low_rank import FactorType, LowRank, Metric, r1svd
 from lorq.core.problem import Problem
 from lorq.core.rounding import ROUNDINGS, Rounded, VectorRounded, gptvq
-from lorq.core.sketch import FORMS
+from lorq.core.sketch import SketchForm
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import SEARCHES, activation_scale, assemble, layer_grid, layer_group, needed
+from lorq.methods.common import (
+    SEARCHES,
+    Bits,
+    Damping,
+    GroupSize,
+    Search,
+    Share,
+    activation_scale,
+    assemble,
+    layer_grid,
+    layer_group,
+    needed,
+    preset,
+)  # fmt: skip
 
 # GPTVQ's sizes: weights of a vector, and of one codebook.
 _VECTOR = {2: 4, 3: 2, 4: 2}
@@ -63,60 +76,36 @@ class LoPRo:
         damping: share of the mean diagonal added to the diagonal, where the Hessian is factorised.
     """
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Bits = 4
+    group_size: GroupSize = 128
     symmetric: bool = False
     codebook: Literal["scalar", "vector"] = "scalar"
     rounding: Literal["gptq", "clip", "nearest"] = "gptq"
     rotation: Literal["full", "partial", "none"] = "full"
-    block: int = -1
-    skip: int = -1
+    block: Annotated[int, Range(1, 1 << 16, "the largest that fits, up to 256")] = -1
+    skip: Annotated[int, Range(0, 1 << 20, "one block")] = -1
     importance: Literal["log", "ratio", "hessian", "residual", "none"] = "none"
     order: Literal["codes-then-low-rank", "low-rank-then-codes"] = "codes-then-low-rank"
     metric: Literal["hessian", "activation"] = "hessian"
-    exponent: float = 2.4
-    rank: int = 16
-    sketch: Literal["block", "rank1"] = "block"
-    iterations: int = 2
-    factor_type: Literal["int8", "e4m3", "float16"] = "int8"
-    epochs: int = 1
-    range_search: Literal["none", "saturate", "scale"] = "scale"
-    vector: int = -1
-    codebook_columns: int = -1
-    codebook_rows: int = -1
-    kmeans_iterations: int = 10
-    shrinkage: float = 0.2
-    damping: float = 0.01
+    exponent: Annotated[float, Range(0, 8)] = 2.4
+    rank: Annotated[int, Range(0, 1 << 16)] = 16
+    sketch: SketchForm = "block"
+    iterations: Annotated[int, Range(0, 64)] = 2
+    factor_type: FactorType = "int8"
+    epochs: Annotated[int, Range(0, 1000)] = 1
+    range_search: Search = "scale"
+    vector: Annotated[int, Range(2, 8, "4 at 2 bits and 2 above")] = -1
+    codebook_columns: Annotated[int, Range(1, 1 << 20, "the most that fit, up to 256")] = -1
+    codebook_rows: Annotated[int, Range(1, 1 << 20, "what makes 65536 weights")] = -1
+    kmeans_iterations: Annotated[int, Range(0, 1000)] = 10
+    shrinkage: Share = 0.2
+    damping: Damping = 0.01
 
     scope: ClassVar[str] = "input"
     needs_stats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size)
-        check_choice("codebook", self.codebook, ("scalar", "vector"))
-        check_choice("rounding", self.rounding, ROUNDINGS)
-        check_choice("rotation", self.rotation, ("full", "partial", "none"))
-        check_choice("importance", self.importance, ("log", "ratio", "hessian", "residual", "none"))
-        check_choice("order", self.order, ("codes-then-low-rank", "low-rank-then-codes"))
-        check_choice("metric", self.metric, ("hessian", "activation"))
-        check_choice("sketch", self.sketch, FORMS)
-        check_choice("factor_type", self.factor_type, FACTOR_TYPES)
-        check_choice("range_search", self.range_search, SEARCHES)
-        check_range("block", self.block, -1, 1 << 16)
-        check_range("skip", self.skip, -1, 1 << 20)
-        check_range("exponent", self.exponent, 0.0, 8.0)
-        check_range("rank", self.rank, 0, 1 << 16)
-        check_range("iterations", self.iterations, 0, 64)
-        check_range("epochs", self.epochs, 0, 1000)
-        check_range("vector", self.vector, -1, 8)
-        check_range("codebook_columns", self.codebook_columns, -1, 1 << 20)
-        check_range("codebook_rows", self.codebook_rows, -1, 1 << 20)
-        check_range("kmeans_iterations", self.kmeans_iterations, 0, 1000)
-        check_range("shrinkage", self.shrinkage, 0.0, 1.0)
-        check_range("damping", self.damping, 0.0, 10.0)
-        for name, least in (("vector", 2), ("codebook_columns", 1), ("codebook_rows", 1)):
-            if -1 < getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, or -1 for what fits, got {getattr(self, name)}")
+        check_settings(self)
         if self.codebook == "vector" and (self.rounding == "clip" or self.symmetric):
             raise ValueError(
                 "vector codebooks have no ranges to clip and no zero points, got "
@@ -266,7 +255,7 @@ class LoPRo:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@preset
 class LoPRoPaper(LoPRo):
     """LoPRo with the settings of its paper and its authors' code; see LoPRo for what each one does.
 
@@ -275,12 +264,12 @@ class LoPRoPaper(LoPRo):
     method), scaled e4m3 in place of e5m2, and the range search, which has fewer steps and the Hessian's norm.
     """
 
-    rotation: Literal["full", "partial", "none"] = "partial"
-    importance: Literal["log", "ratio", "hessian", "residual", "none"] = "log"
-    order: Literal["codes-then-low-rank", "low-rank-then-codes"] = "low-rank-then-codes"
-    metric: Literal["hessian", "activation"] = "activation"
-    sketch: Literal["block", "rank1"] = "rank1"
-    iterations: int = 8
-    factor_type: Literal["int8", "e4m3", "float16"] = "e4m3"
-    epochs: int = 0
-    shrinkage: float = 0.0
+    rotation = "partial"
+    importance = "log"
+    order = "low-rank-then-codes"
+    metric = "activation"
+    sketch = "rank1"
+    iterations = 8
+    factor_type = "e4m3"
+    epochs = 0
+    shrinkage = 0.0

@@ -2,15 +2,15 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lorq.core.checks import check_choice, check_grid, check_range
+from lorq.core.checks import Range, check_settings
 from lorq.core.descent import Descent, block_loss, cpu_generator, minimise
-from lorq.core.grids import LEVEL_KINDS, LevelGrid, level_values
+from lorq.core.grids import LevelGrid, level_values
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import LevelRounded, gptq_levels
 from lorq.core.scale_factors import (
@@ -25,7 +25,7 @@ from lorq.core.scale_factors import (
 )
 from lorq.core.stats import InputStats, TokenWeights
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import assemble, needed
+from lorq.methods.common import Bits, Damping, GroupSize, Share, assemble, needed, preset
 
 # What is tried of a block's covering scale before the fit: 1, 0.95, ... 0.3. Two bits want about half.
 _SHARES = tuple(1 - i / 20 for i in range(15))
@@ -121,47 +121,31 @@ class LoRDS:
         refine_steps: gradient steps on the scales of a whole block against its output, codes fixed; 0 leaves that out.
         refine_rate: of the first of these, relative to the factors' size; it falls to 0.
         batch: calibration windows of such a step, at most all.
-        token_weights: "equal" lets each token of the block's output count the same there, "plain" sums squares.
+        loss_weights: "equal" lets each token of the block's output count the same there, "plain" sums squares.
     """
 
-    bits: int = 4
-    group_size: int = 128
-    rank: int = -1
+    bits: Bits = 4
+    group_size: GroupSize = 128
+    rank: Annotated[int, Range(1, 1 << 16, "the one of group_size")] = -1
     grid: Literal["normal-float", "integer"] = "normal-float"
     range_search: Literal["none", "scale"] = "scale"
     weighting: Literal["none", "diagonal"] = "diagonal"
     solver: Literal["least-squares", "gradient"] = "least-squares"
-    steps: int = 10
-    learning_rate: float = 1e-3
+    steps: Annotated[int, Range(0, 1_000_000)] = 10
+    learning_rate: Annotated[float, Range(0, 1)] = 1e-3
     rounding: Literal["nearest", "gptq"] = "gptq"
-    shrinkage: float = 0.2
-    damping: float = 0.01
-    refine_steps: int = 0
-    refine_rate: float = 1e-2
-    batch: int = 2
-    token_weights: TokenWeights = "equal"
+    shrinkage: Share = 0.2
+    damping: Damping = 0.01
+    refine_steps: Annotated[int, Range(0, 1_000_000)] = 0
+    refine_rate: Annotated[float, Range(0, 1)] = 1e-2
+    batch: Annotated[int, Range(1, 1 << 16)] = 2
+    loss_weights: TokenWeights = "equal"
 
     symmetric: ClassVar[bool] = True
-    block_settings: ClassVar[tuple[str, ...]] = ("refine_steps", "refine_rate", "batch", "token_weights")
+    block_settings: ClassVar[tuple[str, ...]] = ("refine_steps", "refine_rate", "batch", "loss_weights")
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size)
-        check_range("rank", self.rank, -1, 1 << 16)
-        if self.rank == 0:
-            raise ValueError("rank of the scales must be at least 1, or -1 for the one of group_size, got 0")
-        check_choice("grid", self.grid, LEVEL_KINDS)
-        check_choice("range_search", self.range_search, ("none", "scale"))
-        check_choice("weighting", self.weighting, ("none", "diagonal"))
-        check_choice("solver", self.solver, ("least-squares", "gradient"))
-        check_choice("rounding", self.rounding, ("nearest", "gptq"))
-        check_choice("token_weights", self.token_weights, ("equal", "plain"))
-        check_range("steps", self.steps, 0, 1_000_000)
-        check_range("learning_rate", self.learning_rate, 0.0, 1.0)
-        check_range("shrinkage", self.shrinkage, 0.0, 1.0)
-        check_range("damping", self.damping, 0.0, 10.0)
-        check_range("refine_steps", self.refine_steps, 0, 1_000_000)
-        check_range("refine_rate", self.refine_rate, 0.0, 1.0)
-        check_range("batch", self.batch, 1, 1 << 16)
+        check_settings(self)
 
     @property
     def scope(self) -> str:
@@ -196,7 +180,7 @@ class LoRDS:
             name: Refined.of(problem.methods.get(name, self)._rounded(weight, problem.stats.get(name)))
             for name, weight in problem.weights.items()
         }
-        loss = block_loss(block, lambda: {name: layer.weight() for name, layer in layers.items()}, self.token_weights)
+        loss = block_loss(block, lambda: {name: layer.weight() for name, layer in layers.items()}, self.loss_weights)
         parameters = [part for layer in layers.values() for part in (layer.left, layer.right)]
         descent = Descent(self.refine_steps, self.refine_rate, self.batch)
         order = cpu_generator(problem.generator(next(iter(layers))))
@@ -255,16 +239,16 @@ class LoRDS:
         return LayerFormat(self.bits, in_, True, grid=self.grid, scale_rank=self._rank(out, in_))
 
 
-@dataclass(frozen=True)
+@preset
 class LoRDSPaper(LoRDS):
     """LoRDS with the settings of its paper and its authors' code; see LoRDS for what each one does.
 
     Looks at weights only. What is not the paper's: the best factors of the fit are kept, and scales may change sign.
     """
 
-    range_search: Literal["none", "scale"] = "none"
-    weighting: Literal["none", "diagonal"] = "none"
-    solver: Literal["least-squares", "gradient"] = "gradient"
-    steps: int = 500
-    rounding: Literal["nearest", "gptq"] = "nearest"
-    refine_steps: int = 0
+    range_search = "none"
+    weighting = "none"
+    solver = "gradient"
+    steps = 500
+    rounding = "nearest"
+    refine_steps = 0

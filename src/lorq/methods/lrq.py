@@ -2,20 +2,20 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.checks import check_choice, check_grid, check_range
+from lorq.core.checks import Range, check_settings
 from lorq.core.descent import Descent, block_loss, cpu_generator, layer_loss, minimise
 from lorq.core.grids import SMALLEST_SCALE, IntGrid
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import Rounded, clip, nearest
 from lorq.core.stats import InputStats, TokenWeights
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import SEARCHES, assemble, layer_grid, layer_group, needed
+from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_grid, layer_group, needed, preset
 
 _HALF_MAX = torch.finfo(torch.float16).max
 
@@ -162,35 +162,26 @@ class LRQ:
         steps: gradient steps for each block.
         learning_rate: of the first step; it falls to 0.
         batch: calibration windows of a step, at most all.
-        token_weights: "equal" lets each token of the block's output count the same; "plain" is the paper's sum.
+        loss_weights: "equal" lets each token of the block's output count the same; "plain" is the paper's sum.
     """
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Bits = 4
+    group_size: GroupSize = 128
     symmetric: bool = False
-    rank: int = -1
+    rank: Annotated[int, Range(1, 1 << 16, "a quarter of the smaller side")] = -1
     scaling: Literal["low-rank", "full"] = "low-rank"
-    range_search: Literal["none", "saturate", "scale"] = "scale"
-    steps: int = 100
-    learning_rate: float = 1e-2
-    batch: int = 2
-    token_weights: TokenWeights = "equal"
+    range_search: Search = "scale"
+    steps: Annotated[int, Range(0, 1_000_000)] = 100
+    learning_rate: Annotated[float, Range(0, 1)] = 1e-2
+    batch: Annotated[int, Range(1, 1 << 16)] = 2
+    loss_weights: TokenWeights = "equal"
 
     scope: ClassVar[str] = "block"
-    block_settings: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "batch", "token_weights")
+    block_settings: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "batch", "loss_weights")
     needs_stats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size)
-        check_choice("scaling", self.scaling, ("low-rank", "full"))
-        check_choice("range_search", self.range_search, SEARCHES)
-        check_choice("token_weights", self.token_weights, ("equal", "plain"))
-        check_range("rank", self.rank, -1, 1 << 16)
-        if self.rank == 0:
-            raise ValueError(f"rank must be at least 1, or -1 for a quarter of the smaller side, got {self.rank}")
-        check_range("steps", self.steps, 0, 1_000_000)
-        check_range("learning_rate", self.learning_rate, 0.0, 1.0)
-        check_range("batch", self.batch, 1, 1 << 16)
+        check_settings(self)
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """All layers of a block together, against the block's output; without a block, each against its own output."""
@@ -231,7 +222,7 @@ class LRQ:
             return {name: scaling.quantized() for name, scaling in scalings.items()}
 
         parameters = [parameter for scaling in scalings.values() for parameter in scaling.parameters()]
-        loss = block_loss(block, weights, self.token_weights)
+        loss = block_loss(block, weights, self.loss_weights)
         order = cpu_generator(generators[next(iter(generators))])  # where the first layer's has got to
         outcome = minimise(parameters, loss, len(block.inputs), self._descent, generator=order)
         return {name: _result(s, problem.stats[name], f"block: {outcome}") for name, s in scalings.items()}
@@ -278,7 +269,7 @@ class LRQ:
         return LayerFormat(self.bits, layer_group(in_, self.group_size), self.symmetric)
 
 
-@dataclass(frozen=True)
+@preset
 class LRQPaper(LRQ):
     """LRQ with the settings of its paper and its authors' code; see LRQ for what each one does.
 
@@ -286,8 +277,8 @@ class LRQPaper(LRQ):
     What is not the paper's: the rank below 4096 columns, and that the best parameters are kept, not the last.
     """
 
-    group_size: int = -1
-    range_search: Literal["none", "saturate", "scale"] = "none"
-    steps: int = 5000
-    learning_rate: float = 9e-4
-    token_weights: TokenWeights = "plain"
+    group_size = -1
+    range_search = "none"
+    steps = 5000
+    learning_rate = 9e-4
+    loss_weights = "plain"

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.checks import check_choice, check_grid
-from lorq.core.grids import LEVEL_KINDS, IntGrid, LevelGrid
+from lorq.core.checks import check_settings
+from lorq.core.grids import IntGrid, LevelGrid
 from lorq.core.problem import Problem
 from lorq.core.rounding import LevelRounded, Rounded, clip, nearest, nearest_levels
 from lorq.core.stats import InputStats
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import SEARCHES, assemble, layer_group
+from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_group
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,17 @@ class Nearest:
         grid: "integer", equally spaced values; "normal-float", quantiles of the normal distribution.
     """
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Bits = 4
+    group_size: GroupSize = 128
     symmetric: bool = False
-    range_search: Literal["none", "saturate", "scale"] = "none"
+    range_search: Search = "none"
     grid: Literal["integer", "normal-float"] = "integer"
 
     scope: ClassVar[str] = "layer"
     needs_stats: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size)
-        check_choice("range_search", self.range_search, SEARCHES)
-        check_choice("grid", self.grid, LEVEL_KINDS)
+        check_settings(self)
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """Round each weight; statistics only serve the record."""

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.basis import Basis
-from lorq.core.checks import check_choice, check_range
+from lorq.core.checks import Range
 from lorq.core.linalg import shrink
 from lorq.core.low_rank import Metric
 from lorq.core.problem import Problem
@@ -38,23 +38,15 @@ class TileQ(LoPRo):
             "expert"'s own by a stored input scale (the paper's; needs metric "activation").
     """
 
-    rank: int = 32
-    grid_rows: int = -1
-    grid_columns: int = -1
+    rank: Annotated[int, Range(1, 1 << 16)] = 32
+    grid_rows: Annotated[int, Range(1, 1 << 12, "a near-square grid")] = -1
+    grid_columns: Annotated[int, Range(1, 1 << 12, "as many as are needed")] = -1
     sharing: Literal["row", "layer", "expert"] = "row"
 
     scope: ClassVar[str] = "experts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("rank", self.rank, 1, 1 << 16)
-        check_range("grid_rows", self.grid_rows, -1, 1 << 12)
-        check_range("grid_columns", self.grid_columns, -1, 1 << 12)
-        check_choice("sharing", self.sharing, ("row", "layer", "expert"))
-        if 0 in (self.grid_rows, self.grid_columns):
-            raise ValueError(
-                f"a grid must have rows and columns, got {self.grid_rows} x {self.grid_columns}; -1 chooses"
-            )
         if self.sharing == "expert" and self.metric != "activation":
             raise ValueError(
                 f"sharing 'expert' stores an activation scale for each expert: metric must be activation, "

@@ -1,8 +1,10 @@
 """What is asked of a run, whatever the method."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
+from lorq.core.checks import Range, check_settings
+from lorq.core.stats import TokenWeights
 from lorq.methods import METHODS, Method
 
 
@@ -41,23 +43,23 @@ class Options:
     """
 
     calibration: str = "self"
-    samples: int = 128
-    seq_len: int = 2048
-    seed: int = 0
+    samples: Annotated[int, Range(1)] = 128
+    seq_len: Annotated[int, Range(2)] = 2048
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"
-    token_weights: Literal["equal", "plain"] = "equal"
+    token_weights: TokenWeights = "equal"
     router_weights: bool = False
-    expert_tokens: int = 128
+    expert_tokens: Annotated[int, Range(1)] = 128
     stream: Literal["auto", "original", "quantized"] = "auto"
     activations: Literal["none", "token", "tensor"] = "none"
-    smoothing: float = 0.0
+    smoothing: Annotated[float, Range(0, 1)] = 0.0
     kv_cache: Literal["none", "token"] = "none"
     exclude: tuple[str, ...] = ()
     override: tuple[str, ...] = ()
     average_bits: float = 0.0
     wide_bits: int = 4
     wide_layers: Literal["first", "last"] = "first"
-    spill_bytes: int = 2 << 30
+    spill_bytes: Annotated[int, Range(0)] = 2 << 30
     dry_run: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -74,18 +76,7 @@ def read_options(options: dict[str, Any]) -> Options:
         elif key in options:
             options[key] = tuple(options[key])
     chosen = Options(**options)
-    for name, least in (("samples", 1), ("seq_len", 2), ("expert_tokens", 1), ("spill_bytes", 0)):
-        if getattr(chosen, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(chosen, name)}")
-    if not 0 <= chosen.seed < 2**63:
-        raise ValueError(f"seed must be between 0 and 2^63 - 1, got {chosen.seed}")
-    hints = get_type_hints(Options)
-    for name in ("token_weights", "stream", "activations", "kv_cache", "wide_layers"):
-        values = get_args(hints[name])
-        if getattr(chosen, name) not in values:
-            raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(chosen, name)!r}")
-    if not 0 <= chosen.smoothing <= 1:
-        raise ValueError(f"smoothing must be between 0 and 1, got {chosen.smoothing}")
+    check_settings(chosen)
     if chosen.smoothing and chosen.activations == "none":
         raise ValueError(
             f"smoothing serves activations in 8 bits, got smoothing {chosen.smoothing} and activations 'none'; "

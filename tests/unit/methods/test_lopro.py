@@ -403,7 +403,6 @@ def test_codebooks_have_gptvqs_sizes(bits, out, in_, expected, cost):
     [
         ({"block": 64}, (40, 96), "got block 64 for width 96 less 0; blocks that fit: 4, 8, 16, 32"),
         ({"block": 24}, (40, 96), "got block 24 for width 96 less 0"),
-        ({"block": 0}, (40, 96), "got block 0 for width 96 less 0"),
         ({"rotation": "partial", "block": 32, "skip": 80}, (40, 96), "width 96 less 80; blocks that fit: 4, 8, 16"),
         ({"rotation": "partial", "skip": 96}, (40, 96), "for width 96 less 96; blocks that fit: none"),
         ({}, (40, 98), "for width 98 less 0; blocks that fit: none"),

@@ -248,28 +248,6 @@ def test_a_layer_of_zeros_and_channels_that_were_never_active_are_no_trouble(lay
     assert not solve_one(ALONE, torch.zeros(24, 64), stats).dense().any()
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ({"bits": 1}, "bits must be 2 to 8, got 1"),
-        ({"group_size": 0}, "group_size must be at least 1, or -1 for one group per row, got 0"),
-        ({"rank": 0}, "rank of the scales must be at least 1, or -1 for the one of group_size, got 0"),
-        ({"rank": -2}, "rank must be between -1 and 65536, got -2"),
-        ({"steps": -1}, "steps must be between 0 and 1e\\+06, got -1"),
-        ({"learning_rate": 2.0}, "learning_rate must be between 0 and 1, got 2.0"),
-        ({"shrinkage": 1.5}, "shrinkage must be between 0 and 1, got 1.5"),
-        ({"damping": -0.1}, "damping must be between 0 and 10, got -0.1"),
-        ({"refine_steps": -1}, "refine_steps must be between 0 and 1e\\+06, got -1"),
-        ({"refine_rate": 3.0}, "refine_rate must be between 0 and 1, got 3.0"),
-        ({"batch": 0}, "batch must be between 1 and 65536, got 0"),
-    ],
-    ids=str,
-)
-def test_settings_out_of_range_are_refused(setting, message):
-    with pytest.raises(ValueError, match=message):
-        LoRDS(**setting)
-
-
 def test_a_rank_above_the_layers_sides_is_refused_with_both_numbers():
     method = LoRDS(rank=40)
     with pytest.raises(
