@@ -91,24 +91,25 @@ def quantize(
         return replace(largest, seconds=time.monotonic() - started)
     began = time.monotonic()
     windows = _windows(plan, streamed, progress)
-    stages = {"calibration": time.monotonic() - began, "solving": 0.0}
+    text_seconds = time.monotonic() - began
     identity = _identity(plan, streamed, windows)
     writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
-    _solve(plan, streamed, windows, writer, executor or SameProcess(), progress, stages)
+    stages = _solve(plan, streamed, windows, writer, executor or SameProcess(), progress)
+    stages["calibration"] += text_seconds
     report = _finish(plan, streamed, writer, windows)
     return replace(report, seconds=time.monotonic() - started, stages=stages)
 
 
 def _solve(
     plan: Plan, model: StreamedModel, windows: Windows | None, writer: CheckpointWriter, executor: Executor,
-    progress: Progress, seconds: dict[str, float],
-) -> None:  # fmt: skip
-    """Walk through the model, solve and commit each block, and read it all back.
+    progress: Progress,
+) -> dict[str, float]:  # fmt: skip
+    """Walk through the model, solve and commit each block, and read it all back; the seconds that stages took.
 
     Every tensor of a block is read once. What is outside is read twice, before the blocks and after them: to keep it in
     memory meanwhile would take gigabytes from large vocabularies, all the time.
     """
-    commit = Commit(model, plan, writer)
+    commit, seconds = Commit(model, plan, writer), {"calibration": 0.0, "solving": 0.0}
     stored = {name: model.stored_tensor(name) for name in plan.kept(*model.outside)}
     commit.outside(stored)
     with model.resident(*model.outside, stored=stored):
@@ -127,6 +128,7 @@ def _solve(
         commit.block(visit, solved, probe)
         progress("quantize", number, len(model.blocks))
     verify(model, probe, writer.folder, writer.completed, progress)
+    return seconds
 
 
 # -- calibration text ---------------------------------------------------------------------------------------
