@@ -193,5 +193,5 @@ def bench_quantize(
 
     options = {"group-size": group_size, "calibration": calibration, "samples": samples, "seq-len": seq_len}
     flags = [f"--{key}={value}" for key, value in (options | {"seed": seed}).items()]
-    rows = run(model, bits=bits, methods=methods, flags=flags, text=text, window=window, windows=windows)
+    rows = run(model, bits=bits, methods=methods, options=flags, text=text, window=window, windows=windows)
     print_rows(rows, json_)

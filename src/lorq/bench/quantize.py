@@ -6,43 +6,56 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from lorq.bench.timing import Result
 from lorq.demo import demo_model
 from lorq.evaluation import evaluate
+from lorq.methods import FLRQ, GPTQ, METHODS, FLRQPaper, LoPRo, LoPRoPaper, Nearest
 
 _ROTATIONS = {
-    "none": ["--rotation", "none"],
-    "full": ["--rotation", "full"],
-    "partial": ["--rotation", "partial", "--importance", "log"],
+    "none": LoPRo(rank=0, rotation="none"),
+    "full": LoPRo(rank=0, rotation="full"),
+    "partial": LoPRo(rank=0, rotation="partial", importance="log"),
 }
-_ROUNDINGS = {
-    "nearest": ["--rounding", "nearest"],
-    "gptq": ["--rounding", "gptq"],
-    "gptvq": ["--codebook", "vector"],
-}
-# What `lorq bench quantize` compares: names of methods, and variants of theirs.
-PRESETS: dict[str, list[str]] = {
-    "nearest": ["--method", "nearest"],
-    "gptq": ["--method", "gptq"],
-    "gptq-paper": ["--method", "gptq", "--range-search", "none", "--shrinkage", "0"],
-    "flrq": ["--method", "flrq"],
-    "flrq-paper": ["--method", "flrq-paper"],
-    "flrq-paper-8bit": ["--method", "flrq-paper", "--factor-bits", "8"],
-    "flrq-thrifty": ["--method", "flrq", "--budget", "0.1"],
-    "flrq-thorough": ["--method", "flrq", "--epochs", "3"],
-    "lopro": ["--method", "lopro", "--rank", "8"],
-    "lopro-paper": ["--method", "lopro-paper", "--rank", "8"],
-    "lopro-vector": ["--method", "lopro", "--rank", "8", "--codebook", "vector"],
+_ROUNDINGS: dict[str, dict[str, Any]] = {
+    "nearest": {"rounding": "nearest"}, "gptq": {"rounding": "gptq"}, "gptvq": {"codebook": "vector"},
+}  # fmt: skip
+# What `lorq bench quantize` compares: the methods, and variants of theirs.
+PRESETS: dict[str, Any] = {
+    "nearest": Nearest(),
+    "gptq": GPTQ(),
+    "gptq-paper": GPTQ(range_search="none", shrinkage=0.0),
+    "flrq": FLRQ(),
+    "flrq-paper": FLRQPaper(),
+    "flrq-paper-8bit": FLRQPaper(factor_type="int8"),
+    "flrq-thrifty": FLRQ(budget=0.1),
+    "flrq-thorough": FLRQ(epochs=3),
+    "lopro": LoPRo(rank=8),
+    "lopro-paper": LoPRoPaper(rank=8),
+    "lopro-vector": LoPRo(rank=8, codebook="vector"),
     # LoPRo's parts one by one, without a low-rank part: rotation, then rounding.
     **{
-        f"{rotation}-{rounding}": ["--method", "lopro", "--rank", "0", *turned, *rounded]
+        f"{rotation}-{rounding}": replace(turned, **rounded)
         for rotation, turned in _ROTATIONS.items()
         for rounding, rounded in _ROUNDINGS.items()
     },
 }
+
+
+def flags(method: Any) -> list[str]:
+    """The flags of `lorq quantize` that mean a method with its settings; those that are the default are left out.
+
+    Example:
+        >>> flags(GPTQ(range_search="none"))
+        ['--method=gptq', '--range-search=none']
+    """
+    name = next(name for name, kind in METHODS.items() if kind is type(method))
+    own = {field.name: getattr(method, field.name) for field in fields(method)}
+    changed = {key: value for key, value in own.items() if value != getattr(type(method)(), key)}
+    return [f"--method={name}", *(f"--{key.replace('_', '-')}={value}" for key, value in changed.items())]
 
 
 def bench_quantize(
@@ -50,7 +63,7 @@ def bench_quantize(
     *,
     bits: Iterable[int] = (3,),
     methods: Iterable[str] = ("nearest", "gptq", "flrq-paper", "flrq"),
-    flags: Iterable[str] = (),
+    options: Iterable[str] = (),
     text: str = "python-docs",
     window: int = 512,
     windows: int = 8,
@@ -61,7 +74,7 @@ def bench_quantize(
         model: what `lorq quantize` takes; None for the demo's model.
         bits: widths to try.
         methods: names in `PRESETS`.
-        flags: further options of `lorq quantize` for every run, such as ``--group-size 64``.
+        options: further flags of `lorq quantize` for every run, such as ``--group-size 64``.
         text: evaluation text.
         window: its window length in tokens.
         windows: how many windows.
@@ -85,7 +98,7 @@ def bench_quantize(
         for width in bits:
             for name in methods:
                 out = Path(folder) / f"{name}-{width}"
-                command = ["quantize", source, str(out), "--bits", str(width), *PRESETS[name], *flags, "--json"]
+                command = ["quantize", source, str(out), f"--bits={width}", *flags(PRESETS[name]), *options, "--json"]
                 seconds, peak, printed = _run(command)
                 report: dict[str, Any] = json.loads(printed)
                 figures = evaluate(out, reference=source, text=text, window=window, windows=windows)
