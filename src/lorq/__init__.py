@@ -9,6 +9,7 @@ from lorq.version import __version__ as __version__
 if TYPE_CHECKING:
     from lorq import adapt
     from lorq.evaluation import Evaluation, evaluate
+    from lorq.generation import generate
     from lorq.methods import (
         FLRQ,
         GPTQ,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLRQ", "GPTQ", "LRQ", "METHODS", "Evaluation", "FLRQPaper", "LRQPaper", "LoPRo", "LoPRoPaper", "LoRDS",
-    "LoRDSPaper", "Nearest", "Report", "TileQ", "adapt", "evaluate", "load", "quantize", "read_report",
+    "LoRDSPaper", "Nearest", "Report", "TileQ", "adapt", "evaluate", "generate", "load", "quantize", "read_report",
 ]  # fmt: skip
 
 # Public names come when they are asked for: `import torch` runs this file (entry point of `_autoload`) and must
@@ -39,8 +40,8 @@ _METHODS = (
     "TileQ",
 )  # fmt: skip
 _HOME = dict.fromkeys(_METHODS, "methods") | {
-    "Evaluation": "evaluation", "evaluate": "evaluation", "load": "runtime.hf", "quantize": "pipeline.quantize",
-    "Report": "storage.report", "read_report": "storage.report",
+    "Evaluation": "evaluation", "evaluate": "evaluation", "generate": "generation", "load": "runtime.hf",
+    "quantize": "pipeline.quantize", "Report": "storage.report", "read_report": "storage.report",
 }  # fmt: skip
 
 

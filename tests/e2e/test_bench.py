@@ -8,9 +8,8 @@ import pytest
 from helpers import tiny_folder
 
 import lorq
-from lorq.bench.decode import bench_decode
-from lorq.bench.experts import bench_experts
-from lorq.bench.quantize import PRESETS, bench_quantize, flags
+from lorq.bench.commands import bench_decode, bench_experts, bench_quantize
+from lorq.bench.quantize import PRESETS, flags
 from lorq.cli import main
 from lorq.storage.report import html_page
 
@@ -21,8 +20,7 @@ def model(tmp_path):
 
 
 def test_quantize_bench_measures_each_run_in_a_process_of_its_own(model):
-    options = ["--group-size=32"]
-    rows = list(bench_quantize(str(model), bits=(8, 2), methods=["nearest"], options=options, window=64, windows=2))
+    rows = list(bench_quantize(str(model), bits=(8, 2), methods=["nearest"], group_size=32, window=64, windows=2))
     assert [(row["method"], row["bits"]) for row in rows] == [("nearest", 8), ("nearest", 2)]
     fine, coarse = rows
     assert 0 < fine["kl_mean"] < 0.01 < coarse["kl_mean"]
@@ -127,15 +125,15 @@ def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys
 )
 def test_the_decode_bench_refuses_what_it_cannot_time(options, why):
     with pytest.raises(ValueError, match=why):
-        list(bench_decode(**options))
+        list(bench_decode(*options.pop("shapes", []), **options))
 
 
 def test_the_decode_bench_takes_widths_that_no_int4_operator_does():
-    (row,) = bench_decode(["96x100"], kinds=["vector"], bits=[2], ranks=[0], repeats=1, device="cpu")
+    (row,) = bench_decode("96x100", kinds=["vector"], bits=[2], ranks=[0], repeats=1, device="cpu")
     assert row["times_int4"] is None and row["times_dense"] > 0
-    (row,) = bench_decode(["96x98"], kinds=["vector"], bits=[3], ranks=[0], repeats=1, device="cpu")
+    (row,) = bench_decode("96x98", kinds=["vector"], bits=[3], ranks=[0], repeats=1, device="cpu")
     assert row["sqnr_db"] > 40
-    (row,) = bench_decode(["96x96"], group_size=-1, bits=[4], ranks=[0], repeats=1, device="cpu")
+    (row,) = bench_decode("96x96", group_size=-1, bits=[4], ranks=[0], repeats=1, device="cpu")
     assert row["sqnr_db"] > 40
 
 

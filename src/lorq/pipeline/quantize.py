@@ -24,6 +24,7 @@ from lorq.runtime.device import read_device
 from lorq.storage.atomic import require_space
 from lorq.storage.config import FORMAT_VERSION
 from lorq.storage.names import COMPANIONS, REPORT_NAME, SENTINEL
+from lorq.storage.out_folder import check_out
 from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter, check_begun
 from lorq.version import __version__
@@ -62,7 +63,7 @@ def quantize(
     source, out = resolve_model(model), Path(out)
     if out.resolve() == source.resolve():
         raise FileExistsError(f"the output folder must not be the model's own, got {out} for both")
-    CheckpointWriter.check(out, overwrite=chosen.overwrite, resume=chosen.resume)
+    check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
     device = read_device(chosen.device)
     streamed = StreamedModel.open(source, device=device)
     plan, excluded = plan_layers(streamed, solver, exclude=chosen.exclude, override=chosen.override)

@@ -20,7 +20,7 @@ from lorq.adapt.adapters import (
     save_adapter,
     use_adapter,
 )
-from lorq.adapt.save import merge
+from lorq.adapt.saving import merge
 from lorq.core.grids import levels
 from lorq.core.scale_factors import LowRankScale
 from lorq.core.weight import QuantizedWeight
