@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+import time
 from collections import namedtuple
 
 import pytest
@@ -236,6 +237,14 @@ def test_the_version_and_the_help_are_printed(lorq_command):
     text = lorq_command("quantize", "--method", "gptq", "--help")
     assert "--range-search" in text and "--damping" in text and "--slope-window" not in text
     assert "--slope-window" in lorq_command("quantize", "--help")
+
+
+def test_the_demo_quantizes_measures_and_talks(lorq_command, tmp_path, monkeypatch):
+    model = tiny_folder(tmp_path / "model", "llama", max_position_embeddings=1024)
+    monkeypatch.setattr("lorq.demo.demo_model", lambda: model)
+    for _ in range(2):  # an earlier demo is replaced
+        told = lorq_command("demo", tmp_path / "out", "--samples=2", "--windows=1")
+        assert all(part in told for part in ("1. Quantize", "bits per weight", "2. Measure", "kl_mean", "3. Talk"))
 
 
 # ---- settings that reach the layers -----------------------------------------------------------------------
@@ -720,11 +729,12 @@ def test_an_adapter_trained_from_python_has_the_same_bytes(adapter, lords_folder
 
 def test_adapt_tells_what_it_did(lorq_command, lords_folder, text_file, tmp_path):
     run = ["adapt", lords_folder, tmp_path / "out", "--text", text_file, *TRAIN]
+    began = time.monotonic()
     figures = json.loads(lorq_command(*run, "--json"))
+    assert 0 < figures.pop("seconds") < time.monotonic() - began
     model = lorq.load(lords_folder)
     done = lorq.adapt.train(model, str(text_file), steps=3, batch=2, seq_len=16, learning_rate=5e-3)
     last = pytest.approx(sum(done.losses) / 3)
-    assert figures.pop("seconds") > 0
     assert figures == {"trained": done.parameters, "first_loss": done.losses[0], "last_loss": last}
     printed = lorq_command(*run[:2], tmp_path / "again", *run[3:])
     assert f"{done.parameters:,} numbers trained" in printed and f"{done.losses[0]:.4f} at the first" in printed
