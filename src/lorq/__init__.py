@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lorq import adapt as adapt
     from lorq.evaluation import Evaluation as Evaluation
     from lorq.evaluation import evaluate as evaluate
+    from lorq.generation import generate as generate
     from lorq.methods import *  # noqa: F403
     from lorq.pipeline.quantize import quantize as quantize
     from lorq.runtime.hf import load as load
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 # Public names come when they are asked for: `import torch` runs this file (entry point of `_autoload`) and must
 # not pay for transformers. The methods' classes are public by standing in METHODS.
 _HOME = {
-    "METHODS": "methods", "Evaluation": "evaluation", "evaluate": "evaluation", "load": "runtime.hf",
+    "METHODS": "methods", "Evaluation": "evaluation", "evaluate": "evaluation", "generate": "generation",
+    "load": "runtime.hf",
     "quantize": "pipeline.quantize", "Report": "storage.report", "read_report": "storage.report",
 }  # fmt: skip
 

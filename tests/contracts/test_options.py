@@ -1,17 +1,22 @@
-"""Options and settings: each means one thing, and each is read by something."""
+"""Options, settings and flags: each means one thing, and each is read by something."""
 
 import ast
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import cyclopts
 import house
 import pytest
 
 from lorq.adapt import Settings
+from lorq.bench.commands import bench_app
+from lorq.cli import app
 from lorq.methods import METHODS
 from lorq.pipeline.options import Options
+from lorq.progress import Progress
+from lorq.show import command
 
 # Functions that only look whether a value is one.
 VALIDATION = ("__post_init__", "read_options")
@@ -74,3 +79,80 @@ def test_a_setting_that_is_only_checked_counts_as_unread(tmp_path):
         "    def solve(self, stats):\n        self.written = stats.others\n        return self.used\n"
     )
     assert unread(Artificial, [file], "self") == {"checked", "written", "others"}
+
+
+# ---- flags ------------------------------------------------------------------------------------------------
+
+# The functions that commands are, by file; those that are commands by `lorq.show.command` have its flags.
+COMMANDS = {
+    "evaluation.py": {"evaluate"},
+    "generation.py": {"generate"},
+    "bench/commands.py": {"bench_sketch", "bench_experts", "bench_decode", "bench_adapt", "bench_quantize"},
+    "cli.py": {"quantize", "inspect", "adapt", "merge", "demo"},
+}
+
+
+def uses(node: ast.AST) -> Iterator[str]:
+    """Names that are read, but for calls and conditions that only look whether a value is one."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")).startswith("check_"):
+        return
+    if isinstance(node, ast.If) and all(isinstance(line, ast.Raise) for line in node.body):
+        return
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        yield node.id
+    for child in ast.iter_child_nodes(node):
+        yield from uses(child)
+
+
+def unused(function: ast.FunctionDef) -> set[str]:
+    """Parameters of a function that it only checks, or not even that."""
+    names = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
+    return names - {name for line in function.body for name in uses(line)} - {"method"}  # which chose the settings
+
+
+@pytest.mark.parametrize("file", COMMANDS)
+def test_every_flag_of_a_command_is_used(file):
+    found = {node.name: node for node in ast.walk(house.tree(house.SOURCE / file)) if isinstance(node, ast.FunctionDef)}
+    assert COMMANDS[file] <= set(found)
+    assert not {name: flags for name in COMMANDS[file] if (flags := unused(found[name]))}
+
+
+def test_every_command_is_among_them():
+    listed = {name.removeprefix("bench_") for names in COMMANDS.values() for name in names}
+    registered = {name for group in (app, bench_app) for name in group if not name.startswith("-")} - {"bench"}
+    assert registered == listed
+
+
+def test_a_flag_that_is_only_checked_counts_as_unused():
+    (function,) = ast.parse(
+        "def f(used, checked, refused, set_, *, ignored):\n"
+        "    cpu.check_products(checked)\n    if refused < 1:\n        raise ValueError(refused)\n"
+        "    set_ = 1\n    return used\n"
+    ).body
+    assert unused(function) == {"checked", "refused", "set_", "ignored"}
+
+
+def test_what_is_given_on_the_command_line_reaches_the_function():
+    def measure(
+        model: str | Path,
+        *sizes: str,
+        bits: Sequence[int] = (4,),
+        rate: float = 0.5,
+        chat: bool = True,
+        fast: bool = False,
+        settings: Settings = Settings(),  # noqa: B008
+        progress: Progress | None = None,
+    ) -> dict:
+        return {key: value for key, value in locals().items() if key != "progress"} | {"bars": callable(progress)}
+
+    shown = []
+    commands = cyclopts.App(result_action="return_value")
+    commands.command(command(measure, lambda *result: shown.append(result), json="JSON."), name="measure")
+    commands("measure m 1x2 3x4 --bits 2 --bits 3 --rate 2 --no-chat --fast --steps 7 --json".split())
+    commands(["measure", "m"])
+    own = {"bits": [2, 3], "rate": 2.0, "chat": False, "fast": True, "settings": Settings(steps=7), "bars": True}
+    left = {"bits": (4,), "rate": 0.5, "chat": True, "fast": False, "settings": Settings(), "bars": True}
+    assert shown == [
+        ({"model": "m", "sizes": ("1x2", "3x4"), **own}, True),
+        ({"model": "m", "sizes": (), **left}, False),
+    ]

@@ -15,7 +15,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 # the graph is an error there.
 SCRIPT = """
 import json, sys, torch, lorq
-from lorq.generate import STEPS, compile_steps
+from lorq.runtime.compiled import STEPS, compile_steps
 
 prompt = {"input_ids": torch.tensor([[5, 40, 9, 77]]), "max_new_tokens": 9, "do_sample": False}
 model = lorq.load(sys.argv[1])
@@ -68,7 +68,7 @@ def test_compiled_steps_write_the_same_tokens_through_the_same_operators(method,
 # Two models of one class, the second compiled after the first has run.
 TWO = """
 import json, sys, torch, lorq
-from lorq.generate import STEPS, compile_steps
+from lorq.runtime.compiled import STEPS, compile_steps
 
 prompt = {"input_ids": torch.tensor([[5, 40, 9, 77]]), "max_new_tokens": 9, "do_sample": False}
 found = []

@@ -5,7 +5,6 @@ import torch
 import transformers
 
 import lorq
-from lorq.generate import stream_text
 from lorq.kernels import cpu
 
 PROMPT = "One, two, three,"
@@ -49,7 +48,7 @@ def test_products_are_those_that_were_asked_for(products, folder, monkeypatch):
     apart = (expected - exact).abs().max()
     assert apart == 0 if products == "exact" else apart > 1e-2
     seen = seen_logits(monkeypatch)
-    list(stream_text(str(folder), PROMPT, tokens=3, chat=False, products=products))
+    list(lorq.generate(folder, PROMPT, tokens=3, chat=False, products=products))
     assert len(seen) == 3
     torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-4)  # attention with a cache sums in another order
     assert torch.equal(first_logits(model), exact)
@@ -60,7 +59,7 @@ def test_an_answer_that_nobody_reads_on_ends_and_leaves_products_as_they_were(fo
     model = lorq.load(folder)
     exact = first_logits(model)
     seen = seen_logits(monkeypatch)
-    answer = stream_text(str(folder), PROMPT, tokens=100, chat=False, products="bytes")
+    answer = lorq.generate(folder, PROMPT, tokens=100, chat=False, products="bytes")
     next(answer)
     answer.close()
     written = len(seen)

@@ -14,7 +14,8 @@ class Options:
 
     Attributes:
         calibration: text that the inputs are measured on: "self" (the model writes it, kept for the next run),
-            "python-docs", "wikitext2", "c4", or a text or JSONL file.
+            "python-docs" (or its halves, "python-docs-even" and "python-docs-odd"), "wikitext2", "c4", or a text or
+            JSONL file.
         samples: calibration windows.
         seq_len: tokens of a window.
         seed: of every random choice; the same seed gives the same bytes.
@@ -24,7 +25,7 @@ class Options:
         expert_tokens: an expert that sees fewer calibration tokens than this gets the statistics of all tokens of
             its layer; the report names it.
         stream: whose outputs calibrate the next block: the "original" model's or the "quantized" one's; "auto" is the
-            quantized one's for methods that fit a whole block (lrq, and lords where it refines), else the original's.
+            quantized one's for methods that fit a whole block (lrq, lords with refine_steps), else the original's.
         activations: inputs of the quantized layers in 8 bits: "token", on each token's own range, or "tensor", on one
             range from calibration.
         smoothing: how much of the inputs' range is moved into the weights where inputs come from a norm, 0 to 1

@@ -30,6 +30,7 @@ from lorq.storage.atomic import require_space
 from lorq.storage.config import FORMAT_VERSION
 from lorq.storage.folder import LorqFolder
 from lorq.storage.names import COMPANIONS, JOURNAL, REPORT_NAME, SENTINEL
+from lorq.storage.out_folder import check_out
 from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter, check_begun
 from lorq.version import __version__
@@ -71,7 +72,7 @@ def quantize(
     source, out = resolve_model(model), Path(out)
     if out.resolve() == source.resolve():
         raise FileExistsError(f"the output folder must not be the model's own, got {out} for both")
-    CheckpointWriter.check(out, overwrite=chosen.overwrite, resume=chosen.resume)
+    check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
     progress = progress or (lambda *_: None)
     streamed = StreamedModel.open(source, device=read_device(chosen.device))
     plan = mix_widths(make_plan(streamed, solver, chosen))

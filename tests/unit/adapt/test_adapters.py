@@ -20,7 +20,7 @@ from lorq.adapt.adapters import (
     save_adapter,
     use_adapter,
 )
-from lorq.adapt.save import merge
+from lorq.adapt.saving import merge
 from lorq.core.codes import IntCodes, IntGrid, LevelCodes, LevelFormat, LowRankScale, levels
 from lorq.core.weight import QuantizedWeight
 from lorq.runtime.linear import QuantLinear

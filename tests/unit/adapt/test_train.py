@@ -13,7 +13,7 @@ from lorq import adapt
 from lorq.adapt import Settings, train
 from lorq.adapt.adapters import adapters_of, attach, load_adapter, save_adapter, use_adapter
 from lorq.adapt.qat import FakeLords, TrainableLinear, cancel_qat, finish_qat, prepare_qat
-from lorq.adapt.train import read_dataset
+from lorq.adapt.training import read_dataset
 from lorq.core.activations import Activations
 from lorq.core.codes import LevelCodes, LevelFormat, LevelGrid, LowRankScale, level_values, levels
 from lorq.core.weight import QuantizedWeight

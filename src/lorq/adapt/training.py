@@ -6,54 +6,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lorq.adapt.adapters import BASE, adapters_of, attach, load_adapter, lords_layers, save_adapter, use_adapter
+from lorq.adapt.adapters import adapters_of, attach, lords_layers, use_adapter
 from lorq.adapt.qat import cancel_qat, finish_qat, prepare_qat
-from lorq.adapt.save import merge, save
-from lorq.core.checks import Range, check_settings
+from lorq.adapt.settings import Settings
 from lorq.models.locate import resolve_model
 from lorq.models.texts import load_text, token_windows
 from lorq.progress import Progress
-
-__all__ = [
-    "BASE", "Settings", "Trained", "attach", "cancel_qat", "finish_qat", "load_adapter", "merge", "prepare_qat", "save",
-    "save_adapter", "train", "use_adapter",
-]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a model is trained.
-
-    Attributes:
-        steps: optimizer steps.
-        batch: sequences of a step; all of them where the data set has fewer.
-        seq_len: tokens of a sequence, where the data set is a text.
-        learning_rate: of AdamW after the warm-up, falling to a tenth along half a cosine; 0 takes 5e-4 for "peft" and
-            5e-5 for "qat".
-        scale_rate: the scale factors' learning rate over the weights', with "qat".
-        warmup: share of the steps in which the rate rises.
-        rank: of the adapter, the same in every layer; -1 keeps each layer's own ("peft" only).
-        gradient_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
-        seed: of the order of the data, of what an adapter starts with, and of the model's own dropout.
-    """
-
-    steps: Annotated[int, Range(1)] = 200
-    batch: Annotated[int, Range(1)] = 4
-    seq_len: Annotated[int, Range(2)] = 512
-    learning_rate: Annotated[float, Range(0, 1)] = 0.0
-    scale_rate: Annotated[float, Range(0, 1000)] = 4.0
-    warmup: Annotated[float, Range(0, 1)] = 0.05
-    rank: Annotated[int, Range(1, minus_one="each layer's own")] = -1
-    gradient_checkpointing: bool = False
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
-
-    def __post_init__(self) -> None:
-        check_settings(self)
 
 
 @dataclass(frozen=True)
