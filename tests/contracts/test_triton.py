@@ -4,6 +4,7 @@ The interpreter is chosen when kernels are defined, by ``TRITON_INTERPRET=1``: t
 without it, and one test runs this file again with it. Nothing here needs a GPU but what is marked so.
 """
 
+import csv
 import itertools
 import os
 import re
@@ -395,7 +396,7 @@ def usage(built, folder):
 def check_usage(title, launches, folder):
     for capability, (kernel, args, named) in itertools.product(SHARED_LIMIT, launches):
         registers, spilled, shared = usage(build(kernel, args, named, capability), folder)
-        print(f"| {title} | {kernel.__name__} | sm_{capability} | {registers} | {spilled} | {shared} |")
+        csv.writer(sys.stdout).writerow([*title, kernel.__name__, f"sm_{capability}", registers, spilled, shared])
         # A kernel that was compiled away would pass what follows.
         assert registers >= 16
         assert spilled == 0 and shared <= SHARED_LIMIT[capability], (title, kernel.__name__, capability)
@@ -407,7 +408,7 @@ def check_format(name, tokens, dtype, launches, folder):
     few = tokens < triton_linear.MANY_FROM[dtype.itemsize]
     sums = ["whole_rows"] if tokens == 1 else ["spans", "finish"]  # 4096 rows fill a device in tiles of 8
     assert kernels == (([*(["project"] if LARGE[name].rank else []), *sums]) if few else ["decode"])
-    check_usage(f"{name} | {str(dtype)[6:]} | {tokens}", launches, folder)
+    check_usage((name, str(dtype)[6:], tokens), launches, folder)
 
 
 @compiled
@@ -439,7 +440,7 @@ def test_blocks_of_the_basis_fit_the_devices(block, launches, tmp_path):
     x = torch.empty(8, 8192, dtype=torch.bfloat16, device="meta")
     triton_linear.turn(x, torch.empty(8192, dtype=torch.int16, device="meta"), block, 0)
     assert [kernel.__name__ for kernel, _, _ in launches] == ["turn"]
-    check_usage(f"basis, blocks of {block} | bfloat16 | 8", launches, tmp_path)
+    check_usage((f"basis, blocks of {block}", "bfloat16", 8), launches, tmp_path)
 
 
 @compiled

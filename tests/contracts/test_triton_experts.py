@@ -282,7 +282,7 @@ def launch(monkeypatch):
 def check_fit(launch, name, tokens, dtype, folder):
     launches = launch(name, tokens, dtype)
     assert [kernel.__name__ for kernel, _, _ in launches] == ["experts"]
-    check_usage(f"{name} | {str(dtype)[6:]} | {tokens}", launches, folder)
+    check_usage((name, str(dtype)[6:], tokens), launches, folder)
 
 
 @compiled
