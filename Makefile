@@ -1,17 +1,22 @@
 # make demo   set everything up, then: a real language model -> FLRQ at 3 bits -> measured -> talking
-# make test   set everything up, then the whole default test run
+# make test   set everything up, then the whole default test run: all that is not slow, not gpu, not network
+# make test-kernels   the kernels again: Triton's in its interpreter, C++ under the sanitizers (two minutes)
 # make venv   the set-up alone
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test venv check clean
+.PHONY: demo test test-kernels venv check clean
 
 demo: venv
 	$(BIN)/lorq demo
 
 test: venv check
 	$(BIN)/python -m pytest
+
+test-kernels: venv
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contracts/test_triton.py tests/contracts/test_triton_experts.py
+	$(BIN)/python -m pytest -m slow tests/contracts/test_cpu_kernels.py
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -270,6 +270,7 @@ def test_the_short_way_and_the_dispatcher_give_the_same_and_gradients_take_the_l
         assert not multiply(x, *arguments).requires_grad
 
 
+@pytest.mark.slow  # make test-kernels runs it
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_no_kernel_reads_or_writes_outside_its_tensors(tmp_path):
     """The kernels on heap blocks of exactly their size, under the address and undefined-behaviour sanitizers."""

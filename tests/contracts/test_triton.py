@@ -1,7 +1,7 @@
 """The Triton kernels: against the reference in Triton's interpreter, and compiled ahead of time for three devices.
 
 The interpreter is chosen when kernels are defined, by ``TRITON_INTERPRET=1``: the tests that need it are skipped
-without it, and one test runs this file again with it. Nothing here needs a GPU but what is marked so.
+without it, and `make test-kernels` runs them. Nothing here needs a GPU but what is marked so.
 """
 
 import csv
@@ -26,7 +26,7 @@ from lorq.kernels.reference import quant_linear_reference
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, with TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="make test-kernels runs it, with TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted")
 
 # Decibels that are kept at least, as in test_kernels.py but for bfloat16: the interpreter cuts its numbers off.
@@ -124,19 +124,6 @@ bases = pytest.mark.parametrize("basis", BASES.values(), ids=BASES)
 directions = pytest.mark.parametrize("inverse", [False, True], ids=["into", "back"])
 
 # ---- interpreted ------------------------------------------------------------------------------------------
-
-
-@compiled
-def test_this_file_passes_in_the_interpreter():
-    # Its own process, since kernels are what they are from their definition on; one thread, as everywhere in the tests.
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed > 90, done.stdout[-500:]
 
 
 @interpreted
