@@ -95,9 +95,10 @@ def test_whole_numbers_match_the_dense_product_at_every_width_and_shape(module, 
 def test_codebooks_levels_and_scales_of_low_rank_match_the_dense_product(module, dtype, random_weight, generator):
     for format, (out, in_) in OTHERS:
         weight = random_weight(out, in_, format)
+        matrix = dense(weight)
         for tokens in (1, 3, 30):
             x = torch.randn(tokens, in_, generator=generator).to(dtype)
-            y, expected = cpu.run(x, *covered(weight, x)), x.double() @ dense(weight).T
+            y, expected = cpu.run(x, *covered(weight, x)), x.double() @ matrix.T
             assert y.dtype == dtype and sqnr_db(expected, y) > SQNR_DB[dtype], (format, out, in_, tokens)
 
 
@@ -271,6 +272,7 @@ def test_the_short_way_and_the_dispatcher_give_the_same_and_gradients_take_the_l
         assert not multiply(x, *arguments).requires_grad
 
 
+@pytest.mark.slow  # make test-kernels runs it
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_no_kernel_reads_or_writes_outside_its_tensors(tmp_path):
     """The kernels on heap blocks of exactly their size, under the address and undefined-behaviour sanitizers."""

@@ -46,11 +46,9 @@ def operands(weight):
 def looked_up(codes, codebook):
     """Codebook entries code by code, (out, in)."""
     (out, vectors), (row_tiles, column_tiles) = codes.shape, codebook.scale.shape
-    rows = []
-    for i, row in enumerate(codes.tolist()):
-        tiles = [(i * row_tiles // out, j * column_tiles // vectors, code) for j, code in enumerate(row)]
-        rows.append(torch.cat([codebook.entries[tile].double() * codebook.scale[tile[:2]].double() for tile in tiles]))
-    return torch.stack(rows)
+    rows, columns = torch.arange(out)[:, None] * row_tiles // out, torch.arange(vectors) * column_tiles // vectors
+    found = codebook.entries[rows, columns, codes.long()].double()  # (out, vectors, vector)
+    return (found * codebook.scale[rows, columns, None].double()).flatten(1)
 
 
 def dense(weight):

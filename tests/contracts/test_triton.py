@@ -1,9 +1,10 @@
 """The Triton kernels: against the reference in Triton's interpreter, and compiled ahead of time for three devices.
 
 The interpreter is chosen when kernels are defined, by ``TRITON_INTERPRET=1``: the tests that need it are skipped
-without it, and one test runs this file again with it. Nothing here needs a GPU but what is marked so.
+without it, and `make test-kernels` runs them. Nothing here needs a GPU but what is marked so.
 """
 
+import csv
 import itertools
 import os
 import re
@@ -24,7 +25,7 @@ from lorq.kernels.reference import quant_linear_reference
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, with TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="make test-kernels runs it, with TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted")
 
 # Decibels that are kept at least, as in test_kernels.py but for bfloat16: the interpreter cuts its numbers off.
@@ -122,19 +123,6 @@ bases = pytest.mark.parametrize("basis", BASES.values(), ids=BASES)
 directions = pytest.mark.parametrize("inverse", [False, True], ids=["into", "back"])
 
 # ---- interpreted ------------------------------------------------------------------------------------------
-
-
-@compiled
-def test_this_file_passes_in_the_interpreter():
-    # Its own process, since kernels are what they are from their definition on; one thread, as everywhere in the tests.
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed > 90, done.stdout[-500:]
 
 
 @interpreted
@@ -394,7 +382,7 @@ def usage(built, folder):
 def check_usage(title, launches, folder):
     for capability, (kernel, args, named) in itertools.product(SHARED_LIMIT, launches):
         registers, spilled, shared = usage(build(kernel, args, named, capability), folder)
-        print(f"| {title} | {kernel.__name__} | sm_{capability} | {registers} | {spilled} | {shared} |")
+        csv.writer(sys.stdout).writerow([*title, kernel.__name__, f"sm_{capability}", registers, spilled, shared])
         # A kernel that was compiled away would pass what follows.
         assert registers >= 16
         assert spilled == 0 and shared <= SHARED_LIMIT[capability], (title, kernel.__name__, capability)
@@ -406,12 +394,11 @@ def check_format(name, tokens, dtype, launches, folder):
     few = tokens < triton_linear.MANY_FROM[dtype.itemsize]
     sums = ["whole_rows"] if tokens == 1 else ["spans", "finish"]  # 4096 rows fill a device in tiles of 8
     assert kernels == (([*(["project"] if LARGE[name].rank else []), *sums]) if few else ["decode"])
-    check_usage(f"{name} | {str(dtype)[6:]} | {tokens}", launches, folder)
+    check_usage((name, str(dtype)[6:], tokens), launches, folder)
 
 
 @compiled
-@pytest.mark.parametrize("tokens", [1, 16, 512])
-@pytest.mark.parametrize("name", ["4 bits", "3 bits"])
+@pytest.mark.parametrize("name, tokens", [("4 bits", 1), ("3 bits", 16), ("4 bits", 512)])  # every kernel once
 def test_default_tiles_fit_the_devices(name, tokens, launches, tmp_path):
     check_format(name, tokens, torch.bfloat16, launches, tmp_path)
 
@@ -438,7 +425,7 @@ def test_blocks_of_the_basis_fit_the_devices(block, launches, tmp_path):
     x = torch.empty(8, 8192, dtype=torch.bfloat16, device="meta")
     triton_linear.turn(x, torch.empty(8192, dtype=torch.int16, device="meta"), block, 0)
     assert [kernel.__name__ for kernel, _, _ in launches] == ["turn"]
-    check_usage(f"basis, blocks of {block} | bfloat16 | 8", launches, tmp_path)
+    check_usage((f"basis, blocks of {block}", "bfloat16", 8), launches, tmp_path)
 
 
 @compiled

@@ -19,8 +19,9 @@ def model(tmp_path):
     return tiny_folder(tmp_path / "model", "llama", max_position_embeddings=128)
 
 
-def test_quantize_bench_measures_each_run_in_a_process_of_its_own(model):
-    rows = list(bench_quantize(str(model), bits=(8, 2), methods=["nearest"], group_size=32, window=64, windows=2))
+def test_quantize_bench_measures_each_run_in_a_process_of_its_own(model, text_file):
+    options = {"group_size": 32, "text": str(text_file), "window": 64, "windows": 2}
+    rows = list(bench_quantize(str(model), bits=(8, 2), methods=["nearest"], **options))
     assert [(row["method"], row["bits"]) for row in rows] == [("nearest", 8), ("nearest", 2)]
     fine, coarse = rows
     assert 0 < fine["kl_mean"] < 0.01 < coarse["kl_mean"]

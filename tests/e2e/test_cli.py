@@ -90,15 +90,16 @@ def test_quantizing_from_python_gives_the_same_bytes(flrq_folder, source, text_f
 
 
 @pytest.mark.parametrize("method", list(lorq.METHODS))
-def test_every_method_quantizes_from_the_command_line(method, lorq_command, folder_of, text_file, tmp_path):
-    out, source = tmp_path / "out", folder_of("mixtral")
-    few = {"steps": 3} if method.startswith(("lrq", "lords")) else {}  # their defaults take minutes
-    options = ["--calibration", text_file, *SMALL, "--group-size=32", *(f"--{key}={n}" for key, n in few.items())]
-    report = json.loads(lorq_command("quantize", source, out, "--method", method, *options, "--json"))
-    assert report == json.loads((out / "lorq_report.json").read_bytes())
+def test_every_method_is_planned_from_the_command_line(method, lorq_command, folder_of, text_file, tmp_path):
+    options = ["--calibration", text_file, *SMALL, "--group-size=32", "--dry-run", "--json"]
+    report = json.loads(lorq_command("quantize", folder_of("mixtral"), tmp_path / "out", "--method", method, *options))
     assert report["method"] == method and len(report["layers"]) == 2 * (4 + 4 * 3)
-    settings = vars(lorq.METHODS[method](group_size=32, **few))
-    assert report["settings"] == settings
+    assert report["settings"] == vars(lorq.METHODS[method](group_size=32))
+
+
+def test_what_is_printed_as_json_is_the_report(lorq_command, source, tmp_path):
+    report = json.loads(lorq_command("quantize", source, tmp_path / "out", *NEAREST, "--json"))
+    assert report == json.loads((tmp_path / "out" / "lorq_report.json").read_bytes())
 
 
 def test_the_documentation_of_python_calibrates_and_evaluates(lorq_command, source, tmp_path):
