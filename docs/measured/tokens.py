@@ -5,10 +5,10 @@ import sys
 import time
 
 import torch
+from lorq.generate import STEPS, compile_steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorq
-from lorq.generate import STEPS, compile_steps
 from lorq.models.locate import resolve_model
 
 out, original = sys.argv[1], resolve_model(sys.argv[2])

@@ -109,7 +109,7 @@ def _written(
     def write() -> None:
         try:
             # Compiled, inference mode spares every operator a look at gradients; else layers that share a rotated
-            # input would lose it (`lorq.runtime.rotation.SharedRotation`).
+            # input would lose it (`lorq.runtime.same_input.Together`).
             with cpu.products(products), torch.inference_mode() if inference else nullcontext():
                 model.generate(streamer=streamer, stopping_criteria=[ended], **options)
         except BaseException as error:

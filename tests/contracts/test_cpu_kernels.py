@@ -3,6 +3,7 @@
 import math
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from importlib import import_module
 from itertools import product
@@ -14,6 +15,7 @@ from helpers import layer_format
 from test_kernels import FORMATS, SQNR_DB, dense, operands, sqnr_db
 
 from lorq.kernels import cpu, implementation, multiply, quant_linear
+from lorq.kernels.operands import known_sizes
 from lorq.kernels.reference import quant_linear_reference, rotate_reference
 
 ROOT = Path(__file__).parents[2]
@@ -63,14 +65,12 @@ def module(request, monkeypatch):
         pytest.skip(f"this processor's best is {best}")
     found = import_module(f"lorq.kernels._cpu_{request.param}")
     monkeypatch.setattr(cpu, "library", lambda: (found, request.param))
-    cpu._KEPT.clear()
-    yield found
-    cpu._KEPT.clear()
+    return found
 
 
 def covered(weight, x):
     """The operator's arguments, having made sure that the kernels take them."""
-    assert cpu.covers(weight.format, weight.shape[1], CPU, x.dtype) is None
+    assert cpu.declines(weight.format, weight.shape[1], CPU, x.dtype) is None
     arguments = operands(weight)
     assert cpu.weight_of(arguments[:-1], weight.format.bits, weight.shape[1]) is not None
     return arguments
@@ -83,11 +83,15 @@ def test_whole_numbers_match_the_dense_product_at_every_width_and_shape(module, 
         if in_ * format.bits % 32:
             continue
         x = torch.randn(3, in_, generator=generator).to(dtype)
-        if cpu._misfit(format, in_) is not None:
-            assert (format.bits == 2 and format.group_size in (96, 1536)) or format.group_size == 16 or in_ == 96
+        if cpu.declines_format(format, in_) is not None:
+            assert (
+                (format.bits == 2 and format.codes.group_size in (96, 1536))
+                or format.codes.group_size == 16
+                or in_ == 96
+            )
             continue
         arguments = covered(weight, x)
-        y, expected = cpu.run(x, *arguments), x.double() @ dense(weight).T
+        y, expected = cpu.multiply(x, *arguments), x.double() @ dense(weight).T
         assert y.dtype == dtype and sqnr_db(expected, y) > SQNR_DB[dtype], (format, out, in_)
 
 
@@ -98,7 +102,7 @@ def test_codebooks_levels_and_scales_of_low_rank_match_the_dense_product(module,
         matrix = dense(weight)
         for tokens in (1, 3, 30):
             x = torch.randn(tokens, in_, generator=generator).to(dtype)
-            y, expected = cpu.run(x, *covered(weight, x)), x.double() @ matrix.T
+            y, expected = cpu.multiply(x, *covered(weight, x)), x.double() @ matrix.T
             assert y.dtype == dtype and sqnr_db(expected, y) > SQNR_DB[dtype], (format, out, in_, tokens)
 
 
@@ -109,7 +113,7 @@ def test_inputs_of_every_size_meet_codebooks(module, random_weight, generator):
     x = torch.randn(1, 256, generator=generator)
     for large in (1e4, 1e-30, 1e-39, 5e36, 0.0):
         z = x * torch.where(torch.arange(256) < 128, large, 1.0)
-        y, expected = cpu.run(z, *covered(weight, z)), z.double() @ dense(weight).T
+        y, expected = cpu.multiply(z, *covered(weight, z)), z.double() @ dense(weight).T
         assert sqnr_db(expected, y) > 110 or not torch.isfinite(y).all() == torch.isfinite(expected.float()).all(), (
             large
         )
@@ -122,18 +126,16 @@ def test_few_and_many_tokens_agree_with_the_reference_whatever_the_threads(
 ):
     monkeypatch.setattr(cpu, "_STRIP_BYTES", 16 * 64 * 4)  # strips of 16 rows
     for format in (layer_format(3, 32, False, 4, "int8"), FORMATS["normal floats"], FORMATS["vectors of 4"]):
-        width = 48 if format.group_size != 32 else 64
+        width = 48 if format.codes.group_size != 32 else 64
         weight = random_weight(50, width, format)
         x = torch.randn(tokens, width, generator=generator).to(dtype)
         results, threads = [], torch.get_num_threads()
         for n in (1, 2, 3):
             torch.set_num_threads(n)
-            results.append(cpu.run(x, *covered(weight, x)))
+            results.append(cpu.multiply(x, *covered(weight, x)))
         torch.set_num_threads(threads)
-        whole = format.vector == 1 and format.grid == "integer"
-        if tokens <= cpu.few_tokens(
-            by_bytes=whole
-        ):  # more are multiplied by torch, whose sums may depend on the threads
+        # More are multiplied by torch, whose sums may depend on the threads.
+        if tokens <= cpu.few_tokens(by_bytes=known_sizes(format).whole_numbers):
             assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
         expected = quant_linear_reference(x, *operands(weight)).double()
         for y in results:
@@ -145,7 +147,7 @@ def test_batches_slices_and_odd_addresses_are_read_as_they_are(module, shape, ra
     weight = random_weight(7, 48, FORMATS["asymmetric"])
     whole = torch.randn(*shape[:-1], 97, generator=generator)
     x = whole[..., 1:97:2]  # neither contiguous nor aligned
-    y = cpu.run(x, *covered(weight, x))
+    y = cpu.multiply(x, *covered(weight, x))
     assert y.shape == (*shape[:-1], 7)
     assert sqnr_db(x.double() @ dense(weight).T, y) > SQNR_DB[torch.float32]
 
@@ -156,7 +158,7 @@ def test_inputs_that_are_not_finite_come_out_as_the_reference_has_them(module, b
     weight = random_weight(7, 64, layer_format(bits, 32, False))
     x = torch.randn(2, 64, generator=generator)
     x[1, 5] = bad
-    y = cpu.run(x, *covered(weight, x))
+    y = cpu.multiply(x, *covered(weight, x))
     expected = quant_linear_reference(x, *operands(weight))
     assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
     assert bool(y[0].isfinite().all()) and sqnr_db(expected[0].double(), y[0]) > SQNR_DB[torch.float32]
@@ -166,7 +168,7 @@ def test_inputs_that_are_not_finite_come_out_as_the_reference_has_them(module, b
 def test_inputs_of_any_size_keep_their_precision(module, size, random_weight, generator):
     weight = random_weight(9, 64, layer_format(4, 32, False))
     x = torch.randn(1, 64, generator=generator) * size
-    y = cpu.run(x, *covered(weight, x))
+    y = cpu.multiply(x, *covered(weight, x))
     expected = x.double() @ dense(weight).T
     floor = SQNR_DB[torch.float32] if size > 1e-37 else 60  # there float32 itself has fewer bits
     assert sqnr_db(expected, y) > floor
@@ -180,7 +182,7 @@ def test_the_largest_numbers_of_a_type_come_out_right(module, fill, dtype, rando
     weight = replace(weight, codes=replace(weight.codes, scale=(scale / scale.max() * 2**-11).to(torch.float16)))
     x = torch.randn(1, 64, generator=generator).to(dtype)
     x[0, 3 if fill == "one" else slice(None)] = torch.finfo(dtype).max
-    y, expected = cpu.run(x, *covered(weight, x)), x.double() @ dense(weight).T
+    y, expected = cpu.multiply(x, *covered(weight, x)), x.double() @ dense(weight).T
     assert sqnr_db(expected, y) > min(SQNR_DB[dtype], 90)  # the scales are float16 and small
 
 
@@ -189,7 +191,7 @@ def test_one_enormous_channel_leaves_the_others_their_precision(module, random_w
     x = torch.randn(1, 64, generator=generator)
     with_it = x.clone()
     with_it[0, 3] = 3e4
-    difference = cpu.run(with_it, *covered(weight, x)).double() - (with_it.double() @ dense(weight).T)
+    difference = cpu.multiply(with_it, *covered(weight, x)).double() - (with_it.double() @ dense(weight).T)
     assert float(difference.abs().max()) < 3e4 * 2**-22
 
 
@@ -197,13 +199,13 @@ def test_a_tensor_that_was_written_to_or_replaced_is_seen(module, random_weight,
     first, second = (random_weight(7, 64, layer_format(4, 32, False)) for _ in range(2))
     x = torch.randn(1, 64, generator=generator)
     arguments, others = list(operands(first)), operands(second)
-    before = cpu.run(x, *arguments)
+    before = cpu.multiply(x, *arguments)
     arguments[1] = others[1]  # another scale under the same codes
-    replaced = cpu.run(x, *arguments)
+    replaced = cpu.multiply(x, *arguments)
     arguments[0].copy_(others[0])
     arguments[2].copy_(others[2])
     assert not torch.equal(before, replaced)
-    assert torch.equal(cpu.run(x, *arguments), cpu.run(x, *others))
+    assert torch.equal(cpu.multiply(x, *arguments), cpu.multiply(x, *others))
 
 
 @pytest.mark.parametrize(
@@ -223,14 +225,17 @@ def test_what_the_kernels_do_not_cover_is_named_and_left_to_the_reference(format
     assert by.name == "reference (torch)" and why in by.declined["C++"]
     weight = random_weight(4, width, format)
     x = torch.randn(2, width, generator=generator)
-    assert torch.equal(cpu.run(x, *operands(weight)), quant_linear_reference(x, *operands(weight)))
+    assert torch.equal(cpu.multiply(x, *operands(weight)), quant_linear_reference(x, *operands(weight)))
 
 
 def test_the_implementation_depends_on_device_type_and_activations():
     format = layer_format(4, 32, False)
     assert implementation(format, 64, CPU, torch.float32).name.startswith("C++ (")
     far = implementation(format, 64, torch.device("mps"), torch.float32)
-    assert far.name == "reference (torch)" and far.declined == {"Triton": "the device is mps"}
+    assert far.name == "reference (torch)" and far.declined == {
+        "C++": "the device is mps",
+        "Triton": "the device is mps",
+    }
     assert "float64" in implementation(format, 64, CPU, torch.float64).declined["C++"]
     rounded = implementation(layer_format(4, 32, False, input_quantization="token"), 64, CPU, torch.float32)
     assert rounded.name.startswith("C++ (") and "more than one scale" in rounded.declined["bytes (oneDNN)"]
@@ -240,12 +245,10 @@ def test_the_implementation_depends_on_device_type_and_activations():
 
 def test_a_missing_library_is_named_and_the_reference_runs(monkeypatch, random_weight, generator):
     monkeypatch.setattr(cpu, "library", lambda: (None, "the C++ kernels were not built"))
-    cpu._KEPT.clear()
     weight = random_weight(7, 64, layer_format(4, 32, False))
     x = torch.randn(2, 64, generator=generator)
-    assert torch.equal(cpu.run(x, *operands(weight)), quant_linear_reference(x, *operands(weight)))
+    assert torch.equal(cpu.multiply(x, *operands(weight)), quant_linear_reference(x, *operands(weight)))
     assert implementation(weight.format, 64, CPU, torch.float32).declined == {"C++": "the C++ kernels were not built"}
-    cpu._KEPT.clear()
 
 
 def test_a_module_that_computes_something_else_is_not_used(monkeypatch):
@@ -259,7 +262,15 @@ def test_a_module_that_computes_something_else_is_not_used(monkeypatch):
             def multiply(self, x, y, *rest):
                 self.right.multiply(x + 4, y, *rest)
 
-    assert cpu._agree(portable, portable) and not cpu._agree(portable, Wrong)
+    for module, expected in ((portable, portable), (Wrong, portable)):
+        monkeypatch.setattr(cpu, "_built", lambda module=module: (module, "avx2"))
+        assert cpu.library.__wrapped__() == (expected, "avx2" if module is portable else "portable")
+
+
+def test_importing_lorq_multiplies_nothing():
+    code = "import lorq.kernels; assert not lorq.kernels.cpu.library.cache_info().currsize"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_short_way_and_the_dispatcher_give_the_same_and_gradients_take_the_latter(random_weight, generator):
@@ -310,7 +321,7 @@ def test_the_operator_asks_no_python_for_a_weight_that_it_knows(dtype, random_we
 
     arguments = operands(random_weight(48, 96, layer_format(3, 32, False, 5, "int8")))
     x = torch.randn(2, 4, 96, generator=generator).to(dtype)
-    expected = cpu.run(x, *arguments)  # it knows from here on
+    expected = cpu.multiply(x, *arguments)  # it knows from here on
     monkeypatch.setattr(cpu, "weight_of", refuse)
     assert torch.equal(quant_linear(x, *arguments), expected)
     others = [(x.transpose(0, 1), *arguments), (torch.cat([x] * 4, 1), *arguments)]  # not contiguous, 32 tokens
@@ -320,7 +331,7 @@ def test_the_operator_asks_no_python_for_a_weight_that_it_knows(dtype, random_we
             quant_linear(*other)
     copies = [t.clone() if isinstance(t, torch.Tensor) else t for t in arguments]
     monkeypatch.undo()
-    cpu.run(x, *copies)
+    cpu.multiply(x, *copies)
     monkeypatch.setattr(cpu, "weight_of", refuse)
     quant_linear(x, *copies)
     copies[0].set_(copies[0].clone())  # other memory, the same tensor
@@ -335,7 +346,7 @@ def test_the_operator_gives_what_the_function_does(dtype, random_weight, generat
         for shape, way in product(((in_,), (3, in_), (2, 9, in_), (0, in_)), cpu.PRODUCTS):
             x = torch.randn(*shape, generator=generator).to(dtype)
             with cpu.products(way):
-                assert torch.equal(quant_linear(x, *arguments), cpu.run(x, *arguments))
+                assert torch.equal(quant_linear(x, *arguments), cpu.multiply(x, *arguments))
 
 
 @dtypes
@@ -364,9 +375,9 @@ def test_inputs_of_one_byte_err_by_half_a_step_and_only_when_asked(module, token
     weight = random_weight(24, 256, layer_format(bits, 64, False, 2, "int8"))
     x = torch.randn(tokens, 256, generator=generator)
     arguments = covered(weight, x)
-    exact = cpu.run(x, *arguments)
+    exact = cpu.multiply(x, *arguments)
     with cpu.products("bytes"):
-        rough = cpu.run(x, *arguments)
+        rough = cpu.multiply(x, *arguments)
     groups = x.unflatten(1, (4, 64))
     step = groups.abs().amax(-1, keepdim=True) / 127
     rounded = ((groups / step).round() * step).flatten(1)
@@ -374,7 +385,7 @@ def test_inputs_of_one_byte_err_by_half_a_step_and_only_when_asked(module, token
     codes = (weight.codes.codes.float() - 2 ** (bits - 1)) * weight.codes.scale.float().repeat_interleave(64, 1)
     expected = exact + (rounded - x) @ codes.T
     assert sqnr_db(expected.double(), rough) > 60 and 25 < sqnr_db(exact.double(), rough) < 60
-    assert torch.equal(cpu.run(x, *arguments), exact)
+    assert torch.equal(cpu.multiply(x, *arguments), exact)
 
 
 def test_another_word_for_products_is_refused():

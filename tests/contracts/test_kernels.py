@@ -11,8 +11,9 @@ from torch.testing import assert_close
 from lorq.core.activations import quantize_activations
 from lorq.core.basis import Basis
 from lorq.core.codes import levels
-from lorq.kernels import fake_quantize, multiply, quant_linear, rotate
+from lorq.kernels import KERNELS, fake_quantize, implementation, multiply, quant_linear, rotate
 from lorq.kernels.operands import STORED_NAMES
+from lorq.kernels.reference import quant_linear_reference, rotate_reference
 
 # Decibels that are kept at least. float32 decodes exactly and rounds its sums; bfloat16 and float16 round the
 # weight, the inputs of the low-rank part and the output once each, to 8 and 11 bits: 2^-9 is 54 dB, 2^-12 72 dB.
@@ -265,6 +266,49 @@ def test_the_operator_with_factors_that_learn_is_registered_as_torch_wants_it(fo
     arguments, *_ = learning(random_weight(7, 48, format), x, torch.float32)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(quant_linear, tuple(arguments), test_utils=checks)
+
+
+# ---- the table --------------------------------------------------------------------------------------------
+
+
+def check_row(kernels, format, random_weight, generator, device, floors=SQNR_DB):
+    """What every row of the table promises, on one format."""
+    weight = random_weight(33, 48, format)
+    parts = [part.to(device) if isinstance(part, torch.Tensor) else part for part in operands(weight)]
+    order, block, skip = torch.randperm(48, generator=generator).to(torch.int16), 16, 16
+    turned = Basis(order, block, skip).rotate(torch.eye(48, dtype=torch.float64))
+    for dtype, floor in floors.items():
+        assert kernels.few_tokens(dtype) >= (1 if dtype != torch.float64 else 0)
+        for tokens in (1, 9, 70):
+            x = torch.randn(tokens, 48, generator=generator).to(dtype)
+            y = kernels.multiply(x.to(device), *parts)
+            assert y.dtype == dtype and sqnr_db(x.double() @ dense(weight).T, y.cpu()) > floor, (tokens, dtype)
+            z = kernels.turn(x.to(device), order.to(device), block, skip)
+            assert z.dtype == dtype and sqnr_db(x.double() @ turned, z.cpu()) > floor
+            back = kernels.turn(z, order.to(device), block, skip, True).cpu()
+            assert sqnr_db(x.double(), back) > floor - 6
+
+
+@pytest.mark.parametrize("device", KERNELS)
+@formats
+def test_every_row_of_the_table_is_the_dense_product_on_its_device(device, format, random_weight, generator):
+    if device != "cpu" and not getattr(torch, device).is_available():
+        pytest.skip(f"this machine has no {device}")
+    check_row(KERNELS[device], format, random_weight, generator, device)
+
+
+@pytest.mark.parametrize("device", KERNELS)
+@formats
+def test_every_row_of_the_table_says_why_not_and_the_reference_runs_there(device, format, random_weight, generator):
+    kernels, elsewhere, float64 = KERNELS[device], torch.device("meta"), torch.float64
+    assert kernels.declines(format, 48, elsewhere, torch.float32) == "the device is meta"
+    assert kernels.declines(format, 48, torch.device(device), float64) == "inputs are torch.float64"
+    assert isinstance(kernels.declines_experts(format, 48, elsewhere, torch.float32, 1.0), str)
+    by = implementation(format, 48, torch.device(device), float64)
+    assert by.name == "reference (torch)" and by.declined == {kernels.name: "inputs are torch.float64"}
+    parts, x = operands(random_weight(7, 48, format)), torch.randn(3, 48, generator=generator, dtype=float64)
+    assert torch.equal(kernels.multiply(x, *parts), quant_linear_reference(x, *parts))
+    assert torch.equal(kernels.turn(x, None, 16, 0), rotate_reference(x, None, 16, 0))
 
 
 def test_words_that_do_not_fit_the_inputs_width_are_refused_with_both_numbers(random_weight, generator):

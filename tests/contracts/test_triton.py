@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import layer_format
-from test_kernels import dense, operands, sqnr_db
+from test_kernels import FORMATS, check_row, dense, operands, sqnr_db
 
 from lorq.core.basis import Basis
-from lorq.kernels import triton_linear, triton_tile
-from lorq.kernels.operands import NAMES, STORED_NAMES, Operands, format_of
+from lorq.kernels import KERNELS, triton_linear, triton_tile
+from lorq.kernels.operands import NAMES, STORED_NAMES, Operands, format_of, known_sizes
 from lorq.kernels.reference import quant_linear_reference
 
 triton = pytest.importorskip("triton")
@@ -213,6 +213,17 @@ def test_turning_is_the_dense_product_on_a_device(basis, inverse, generator):
     check_turn(basis, inverse, generator, "cuda")
 
 
+@interpreted
+@pytest.mark.parametrize("name", ["symmetric", "e4m3 factors", "normal floats"])
+def test_the_tables_row_is_the_dense_product(name, random_weight, generator, monkeypatch, whole_interpreter):
+    for asked in ("declines", "declines_basis"):
+        monkeypatch.setattr(triton_linear, asked, lambda *_: None)
+    for reference in ("quant_linear_reference", "rotate_reference"):
+        monkeypatch.delattr(triton_linear, reference)  # the kernels run, or nothing does
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    check_row(KERNELS["cuda"], FORMATS[name], random_weight, generator, "cpu", SQNR_DB)
+
+
 # ---- what is covered --------------------------------------------------------------------------------------
 
 CUDA = torch.device("cuda")
@@ -230,13 +241,12 @@ CUDA = torch.device("cuda")
     ],
 )
 def test_what_is_not_covered_is_said(format, device, dtype, why):
-    assert triton_linear.misfit(format, 1024, device, dtype) == why
-    assert triton_linear.covers(format, 1024, device, dtype) == why
+    assert triton_linear.declines(format, 1024, device, dtype) == why
 
 
 @every_format
 def test_every_format_of_these_tests_is_covered_and_recognised(out, in_, format, random_weight):
-    assert triton_linear.misfit(format, in_, CUDA, torch.bfloat16) is None
+    assert triton_linear.declines_format(format) is None
     *tensors, bits = operands(random_weight(out, in_, format))
     named = Operands(**dict(zip(NAMES, tensors, strict=True)))
     assert format_of(named, bits, in_) == format
@@ -251,13 +261,13 @@ def test_every_format_of_these_tests_is_covered_and_recognised(out, in_, format,
     ],
 )
 def test_bases_that_are_not_covered_are_said(block, device, dtype, why):
-    assert triton_linear.covers_basis(block, device, dtype) == why
+    assert triton_linear.declines_basis(block, device, dtype) == why
 
 
 def test_what_is_not_covered_goes_to_the_reference(random_weight, generator):
     parts = operands(random_weight(33, 80, layer_format(5, 16, False, 3, "int8")))
     x = torch.randn(2, 80, generator=generator)
-    assert torch.equal(triton_linear.run(x, *parts), quant_linear_reference(x, *parts))
+    assert torch.equal(triton_linear.multiply(x, *parts), quant_linear_reference(x, *parts))
     order = torch.randperm(80, generator=generator)
     basis = Basis(order, 16, 0)
     assert torch.equal(triton_linear.turn_or_reference(x, order, 16, 0), basis.rotate(x))
@@ -265,23 +275,23 @@ def test_what_is_not_covered_goes_to_the_reference(random_weight, generator):
 
 def test_tensors_that_do_not_belong_together_are_the_references_to_refuse(random_weight, generator, monkeypatch):
     parts = operands(random_weight(7, 48, layer_format(3, 16, False)))
-    monkeypatch.setattr(triton_linear, "covers", lambda *_: None)
+    monkeypatch.setattr(triton_linear, "declines", lambda *_: None)
     with pytest.raises(
         ValueError, match=r"96 codes of 3 bits take 9 words per row, got packed words of shape \(7, 5\)"
     ):
-        triton_linear.run(torch.randn(2, 96, generator=generator), *parts)
+        triton_linear.multiply(torch.randn(2, 96, generator=generator), *parts)
 
 
 def test_tensors_of_too_many_numbers_go_to_the_reference(monkeypatch):
     monkeypatch.setattr(triton_linear, "quant_linear_reference", lambda x, *_: x.new_empty(1))
-    monkeypatch.setattr(triton_linear, "_multiply", lambda _, x, *__: x.new_empty(2))
-    monkeypatch.setattr(triton_linear, "covers", lambda *_: None)
+    monkeypatch.setattr(triton_linear, "_by_plan", lambda _, x, *__: x.new_empty(2))
+    monkeypatch.setattr(triton_linear, "declines", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     x = torch.empty(1, 8192, device="meta")
     for rows, expected in ((2**21, 1), (2**21 - 1, 2)):
         packed = torch.empty(rows, 1024, dtype=torch.int32, device="meta")
         scale = torch.empty(rows, 1, dtype=torch.float16, device="meta")
-        y = triton_linear.run(x, packed, scale, *[None] * 10, 4)
+        y = triton_linear.multiply(x, packed, scale, *[None] * 10, 4)
         assert len(y) == expected  # 1 by the reference, 2 by the kernel
 
 
@@ -315,7 +325,7 @@ LARGE = {
     "2 bits in vectors of 4": layer_format(2, 4096, True, 32, "int8", 4, 64, 512),
     "3 bits in vectors of 2": layer_format(3, 4096, True, 0, "float16", 2, 64, 512),
 }
-KERNELS = ("whole_rows", "spans", "finish", "project", "decode", "turn")
+LAUNCHED = ("whole_rows", "spans", "finish", "project", "decode", "turn")
 
 
 class Recorder:
@@ -332,17 +342,17 @@ class Recorder:
 def launches(monkeypatch):
     """The launches of a call, as (kernel, arguments, named arguments), in place of the kernels' work."""
     found = []
-    for name in KERNELS:
+    for name in LAUNCHED:
         monkeypatch.setattr(triton_tile, name, Recorder(getattr(triton_tile, name), found))
     return found
 
 
 def launch_linear(format, tokens, dtype):
     """Call the kernels on a layer without memory: 4096 wide where groups allow it."""
-    in_ = 4096 // format.group_size * format.group_size
+    in_ = 4096 // format.codes.group_size * format.codes.group_size
     layout = format.layout(4096, in_)
     tensors = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in layout.items()}
-    if format.grid != "integer":
+    if known_sizes(format).levels != "integer":
         tensors["levels"] = torch.empty(2**format.bits, device="meta")
     x = torch.empty(tokens, in_, dtype=dtype, device="meta")
     triton_linear.linear(x, *(tensors.get(name) for name in STORED_NAMES), format.bits)

@@ -21,7 +21,7 @@ import lorq.runtime.experts_at_once
 from lorq.bench.experts import random_experts
 from lorq.core.low_rank import FACTOR_TYPES
 from lorq.kernels import triton_expert_tile, triton_experts
-from lorq.kernels.operands import NAMES
+from lorq.kernels.operands import NAMES, known_sizes
 from lorq.kernels.reference_experts import expert_linear
 
 pytest.importorskip("triton")
@@ -136,17 +136,17 @@ def test_the_operator_is_registered_as_torch_wants_it(shared, arguments):
 
 
 def test_what_is_not_covered_or_does_not_belong_together_goes_to_the_reference(arguments, monkeypatch):
-    assert torch.equal(triton_experts._linear_or_reference(*arguments), expert_linear(*arguments))
-    assert triton_experts.covers(layer_format(3, 16, False), 48, torch.device("cpu"), torch.float32) == (
+    assert torch.equal(triton_experts.linear_or_reference(*arguments), expert_linear(*arguments))
+    assert triton_experts.declines(layer_format(3, 16, False), 48, torch.device("cpu"), torch.float32, 1.0) == (
         "the device is cpu"
     )
-    monkeypatch.setattr(triton_experts, "covers", lambda *_: None)
+    monkeypatch.setattr(triton_experts, "declines", lambda *_: None)
     monkeypatch.setattr(triton_experts, "expert_linear_reference", lambda *_: torch.tensor(7))
     left, left_scale, cells, projected = range(8, 12)
     for place, cut in ((left, 1), (left_scale, 1), (cells, 1), (projected, 1), (3, 1)):
         wrong = list(arguments)
         wrong[place] = wrong[place][cut:]
-        assert triton_experts._linear_or_reference(*wrong) == 7, place
+        assert triton_experts.linear_or_reference(*wrong) == 7, place
 
 
 def test_the_kernel_is_registered_for_cuda_devices():
@@ -184,8 +184,8 @@ def test_a_whole_layer_of_experts_runs_on_the_kernel(tokens, generator, monkeypa
         runs.append(given)
         return triton_experts.linear(*given)
 
-    monkeypatch.setattr(lorq.runtime.experts_at_once, "why_not_experts", lambda *_: None)
-    monkeypatch.setattr(lorq.runtime.experts_at_once, "_in_cpp", lambda _: False)
+    monkeypatch.setattr(lorq.runtime.experts_at_once, "declines_experts", lambda *_: None)
+    monkeypatch.setattr(lorq.runtime.experts_at_once, "_run_experts", lambda _: None)
     monkeypatch.setattr(lorq.runtime.experts_at_once, "expert_linear", kernel)
     x, index = torch.randn(tokens, 64, generator=generator), routing(tokens, 3, generator).unflatten(0, (tokens, 3))
     given = x, index, torch.rand(tokens, 3, generator=generator)
@@ -248,7 +248,7 @@ def launch(monkeypatch):
         keys = ("weight_packed", "weight_scale", "weight_zero_point", "codebook", "codebook_scale")
         shapes = [((COUNT, *layout[key][0]), layout[key][1]) if key in layout else None for key in keys]
         stored = [None if shape is None else meta(*shape) for shape in shapes]
-        levels = meta((2**format.bits,), torch.float32) if format.grid != "integer" else None
+        levels = meta((2**format.bits,), torch.float32) if known_sizes(format).levels != "integer" else None
         factors = None, None, None, None
         if shared:
             scales = None if type == "float16" else meta((GRID, RANK), torch.float16)

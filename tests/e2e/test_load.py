@@ -198,12 +198,21 @@ DAMAGES = {
     "a key too many for a layer": (
         edit_layers(lambda layers: layers[LAYER].update(basis="hadamard")), rf"{LAYER}.* must have the keys.*basis",
     ),
-    "a newer format": (edit_quantization(format_version=4), r"format version 4, this lorq reads up to 3.*upgrade"),
+    "a newer format": (edit_quantization(format_version=5), r"format version 5, this lorq reads up to 4.*upgrade"),
     "a format of 0": (edit_quantization(format_version=0), r"format_version.* got 0"),
     "a format in words": (edit_quantization(format_version="1"), r"format_version.* got '1'"),
     "an unknown key": (edit_quantization(rotation="hadamard"), r"unknown keys in quantization_config: rotation"),
+    "no inputs": (edit_quantization(inputs=None), r"quantization_config.inputs must be a list, got None"),
+    "an input of one layer": (edit_quantization(inputs=[[LAYER]]), rf"2 and more names.* got \['{LAYER}'\]"),
+    "an input that is none": (edit_quantization(inputs=[7]), r"2 and more names.* got 7"),
+    "an input of no layer": (edit_quantization(inputs=[[LAYER, "norm"]]), r"names of layers.* 'norm'\]"),
+    "a layer with two inputs": (
+        edit_quantization(inputs=[[LAYER, LAYER.replace("down", "up")], [LAYER, LAYER.replace("down", "gate")]]),
+        rf"each name once in all, got \['{LAYER}', '.*up_proj'\]",
+    ),
+    "an input in pieces": (edit_quantization(inputs=[[LAYER, ["norm"]]]), r"names of layers.* \['norm'\]\]"),
     "no table of layers": (edit_quantization(layers=None), r"quantization_config.layers must be a dict, got None"),
-    "an empty table of layers": (edit_quantization(layers={}), r"(is missing|no place)"),
+    "an empty table of layers": (edit_quantization(layers={}), r"(is missing|no place|names of layers)"),
     "another depth": (
         lambda folder: edit_config(folder, lambda config: config.update(num_hidden_layers=1)),
         r"model.layers.1.*not in the model",
@@ -258,6 +267,38 @@ def test_pickled_weights_beside_the_folder_are_not_read(folder):
 
 
 # ---- a loaded model ---------------------------------------------------------------------------------------
+
+
+def groups_of(folder):
+    return json.loads((folder / "config.json").read_text())["quantization_config"]["inputs"]
+
+
+@torch.no_grad()
+def test_layers_that_read_one_input_are_named_and_work_together(whole, folder):
+    names = [("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj"))]
+    expected = [[f"model.layers.{i}.{part}.{name}" for name in own] for i in range(2) for part, own in names]
+    assert groups_of(whole) == expected
+
+    def as_version_3(config):
+        config["quantization_config"]["format_version"] = 3
+        del config["quantization_config"]["inputs"]
+
+    edit_config(folder, as_version_3)
+    model, old = lorq.load(whole), lorq.load(folder)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    for group in expected:
+        assert len({layers.pop(name).together[0] for name in group}) == 1
+    assert len(layers) == 4 and all(layer.together is None for layer in layers.values())
+    assert all(module.together is None for module in old.modules() if isinstance(module, QuantLinear))
+    windows = torch.arange(3)[None]
+    torch.testing.assert_close(model(windows).logits, old(windows).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family, first", [("gpt2", None), ("mixtral", ("q_proj", "k_proj", "v_proj"))])
+def test_inputs_are_named_where_nothing_looks_at_them_and_without_those_of_experts(family, first, folder_of, tmp_path):
+    lorq.quantize(folder_of(family), tmp_path / "out", lorq.METHODS["nearest"](group_size=32))
+    expected = [[f"model.layers.{i}.self_attn.{name}" for name in first] for i in range(2)] if first else []
+    assert groups_of(tmp_path / "out") == expected
 
 
 def test_a_loaded_model_is_not_saved_without_its_guard(whole, tmp_path):

@@ -16,7 +16,7 @@ import lorq
 from lorq.models.experts import find_experts, split_experts
 from lorq.models.texts import calibration_windows
 from lorq.runtime.experts import QuantExperts
-from lorq.runtime.experts_at_once import layers_of, why_not_grouped
+from lorq.runtime.experts_at_once import declines_at_once, layers_of
 from lorq.runtime.inspect import expert_lines
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.folder import LorqFolder
@@ -111,7 +111,7 @@ def test_a_loaded_model_computes_what_its_weights_say(kind, made):
     for module in experts.values():
         assert set(module.tiles) == set(PROJECTIONS)
         # What is said of the folder is what the modules do.
-        why = why_not_grouped(layers_of(module), tuple(module.tiles), torch.ones(1, 1), torch.ones(0))
+        why = declines_at_once(layers_of(module), tuple(module.tiles), torch.ones(1, 1), torch.ones(0))
         shared = all(not tiles.format.input_scale for tiles in module.tiles.values())
         assert ("one call" in said) == (shared and why is None)
         module.fused = False
@@ -416,7 +416,7 @@ V1_KEYS = ("bits", "group_size", "symmetric", "rank")
 
 def as_version_1(config):
     config["format_version"] = 1
-    del config["tiles"]
+    del config["tiles"], config["inputs"]
     for name, layer in config["layers"].items():
         bits = {"int8": 8, "float16": 16}[layer["factor_type"]]
         config["layers"][name] = {key: layer[key] for key in V1_KEYS} | {"factor_bits": bits}

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorq.adapt.folder import ADAPTER_CONFIG, ADAPTER_VERSION, read_adapter_config, untrainable
-from lorq.core.codes import LowRankScale
+from lorq.core.codes import LevelFormat, LowRankScale
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.atomic import rename_synced, write_synced
 from lorq.storage.json_files import damaged, json_bytes, some_of
@@ -32,6 +32,12 @@ class Adapters:
     active: str = BASE
 
 
+def scale_rank(layer: QuantLinear) -> int:
+    """Rank of a layer's scale; 0 where the scale is no product."""
+    codes = layer.format.codes
+    return codes.scale_rank if isinstance(codes, LevelFormat) else 0
+
+
 def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The layers whose scale is a product, by name.
 
@@ -39,7 +45,7 @@ def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
         ValueError: if there are none.
     """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    found = {name: layer for name, layer in packed.items() if layer.format.scale_rank}
+    found = {name: layer for name, layer in packed.items() if scale_rank(layer)}
     if not found:
         raise untrainable("this one", len(packed))
     return found
@@ -186,8 +192,8 @@ def base_hash(model: nn.Module) -> str:
     """sha256 (hex) of the codes that adapters belong to: names, shapes, grids and packed words, not their scales."""
     digest = hashlib.sha256()
     for name, layer in sorted(lords_layers(model).items()):
-        words = layer.weight_packed.cpu().contiguous()
-        head = f"{name} {layer.out_features} {layer.in_features} {layer.format.bits} {layer.format.grid} "
+        codes, words = layer.format.codes, layer.weight_packed.cpu().contiguous()
+        head = f"{name} {layer.out_features} {layer.in_features} {codes.bits} {codes.levels} "
         digest.update(head.encode() + len(head).to_bytes(8, "little"))
         digest.update(words.numpy().tobytes())
     return digest.hexdigest()

@@ -71,7 +71,7 @@ class TrainableLinear(nn.Module):
     def __init__(self, layer: QuantLinear, weight: Float[Tensor, "out in"]):
         super().__init__()
         self.packed = (layer,)  # in a tuple: no child, its buffers do not count
-        self.grid = LevelGrid(layer.format.bits, layer.format.grid)
+        self.grid = layer.format.codes.grid
         self.weight = nn.Parameter(weight)
         factors = half_factors(layer)
         self.scale_left, self.scale_right = nn.Parameter(factors.left.float()), nn.Parameter(factors.right.float())

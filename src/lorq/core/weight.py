@@ -47,39 +47,6 @@ class LayerFormat:
         """Stored bits of a code, per weight."""
         return self.codes.bits
 
-    # XXX flat views
-    @property
-    def group_size(self):
-        return self.codes.group_size
-
-    @property
-    def symmetric(self):
-        return getattr(self.codes, "symmetric", True)
-
-    @property
-    def vector(self):
-        return getattr(self.codes, "vector", 1)
-
-    @property
-    def codebook_rows(self):
-        return getattr(self.codes, "rows", 0)
-
-    @property
-    def codebook_columns(self):
-        return getattr(self.codes, "columns", 0)
-
-    @property
-    def grid(self):
-        return getattr(self.codes, "levels", "integer")
-
-    @property
-    def scale_rank(self):
-        return getattr(self.codes, "scale_rank", 0)
-
-    @property
-    def code_bits(self):
-        return self.bits * self.vector
-
     @property
     def has_basis(self) -> bool:
         """Whether inputs must be taken into another basis."""

@@ -6,12 +6,11 @@ Many tokens decode a strip of rows at a time and multiply it with torch's matrix
 all but zero, take the second way, where they come out as the reference has them.
 
 The library is one module for each instruction set; the best that this machine has is checked against the portable one
-on a small product before it is used.
+on small products when it is first needed.
 """
 
 import _thread
 import sys
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -24,7 +23,8 @@ from torch import Tensor
 
 from lorq.core.low_rank import LowRank
 from lorq.core.weight import LayerFormat
-from lorq.kernels.operands import DTYPES, NAMES, Operands, format_of, misplaced
+from lorq.kernels.derived import Derived
+from lorq.kernels.operands import DTYPES, NAMES, Operands, code_sizes, declines_input, format_of, known_sizes
 from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate_reference
 
 # Numbers by which the library knows types.
@@ -70,7 +70,7 @@ def _keep_one_byte(one: bool) -> None:
 
 
 @cache
-def library() -> tuple[Any, str]:
+def _built() -> tuple[Any, str]:
     """The module of this machine's instruction set and its name; None and why not, where there is none."""
     try:
         portable = import_module("lorq.kernels._cpu_portable")
@@ -78,10 +78,19 @@ def library() -> tuple[Any, str]:
         return None, f"the C++ kernels were not built ({error}); install a C++ compiler and lorq again"
     name = portable.best()
     try:
-        fast = import_module(f"lorq.kernels._cpu_{name}")
+        return import_module(f"lorq.kernels._cpu_{name}"), name
     except ImportError:
         return portable, "portable"
-    return (fast, name) if _agree(portable, fast) else (portable, "portable")
+
+
+@cache
+def library() -> tuple[Any, str]:
+    """The module that multiplies and its name, once it is known to be right; None and why not, where there is none."""
+    module, name = _built()
+    if module is None or name == "portable":
+        return module, name
+    portable = import_module("lorq.kernels._cpu_portable")
+    return (module, name) if _agree(portable, module) else (portable, "portable")
 
 
 def check_products(kind: str) -> None:
@@ -94,7 +103,7 @@ def check_products(kind: str) -> None:
         raise ValueError(f"products must be one of {', '.join(PRODUCTS)}, got {kind!r}")
 
 
-def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
+def declines(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a layer is not multiplied by the C++ kernels; None where it is.
 
     Args:
@@ -103,10 +112,10 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
         device: that it runs on.
         dtype: of its inputs.
     """
-    why = misplaced("cpu", device, dtype)
+    why = declines_input("cpu", device, dtype)
     if why is None and library()[0] is None:
         why = library()[1]
-    return _misfit(format, in_features) if why is None else why
+    return declines_format(format, in_features) if why is None else why
 
 
 def few_tokens(*, by_bytes: bool) -> int:
@@ -116,31 +125,39 @@ def few_tokens(*, by_bytes: bool) -> int:
         by_bytes: codes are whole numbers under group scales, or what a codebook has for them is looked up as bytes.
             Others are decoded once a token where they are multiplied directly, and once for all where they are not.
     """
+    return _few_tokens(library()[1], by_bytes)
+
+
+def _few_tokens(instructions: str, by_bytes: bool) -> int:
     if not by_bytes:
         return 1
-    return 24 if library()[1] in ("vnni", "vbmi") else 8
+    return 24 if instructions in ("vnni", "vbmi") else 8
 
 
-def _misfit(f: LayerFormat, in_features: int) -> str | None:
-    if f.vector > 1:
-        if f.vector not in (2, 4, 8) or f.bits > 4:
-            return f"codes of {f.bits} bits for {f.vector} weights have no kernel"
-        run = {"a codebook": f.codebook_columns, "a group": f.group_size}
+def declines_format(f: LayerFormat, in_features: int) -> str | None:
+    """`declines`, as far as the format tells it."""
+    c = code_sizes(f.codes)
+    if c is None:
+        return f"codes of the kind {f.codes.kind} have no kernel"
+    if c.vector > 1:
+        if c.vector not in (2, 4, 8) or c.bits > 4:
+            return f"codes of {c.bits} bits for {c.vector} weights have no kernel"
+        run = {"a codebook": c.codebook_columns, "a group": c.group_size}
         return next((f"{what} of {n} columns is no multiple of 8" for what, n in run.items() if n % 8), None)
-    if f.bits not in _LANE or (f.bits == 8 and f.grid != "integer"):
-        return f"{f.grid} codes of {f.bits} bits have no kernel"
-    if f.scale_rank:
+    if c.bits not in _LANE or (c.bits == 8 and not c.whole_numbers):
+        return f"{c.levels} codes of {c.bits} bits have no kernel"
+    if c.scale_rank:
         return None if in_features % 8 == 0 else f"the width {in_features} is no multiple of 8"
-    if f.grid != "integer":
-        return None if f.group_size % 8 == 0 else f"a group of {f.group_size} columns is no multiple of 8"
-    if f.group_size % 8 == 0:
-        lanes, rest = divmod(f.group_size, _LANE[f.bits])
+    if not c.whole_numbers:
+        return None if c.group_size % 8 == 0 else f"a group of {c.group_size} columns is no multiple of 8"
+    if c.group_size % 8 == 0:
+        lanes, rest = divmod(c.group_size, _LANE[c.bits])
         if not rest and (lanes in (1, 2, 4) or lanes % 8 == 0):
             return None
-    return f"a group of {f.group_size} columns does not end where a register of {8 * _LANE[f.bits]} does"
+    return f"a group of {c.group_size} columns does not end where a register of {8 * _LANE[c.bits]} does"
 
 
-def run(x: Tensor, *arguments: Any) -> Tensor:
+def multiply(x: Tensor, *arguments: Any) -> Tensor:
     """`lorq.kernels.quant_linear` on the CPU: these kernels where they cover the weight, else the reference.
 
     Args and result are the operator's.
@@ -231,12 +248,6 @@ def _product_type(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and own else torch.float32
 
 
-# What the library sees of a weight, by the id of its packed tensor and for as long as that lives: the tensor, the
-# pointers of all its tensors, the width, the weight, and what makes the operator know it. Pointers are compared at
-# every call, so that a tensor that was replaced is seen; one that was written to needs nothing.
-_KEPT: dict[int, tuple[weakref.ref[Tensor], list[int], int, Any, Any]] = {}
-
-
 def weight_of(operands: Sequence[Tensor | None], bits: int, in_features: int, *, experts: bool = False) -> Any:
     """A weight as the library sees it, or None where it is not covered.
 
@@ -246,24 +257,19 @@ def weight_of(operands: Sequence[Tensor | None], bits: int, in_features: int, *,
         in_features: width.
         experts: all but the levels are those of several experts, experts first; the result is the first one's.
     """
-    packed = operands[0]
-    assert packed is not None
-    pointers = [0 if t is None else t.data_ptr() for t in operands]
-    key, kept = id(packed), _KEPT.get(id(packed))
-    if kept is None or kept[0]() is not packed or kept[1] != pointers or kept[2] != in_features:
-        seen = weakref.ref(packed, lambda gone: _forget(key, gone))
-        module = library()[0]
-        weight = _new_weight(module, operands, bits, in_features, experts)
-        known = weight is not None and module is _OPERATOR and not experts
-        kept = seen, pointers, in_features, weight, module.Kept(weight, bits, pointers) if known else None
-        _KEPT[key] = kept
-    return kept[3]
+    return _WEIGHTS.of(operands, bits, in_features, experts)[0]
 
 
-def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
-    # Another tensor may have the id by the time that this is called.
-    if key in _KEPT and _KEPT[key][0] is gone:
-        del _KEPT[key]
+def _told(operands: Sequence[Tensor | None], bits: int, in_features: int, experts: bool) -> tuple[Any, Any]:
+    """The weight, and what makes the operator know it for as long as that lives."""
+    module = library()[0]
+    weight = _new_weight(module, operands, bits, in_features, experts)
+    known = weight is not None and module is _OPERATOR and not experts
+    return weight, module.Kept(weight, bits, [0 if t is None else t.data_ptr() for t in operands]) if known else None
+
+
+# The library reads the tensors where they lie: one that was written to needs nothing.
+_WEIGHTS = Derived(_told, copies=False)
 
 
 def _new_weight(
@@ -276,13 +282,14 @@ def _new_weight(
         named = {name: t if t is None or name == "levels" else t[0] for name, t in named.items()}
     p = Operands(**named)
     f = format_of(p, bits, in_features)
-    if f is None or _misfit(f, in_features) is not None or not _types_fit(p):
+    if f is None or declines_format(f, in_features) is not None or not _types_fit(p):
         return None
 
+    c = known_sizes(f)
     return module.Weight(
-        p.packed.shape[0], in_features, bits, f.vector, p.packed.shape[1], f.group_size, _at(p.packed), _at(p.scale),
-        _at(p.zero_point), _at(p.levels), factor(p.scale_left), factor(p.scale_right), f.scale_rank, _at(p.codebook),
-        _at(p.codebook_scale), f.codebook_rows, f.codebook_columns, factor(p.left, p.left_scale),
+        p.packed.shape[0], in_features, bits, c.vector, p.packed.shape[1], c.group_size, _at(p.packed), _at(p.scale),
+        _at(p.zero_point), _at(p.levels), factor(p.scale_left), factor(p.scale_right), c.scale_rank, _at(p.codebook),
+        _at(p.codebook_scale), c.codebook_rows, c.codebook_columns, factor(p.left, p.left_scale),
         factor(p.right, p.right_scale), f.rank,
     )  # fmt: skip
 
@@ -331,7 +338,7 @@ def _agree(portable: Any, fast: Any) -> bool:
 
 def _run_for_operator(x: Tensor, *arguments: Any) -> Tensor:
     try:
-        return run(x, *arguments)
+        return multiply(x, *arguments)
     except KeyboardInterrupt:
         _thread.interrupt_main()  # what passes through the operator comes out as an error that programs may catch
         raise
@@ -341,19 +348,19 @@ def _implement() -> Any:
     """Make the operator on the CPU the library's own, which runs no Python for weights that it was told of.
 
     Returns:
-        The module; None where it cannot be done, and the operator is `run`.
+        The module, which multiplies nothing that `library` has not found right; None where it cannot be done, and the
+        operator is `multiply`.
     """
-    # Not `register_kernel` of the operators, whose wrapper takes as long as `run` does for a small layer.
+    # Not `register_kernel` of the operators, whose wrapper takes as long as `multiply` does for a small layer.
     torch.library.impl("lorq::rotate", "cpu", turn)
     torch.library.define("lorq::quant_linear_by_python", quant_linear._schema)
     torch.library.impl("lorq::quant_linear_by_python", "cpu", _run_for_operator)
-    module, suffix = library()[0], "dylib" if sys.platform == "darwin" else "so"
+    (module, name), suffix = _built(), "dylib" if sys.platform == "darwin" else "so"
     path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
-    if module is not None and module.implement_operator(
-        str(path), few_tokens(by_bytes=True), few_tokens(by_bytes=False)
-    ):
+    few = _few_tokens(name, by_bytes=True), _few_tokens(name, by_bytes=False)
+    if module is not None and module.implement_operator(str(path), *few):
         return module
-    torch.library.impl("lorq::quant_linear", "cpu", run)
+    torch.library.impl("lorq::quant_linear", "cpu", multiply)
     return None
 
 

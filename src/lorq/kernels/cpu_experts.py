@@ -7,11 +7,13 @@ from torch import Tensor
 
 from lorq.core.weight import LayerFormat
 from lorq.kernels import cpu
-from lorq.kernels.operands import DTYPES
-from lorq.kernels.reference_experts import misfit
+from lorq.kernels.operands import DTYPES, code_sizes
+from lorq.kernels.reference_experts import declines_experts
 
 
-def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype, pairs: float) -> str | None:
+def declines(
+    format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype, pairs: float
+) -> str | None:
     """Why experts of one format are not multiplied in one call; None where they are.
 
     Args:
@@ -22,11 +24,14 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
         pairs: of a token and an expert, for each expert. Many are faster one expert after the other, where each
             decodes its weight once.
     """
-    few = cpu.few_tokens(by_bytes=format.vector == 1 and format.grid == "integer")
+    if torch.compiler.is_compiling():
+        return "a program is being compiled, which one call of C++ is no part of"
+    sizes = code_sizes(format.codes)
+    few = cpu.few_tokens(by_bytes=sizes is not None and sizes.whole_numbers)
     if pairs > few:
         return f"an expert has {pairs:.1f} tokens, and more than {few} are faster one expert after the other"
-    why = misfit(format)
-    return cpu.covers(format, in_features, device, dtype) if why is None else why
+    why = declines_experts(format)
+    return cpu.declines(format, in_features, device, dtype) if why is None else why
 
 
 def run(

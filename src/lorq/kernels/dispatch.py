@@ -1,5 +1,6 @@
 """Which implementation multiplies a layer, and the short way to it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,44 @@ from torch import Tensor
 from lorq.core.weight import LayerFormat
 from lorq.kernels import cpu, cpu_experts, int8, triton_experts, triton_linear
 from lorq.kernels.reference import quant_linear, rotate
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What runs on one type of device. Whatever it declines is the reference's.
+
+    Attributes:
+        name: of the kernels.
+        variant: of them that this machine has, or nothing.
+        declines: why a layer of a format, width, device and dtype of inputs is not multiplied; None where it is.
+        multiply: `quant_linear` on this device, by the reference where it declines; also the operator's implementation.
+        turn: `rotate` likewise.
+        few_tokens: by dtype, up to how many tokens whole numbers are multiplied as they are stored.
+        declines_experts: why experts of one format do not run in one call; `declines` with the pairs of a token and an
+            expert for each expert.
+        run_experts: see `lorq.kernels.cpu_experts.run`; None where `expert_linear` runs, with shared factors beside it.
+    """
+
+    name: str
+    variant: Callable[[], str]
+    declines: Callable[[LayerFormat, int, torch.device, torch.dtype], str | None]
+    multiply: Callable[..., Tensor]
+    turn: Callable[..., Tensor]
+    few_tokens: Callable[[torch.dtype], int]
+    declines_experts: Callable[[LayerFormat, int, torch.device, torch.dtype, float], str | None]
+    run_experts: Callable[..., Tensor | None] | None = None
+
+
+KERNELS = {
+    "cpu": Kernels(
+        "C++", lambda: cpu.library()[1], cpu.declines, cpu.multiply, cpu.turn,
+        lambda _: cpu.few_tokens(by_bytes=True), cpu_experts.declines, cpu_experts.run,
+    ),
+    "cuda": Kernels(
+        "Triton", str, triton_linear.declines, triton_linear.multiply, triton_linear.turn_or_reference,
+        triton_linear.few_tokens, triton_experts.declines,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,18 +74,21 @@ def implementation(format: LayerFormat, in_features: int, device: torch.device, 
     """
     declined = {}
     if format.input_quantization != "none":
-        why = int8.covers(format, in_features, device, dtype)
+        why = int8.declines(format, in_features, device, dtype)
         if why is None:
             return Implementation("bytes (oneDNN)", {})
         declined["bytes (oneDNN)"] = why
-    kernels, name = (cpu, "C++") if device.type == "cpu" else (triton_linear, "Triton")
-    why = kernels.covers(format, in_features, device, dtype)
-    if why is None:
-        return Implementation(f"C++ ({cpu.library()[1]})" if name == "C++" else name, declined)
-    return Implementation("reference (torch)", declined | {name: why})
+    own = KERNELS.get(device.type)
+    for kernels in [own] if own else KERNELS.values():
+        why = kernels.declines(format, in_features, device, dtype)
+        if why is None:
+            variant = kernels.variant()
+            return Implementation(f"{kernels.name} ({variant})" if variant else kernels.name, declined)
+        declined[kernels.name] = why
+    return Implementation("reference (torch)", declined)
 
 
-def why_not_experts(
+def declines_experts(
     format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype, pairs: float
 ) -> str | None:
     """Why experts of one format do not run in one call; None where they do.
@@ -58,39 +100,40 @@ def why_not_experts(
         dtype: of their inputs.
         pairs: of a token and an expert, for each expert.
     """
-    if device.type == "cpu":
-        if torch.compiler.is_compiling():
-            return "a program is being compiled, which one call of C++ is no part of"
-        return cpu_experts.covers(format, in_features, device, dtype, pairs)
-    return triton_experts.covers(format, in_features, device, dtype)
+    kernels = KERNELS.get(device.type)
+    if kernels is None:
+        return f"no kernels run on {device.type}"
+    return kernels.declines_experts(format, in_features, device, dtype, pairs)
 
 
 def multiply(x: Tensor, *arguments: Any) -> Tensor:
     """`quant_linear`, without torch's dispatcher where nothing is traced and nothing learns: that costs as much as a
     small layer. Arguments and result are the operator's."""
-    if not _direct(x, *arguments):
-        return quant_linear(x, *arguments)
-    return cpu.run(x, *arguments) if x.device.type == "cpu" else triton_linear.run(x, *arguments)
+    kernels = _direct(x, *arguments)
+    return quant_linear(x, *arguments) if kernels is None else kernels.multiply(x, *arguments)
 
 
 def turn(x: Tensor, *arguments: Any) -> Tensor:
     """`rotate`, in the same way."""
-    if not _direct(x, *arguments):
-        return rotate(x, *arguments)
-    return cpu.turn(x, *arguments) if x.device.type == "cpu" else triton_linear.turn_or_reference(x, *arguments)
+    kernels = _direct(x, *arguments)
+    return rotate(x, *arguments) if kernels is None else kernels.turn(x, *arguments)
 
 
 def few_tokens(device: torch.device, dtype: torch.dtype) -> int:
-    """Tokens up to which whole numbers are multiplied as they are stored."""
-    if device.type == "cpu":
-        return cpu.few_tokens(by_bytes=True)
-    return triton_linear.MANY_FROM.get(dtype.itemsize, 1) - 1
+    """Tokens up to which whole numbers are multiplied as they are stored; 0 where there are no kernels."""
+    kernels = KERNELS.get(device.type)
+    return 0 if kernels is None else kernels.few_tokens(dtype)
 
 
-def _direct(x: Tensor, *arguments: Any) -> bool:
-    plain = type(x) is Tensor and x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
-    plain = plain and torch._C._get_tracing_state() is None and not torch._C._len_torch_dispatch_stack()
-    return plain and not (torch.is_grad_enabled() and _learns(x, *arguments))
+def _direct(x: Tensor, *arguments: Any) -> Kernels | None:
+    """The kernels to call without torch's dispatcher; None where that is to choose."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return None
+    if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
+        return None
+    if torch.is_grad_enabled() and _learns(x, *arguments):
+        return None
+    return KERNELS.get(x.device.type)
 
 
 def _learns(*tensors: Any) -> bool:

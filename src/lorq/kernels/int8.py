@@ -21,23 +21,24 @@ What is given up: memory. The bytes of the weight in oneDNN's order are made on 
 codes, 1 byte a weight, for as long as the packed tensor lives unchanged.
 """
 
-import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from jaxtyping import Float, Int8, Int32, UInt8
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lorq.core.activations import TOP, quantize_activations
+from lorq.core.codes import IntGrid
 from lorq.core.packing import unpack, unpack_columns
 from lorq.core.weight import LayerFormat
-from lorq.kernels.operands import misplaced
+from lorq.kernels.derived import Derived
+from lorq.kernels.operands import declines_input
 from lorq.kernels.reference import fake_quantize, quant_linear
 
 
-def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
+def declines(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why inputs cannot be multiplied as whole numbers; None where they are.
 
     A layer whose input needs a gradient takes the reference besides, whatever this says, and so does one whose packed
@@ -49,26 +50,26 @@ def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: t
         device: that it runs on.
         dtype: of its inputs.
     """
-    why = misfit(format, in_features, device, dtype)
+    why = declines_format(format, in_features, device, dtype)
     if why is None and _products() == "none":
         return "this build of torch has no exact product of bytes on this processor"
     return why
 
 
-def misfit(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """`covers`, but for what only running something on the machine can tell."""
+def declines_format(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
+    """`declines`, but for what only running something on the machine can tell."""
     f = format
     if f.input_quantization == "none":
         return "inputs are not quantized"
-    if f.vector > 1 or f.grid != "integer":
+    if not isinstance(f.codes, IntGrid):
         return "codes do not stand for whole numbers"
-    if f.scale_rank or f.group_size != in_features:
+    if f.codes.group_size != in_features:
         return "a row has more than one scale"
     if f.rank or f.has_basis:
         return "it has a low-rank part" if f.rank else "its inputs are rotated"
     if in_features * TOP * 2 ** (f.bits - 1) >= 2**31:
         return f"sums of {in_features} products of {f.bits} by 8 bits do not fit 32"
-    return misplaced("cpu", device, dtype)
+    return declines_input("cpu", device, dtype)
 
 
 @torch.library.custom_op("lorq::int8_linear", mutates_args=())
@@ -117,7 +118,7 @@ def _on_cpu(
         return _reference(x, packed, scale, zero_point, input_scale, input_zero_point, bits)
     in_features = x.shape[-1]
     codes, step, zero = quantize_activations(x.reshape(-1, in_features), input_scale, input_zero_point)
-    weight = _prepared(packed, zero_point, bits, in_features)
+    weight = _WEIGHTS.of([packed, zero_point], bits, in_features)
     # What the zero points take away, as one product with one or two terms in the middle.
     # Bytes have no NaN: the tokens' sums carry it.
     total = codes.sum(-1, keepdim=True)
@@ -174,32 +175,23 @@ class _Prepared:
     Attributes:
         bytes: in oneDNN's order.
         taken: the sum of each row, and below it the zero points less the middle, where there are any.
-        source: the tensor of zero points.
-        versions: of the packed tensor and of the zero points, -1 without.
     """
 
     bytes: Tensor
     taken: Float[Tensor, "terms out"]
-    source: weakref.ref[Tensor] | None
-    versions: tuple[int, int]
 
 
-# By packed tensor and for as long as it lives, so that copies, pickles and state dicts of a layer know nothing of it.
-_KEPT: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+def _prepare(stored: Sequence[Tensor | None], bits: int, in_features: int) -> _Prepared:
+    """Of packed codes and zero points, (words, 1), or None."""
+    packed, zero_point = stored
+    assert packed is not None
+    middle = 2 ** (bits - 1)
+    codes = (unpack(packed, bits, in_features).to(torch.int16) - middle).to(torch.int8)
+    taken = [codes.sum(-1, dtype=torch.int32).float()]
+    if zero_point is not None:
+        taken.append(unpack_columns(zero_point, bits, len(packed)).flatten().float() - middle)
+    return _Prepared(_in_order(codes), torch.stack(taken))
 
 
-def _prepared(
-    packed: Int32[Tensor, "out words"], zero_point: Int32[Tensor, "zeros 1"] | None, bits: int, in_features: int
-) -> _Prepared:
-    """Made on first use, and again when one of the tensors was written to or is another."""
-    versions = packed._version, -1 if zero_point is None else zero_point._version
-    kept = _KEPT.get(packed)
-    if kept is None or kept.versions != versions or (kept.source and kept.source()) is not zero_point:
-        middle = 2 ** (bits - 1)
-        codes = (unpack(packed, bits, in_features).to(torch.int16) - middle).to(torch.int8)
-        taken = [codes.sum(-1, dtype=torch.int32).float()]
-        if zero_point is not None:
-            taken.append(unpack_columns(zero_point, bits, len(packed)).flatten().float() - middle)
-        source = None if zero_point is None else weakref.ref(zero_point)
-        kept = _KEPT[packed] = _Prepared(_in_order(codes), torch.stack(taken), source, versions)
-    return kept
+# Beside the layers, whose copies, pickles and state dicts know nothing of it.
+_WEIGHTS = Derived(_prepare, copies=True)

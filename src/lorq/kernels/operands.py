@@ -1,12 +1,14 @@
 """The operator's tensors, and what they tell of their layer."""
 
+from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.codes import IntGrid, LevelFormat, VectorGrid
+from lorq.core.codes import CodesFormat, IntGrid, LevelFormat, VectorGrid
 from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.weight import LayerFormat
 
@@ -14,11 +16,59 @@ from lorq.core.weight import LayerFormat
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def misplaced(home: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def declines_input(home: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why kernels of one device type do not take such inputs; None where they do."""
     if device.type != home:
         return f"the device is {device.type}"
     return None if dtype in DTYPES else f"inputs are {dtype}"
+
+
+@dataclass(frozen=True)
+class CodeSizes:
+    """What the kernels of `quant_linear` are told of codes of any kind that they know.
+
+    Attributes:
+        bits: of a code, per weight.
+        group_size: columns that share a scale.
+        levels: what codes stand for, "integer" or one of `lorq.core.codes.LEVEL_KINDS`.
+        scale_rank: of a scale that is a product; 0 where it is not.
+        vector: weights that share a code.
+        codebook_rows: of the weight that share a codebook; 0 without one.
+        codebook_columns: likewise.
+    """
+
+    bits: int
+    group_size: int
+    levels: str = "integer"
+    scale_rank: int = 0
+    vector: int = 1
+    codebook_rows: int = 0
+    codebook_columns: int = 0
+
+    @property
+    def whole_numbers(self) -> bool:
+        """Whether a code is a whole number under the scale of its group."""
+        return self.vector == 1 and self.levels == "integer"
+
+
+@cache
+def code_sizes(codes: CodesFormat) -> CodeSizes | None:
+    """What kernels are told of codes; None of a kind that they do not know."""
+    match codes:
+        case IntGrid():
+            return CodeSizes(codes.bits, codes.group_size)
+        case LevelFormat():
+            return CodeSizes(codes.bits, codes.group_size, codes.levels, codes.scale_rank)
+        case VectorGrid():
+            return CodeSizes(codes.bits, codes.group_size, "integer", 0, codes.vector, codes.rows, codes.columns)
+    return None
+
+
+def known_sizes(format: LayerFormat) -> CodeSizes:
+    """`code_sizes` of a layer that a kernel did not decline."""
+    sizes = code_sizes(format.codes)
+    assert sizes is not None, format.codes.kind
+    return sizes
 
 
 class Operands(SimpleNamespace):
@@ -71,11 +121,11 @@ def format_of(p: Operands, bits: int, in_features: int) -> LayerFormat | None:
     """
     out, rank = p.packed.shape[0], p.left.shape[1] if p.left is not None else 0
     types = {dtype: name for name, (dtype, _) in FACTOR_TYPES.items()}
-    codes = codes_format(p, bits, in_features)
-    parts = [in_features // codes.group_size] if p.scale is not None else []
+    parts = [p.scale.shape[1]] if p.scale is not None else []
     parts += [] if p.codebook is None else [p.codebook.shape[1] * p.codebook.shape[-1]]
     if any(in_features % part for part in parts) or (p.codebook is not None and out % p.codebook.shape[0]):
         return None
+    codes = codes_format(p, bits, in_features)
     names = dict(zip(STORED_NAMES, NAMES, strict=True))
     expected = {names[stored]: shape for stored, (shape, _) in codes.layout(out, in_features).items()} | {
         "levels": (2**bits,), "left": (out, rank), "right": (rank, in_features), "left_scale": (rank,),

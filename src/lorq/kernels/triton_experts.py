@@ -9,22 +9,26 @@ experts does not fill a device.
 """
 
 from dataclasses import replace
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from lorq.core.weight import LayerFormat
 from lorq.kernels import triton_linear
-from lorq.kernels.operands import NAMES, Operands, format_of
-from lorq.kernels.reference_experts import expert_linear, expert_linear_reference, misfit
+from lorq.kernels.operands import NAMES, Operands, format_of, known_sizes
+from lorq.kernels.reference_experts import declines_experts, expert_linear, expert_linear_reference
 from lorq.kernels.triton_linear import Tile, choose_tile
 
 
-def covers(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernel does not run experts of one format; None where it does. Arguments as of `triton_linear.covers`."""
-    why = misfit(format)
-    return triton_linear.covers(format, in_features, device, dtype) if why is None else why
+def declines(
+    format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype, pairs: float
+) -> str | None:
+    """Why the kernel does not run experts of one format; None where it does, however many ``pairs`` an expert has.
+
+    Other arguments are those of `triton_linear.declines`.
+    """
+    why = declines_experts(format)
+    return triton_linear.declines(format, in_features, device, dtype) if why is None else why
 
 
 def tile_of(pairs: int, experts: int, dtype: torch.dtype, format: LayerFormat, in_features: int) -> Tile:
@@ -33,7 +37,7 @@ def tile_of(pairs: int, experts: int, dtype: torch.dtype, format: LayerFormat, i
     tile = choose_tile(size, dtype, format, in_features)
     # Wider tiles of float32 spill on sm_90, and those of codebooks with 64 rows on sm_100 (triton 3.9).
     narrow = dtype == torch.float32 and tile.tokens > 16
-    rows = 32 if narrow and format.vector > 1 else 64
+    rows = 32 if narrow and known_sizes(format).vector > 1 else 64
     return replace(tile, rows=min(tile.rows, rows), columns=32 if narrow else tile.columns)
 
 
@@ -72,7 +76,7 @@ def linear(
     codebook: Tensor | None, codebook_scale: Tensor | None, left: Tensor | None, left_scale: Tensor | None,
     cells: Tensor | None, projected: Tensor | None, bits: int,
 ) -> Tensor:  # fmt: skip
-    """`expert_linear` by the kernel, whatever the device: for operands that `covers` accepts."""
+    """`expert_linear` by the kernel, whatever the device: for operands that it does not decline."""
     from lorq.kernels import triton_expert_tile
 
     pairs, in_features, (count, out, words) = len(expert), x.shape[1], packed.shape
@@ -81,19 +85,20 @@ def linear(
         return y
     format = _format(packed, scale, zero_point, levels, codebook, codebook_scale, bits, in_features)
     assert format is not None
+    codes = known_sizes(format)
     tile = tile_of(pairs, count, x.dtype, format, in_features)
     order, plan = (None, None) if tile.tokens == 1 else plan_tiles(expert, count, tile.tokens)
     tiles = pairs if plan is None else plan.shape[1]
     weight = [packed, scale, zero_point, levels, codebook, codebook_scale]
-    weight[4] = None if codebook is None else codebook.contiguous().view(triton_linear._ENTRIES[format.vector])
+    weight[4] = None if codebook is None else codebook.contiguous().view(triton_linear._ENTRIES[codes.vector])
     factor, e4m3 = (None, False) if left is None else triton_linear._stored(left)
     arrays = [t if t is None else t.contiguous() for t in (*weight, factor, left_scale, projected, cells)]
     grid_rows, rank = (1, 1) if projected is None else projected.shape[1:]
     triton_expert_tile.experts[tiles, -(-out // tile.rows)](
         x.contiguous(), y, expert.contiguous(), order, plan, *arrays, pairs // len(x), tiles, count, out, in_features,
-        words, 0 if zero_point is None else zero_point[0].numel(), grid_rows, rank, BITS=format.bits,
-        VECTOR=format.vector, GROUP=format.group_size, BOOK_ROWS=format.codebook_rows,
-        BOOK_COLUMNS=format.codebook_columns, E4M3=e4m3, T=tile.tokens, N=tile.rows, K=tile.columns, R=32,
+        words, 0 if zero_point is None else zero_point[0].numel(), grid_rows, rank, BITS=codes.bits,
+        VECTOR=codes.vector, GROUP=codes.group_size, BOOK_ROWS=codes.codebook_rows,
+        BOOK_COLUMNS=codes.codebook_columns, E4M3=e4m3, T=tile.tokens, N=tile.rows, K=tile.columns, R=32,
         STAGES=tile.stages, **triton_linear._options(tile.warps, tile.stages),
     )  # fmt: skip
     return y
@@ -130,7 +135,8 @@ def _fits(
     return scaled and whole and len(projected) == len(x)
 
 
-def _linear_or_reference(
+@expert_linear.register_kernel("cuda")
+def linear_or_reference(
     x: Tensor, expert: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, levels: Tensor | None,
     codebook: Tensor | None, codebook_scale: Tensor | None, left: Tensor | None, left_scale: Tensor | None,
     cells: Tensor | None, projected: Tensor | None, bits: int,
@@ -142,15 +148,7 @@ def _linear_or_reference(
     large = any(t is not None and t[0].numel() >= 2**31 for t in (packed, scale, codebook))
     large |= left is not None and left.numel() >= 2**31
     fits = format is not None and not large and _fits(x, packed, left, left_scale, cells, projected)
-    if format is None or not fits or covers(format, x.shape[1], x.device, x.dtype) is not None:
+    if format is None or not fits or declines(format, x.shape[1], x.device, x.dtype, 1.0) is not None:
         return expert_linear_reference(*arguments)
     with torch.cuda.device(x.device):
         return linear(*arguments)
-
-
-def register() -> str | None:
-    """Make the kernel the operator's implementation on CUDA devices, or say why not; triton is not imported yet."""
-    if find_spec("triton") is None:
-        return "the package triton is not installed"
-    expert_linear.register_kernel("cuda")(_linear_or_reference)
-    return None

@@ -177,7 +177,7 @@ def split_experts(model: nn.Module) -> None:
     """
     found = {name: m for name, m in model.named_modules() if all(hasattr(m, key) for key in _DECLARED)}
     for name, module in found.items():
-        if reason := _obstacle(module):
+        if reason := _declines(module):
             raise ValueError(
                 f"{type(model).__name__} is not supported: {name} ({type(module).__name__}) {reason}; lorq takes "
                 "apart experts with gate_up_proj and down_proj only"
@@ -186,8 +186,8 @@ def split_experts(model: nn.Module) -> None:
         model.set_submodule(name, Experts(module))
 
 
-def _obstacle(fused: Any) -> str:
-    """Why a declared experts module cannot be taken apart, or nothing."""
+def _declines(fused: Any) -> str | None:
+    """Why a declared experts module cannot be taken apart; None where it can."""
     if not fused.has_gate:
         return "has no gate projection"
     if fused.has_post_expert_norm:
@@ -196,7 +196,7 @@ def _obstacle(fused: Any) -> str:
     held = {name for name, _ in (*fused.named_parameters(), *fused.named_buffers())}
     if held != wanted:
         return f"holds {', '.join(sorted(held))}"
-    return ""
+    return None
 
 
 def fuse_experts(model: nn.Module) -> None:

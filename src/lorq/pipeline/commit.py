@@ -19,8 +19,6 @@ from lorq.storage.names import shard_name
 from lorq.storage.report import LayerReport
 from lorq.storage.writer import CheckpointWriter
 
-Formats = dict[str, dict[str, Any]]
-
 
 @dataclass(frozen=True)
 class Commit:
@@ -48,7 +46,7 @@ class Commit:
         """Write what lies outside the blocks, unless it is written."""
         shard = shard_name(0, len(self.model.blocks))
         if shard not in self.writer.completed:
-            self._write(shard, stored, [], {}, {})
+            self._write(shard, stored, {"layers": [], "formats": {}, "tiles": {}, "inputs": []})
 
     def block(self, visit: Visit, solved: Solved, probe: Probe) -> None:
         """Write a block, unless it is written, and re-enter it with the solved weights; the probe goes through it."""
@@ -68,40 +66,31 @@ class Commit:
         folder = LorqFolder.of_shards(self.writer.folder, {shard: self.writer.completed[shard]})
         weights = {target: folder.weight(target.name) for target in self.plan.of(block)}
         kept = self.plan.kept(block) if self.plan.options.smoothing else []
-        return Solved(weights, {}, {name: folder.reader.tensor(name) for name in kept})
+        changed = {name: folder.reader.tensor(name) for name in kept}
+        return Solved(weights, {}, changed, self.writer.completed[shard]["inputs"])
 
-    def _pack(self, visit: Visit, solved: Solved) -> tuple[dict[str, Tensor], list[LayerReport], Formats, Formats]:
-        """A block's tensors, and of its layers the reports, formats, and formats of factors that they share."""
+    def _pack(self, visit: Visit, solved: Solved) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A block's tensors, and what the journal keeps of its layers."""
         modules = find_experts(self.model.model, visit.part.name)
         tensors = visit.kept | solved.changed
-        reports: list[LayerReport] = []
-        formats: Formats = {}
-        tiles: Formats = {}
+        record: dict[str, Any] = {"layers": [], "formats": {}, "tiles": {}, "inputs": solved.inputs}
         for target, weight in solved.weights.items():
             tensors |= {f"{target.name}.{local}": t for local, t in weight.tensors().items()}
-            formats[target.name] = write_format(weight.format)
+            record["formats"][target.name] = write_format(weight.format)
             place = expert_name(target.name, modules)
-            if weight.tile is not None and place is not None and place.tiles not in tiles:
+            if weight.tile is not None and place is not None and place.tiles not in record["tiles"]:
                 factors = weight.tile.factors
                 tensors |= {f"{place.tiles}.{local}": t for local, t in factors.tensors().items()}
-                tiles[place.tiles] = asdict(factors.format)
-            reports.append(
-                LayerReport(
-                    name=target.name, shape=weight.shape, bits=weight.format.bits, rank=weight.rank,
-                    stop=weight.record.stop, error_before=weight.record.error_before,
-                    error_after=weight.record.error_after, bytes=layer_bytes(weight.stored_bits()),
-                    note=solved.notes.get(target.name, ""),
-                )
+                record["tiles"][place.tiles] = asdict(factors.format)
+            report = LayerReport(
+                name=target.name, shape=weight.shape, bits=weight.format.bits, rank=weight.rank,
+                stop=weight.record.stop, error_before=weight.record.error_before,
+                error_after=weight.record.error_after, bytes=layer_bytes(weight.stored_bits()),
+                note=solved.notes.get(target.name, ""),
             )  # fmt: skip
-        return tensors, reports, formats, tiles
+            record["layers"].append(asdict(report))
+        return tensors, record
 
-    def _write(
-        self, shard: str, tensors: dict[str, Tensor], reports: list[LayerReport], formats: Formats, tiles: Formats
-    ) -> None:
-        record = {
-            "layers": [asdict(report) for report in reports],
-            "formats": formats,
-            "tiles": tiles,
-            "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
-        }
-        self.writer.write_shard(shard, tensors, record)
+    def _write(self, shard: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self.writer.write_shard(shard, tensors, record | {"bytes": size})

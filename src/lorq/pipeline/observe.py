@@ -98,13 +98,7 @@ def shared_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> di
     Raises:
         ValueError: if a layer is never called.
     """
-    seen: dict[str, Tensor] = {}
-
-    def look(name: str) -> Callable[..., None]:
-        return lambda module, args: seen.__setitem__(name, args[0])
-
-    with _hooks({name: look(name) for name in layers}, layers):
-        run()
+    seen = {name: x for name, (x, _) in _seen_inputs(run, layers).items()}
     silent = [name for name in layers if name not in seen]
     if silent:
         raise ValueError(
@@ -114,6 +108,29 @@ def shared_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> di
     # The tensors are all still alive here, so equal addresses mean equal memory.
     keys = {name: (x.data_ptr(), x.shape, x.stride(), x.dtype) for name, x in seen.items()}
     return {name: first.setdefault(keys[name], name) for name in layers}
+
+
+def same_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> list[list[str]]:
+    """The layers that are given one tensor, unchanged, in one run of the block, where they are several."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    seen = _seen_inputs(run, layers)
+    for name in layers:
+        if name in seen:
+            x, version = seen[name]
+            groups.setdefault((id(x), version), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _seen_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> dict[str, tuple[Tensor, int]]:
+    """What each layer that was called received, and its version then; all still alive, so that no two are mistaken."""
+    seen: dict[str, tuple[Tensor, int]] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        return lambda module, args: seen.__setitem__(name, (args[0], args[0]._version))
+
+    with _hooks({name: look(name) for name in layers}, layers):
+        run()
+    return seen
 
 
 class _ExpertsWatch:

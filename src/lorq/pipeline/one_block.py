@@ -10,8 +10,9 @@ from torch import Tensor
 from lorq.core.problem import BlockOutput
 from lorq.core.weight import QuantizedWeight
 from lorq.models.blocks import StreamedModel, Target
-from lorq.models.experts import find_experts
+from lorq.models.experts import expert_name, find_experts
 from lorq.pipeline.dense_activations import Smoothed, layer_activations, quantized_activations, smooth_block
+from lorq.pipeline.observe import same_inputs
 from lorq.pipeline.plan import Plan
 from lorq.pipeline.tasks import SameProcess, block_tasks, solve_task
 from lorq.pipeline.verify import Probe
@@ -26,11 +27,13 @@ class Solved:
         weights: of the quantized layers.
         notes: what a layer's report should tell, by layer.
         changed: parameters outside the layers that smoothing changed, by name.
+        inputs: names of the layers that read one input, those of experts aside, for each input of several.
     """
 
     weights: dict[Target, QuantizedWeight]
     notes: dict[str, str]
     changed: dict[str, Tensor]
+    inputs: list[list[str]]
 
 
 def solve_block(model: StreamedModel, plan: Plan, visit: Visit, probe: Probe, executor: Executor) -> Solved:
@@ -67,7 +70,10 @@ def solve_block(model: StreamedModel, plan: Plan, visit: Visit, probe: Probe, ex
     for name, note in (*found.notes.items(), *smoothed.notes.items(), *recorded.items()):
         if note:
             notes.setdefault(name, []).append(note)
-    return Solved(weights, {name: "; ".join(own) for name, own in notes.items()}, smoothed.tensors)
+    experts = find_experts(model.model, part.name)
+    plain = {t.name: model.model.get_submodule(t.name) for t in layers if expert_name(t.name, experts) is None}
+    inputs = same_inputs(lambda: probe.run(model, part), plain)
+    return Solved(weights, {name: "; ".join(own) for name, own in notes.items()}, smoothed.tensors, inputs)
 
 
 def _block_output(model: StreamedModel, visit: Visit, layers: Mapping[Target, object]) -> BlockOutput:

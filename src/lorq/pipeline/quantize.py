@@ -233,6 +233,7 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
             "method": plan.name, "settings": plan.settings,
             "layers": {name: format for record in records for name, format in record["formats"].items()},
             "tiles": {name: format for record in records for name, format in record["tiles"].items()},
+            "inputs": [names for record in records for names in record["inputs"]],
         },
     }  # fmt: skip
     # Where the model was read from is nobody's business and would differ from machine to machine.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorq.core.codes import levels
 from lorq.runtime.linear import QuantLinear
+from lorq.runtime.same_input import Together
 
 
 def merge_calls(graph: torch.fx.Graph) -> None:
@@ -24,12 +25,12 @@ def merge_calls(graph: torch.fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def merging(model: nn.Module) -> dict[str, Any]:
-    """Let layers join in programs that inductor compiles with these options; none where it takes none."""
+def merging(model: nn.Module) -> tuple[dict[str, Any], list[Together]]:
+    """Let layers join in programs that inductor compiles with these options, and which do; none where it takes none."""
     try:
         from torch._inductor.custom_graph_pass import CustomGraphPass
     except ImportError:
-        return {}
+        return {}, []
 
     class MergeCalls(CustomGraphPass):  # type: ignore[misc]
         def __call__(self, graph: torch.fx.Graph) -> None:
@@ -38,10 +39,11 @@ def merging(model: nn.Module) -> dict[str, Any]:
         def uuid(self) -> str:  # of the compiler's cache
             return "lorq.runtime.compiled.merge_calls 1"
 
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.merged = True
-    return {"post_grad_custom_pre_pass": MergeCalls()}
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    joined = list({id(layer.together[0]): layer.together[0] for layer in layers if layer.together}.values())
+    for together in joined:
+        together.program = []
+    return {"post_grad_custom_pre_pass": MergeCalls()}, joined
 
 
 # What `generate` must be told to go with `compile_steps`: keys and values in tensors of a fixed size, and no second
@@ -70,7 +72,7 @@ def compile_steps(model: Any) -> None:
 
     Compiling happens at the second token; the operators of `lorq.kernels` stay calls of what they call otherwise. The
     cache must be of fixed size (`STEPS`). The model must stay as it is: tensors of it that are replaced later are
-    seen, and their shapes checked, but not modules or settings.
+    seen from the next prompt on, and their shapes checked, but not modules or settings.
 
     Raises:
         ValueError: at the second token, if the model cannot be compiled; later, if its dtype is another.
@@ -83,7 +85,8 @@ def compile_steps(model: Any) -> None:
     options: dict[str, Any] = {} if skip is None else {"guard_filter_fn": skip}
     # There a token's launches take longer than its work: one graph of them all.
     options |= {"triton.cudagraphs": True} if model.device.type == "cuda" else {}
-    options |= merging(model)
+    merged, joined = merging(model)
+    options |= merged
     plain, dtype = model.forward, model.dtype
 
     def step(**given: Any) -> Any:
@@ -96,6 +99,8 @@ def compile_steps(model: Any) -> None:
     @wraps(plain)
     def forward(input_ids: Tensor, *, past_key_values: Any, **others: Any) -> Any:
         if input_ids.shape[1] > 1 or not past_key_values.is_initialized:
+            for together in joined:
+                together.refresh()
             return plain(input_ids=input_ids, past_key_values=past_key_values, **others)
         if model.dtype != dtype:
             raise ValueError(f"the model was compiled in {dtype} and is {model.dtype} now; load and compile it again")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorq.core.tile_factors import TileFactors, TileFormat
 from lorq.models.experts import Expert, Experts
-from lorq.runtime.experts_at_once import Stacks, layers_of, run_grouped, why_not_grouped
+from lorq.runtime.experts_at_once import declines_at_once, layers_of, run_grouped
 from lorq.runtime.linear import QuantLinear
 
 _PARTS = tuple(field.name for field in fields(TileFactors))
@@ -89,7 +89,6 @@ class QuantExperts(Experts):
         self._fused = experts._fused
         self._modules.update(experts._modules)
         self.tiles = nn.ModuleDict(tiles)
-        self._stacks = Stacks()
         for name, module in tiles.items():
             for expert in range(len(self)):
                 layer = getattr(self[expert], name)
@@ -129,8 +128,8 @@ class QuantExperts(Experts):
         if not self.fused or any(t.input_scale is not None for t in tiles.values()):
             return self._unfused(tiles, hidden_states, top_k_index, top_k_weights)
         layers = layers_of(self)
-        if why_not_grouped(layers, tuple(self.tiles), hidden_states, top_k_weights) is None:
-            return run_grouped(self._stacks, layers, tiles, self.gated, hidden_states, top_k_index, top_k_weights)
+        if declines_at_once(layers, tuple(self.tiles), hidden_states, top_k_weights) is None:
+            return run_grouped(layers, tiles, self.gated, hidden_states, top_k_index, top_k_weights)
         return _Pass(self, tiles, hidden_states, top_k_index, top_k_weights).output()
 
     def middle(self, expert: int, inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens width"]:

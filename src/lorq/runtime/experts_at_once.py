@@ -1,6 +1,5 @@
 """Tokens through packed experts with shared factors, all experts of a projection in one product."""
 
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ from torch.nn import functional
 
 from lorq.core.tile_factors import TileFactors, TileFormat
 from lorq.core.weight import LayerFormat
-from lorq.kernels import cpu_experts, expert_linear, turn, why_not_experts
+from lorq.kernels import KERNELS, declines_experts, expert_linear, turn
+from lorq.kernels.derived import Derived
 from lorq.models.experts import Expert, Experts
 from lorq.runtime.linear import QuantLinear, one_memory
 
@@ -19,33 +19,21 @@ PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 _STACKED = "weight_packed", "weight_scale", "weight_zero_point", "codebook", "codebook_scale", "permutation"
 
 
-class Stacks:
-    """The experts' stored tensors by projection, each kind in one memory, of which every layer keeps its part.
-
-    Made at the first need and again when layers or their tensors are others, as after a move to another device.
-    """
-
-    def __init__(self) -> None:
-        self._kept: dict[str, tuple[list[Tensor | None], dict[str, Tensor]]] = {}
-
-    @torch.inference_mode(False)  # kept: made while measuring, it must serve training too
-    def of(self, name: str, layers: Sequence[QuantLinear]) -> dict[str, Tensor]:
-        """A projection's tensors of all experts, by local name, experts first."""
-        seen, tensors = self._kept.get(name, ([], {}))
-        own = [layer._buffers[local] for layer in layers for local in _STACKED]
-        if len(seen) != len(own) or not all(map(operator.is_, own, seen)):
-            tensors = {}
-            for local in _STACKED:
-                if layers[0]._buffers[local] is not None:
-                    tensors[local] = one_memory(layers, local).unflatten(0, (len(layers), -1))
-            self._kept[name] = [layer._buffers[local] for layer in layers for local in _STACKED], tensors
-        return tensors
+@torch.inference_mode(False)  # kept: made while measuring, it must serve training too
+def _stack(own: Sequence[Any]) -> dict[str, Tensor]:
+    """A projection's tensors of all experts by local name, experts first, each in one memory that the experts share."""
+    kinds = {local: own[place :: len(_STACKED)] for place, local in enumerate(_STACKED)}
+    given = {local: tensors for local, tensors in kinds.items() if tensors[0] is not None}
+    return {local: one_memory(tensors).unflatten(0, (len(tensors), -1)) for local, tensors in given.items()}
 
 
-def why_not_alike(
+_STACKS = Derived(_stack, copies=False)
+
+
+def declines_stored(
     path: str, formats: Mapping[str, LayerFormat], tiled: Mapping[str, TileFormat], stored: Collection[str]
 ) -> str | None:
-    """`why_not_grouped`, as far as a folder tells it.
+    """`declines_at_once`, as far as a folder tells it.
 
     Args:
         path: of the experts.
@@ -73,7 +61,7 @@ def layers_of(experts: Experts) -> dict[str, list[Any]]:
     return {name: [layers[name] for layers in own] for name in PROJECTIONS}
 
 
-def why_not_grouped(
+def declines_at_once(
     layers: Mapping[str, Sequence[Any]], tiled: Collection[str], x: Tensor, weights: Tensor
 ) -> str | None:
     """Why experts do not run as `run_grouped` has it; None where they do. Nothing is read from the device.
@@ -90,7 +78,7 @@ def why_not_grouped(
         if name not in tiled:
             return f"{name} has no shared factors"
         first = layers[name][0]
-        why = why_not_experts(first.format, first.in_features, x.device, x.dtype, weights.numel() / len(layers[name]))
+        why = declines_experts(first.format, first.in_features, x.device, x.dtype, weights.numel() / len(layers[name]))
         if why is not None:
             return why
         if any(layer.format is not first.format and layer.format != first.format for layer in layers[name]):
@@ -101,7 +89,6 @@ def why_not_grouped(
 
 
 def run_grouped(
-    stacks: Stacks,
     layers: Mapping[str, Sequence[QuantLinear]],
     tiles: Mapping[str, TileFactors],
     gated: Callable[[Tensor, Tensor], Tensor],
@@ -115,7 +102,6 @@ def run_grouped(
     expert. Nothing waits for the device, and sums have one order, so that the same inputs give the same bits.
 
     Args:
-        stacks: of the same experts; filled where need be.
         layers: of all experts, by projection.
         tiles: their shared factors; none to leave the low-rank part away.
         gated: what happens between the projections.
@@ -126,7 +112,8 @@ def run_grouped(
     (tokens, places), down = index.shape, tiles.get("down_proj")
     known = index < len(layers["down_proj"])
     expert, cell = index.flatten(), torch.where(known, index, 0).flatten()
-    own = {name: stacks.of(name, layers[name]) for name in PROJECTIONS}
+    stored = {name: [layer._buffers[local] for layer in layers[name] for local in _STACKED] for name in PROJECTIONS}
+    own = {name: _STACKS.of(tensors) for name, tensors in stored.items()}
     gate, up = (
         _product(layers[name][0], own[name], layers[name][0].into_basis(x), expert, tiles.get(name))
         for name in ("gate_proj", "up_proj")
@@ -134,15 +121,16 @@ def run_grouped(
     last = layers["down_proj"][0]
     h = _own_basis(last, own["down_proj"], gated(gate, up), cell)
     weight = torch.where(known, weights, 0).unsqueeze(-1)
-    # In C++ an expert's own part of the factors costs no more than the sum of its column's.
-    inside = _in_cpp(h)
+    # Where kernels add the factors, an expert's own part costs no more than the sum of its column's.
+    inside = _run_experts(h) is not None
     answers = _product(last, own["down_proj"], h, expert, down if inside else None).unflatten(0, (tokens, places))
     out = (answers * weight).sum(1).to(x.dtype)
     return out if down is None or inside else out + _shared_down(down, h, cell, weight, x.dtype)
 
 
-def _in_cpp(x: Tensor) -> bool:
-    return x.device.type == "cpu"
+def _run_experts(x: Tensor) -> Callable[..., Tensor | None] | None:
+    kernels = KERNELS.get(x.device.type)
+    return None if kernels is None else kernels.run_experts
 
 
 def _own_basis(first: QuantLinear, own: dict[str, Tensor], h: Tensor, expert: Tensor) -> Tensor:
@@ -156,9 +144,10 @@ def _own_basis(first: QuantLinear, own: dict[str, Tensor], h: Tensor, expert: Te
 def _product(first: QuantLinear, own: dict[str, Tensor], z: Tensor, expert: Tensor, t: TileFactors | None) -> Tensor:
     """A projection of every pair, shared factors included, given its tensors and one of its layers."""
     packed, scale, zero, book, book_scale = stored = [own.get(name) for name in _STACKED[:5]]
-    if _in_cpp(z):
+    run = _run_experts(z)
+    if run is not None:
         shared = None if t is None else (t.left, t.right, t.left_scale, t.right_scale, t.cells)
-        y = cpu_experts.run(z, expert, stored, first.levels, shared, first.format.bits)
+        y = run(z, expert, stored, first.levels, shared, first.format.bits)
         if y is not None:
             return y
     factors: list[Tensor | None] = [None] * 4

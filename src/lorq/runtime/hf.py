@@ -16,7 +16,7 @@ from lorq.models.locate import resolve_model
 from lorq.runtime.device import read_device, read_dtype
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
-from lorq.runtime.same_input import join_layers, share_rotations
+from lorq.runtime.same_input import join
 from lorq.runtime.swap import _replace, check_cells, check_permutation, check_tensors, swap_experts, swap_layers
 from lorq.storage.config import LorqConfig
 from lorq.storage.names import INDEX, SENTINEL
@@ -60,8 +60,7 @@ class LorqQuantizer(HfQuantizer):
                 check_permutation(name, module)
             elif isinstance(module, Tiles) and not module.cells.is_meta:
                 check_cells(name, module)
-        share_rotations(model)
-        join_layers(model)
+        join(model, self.quantization_config.inputs)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -123,5 +122,5 @@ def register() -> None:
         register_quantizer("lorq")(LorqQuantizer)
 
 
-# The one module of lorq that acts when it is imported: whoever imports it means the registration.
+# Whoever imports this means the registration.
 register()

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-from lorq.kernels import Implementation, implementation, why_not_experts
-from lorq.runtime.experts_at_once import why_not_alike
+from lorq.kernels import Implementation, declines_experts, implementation
+from lorq.runtime.experts_at_once import declines_stored
 from lorq.storage.folder import LorqFolder
 from lorq.storage.json_files import some_of
 
@@ -21,10 +21,10 @@ def expert_lines(folder: LorqFolder) -> Iterator[str]:
     alike: dict[str | None, list[str]] = {}
     for path in dict.fromkeys(name.partition(".tiles.")[0] for name in folder.tiles):
         tiled = {n.rpartition(".")[2]: format for n, format in folder.tiles.items() if n.startswith(f"{path}.tiles.")}
-        why = why_not_alike(path, folder.formats, tiled, stored)
+        why = declines_stored(path, folder.formats, tiled, stored)
         for name, format in folder.formats.items() if why is None else ():
             if name.startswith(f"{path}."):
-                why = why or why_not_experts(format, widths[name], *place, 0.0)
+                why = why or declines_experts(format, widths[name], *place, 0.0)
         alike.setdefault(why, []).append(path)
     for why, paths in alike.items():
         way = "one call for all those of few tokens" if why is None else f"one after the other: {why}"

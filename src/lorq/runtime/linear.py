@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lorq.core.codes import levels
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
-from lorq.kernels import fake_quantize, int8_linear, misfit, multiply
+from lorq.kernels import fake_quantize, int8_linear, multiply, turn
+from lorq.kernels.int8 import declines_format
 from lorq.kernels.operands import STORED_NAMES
 from lorq.kernels.reference import decoded_linear
-from lorq.runtime.rotation import SharedRotation
 
 # What layers of the operator's kinds of codes may store; those of other kinds name their own.
 STORED = (
@@ -21,12 +21,11 @@ STORED = (
 )  # fmt: skip
 
 
-def one_memory(layers: Sequence["QuantLinear"], name: str) -> Tensor:
-    """A stored tensor of each layer, one after the other in one memory, of which the layers keep their parts."""
-    parts: list[Any] = [layer._buffers[name] for layer in layers]
-    whole = torch.cat(parts)
-    for layer, part in zip(layers, whole.split([len(part) for part in parts]), strict=True):
-        layer._buffers[name] = part
+def one_memory(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors one after the other in one memory, of which each keeps its part."""
+    whole = torch.cat(list(tensors))
+    for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
+        tensor.data = part
     return whole
 
 
@@ -65,13 +64,8 @@ class QuantLinear(nn.Module):
             self.register_buffer(name, tensor)
         parameter = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
         self.register_parameter("bias", parameter)
-        self.rotation = SharedRotation()
-        # What learns which layers share an input, and then the product of those and this one's place
-        # (`lorq.runtime.same_input`).
-        self.siblings: Any = None
-        self.learned = True
-        self.joined: tuple[Any, int] | None = None
-        self.merged = False  # whether what compiles this layer leaves one of several equal calls
+        # The layers of one input that work together, and this one's place among them (`lorq.runtime.same_input`).
+        self.together: tuple[Any, int] | None = None
         # Factors that an expert shares with others, and its number; `lorq.runtime.experts.QuantExperts` runs them. In a
         # tuple, so that they are no child of every expert.
         self.shared: tuple[Any, int] | None = None
@@ -85,38 +79,19 @@ class QuantLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.learned and not torch.compiler.is_compiling():
-            self.siblings.learn(self, x)
-        y = None if self.joined is None else self.joined[0].product(self, x, self.joined[1])
+        y = None if self.together is None else self.together[0].product(self, self.together[1], x)
         return self._finish(self._product(self.into_basis(x)) if y is None else y)
-
-    def _unjoin(self) -> None:
-        if self.joined is not None:
-            self.joined[0].dissolve()
-        self.learned = self.siblings is None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in STORED_NAMES and self.__dict__.get("joined") is not None:
-            self.joined[0].refresh()  # type: ignore[index]
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        if self.joined is not None:
-            self.joined[0].refresh()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A copy is not of the same memory.
-        return self.__dict__ | {"joined": None, "learned": self.siblings is None}
-
-    def _replicate_for_data_parallel(self) -> "QuantLinear":
-        replica: QuantLinear = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        replica.joined, replica.siblings, replica.learned = None, None, True
-        return replica
 
     def into_basis(self, x: Tensor) -> Tensor:
         """``x T``: the input as the stored weight needs it; ``x`` itself where there is no basis."""
-        return self.rotation(x, self.permutation, self.format) if self.format.has_basis else x
+        if not self.format.has_basis:
+            return x
+        image: Tensor = self.turn(x) if self.together is None else self.together[0].image(self, self.together[1], x)
+        return image
+
+    def turn(self, x: Tensor) -> Tensor:
+        """`into_basis` where there is one, whoever else reads the input."""
+        return turn(x, self.permutation, self.format.rotation_block, self.format.rotation_skip)
 
     def multiply(self, z: Tensor) -> Tensor:
         """The output for an input that is in the basis already."""
@@ -132,16 +107,17 @@ class QuantLinear(nn.Module):
             grid = self.input_scale, self.input_zero_point
             # Whole numbers have no gradient to give.
             learns = z.requires_grad and torch.is_grad_enabled()
-            if not learns and misfit(self.format, self.in_features, z.device, z.dtype) is None:
+            if not learns and declines_format(self.format, self.in_features, z.device, z.dtype) is None:
                 codes = self.weight_packed, self.weight_scale, self.weight_zero_point
                 return int8_linear(z, *codes, *grid, self.format.bits)
             z = fake_quantize(z, *grid)
         if self.format.codes.operator is None:
             weight = self.format.read(self.stored())
             return decoded_linear(z, weight.codes.decode(), weight.low_rank)  # type: ignore[arg-type]
-        return multiply(z, *self._operands(), self.format.bits)
+        return multiply(z, *self.operands(), self.format.bits)
 
-    def _operands(self) -> list[Tensor | None]:
+    def operands(self) -> list[Tensor | None]:
+        """The operator's tensors."""
         # From torch's own dicts: a module's __getattr__, twelve times, takes as long as a small product.
         tensors = {**self._buffers, **self._parameters, "levels": self.levels}
         return [tensors[name] for name in STORED_NAMES]
@@ -185,7 +161,6 @@ class QuantLinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self._unjoin()
         bias = self._parameters["bias"]
         moved = None if bias is None else nn.Parameter(fn(bias.data), requires_grad=bias.requires_grad)
         self._parameters["bias"] = None

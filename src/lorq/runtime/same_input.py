@@ -1,4 +1,4 @@
-"""Layers that read one input, such as q, k and v, in one product.
+"""Layers that read one input, such as q, k and v: rotated once, and few tokens in one product.
 
 What: the first layer that is called multiplies for all of them, and the others take their rows of the result. Their
 tensors lie one after the other in one memory, of which each layer keeps its part.
@@ -6,188 +6,209 @@ tensors lie one after the other in one memory, of which each layer keeps its par
 Why: one token's product with a small layer takes little longer than its call, or its launch on a device.
 
 What is given up: low-rank factors of several layers stand side by side, ``left`` with zeros where another layer's rows
-meet a layer's own columns; layers where those would cost more than calls do run by themselves, and so do many tokens.
+meet a layer's own columns; layers where those would cost more than calls do multiply by themselves, and so do many
+tokens.
 """
 
 import weakref
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorq.core.codes import IntGrid
 from lorq.core.weight import LayerFormat
-from lorq.kernels import few_tokens, multiply
-from lorq.kernels.operands import DTYPES, STORED_NAMES
+from lorq.kernels import few_tokens, multiply, turn
+from lorq.kernels.derived import Derived
+from lorq.kernels.operands import DTYPES, STORED_NAMES, code_sizes
+from lorq.models.experts import Expert
 from lorq.runtime.linear import QuantLinear, one_memory
-from lorq.runtime.rotation import SharedRotation
 
-# One layer's after another's; and low-rank factors, side by side.
-_ROWS = "weight_packed", "weight_scale", "weight_zero_point", "codebook", "codebook_scale"
-_FACTORS = "left", "right", "left_scale", "right_scale"
 # Zeros of joined factors that are not worth a call: as a share of all that is stored, in layers of many weights.
 _WASTE, _MANY_WEIGHTS = 0.02, 1 << 21
-_MOST_JOINS = 4  # of the same layers: tensors that are others in every pass (offloaded ones) are left alone
 
 
-class Siblings:
-    """The quantized layers of one parent. Which of them share an input is learned from the calls of a pass."""
+class _Once:
+    """What is made of an input once for several layers, each of which takes it once.
 
-    def __init__(self) -> None:
-        self._run: list[weakref.ref[QuantLinear]] = []
-        self._input: tuple[weakref.ref[Tensor], int] | None = None
+    Kept until all have taken it, at the longest while the input is alive and unchanged.
+    """
 
-    def learn(self, layer: QuantLinear, x: Tensor) -> None:
-        """Note a call. Layers that were called with one input after another are joined once the next input comes."""
-        seen, version = self._input, -1 if x.is_inference() else x._version
-        run = [other for ref in self._run if (other := ref()) is not None]
-        if seen is None or seen[0]() is not x or seen[1] != version or any(layer is other for other in run):
-            for other in run:
-                other.learned = True
-            if len(run) > 1 and fit(run):
-                Joined(run)
-            self._run, self._input = [], (weakref.ref(x), version)
-        if not layer.learned:
-            self._run.append(weakref.ref(layer))
+    def __init__(self, count: int):
+        self._count = count
+        self._forget()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Siblings":
-        return memo.setdefault(id(self), Siblings())  # type: ignore[no-any-return]  # copies learn for themselves
+    def _forget(self, _: object = None) -> None:
+        self._of: tuple[weakref.ref[Tensor], tuple[Any, ...]] | None = None
+        self._made: Any = None
+        self._takers: tuple[int, ...] = ()
 
-    def __reduce__(self) -> tuple[type["Siblings"], tuple[()]]:
-        return Siblings, ()
+    def take(self, place: int, x: Tensor, make: Callable[[], Any]) -> Any:
+        """For the layer at a place; made where it is not kept, or that layer has taken it already."""
+        of, made, takers = self._of, self._made, self._takers
+        state = x._version, x.requires_grad, torch.is_grad_enabled()
+        if of is None or of[0]() is not x or of[1] != state or place in takers:
+            made, takers = make(), ()
+            self._of, self._made = (weakref.ref(x, self._forget), state), made
+        self._takers = *takers, place
+        if len(self._takers) == self._count:
+            self._forget()
+        return made
 
 
-class Joined:
-    """Some layers as one, and the last product until all of them have taken their part."""
+class Together:
+    """Layers of one input and one basis.
 
-    def __init__(self, layers: list[QuantLinear]):
-        self._layers = [weakref.ref(layer) for layer in layers]  # which hold this
-        self._rows = [layer.out_features for layer in layers]
-        self._kept: tuple[Any, ...] | None = None
-        self._own: list[tuple[Tensor | None, int]] = []
-        self._operands: list[Tensor | None] = [None] * len(STORED_NAMES)
-        self._many: dict[torch.dtype, int] = {}
-        self._joins = 0
-        for place, layer in enumerate(layers):
-            layer.joined = self, place
-        self.refresh()
+    Args:
+        count: how many there are; each is called with its place among them.
+        joins: few tokens are multiplied by all of them at once.
 
-    def product(self, layer: QuantLinear, x: Tensor, place: int) -> Tensor | None:
-        """The part of one layer, by its place, of the product with ``x``; None where it is to multiply by itself."""
-        if x.numel() // max(1, x.shape[-1]) >= self._many.get(x.dtype, 0):
+    Attributes:
+        layers: references to them; those of a copy are known after its first calls.
+        program: the operator's tensors of all layers as of one, and the permutation, where compiled programs look:
+            empty until `refresh`, None without such programs.
+    """
+
+    def __init__(self, count: int, joins: bool):
+        self.count, self.joins = count, joins
+        self.layers: list[Callable[[], QuantLinear | None]] = [lambda: None] * count
+        self.program: list[Tensor | None] | None = None
+        self._few: dict[torch.dtype, int] = {}
+        self._images, self._parts = _Once(count), _Once(count)
+        self._joined = Derived(partial(_join, self.layers), copies=True)  # `left` is copied
+
+    def __reduce__(self) -> tuple[type["Together"], tuple[int, bool]]:
+        return Together, (self.count, self.joins)
+
+    def image(self, layer: QuantLinear, place: int, x: Tensor) -> Tensor:
+        """The input in the layers' basis."""
+        # In programs that lorq compiles equal calls become one (`lorq.runtime.compiled.merge_calls`). Inference tensors
+        # do not count their changes.
+        if torch.compiler.is_compiling() or x.is_inference():
+            return layer.turn(x)
+        image: Tensor = self._images.take(place, x, lambda: layer.turn(x))
+        return image
+
+    def product(self, layer: QuantLinear, place: int, x: Tensor) -> Tensor | None:
+        """The layer's part of the product with ``x``; None where it is to multiply by itself."""
+        if not self.joins:
             return None
         if torch.compiler.is_compiling():
-            # Every layer has the product to itself; `MergeCalls` leaves one of them.
-            return self._multiply(layer, x)[place] if layer.merged else None
-        # Inference tensors do not count their changes. Nothing that learns is joined.
-        if x.is_inference() or (torch.is_grad_enabled() and x.requires_grad):
+            # Every layer has the product to itself; `merge_calls` leaves one of them.
+            if not self.program or x.numel() > self._few.get(x.dtype, 0) * x.shape[-1]:
+                return None
+            return _parts(x, self.program, self._rows, layer.format)[place]
+        if x.is_inference():
             return None
-        kept = self._kept
-        if kept is None or kept[0]() is not x or kept[1] != x._version or place in kept[3]:
-            own = self._own
-            if not self.refresh():
-                return None
-            self._joins += self._own is not own
-            if self._joins > _MOST_JOINS:
-                self.dissolve()
-                return None
-            me = weakref.proxy(self)
-            kept = weakref.ref(x, lambda _: me._forget()), x._version, self._multiply(layer, x), ()
-        taken = (*kept[3], place)
-        self._kept = None if len(taken) == len(self._rows) else (*kept[:3], taken)
-        y: Tensor = kept[2][place]
-        return y
+        known = self.layers[place]()
+        if known is None:
+            self.layers[place] = weakref.ref(layer)
+        elif known is not layer:  # a replica
+            return None
+        parts = self._parts.take(place, x, lambda: self._made(x))
+        if parts is None or parts[1][place] != _seen(layer):
+            return None
+        part: Tensor = parts[0][place]
+        return part
 
-    def _forget(self) -> None:
-        self._kept = None
+    def _made(self, x: Tensor) -> tuple[list[Tensor], list[Any]] | None:
+        """The layers' parts of the product with ``x``, and the tensors that they had."""
+        # Nothing that learns is joined.
+        if x.numel() > few_tokens(x.device, x.dtype) * x.shape[-1] or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        layers: list[Any] = [known() for known in self.layers]
+        joined = self._as_one(layers)
+        if joined is None:
+            return None
+        return _parts(x, *joined, layers[0].format), list(map(_seen, layers))
 
-    def _multiply(self, layer: QuantLinear, x: Tensor) -> list[Tensor]:
-        y = multiply(layer.into_basis(x), *self._operands, layer.format.bits)
-        # Not views of one tensor: what a layer returns may be written to.
-        return [part.contiguous() for part in torch.ops.aten.unsafe_split_with_sizes(y, self._rows, -1)]
+    def _as_one(self, layers: Sequence[Any]) -> "_One | None":
+        """What the layers hold as of one; None where one is not known, or they do not fit."""
+        if None in layers:
+            return None
+        return self._joined.of([t for layer in layers for t in layer._buffers.values() if t is not None])
 
-    def refresh(self) -> bool:
-        """Join what the layers hold now, unless that is done; False, and no longer joined, where it does not fit."""
-        layers = [layer for ref in self._layers if (layer := ref()) is not None]
-        own = [(layer._buffers.get(name), _version(layer, name)) for layer in layers for name in (*_ROWS, *_FACTORS)]
-        if len(own) == len(self._own) and all(a is b and n == m for (a, n), (b, m) in zip(own, self._own, strict=True)):
-            return True
-        if len(layers) < len(self._rows) or not fit(layers):
-            self.dissolve()
-            return False
-        with torch.inference_mode(False):  # kept: made while measuring, it must serve training too
-            self._operands[:] = _join(layers)  # in place: where compiled programs look
-        self._own = [(layer._buffers[name], _version(layer, name)) for layer in layers for name in (*_ROWS, *_FACTORS)]
-        device = layers[0].weight_packed.device
-        self._many = {dtype: few_tokens(device, dtype) + 1 for dtype in DTYPES}
-        self._kept = None
-        return True
-
-    def dissolve(self) -> None:
-        """From now on the layers are by themselves; programs that were compiled otherwise fail."""
-        self._kept = None
-        self._operands[:] = [None] * len(STORED_NAMES)
-        for ref in self._layers:
-            layer = ref()
-            if layer is not None:
-                layer.joined = None
+    def refresh(self) -> None:
+        """Show compiled programs what the layers hold now."""
+        if self.program is not None and self.joins:
+            operands, self._rows = self._as_one([known() for known in self.layers]) or ([], [])
+            self.program[:] = operands
+            if operands and operands[0] is not None:
+                self._few = {dtype: few_tokens(operands[0].device, dtype) for dtype in DTYPES}
 
 
-def _version(layer: QuantLinear, name: str) -> int:
-    """Changes of a tensor that is copied where layers are joined; the others are shared."""
-    tensor = layer._buffers.get(name)
-    return -1 if name != "left" or tensor is None or tensor.is_inference() else tensor._version
+# The operator's tensors of several layers as of one, and the permutation; and the rows of each layer.
+_One = tuple[list[Tensor | None], list[int]]
 
 
-def _join(layers: list[QuantLinear]) -> list[Tensor | None]:
-    """The operator's tensors of all layers as of one, whose memory the layers share from then on."""
-    tensors: dict[str, Tensor | None] = dict.fromkeys(STORED_NAMES) | {"levels": layers[0].levels}
-    for name in _ROWS:
-        if layers[0]._buffers[name] is not None:
-            tensors[name] = one_memory(layers, name)
-    ranked = [layer for layer in layers if layer.format.rank]
-    if ranked:
-        tensors |= _side_by_side(layers, ranked)
-    return [tensors[name] for name in STORED_NAMES]
+def _parts(x: Tensor, operands: Sequence[Tensor | None], rows: list[int], format: LayerFormat) -> list[Tensor]:
+    """Each layer's part of the product with ``x``."""
+    *stored, permutation = operands
+    z = turn(x, permutation, format.rotation_block, format.rotation_skip) if format.has_basis else x
+    y = multiply(z, *stored, format.bits)
+    # Not views of one tensor: what a layer returns may be written to.
+    return [part.contiguous() for part in torch.unsafe_split_with_sizes(y, rows, -1)]
 
 
-def _side_by_side(layers: list[QuantLinear], ranked: list[QuantLinear]) -> dict[str, Tensor]:
-    """Low-rank factors of all layers as of one, block by block."""
-    names = [name for name in _FACTORS[1:] if getattr(ranked[0], name) is not None]
-    tensors = {name: one_memory(ranked, name) for name in names}
-    example: Any = ranked[0].left
-    left = example.new_zeros(sum(layer.out_features for layer in layers), sum(layer.format.rank for layer in ranked))
+def _seen(layer: QuantLinear) -> tuple[int, ...]:
+    """Which tensors a layer has."""
+    return tuple(map(id, layer._buffers.values()))
+
+
+@torch.inference_mode(False)  # kept: made while measuring, it must serve training too
+def _join(known: Sequence[Callable[[], QuantLinear | None]], _: Sequence[Tensor | None]) -> _One | None:
+    """Several layers as one, whose memory they share from then on.
+
+    None where one learns, does not count its changes, or lies on another device.
+    """
+    layers = [layer for own in known if (layer := own()) is not None]
+    tensors = [layer.operands() for layer in layers]
+    given = [tensor for own in tensors for tensor in own if tensor is not None]
+    if any(isinstance(t, nn.Parameter) or t.is_inference() for t in given) or len({t.device for t in given}) > 1:
+        return None
+    joined: list[Tensor | None] = []
+    for name, own in zip(STORED_NAMES, zip(*tensors, strict=True), strict=True):
+        parts = [tensor for tensor in own if tensor is not None]
+        if name == "levels" or not parts:
+            joined.append(own[0])
+        else:
+            joined.append(_side_by_side(layers) if name == "left" else one_memory(parts))
+    return [*joined, layers[0].permutation], [layer.out_features for layer in layers]
+
+
+def _side_by_side(layers: Sequence[QuantLinear]) -> Tensor:
+    """Left factors of all layers as of one, block by block."""
+    lefts: list[Any] = [layer.left for layer in layers]
+    example = next(left for left in lefts if left is not None)
+    rank = sum(left.shape[1] for left in lefts if left is not None)
+    whole: Tensor = example.new_zeros(sum(layer.out_features for layer in layers), rank)
     row = column = 0
-    for layer in layers:
-        if layer.format.rank:
-            left[row : row + layer.out_features, column : column + layer.format.rank] = layer.left
-        row, column = row + layer.out_features, column + layer.format.rank
-    return tensors | {"left": left}
+    for layer, left in zip(layers, lefts, strict=True):
+        if left is not None:
+            whole[row : row + layer.out_features, column : column + left.shape[1]] = left
+            column += left.shape[1]
+        row += layer.out_features
+    return whole
 
 
-def fit(layers: list[QuantLinear]) -> bool:
-    """Whether layers can be one: what is stored of them fits together, and joining costs little."""
+def fit(layers: Sequence[QuantLinear]) -> bool:
+    """Whether layers of one input and basis can be one: their formats fit together, and joining costs little."""
     first = layers[0].format
 
-    def kind(f: LayerFormat) -> tuple[Any, ...]:
-        return (f.bits, f.group_size, f.symmetric, f.vector, f.codebook_rows, f.codebook_columns, f.grid, f.has_basis)
-
+    sizes = code_sizes(first.codes)
+    if sizes is None or sizes.scale_rank:
+        return False
+    zero_points = isinstance(first.codes, IntGrid) and not first.codes.symmetric
     for layer in layers:
         f = layer.format
-        if layer.in_features != layers[0].in_features or kind(f) != kind(first):
+        if f.codes != first.codes or f.input_quantization != "none" or layer.shared is not None:
             return False
-        if f.scale_rank or f.input_quantization != "none" or layer.shared is not None:
-            return False
-        if not f.symmetric and layer is not layers[-1] and layer.out_features * f.bits % 32:
+        if zero_points and layer is not layers[-1] and layer.out_features * f.bits % 32:
             return False  # zero points of two layers would meet in a word
-        if f.has_basis and layer.rotation is not layers[0].rotation:
-            return False
     ranked = [layer for layer in layers if layer.format.rank]
     if len({layer.format.factor_type for layer in ranked}) > 1:
-        return False
-    names = [(layer, name) for layer in layers for name in (*_ROWS, *_FACTORS)]
-    if any(name not in layer._buffers for layer, name in names):
-        return False  # a parameter, which learns
-    if len({tensor.device for layer, name in names if (tensor := layer._buffers[name]) is not None}) > 1:
         return False
     out, rank = sum(layer.out_features for layer in layers), sum(layer.format.rank for layer in ranked)
     weights = out * layers[0].in_features
@@ -196,27 +217,25 @@ def fit(layers: list[QuantLinear]) -> bool:
     return weights < _MANY_WEIGHTS or zeros <= _WASTE * stored
 
 
-def join_layers(model: nn.Module) -> None:
-    """Let layers of one parent that turn out to share an input multiply together."""
-    for parent in model.modules():
-        layers = [layer for layer in parent.children() if isinstance(layer, QuantLinear)]
-        if len(layers) > 1 and not any(layer.weight_packed.is_meta for layer in layers):
-            siblings = Siblings()
-            for layer in layers:
-                layer.siblings, layer.learned = siblings, False
+def _of_one_basis(layers: Iterable[QuantLinear]) -> list[list[QuantLinear]]:
+    groups: dict[tuple[Any, ...], list[QuantLinear]] = {}
+    for layer in layers:
+        f, order = layer.format, layer.permutation
+        places = b"" if order is None else order.cpu().numpy().tobytes()
+        groups.setdefault((layer.in_features, f.rotation_block, f.rotation_skip, places), []).append(layer)
+    return list(groups.values())
 
 
-def share_rotations(model: nn.Module) -> None:
-    """Let layers of one parent that have the same basis take their common input into it once."""
-    for parent in model.modules():
-        groups: dict[bytes, list[QuantLinear]] = {}
-        for layer in parent.children():
-            if isinstance(layer, QuantLinear) and layer.format.has_basis and not layer.weight_packed.is_meta:
-                f, order = layer.format, layer.permutation
-                key = f"{layer.in_features} {f.rotation_block} {f.rotation_skip} {layer.weight_packed.device} ".encode()
-                key += b"" if order is None else order.cpu().numpy().tobytes()
-                groups.setdefault(key, []).append(layer)
-        for layers in groups.values():
-            shared = SharedRotation(len(layers))
-            for layer in layers:
-                layer.rotation = shared
+def join(model: nn.Module, inputs: Iterable[Sequence[str]]) -> None:
+    """Let layers that read one input work together: those named, and the gate and up projection of every expert."""
+    groups: list[list[Any]] = [[model.get_submodule(name) for name in names] for names in inputs]
+    groups += [[module.gate_proj, module.up_proj] for module in model.modules() if isinstance(module, Expert)]
+    for group in groups:
+        # What is loaded for one call at a time stays by itself.
+        if any(not isinstance(layer, QuantLinear) or layer.weight_packed.is_meta for layer in group):
+            continue
+        for layers in _of_one_basis(group):
+            together = Together(len(layers), fit(layers))
+            if len(layers) > 1 and (together.joins or layers[0].format.has_basis):
+                for place, layer in enumerate(layers):
+                    together.layers[place], layer.together = weakref.ref(layer), (together, place)

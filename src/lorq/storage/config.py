@@ -1,5 +1,6 @@
 """quantization_config: what a lorq folder's config.json says of its packed layers."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -12,7 +13,7 @@ from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class LorqConfig(QuantizationConfigMixin):
@@ -25,6 +26,7 @@ class LorqConfig(QuantizationConfigMixin):
         settings: the method's settings.
         layers: for each quantized layer its format (`write_format`).
         tiles: for each projection whose experts share factors the fields of `lorq.core.tile_factors.TileFormat`.
+        inputs: names of the layers that read one input, for each input of several.
 
     Raises:
         ValueError: for a newer format version, an unknown or missing key, or a value out of range.
@@ -33,6 +35,7 @@ class LorqConfig(QuantizationConfigMixin):
     method: str
     layers: dict[str, Any]
     tiles: dict[str, Any]
+    inputs: list[list[str]]
 
     def __init__(self, **keys: Any):
         self.quant_method = keys.pop("quant_method", "lorq")  # type: ignore[assignment]
@@ -49,8 +52,11 @@ class LorqConfig(QuantizationConfigMixin):
             keys = _from_version_1(keys)
         if version < 3 and isinstance(keys.get("layers"), dict):
             keys["layers"] = {name: _entry_from_version_2(entry) for name, entry in keys["layers"].items()}
+        if version < 4:
+            keys.setdefault("inputs", [])  # not known
         for key, kind in (
             ("lorq_version", str), ("method", str), ("settings", dict), ("layers", dict), ("tiles", dict),
+            ("inputs", list),
         ):  # fmt: skip
             if not isinstance(keys.get(key), kind):
                 raise ValueError(f"quantization_config.{key} must be a {kind.__name__}, got {keys.get(key)!r}")
@@ -58,10 +64,11 @@ class LorqConfig(QuantizationConfigMixin):
         if keys:
             raise ValueError(
                 f"unknown keys in quantization_config: {', '.join(sorted(keys))}; known are quant_method, "
-                "format_version, lorq_version, method, settings, layers, tiles"
+                "format_version, lorq_version, method, settings, layers, tiles, inputs"
             )
         self.formats()  # checks them
         self.tile_formats()
+        _check_inputs(self.inputs, self.layers)
 
     def formats(self) -> dict[str, LayerFormat]:
         """The layers' formats by name."""
@@ -86,6 +93,18 @@ class LorqConfig(QuantizationConfigMixin):
     def __repr__(self) -> str:
         # The table of layers is long and transformers prints configs freely.
         return f"LorqConfig(method={self.method!r}, format_version={self.format_version}, layers={len(self.layers)})"
+
+
+def _check_inputs(inputs: list[Any], layers: dict[str, Any]) -> None:
+    """Refuse what does not name groups of layers."""
+    groups = [group if isinstance(group, list) else [group] for group in inputs]
+    counts = Counter(name for group in groups for name in group if isinstance(name, str))
+    for given, group in zip(inputs, groups, strict=True):
+        if len(group) < 2 or not all(isinstance(name, str) and name in layers and counts[name] == 1 for name in group):
+            raise ValueError(
+                "quantization_config.inputs must have lists of 2 and more names of layers, each name once in all, got "
+                f"{given!r}"
+            )
 
 
 def _from_version_1(keys: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_a_new_adapter_computes_what_the_base_does_to_the_last_bit(net, x, rank)
     parameters = attach(net, rank=rank)
     assert torch.equal(net(x), expected)
     ranks = {"up": 2, "down": 3} if rank == -1 else dict.fromkeys(LAYERS, rank)
-    assert {name: layer.format.scale_rank for name, layer in net.named_children() if name in LAYERS} == ranks
+    assert {name: layer.format.codes.scale_rank for name, layer in net.named_children() if name in LAYERS} == ranks
     assert sum(p.numel() for p in parameters) == sum(ranks[name] * (16 + 24) for name in LAYERS)
     assert all(p.dtype == torch.float32 for p in parameters)
 

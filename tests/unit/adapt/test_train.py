@@ -1,6 +1,7 @@
 """Training: gradients through the rounding, the data it reads, the loop, and what it leaves behind when it fails."""
 
 import copy
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from lorq.adapt.training import read_dataset
 from lorq.core.activations import Activations
 from lorq.core.codes import LevelCodes, LevelFormat, LevelGrid, LowRankScale, level_values, levels
 from lorq.core.weight import QuantizedWeight
+from lorq.kernels import KERNELS
 from lorq.kernels.reference import quant_linear_reference
 from lorq.runtime.linear import QuantLinear
 
@@ -207,7 +209,7 @@ def test_a_layer_computes_the_same_before_in_and_after_training(
 ):
     # Training rounds the weight to the inputs' type, as the reference does; the C++ kernels, compared with that
     # elsewhere, do not.
-    monkeypatch.setattr("lorq.kernels.cpu.run", quant_linear_reference)
+    monkeypatch.setitem(KERNELS, "cpu", dataclasses.replace(KERNELS["cpu"], multiply=quant_linear_reference))
     bias = torch.randn(24, generator=generator).to(dtype) if bias else None
     layer = pack(torch.randn(24, 16, generator=generator), bits=bits, grid=kind, bias=bias, activations=activations)
     layer = layer.to(dtype) if bias is not None else layer
@@ -381,7 +383,7 @@ def test_qat_starts_from_the_adapter_in_use(lords, windows):
         expected = float(lords(windows, labels=windows).loss)
     losses = train(lords, windows, "qat", steps=2, batch=6, learning_rate=1e-5).losses
     assert losses[0] == pytest.approx(expected, rel=1e-2)
-    assert lords.model.layers[0].mlp.up_proj.format.scale_rank == 4
+    assert lords.model.layers[0].mlp.up_proj.format.codes.scale_rank == 4
     assert list(adapters_of(lords).known) == ["base"]
 
 

@@ -384,7 +384,7 @@ def test_blocks_fit_unasked(settings, width, expected):
 )
 def test_codebooks_have_gptvqs_sizes(bits, out, in_, expected, cost):
     format = LoPRo(bits=bits, codebook="vector", rank=0).largest(out, in_)
-    assert (format.vector, format.codebook_rows, format.codebook_columns) == expected
+    assert (format.codes.vector, format.codes.rows, format.codes.columns) == expected
     scales = 16 * out + 16 * (out // expected[1]) * (in_ // expected[2])
     assert format.stored_bits(out, in_) == pytest.approx((bits + cost) * out * in_ + scales, rel=1e-12)
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from lorq.kernels import rotate
 from lorq.runtime.linear import QuantLinear
-from lorq.runtime.same_input import share_rotations
+from lorq.runtime.same_input import join
 
 FORMATS = {
     "asymmetric": layer_format(3, 16, False),
@@ -285,7 +285,8 @@ def attention(random_weight):
         weights = [dataclasses.replace(weight, basis=weights[0].basis) for weight in weights]
         model = Attention(*map(QuantLinear.from_weight, weights))
         if shared:
-            share_rotations(model)
+            join(model, [[name for name, layer in model.named_children()]])
+            model.q.together[0].joins = False  # rotations are looked at alone
         return model
 
     return make
@@ -301,7 +302,7 @@ def images(monkeypatch):
         made.append(weakref.ref(image))
         return image
 
-    monkeypatch.setattr("lorq.runtime.rotation.turn", counted)
+    monkeypatch.setattr("lorq.runtime.linear.turn", counted)
     return made
 
 
@@ -374,30 +375,26 @@ def test_a_copy_shares_among_its_own_layers(make, attention, images, generator):
     y = model(x)
     model.q(x)  # leaves an image behind, which a copy must not take along
     other = make(model)
-    assert other.q.rotation is other.k.rotation is other.v.rotation
-    assert other.q.rotation is not model.q.rotation
+    assert other.q.together[0] is other.k.together[0] is other.v.together[0] is not model.q.together[0]
     del images[:]
     assert torch.equal(other(x), y) and len(images) == 1
 
 
-def test_only_layers_of_one_parent_one_basis_and_one_width_share(random_weight, attention):
+def test_only_layers_of_one_input_one_basis_and_one_width_share(random_weight):
     def layer(format=TURNED, in_=48):
         return QuantLinear.from_weight(random_weight(8, in_, format))
 
     first = random_weight(8, 48, TURNED)
-    twin = QuantLinear.from_weight(first)
     rotated = dataclasses.replace(TURNED, permuted=False)
     others = [
         layer(), layer(), layer(rotated), layer(dataclasses.replace(rotated, rotation_skip=0)),
         layer(dataclasses.replace(rotated, rotation_block=8)), layer(rotated, in_=96), layer(FORMATS["symmetric"]),
-        QuantLinear(48, 8, rotated, device="meta"), torch.nn.Linear(48, 8),
     ]  # fmt: skip
-    model = torch.nn.ModuleList([QuantLinear.from_weight(first), twin, *others, torch.nn.ModuleList([layer(rotated)])])
-    share_rotations(model)
-    rotations = [module.rotation for module in model.modules() if isinstance(module, QuantLinear)]
-    assert rotations[0] is rotations[1] and rotations[0].layers == 2
-    assert len({id(rotation) for rotation in rotations[1:]}) == len(rotations) - 1
-    assert all(rotation.layers == 1 for rotation in rotations[2:])
+    named = [QuantLinear.from_weight(first), QuantLinear.from_weight(first), *others]
+    model = torch.nn.ModuleList([*named, QuantLinear.from_weight(first)])
+    join(model, [[str(i) for i in range(len(named))]])
+    assert named[0].together[0] is named[1].together[0] and [layer.together[1] for layer in named[:2]] == [0, 1]
+    assert all(layer.together is None for layer in model[2:])
 
 
 def test_nothing_is_kept_when_all_layers_have_run(attention, images, generator):
@@ -415,7 +412,6 @@ def test_nothing_is_kept_when_all_layers_have_run(attention, images, generator):
 
 def test_an_image_ends_with_its_input_though_not_all_sharers_have_run(attention, images, generator):
     model = attention(with_o=True)
-    assert model.o.rotation is model.q.rotation
     x = torch.randn(3, 48, generator=generator)
     with torch.no_grad():
         model(x)

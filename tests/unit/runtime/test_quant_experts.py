@@ -19,12 +19,13 @@ import lorq.runtime.experts_at_once
 from lorq.core.basis import Basis
 from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.tile_factors import TileFactors
-from lorq.kernels import cpu_experts, triton_experts
+from lorq.kernels import cpu_experts
+from lorq.kernels.reference_experts import declines_experts
 from lorq.models.experts import Experts
 from lorq.runtime.experts import QuantExperts, Tiles
-from lorq.runtime.experts_at_once import layers_of, run_grouped, why_not_grouped
+from lorq.runtime.experts_at_once import declines_at_once, layers_of, run_grouped
 from lorq.runtime.linear import QuantLinear
-from lorq.runtime.same_input import share_rotations
+from lorq.runtime.same_input import join
 
 HIDDEN, WIDTH, EXPERTS = 32, 48, 6
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -56,7 +57,7 @@ def packed(random_weight, random_tiles, generator):
         bases = {}
         for expert, name in itertools.product(range(EXPERTS), PROJECTIONS):
             old = getattr(experts[expert], name)
-            size = old.in_features if format.group_size == -1 else format.group_size
+            size = old.in_features if format.codes.group_size == -1 else format.codes.group_size
             own = with_codes(format, group_size=size)
             weight = random_weight(old.out_features, old.in_features, own)
             # What has tiles and reads the layer's input has one basis; the others have any.
@@ -71,7 +72,7 @@ def packed(random_weight, random_tiles, generator):
             modules[name] = Tiles(out, in_, factors.format)
             modules[name].load_state_dict(factors.tensors())
         whole = QuantExperts(experts, modules)
-        share_rotations(whole)
+        join(whole, [])
         return whole.requires_grad_(False).eval()
 
     return make
@@ -242,7 +243,7 @@ def test_the_middle_of_one_expert_has_its_part_of_the_shared_factors(packed, gen
 
 @pytest.fixture(params=["C++", "as on a GPU"])
 def grouped(request, monkeypatch):
-    """Experts run in one call, and how often they did: in C++, or as on a device whose kernel covers them."""
+    """Experts run in one call, and how often they did: in C++, or as on a device whose kernels do not decline them."""
     runs, taken = [], []
 
     def run(*given):
@@ -257,10 +258,9 @@ def grouped(request, monkeypatch):
         return taken[-1]
 
     cpu_experts_run = cpu_experts.run
-    monkeypatch.setattr(cpu_experts, "run", multiply)
-    monkeypatch.setattr(lorq.runtime.experts_at_once, "_in_cpp", lambda x: request.param == "C++")
-
-    monkeypatch.setattr(lorq.runtime.experts_at_once, "why_not_experts", lambda *_: None)
+    in_cpp = multiply if request.param == "C++" else None
+    monkeypatch.setattr(lorq.runtime.experts_at_once, "_run_experts", lambda x: in_cpp)
+    monkeypatch.setattr(lorq.runtime.experts_at_once, "declines_experts", lambda *_: None)
     monkeypatch.setattr(lorq.runtime.experts, "run_grouped", run)
     return runs
 
@@ -297,9 +297,12 @@ def test_in_one_product_every_kind_of_codes_carries_tiles(format, packed, genera
 def test_experts_that_were_moved_replaced_or_copied_are_those_that_run(packed, generator, grouped):
     experts, given = packed(), tokens_for(EXPERTS, 3, generator)
     check(experts, given)
-    kept = experts[1].down_proj.weight_packed
+    packed_ = [expert.down_proj.weight_packed for expert in experts]
     check(experts, given)
-    assert experts[1].down_proj.weight_packed is kept and len(kept._base) == EXPERTS * len(kept)
+    assert [expert.down_proj.weight_packed is own for expert, own in zip(experts, packed_, strict=True)] == [
+        True
+    ] * EXPERTS
+    assert {own.untyped_storage().nbytes() for own in packed_} == {EXPERTS * packed_[0].nbytes}
     twin = copy.deepcopy(experts)
     experts[2].up_proj = packed()[2].up_proj
     experts[2].up_proj.shared, experts[2].up_proj.permutation = twin[2].up_proj.shared, twin[2].up_proj.permutation
@@ -316,20 +319,18 @@ def test_why_experts_do_not_run_in_one_product_is_said(packed, generator, monkey
     x, _, weights = tokens_for(EXPERTS, 2, generator)
 
     def why(experts, x=x):
-        return why_not_grouped(layers_of(experts), tuple(experts.tiles), x, weights)
+        return declines_at_once(layers_of(experts), tuple(experts.tiles), x, weights)
 
     assert why(packed()) is None
     assert why(packed(), x.double()) == "inputs are torch.float64"
-    many = why_not_grouped(layers_of(packed()), PROJECTIONS, x, torch.ones(75, 2))
+    many = declines_at_once(layers_of(packed()), PROJECTIONS, x, torch.ones(75, 2))
     assert many is not None and many.startswith("an expert has 25.0 tokens, and more than ")
     with monkeypatch.context() as compiling:
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
         assert why(packed()) == "a program is being compiled, which one call of C++ is no part of"
     books = packed(format=layer_format(2, -1, True, vector=4, codebook_rows=8, codebook_columns=16))
     assert why(books) == "an expert has 3.7 tokens, and more than 1 are faster one expert after the other"
-    monkeypatch.setattr(
-        lorq.runtime.experts_at_once, "why_not_experts", lambda format, *_: triton_experts.misfit(format)
-    )
+    monkeypatch.setattr(lorq.runtime.experts_at_once, "declines_experts", lambda format, *_: declines_experts(format))
     assert why(packed()) is None
     assert why(packed(), x.clone().requires_grad_()) == "inputs need gradients"
     assert why(packed(tiles=("gate_proj", "up_proj"))) == "down_proj has no shared factors"

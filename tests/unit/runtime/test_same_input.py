@@ -1,8 +1,10 @@
-"""Layers that share an input multiply together, are found by what they are called with, and answer as by themselves."""
+"""Layers that share an input multiply together, and answer as by themselves, whatever changes."""
 
 import copy
 import gc
+import pickle
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from torch import nn
 
 import lorq.runtime.compiled
 import lorq.runtime.same_input
+from lorq.models.experts import Expert
 from lorq.runtime.linear import QuantLinear
-from lorq.runtime.same_input import Joined, fit, join_layers, share_rotations
+from lorq.runtime.same_input import fit, join
 
 SIZES = {"q": 32, "k": 16, "v": 16, "o": 48}
 FORMATS = {
@@ -23,6 +26,7 @@ FORMATS = {
     "codebooks": layer_format(2, 48, True, 0, "float16", 4, 8, 16),
     "levels": layer_format(4, 16, True, grid="normal-float"),
     "rotated": layer_format(4, 16, True, 2, "int8", rotation_block=16),
+    "permuted": layer_format(4, 16, True, permuted=True),
 }
 
 
@@ -42,14 +46,16 @@ class Attention(nn.Module):
 @pytest.fixture
 def attention(random_weight, generator):
     def make(format, formats=None, bias=False):
-        layers = {}
+        layers, basis = {}, None
         for name, out in SIZES.items():
             own = (formats or {}).get(name, format)
             given = torch.randn(out, generator=generator) if bias else None
-            layers[name] = QuantLinear.from_weight(random_weight(out, 48, own), given)
+            weight = random_weight(out, 48, own)
+            weight = weight if weight.basis is None else replace(weight, basis=basis or weight.basis)
+            basis = weight.basis
+            layers[name] = QuantLinear.from_weight(weight, given)
         module = Attention(**layers)
-        share_rotations(module)
-        join_layers(module)
+        join(module, [["q", "k", "v"]])
         return module
 
     return make
@@ -69,96 +75,99 @@ def products(monkeypatch):
 
 
 def alone(module, x):
-    return [type(layer).multiply(layer, layer.into_basis(z)) for layer, z in calls(module, x)]
+    """What layers that know nothing of each other answer."""
+    found = []
+    for layer, z in ((module.q, x), (module.k, x), (module.v, x), (module.o, x + 1)):
+        apart = QuantLinear(layer.in_features, layer.out_features, layer.format, bias=layer.bias is not None)
+        apart.load_state_dict(layer.state_dict())
+        found.append(apart(z))
+    return found
 
 
-def calls(module, x):
-    return [(module.q, x), (module.k, x), (module.v, x), (module.o, x + 1)]
+def check(module, x, message=None):
+    for found, one in zip(module(x + 0), alone(module, x), strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5 * max(1.0, float(one.abs().max())), msg=message)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_layers_of_one_input_are_found_and_answer_as_by_themselves(format, bias, attention, products, generator):
+def test_layers_of_one_input_answer_as_by_themselves(format, bias, attention, products, generator):
     module = attention(format, bias=bias)
     x = torch.randn(2, 48, generator=generator)
     expected = alone(module, x)
-    for passes in range(3):
-        found = module(x.clone())
-        for y, own in zip(found, expected, strict=True):
-            torch.testing.assert_close(y, own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
-        assert products == [64] * passes  # the first pass tells who shares
-    assert module.q.joined[0] is module.k.joined[0] is module.v.joined[0] and module.o.joined is None
-    assert alone(module, x)[1].equal(expected[1])  # whose tensors lie elsewhere now
+    for passes in (1, 2):
+        check(module, x)
+        assert products == [64] * passes
+    assert all(a.equal(b) for a, b in zip(alone(module, x), expected, strict=True))  # their tensors lie elsewhere now
 
 
 @torch.no_grad()
 def test_layers_of_other_ranks_join(attention, products, generator):
     own = {"q": layer_format(4, 16, False, 5, "int8"), "v": layer_format(4, 16, False, 1, "int8")}
     module = attention(layer_format(4, 16, False), own)
-    x = torch.randn(1, 48, generator=generator)
-    expected = alone(module, x)
-    for y in (module(x + 0), module(x + 0)):
-        for found, one in zip(y, expected, strict=True):
-            torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-4)
-    assert products == [64]
+    for _ in range(2):
+        check(module, torch.randn(1, 48, generator=generator))
+    assert products == [64] * 2
 
 
 @torch.no_grad()
-def test_what_changes_is_seen(attention, generator):
+def test_what_changes_is_seen(attention, products, generator):
     module = attention(layer_format(4, 16, False, 2, "int8"))
     x = torch.randn(1, 48, generator=generator)
-    module(x + 0), module(x + 0)
+    check(module, x)
     # An input that is written to between two calls.
     z = x.clone()
     module.q(z)
     z.mul_(2)
-    torch.testing.assert_close(module.k(z), module.k.multiply(2 * x))
-    # Tensors that take the place of others, one by one.
+    torch.testing.assert_close(module.k(z), alone(module, 2 * x)[1])
+    # Tensors that take the place of others, one by one; also between two calls with one input.
     for name in ("weight_packed", "weight_scale", "weight_zero_point", "left", "right_scale"):
+        module.q(x)
         setattr(module.k, name, getattr(module.k, name).flip(0).contiguous())
-        expected = alone(module, x)
-        for found, one in zip(module(x + 0), expected, strict=True):
-            torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-4, msg=name)
+        torch.testing.assert_close(module.k(x), alone(module, x)[1], rtol=1e-5, atol=1e-4)
+        check(module, x, name)
     # What is written to: codes and factors, all at once and one by one.
     other = attention(layer_format(4, 16, False, 2, "int8"))
     module.load_state_dict(other.state_dict())
-    for found, one in zip(module(x + 0), alone(other, x), strict=True):
-        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-4)
+    check(module, x)
+    assert all(a.equal(b) for a, b in zip(alone(module, x), alone(other, x), strict=True))
     module.q.left.zero_()
-    expected = alone(module, x)
-    torch.testing.assert_close(module(x + 0)[0], expected[0], rtol=1e-5, atol=1e-4)
+    check(module, x)
     # All in place of all others, and the first call not the first layer's.
     module.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=True)
-    torch.testing.assert_close(module.k(x), other.k.multiply(x), rtol=1e-5, atol=1e-4)
-    assert module.q.joined is not None
-    # Another device or dtype: all of it is learned again.
+    torch.testing.assert_close(module.k(x), alone(other, x)[1], rtol=1e-5, atol=1e-4)
+    # Another device or dtype.
     module.to(torch.bfloat16)
-    assert module.q.joined is None
-    module(x + 0), module(x + 0)
-    assert module.q.joined is not None
+    module._apply(lambda tensor: tensor.clone())
+    products.clear()
+    check(module, x)
+    assert products == [64]
 
 
 @torch.no_grad()
-def test_copies_learn_for_themselves(attention, products, generator):
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_join_among_themselves_once_all_were_called(make, attention, products, generator):
     module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
     expected = module(x + 0)
-    module(x + 0)
-    other = copy.deepcopy(module)
-    assert other.q.joined is None and other.q.siblings is other.k.siblings is not module.q.siblings
+    other = make(module)
+    assert other.q.together[0] is other.k.together[0] is not module.q.together[0]
     other.q.weight_scale.zero_()
+    del products[:]
     for _ in range(2):
         assert not other(x + 0)[0].any() and module(x + 0)[0].equal(expected[0])
-    assert products == [64] * 4
+    assert products == [64] * 3
+    alone_ = make(module.q)
+    for _ in range(2):
+        torch.testing.assert_close(alone_(x), expected[0])
 
 
 def test_gradients_inference_and_many_tokens_go_by_layers(attention, products, generator):
     module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
-    with torch.no_grad():
-        module(x + 0), module(x + 0)
-    products.clear()
     learning = x.clone().requires_grad_()
     module(learning)[0].sum().backward()
     assert learning.grad is not None
@@ -167,39 +176,35 @@ def test_gradients_inference_and_many_tokens_go_by_layers(attention, products, g
     with torch.no_grad():
         module(torch.randn(500, 48, generator=generator))
     assert products == []
+    # What was made while measuring serves training too.
+    with torch.inference_mode():
+        module(x)
+    assert products == [64]
+    module(x + 0)
+    module(learning)[0].sum().backward()
 
 
 @torch.no_grad()
-@torch.no_grad()
-def test_layers_between_whose_calls_the_input_changes_are_not_joined(attention, generator):
+def test_replicas_of_data_parallel_have_their_own_tensors(attention, products, generator):
     module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
-    for _ in range(2):
-        z = x.clone()
-        module.q(z), module.k(z)
-        z.mul_(2)
-        module.v(z)
-    assert module.q.joined[0] is module.k.joined[0] and module.v.joined is None
-
-
-def test_replicas_of_data_parallel_have_their_own_tensors(attention):
-    module = attention(layer_format(4, 16, False))
-    with torch.no_grad():
-        module(torch.ones(1, 48)), module(torch.ones(1, 48))
+    check(module, x)
     replica = module.q._replicate_for_data_parallel()
-    assert replica.joined is None and replica.learned and module.q.joined is not None
+    replica._parameters["bias"] = None  # as torch.nn.parallel.replicate goes on
+    replica._buffers = {name: t if t is None else t.clone() for name, t in module.q._buffers.items()}
+    replica.weight_scale = 2 * module.q.weight_scale
+    del products[:]
+    torch.testing.assert_close(replica(x), 2 * alone(module, x)[0])
+    assert not products
 
 
+@torch.no_grad()
 def test_a_layer_that_is_called_alone_multiplies_and_keeps_nothing(attention, products, generator):
     module = attention(layer_format(4, 16, False))
-    module(torch.ones(1, 48)), module(torch.ones(1, 48))
     x = torch.randn(1, 48, generator=generator)
     for _ in range(2):  # twice the same layer, and others that never come
-        torch.testing.assert_close(module.k(x), module.k.multiply(x))
-    assert module.k.joined[0]._kept is not None
-    del x
-    gc.collect()
-    assert module.k.joined[0]._kept is None
+        torch.testing.assert_close(module.k(x), alone(module, x)[1])
+    assert products == [64] * 2
 
 
 def test_what_does_not_fit_is_left_alone(random_weight):
@@ -214,7 +219,6 @@ def test_what_does_not_fit_is_left_alone(random_weight):
     assert fit(layers(one, one, sizes=(32, 15)))
     scaled = layer_format(4, 48, True, scale_rank=2)
     assert not fit(layers(scaled, scaled))
-    assert not fit(layers(layer_format(4, 16, True, rotation_block=16), layer_format(4, 16, True, rotation_block=16)))
     ranks = layer_format(4, 16, False, 2, "int8"), layer_format(4, 16, False, 2, "float16")
     assert not fit(layers(*ranks))
 
@@ -229,23 +233,28 @@ def test_factors_of_large_layers_join_only_where_zeros_cost_little():
 
 
 @torch.no_grad()
-def test_tensors_that_are_others_in_every_pass_are_left_alone(attention, generator):
+@pytest.mark.parametrize("learns", [False, True], ids=["elsewhere", "learns"])
+def test_what_lies_elsewhere_or_learns_is_left_alone_and_joins_again(learns, attention, products, generator):
     module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
-    module(x + 0)
-    for _ in range(8):
-        module.v._buffers["weight_scale"] = module.v.weight_scale.clone()  # as accelerate's hooks do
-        module(x + 0)
-    assert module.q.joined is module.k.joined is module.v.joined is None
-    # Nor what lies elsewhere, or learns.
-    for wrong in (module.k.weight_scale.to("meta"), nn.Parameter(module.k.weight_scale, requires_grad=False)):
-        module = attention(layer_format(4, 16, False))
-        module(x + 0), module(x + 0)
-        if isinstance(wrong, nn.Parameter):
-            del module.k.weight_scale
-        module.k.weight_scale = wrong
-        assert module.q.joined is module.v.joined is None
-        torch.testing.assert_close(module.q(x), module.q.multiply(x))
+    before = module.k.weight_scale
+    if learns:
+        del module.k.weight_scale
+        module.k.weight_scale = nn.Parameter(before, requires_grad=False)
+    else:
+        module.k.weight_scale = before.to("meta")
+    torch.testing.assert_close(module.q(x), alone_of(module.q)(x))
+    assert products == []
+    if not learns:
+        module.k.weight_scale = before
+        check(module, x)
+        assert products == [64]
+
+
+def alone_of(layer):
+    apart = QuantLinear(layer.in_features, layer.out_features, layer.format)
+    apart.load_state_dict(layer.state_dict())
+    return apart
 
 
 @torch.no_grad()
@@ -254,7 +263,6 @@ def test_what_a_layer_returns_may_be_written_to(tokens, attention, generator):
     module = attention(layer_format(4, 16, False))
     x = torch.randn(tokens, 48, generator=generator)
     expected = alone(module, x)
-    module(x + 0), module(x + 0)
     with torch.enable_grad():
         z = x + 0
         q, k = module.q(z), module.k(z)
@@ -267,17 +275,28 @@ def test_what_a_layer_returns_may_be_written_to(tokens, attention, generator):
     torch.testing.assert_close(v, expected[2])
 
 
-def test_a_model_is_gone_when_nobody_has_it(attention):
-    module = attention(layer_format(4, 16, False, 2, "int8"))
+def test_a_model_is_gone_when_nobody_has_it_and_a_product_when_its_input_is(attention, monkeypatch):
+    module, made = attention(layer_format(4, 16, False, 2, "int8")), []
+    split = torch.unsafe_split_with_sizes
+
+    def noted(*given):
+        parts = split(*given)
+        made.append(weakref.ref(parts[1]))
+        return parts
+
+    monkeypatch.setattr(torch, "unsafe_split_with_sizes", noted)
     gc.collect()
     gc.disable()
     try:
         with torch.no_grad():
-            module(torch.ones(1, 48)), module(torch.ones(1, 48))
-        seen = weakref.ref(module.q), weakref.ref(module.q.weight_packed)
-        assert module.q.joined is not None
+            x = torch.ones(1, 48)
+            module.q(x)
+            assert made[0]() is not None
+            del x
+            assert made[0]() is None
+        seen = weakref.ref(module.q), weakref.ref(module.q.weight_packed), weakref.ref(module.q.together[0])
         del module
-        assert seen[0]() is None and seen[1]() is None
+        assert [ref() for ref in seen] == [None] * 3
     finally:
         gc.enable()
 
@@ -295,10 +314,30 @@ def test_several_equal_calls_become_one_in_a_graph():
     assert first is again and first not in others
 
 
+@torch.no_grad()
 def test_joining_takes_no_second_memory(attention):
     module = attention(layer_format(4, 16, False, 2, "int8"))
-    joined = Joined([module.q, module.k])
-    for name, place in (("weight_packed", 0), ("weight_scale", 1), ("right", 9)):
-        whole = joined._operands[place]
-        for layer in (module.q, module.k):
-            assert getattr(layer, name).untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    module(torch.ones(1, 48))
+    for name in ("weight_packed", "weight_scale", "weight_zero_point", "right", "left_scale"):
+        storages = {getattr(layer, name).untyped_storage().data_ptr() for layer in (module.q, module.k, module.v)}
+        assert len(storages) == 1, name
+
+
+def test_only_packed_layers_that_are_in_memory_join(random_weight):
+    format = layer_format(4, 16, False)
+    packed = [QuantLinear.from_weight(random_weight(32, 48, format)) for _ in range(2)]
+    away = [QuantLinear(48, 32, format, device="meta"), nn.Linear(48, 32)]
+    for other in away:
+        model = nn.ModuleList([*packed, other])
+        join(model, [["0", "2"]])
+        assert packed[0].together is None
+    join(model, [["0", "1"]])
+    assert packed[0].together[0] is packed[1].together[0]
+
+
+def test_gate_and_up_of_an_expert_join_without_being_named(random_weight):
+    expert = Expert()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        setattr(expert, name, QuantLinear.from_weight(random_weight(32, 48, layer_format(4, 16, False))))
+    join(nn.ModuleList([expert]), [])
+    assert expert.gate_proj.together[0] is expert.up_proj.together[0] and expert.down_proj.together is None
