@@ -1,6 +1,7 @@
 # make demo   set everything up, then: a real language model -> FLRQ at 3 bits -> measured -> talking
 # make test   set everything up, then the whole default test run: all that is not slow, not gpu, not network
-# make test-kernels   the kernels again: Triton's in its interpreter, C++ under the sanitizers (two minutes)
+# make test-kernels   what takes a compiler's time: Triton's kernels in its interpreter, C++ under the sanitizers,
+#                     generate --compile (three minutes)
 # make venv   the set-up alone
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ test: venv check
 
 test-kernels: venv
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contracts/test_triton.py tests/contracts/test_triton_experts.py
-	$(BIN)/python -m pytest -m slow tests/contracts/test_cpu_kernels.py
+	$(BIN)/python -m pytest -m slow tests/contracts/test_cpu_kernels.py tests/e2e/test_compiled.py
 
 check: venv
 	$(BIN)/ruff format --check .

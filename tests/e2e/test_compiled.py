@@ -57,6 +57,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow  # a minute where nothing was compiled before; make test-kernels runs it
 @needs_compiler
 def test_compiled_steps_write_the_same_tokens_through_the_same_operators(folder_of, text_file, tmp_path):
     for name, method in METHODS.items():
