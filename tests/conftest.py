@@ -1,6 +1,7 @@
 """Fixtures that more than one test file builds on."""
 
 import pytest
+import shapes
 import torch
 from helpers import byte_tokenizer, tiny_folder, tiny_model
 
@@ -20,6 +21,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def first_calls_are_checked():
+    shapes.forget_calls()
 
 
 @pytest.fixture
