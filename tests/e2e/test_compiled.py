@@ -15,7 +15,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 # the graph is an error there. The models are of one class, each compiled after the one before has run.
 SCRIPT = """
 import json, sys, torch, lorq
-from lorq.generate import STEPS, compile_steps
+from lorq.runtime.compiled import STEPS, compile_steps
 
 prompt = {"input_ids": torch.tensor([[5, 40, 9, 77]]), "max_new_tokens": 9, "do_sample": False}
 found = []

@@ -239,9 +239,9 @@ def recorder():
         needs_stats = True
         seen: ClassVar = []
 
-        def solve(self, weight, stats, *, generator):
-            self.seen.append((weight.clone(), stats))
-            return super().solve(weight, stats, generator=generator)
+        def solve(self, problem):
+            self.seen.extend((weight.clone(), problem.stats[name]) for name, weight in problem.weights.items())
+            return super().solve(problem)
 
         def of(self, weight):
             return next(stats for seen, stats in self.seen if seen.shape == weight.shape and torch.equal(seen, weight))

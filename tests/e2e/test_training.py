@@ -144,13 +144,11 @@ def test_evaluating_with_an_adapter_is_evaluating_the_merged_model(base, trained
 
 
 def test_generating_with_an_adapter_is_generating_with_the_merged_model(base, trained, tmp_path):
-    from lorq.generate import stream_text
-
     model = lorq.load(base)
     lorq.adapt.load_adapter(model, trained[0])
     lorq.adapt.save(model, tmp_path / "merged")
     told, expected = (
-        "".join(stream_text(str(folder), "Line 3:", adapter=adapter, tokens=8, chat=False))
+        "".join(lorq.generate(folder, "Line 3:", adapter=adapter, tokens=8, chat=False))
         for folder, adapter in ((base, trained[0]), (tmp_path / "merged", None))
     )
     assert told == expected != ""

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lorq.bench.sketch import bench_sketch, known_spectrum
+from lorq.bench.commands import bench_sketch
+from lorq.bench.sketch import known_spectrum
 from lorq.core import sketch as module
 from lorq.core.sketch import FORMS, rank1_sketch, sketch
 
