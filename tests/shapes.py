@@ -5,21 +5,23 @@ from functools import wraps
 from beartype import beartype
 
 CALLS = 20  # of every function, in every test
-_seen: dict = {}
+_test = [0]
 
 
 def check_first_calls(function):
     """What `--jaxtyping-packages` puts around every function of lorq: beartype, for the first calls of each test."""
-    checked = beartype(function)
+    checked, seen = beartype(function), [0, 0]  # in which test, how often; no dict, which torch.compile cannot follow
 
     @wraps(function)
     def run(*args, **named):
-        seen = _seen[function] = _seen.get(function, 0) + 1
-        return checked(*args, **named) if seen <= CALLS else None
+        if seen[0] != _test[0]:
+            seen[:] = _test[0], 0
+        seen[1] += 1
+        return checked(*args, **named) if seen[1] <= CALLS else None
 
     return run
 
 
 def forget_calls():
     """A new test begins."""
-    _seen.clear()
+    _test[0] += 1

@@ -27,7 +27,7 @@ def test_quantize_bench_measures_each_run_in_a_process_of_its_own(model, text_fi
     assert 0 < fine["kl_mean"] < 0.01 < coarse["kl_mean"]
     assert fine["bits_per_weight"] == pytest.approx(8 + (16 + 8) / 32, rel=0.02)
     # The packages that quantizing needs beside torch take some hundred megabytes; a wrong unit would be far off.
-    assert all(10 < row["peak_megabytes"] < 2000 and row["seconds"] > 0 for row in rows)
+    assert all(10 < row["peak_megabytes"] < 2000 for row in rows)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -291,7 +291,6 @@ def test_losses_fall_and_only_what_trains_changes(lords, windows, mode, rate):
         2 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 24),
     )
     assert done.parameters == (scales if mode == "peft" else scales + weights)
-    assert done.seconds > 0
     assert not lords.training and not any(p.requires_grad for p in lords.parameters())
     if mode == "peft":
         use_adapter(lords)
