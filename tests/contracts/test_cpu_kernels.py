@@ -84,11 +84,8 @@ def test_whole_numbers_match_the_dense_product_at_every_width_and_shape(module, 
             continue
         x = torch.randn(3, in_, generator=generator).to(dtype)
         if cpu.declines_format(format, in_) is not None:
-            assert (
-                (format.bits == 2 and format.codes.group_size in (96, 1536))
-                or format.codes.group_size == 16
-                or in_ == 96
-            )
+            group = format.codes.group_size
+            assert (format.bits == 2 and group in (96, 1536)) or group == 16 or in_ == 96
             continue
         arguments = covered(weight, x)
         y, expected = cpu.multiply(x, *arguments), x.double() @ dense(weight).T

@@ -76,9 +76,8 @@ def assert_ordinary(folder, model, base):
     tensors = stored(folder)
     assert report.bytes == sum(tensor.nbytes for tensor in tensors.values())
     layers = lords_layers(model)
-    assert {layer.name: layer.rank for layer in report.layers} == {
-        n: l.format.codes.scale_rank for n, l in layers.items()
-    }
+    ranks = {name: layer.format.codes.scale_rank for name, layer in layers.items()}
+    assert {layer.name: layer.rank for layer in report.layers} == ranks
     assert [layer.name for layer in report.layers] == [layer.name for layer in lorq.read_report(base).layers]
     for layer in report.layers:
         own = {n: t for n, t in tensors.items() if n.rpartition(".")[0] == layer.name and not n.endswith(".bias")}

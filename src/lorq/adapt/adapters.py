@@ -32,10 +32,11 @@ class Adapters:
     active: str = BASE
 
 
-def scale_rank(layer: QuantLinear) -> int:
-    """Rank of a layer's scale; 0 where the scale is no product."""
+def lords_format(layer: QuantLinear) -> LevelFormat:
+    """The codes' format of a layer whose scale is a product."""
     codes = layer.format.codes
-    return codes.scale_rank if isinstance(codes, LevelFormat) else 0
+    assert isinstance(codes, LevelFormat) and codes.scale_rank, codes
+    return codes
 
 
 def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
@@ -45,7 +46,7 @@ def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
         ValueError: if there are none.
     """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    found = {name: layer for name, layer in packed.items() if scale_rank(layer)}
+    found = {name: layer for name, layer in packed.items() if getattr(layer.format.codes, "scale_rank", 0)}
     if not found:
         raise untrainable("this one", len(packed))
     return found
@@ -192,7 +193,7 @@ def base_hash(model: nn.Module) -> str:
     """sha256 (hex) of the codes that adapters belong to: names, shapes, grids and packed words, not their scales."""
     digest = hashlib.sha256()
     for name, layer in sorted(lords_layers(model).items()):
-        codes, words = layer.format.codes, layer.weight_packed.cpu().contiguous()
+        codes, words = lords_format(layer), layer.weight_packed.cpu().contiguous()
         head = f"{name} {layer.out_features} {layer.in_features} {codes.bits} {codes.levels} "
         digest.update(head.encode() + len(head).to_bytes(8, "little"))
         digest.update(words.numpy().tobytes())

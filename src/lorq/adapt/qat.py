@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorq.adapt.adapters import adapters_of, half_factors, let_train, lords_layers, use_adapter
+from lorq.adapt.adapters import adapters_of, half_factors, let_train, lords_format, lords_layers, use_adapter
 from lorq.core.codes import LevelCodes, LevelFormat, LevelGrid, levels
 from lorq.kernels import fake_quantize
 from lorq.models.blocks import StreamedModel
@@ -71,7 +71,7 @@ class TrainableLinear(nn.Module):
     def __init__(self, layer: QuantLinear, weight: Float[Tensor, "out in"]):
         super().__init__()
         self.packed = (layer,)  # in a tuple: no child, its buffers do not count
-        self.grid = layer.format.codes.grid
+        self.grid = lords_format(layer).grid
         self.weight = nn.Parameter(weight)
         factors = half_factors(layer)
         self.scale_left, self.scale_right = nn.Parameter(factors.left.float()), nn.Parameter(factors.right.float())

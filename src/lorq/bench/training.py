@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lorq.adapt import Settings, train
-from lorq.adapt.adapters import lords_layers, scale_rank
+from lorq.adapt.adapters import lords_format, lords_layers
 from lorq.adapt.training import descend, read_dataset
 from lorq.bench.timing import Result
 from lorq.models.locate import resolve_model
@@ -85,7 +85,7 @@ def add_lora(model: nn.Module) -> None:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear
 
-    ranks = {name: scale_rank(layer) for name, layer in lords_layers(model).items()}
+    ranks = {name: lords_format(layer).scale_rank for name, layer in lords_layers(model).items()}
     config = LoraConfig(
         target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks, r=1, lora_alpha=1, lora_dropout=0.0
     )

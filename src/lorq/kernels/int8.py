@@ -61,9 +61,10 @@ def declines_format(format: LayerFormat, in_features: int, device: torch.device,
     f = format
     if f.input_quantization == "none":
         return "inputs are not quantized"
-    if not isinstance(f.codes, IntGrid):
+    codes = f.codes
+    if not isinstance(codes, IntGrid) and getattr(codes, "levels", "none") != "integer":
         return "codes do not stand for whole numbers"
-    if f.codes.group_size != in_features:
+    if not isinstance(codes, IntGrid) or codes.group_size != in_features:
         return "a row has more than one scale"
     if f.rank or f.has_basis:
         return "it has a low-rank part" if f.rank else "its inputs are rotated"

@@ -1,7 +1,6 @@
 """The operator's tensors, and what they tell of their layer."""
 
 from dataclasses import dataclass
-from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -51,7 +50,6 @@ class CodeSizes:
         return self.vector == 1 and self.levels == "integer"
 
 
-@cache
 def code_sizes(codes: CodesFormat) -> CodeSizes | None:
     """What kernels are told of codes; None of a kind that they do not know."""
     match codes:
@@ -101,7 +99,7 @@ def codes_format(p: Operands, bits: int, in_features: int) -> IntGrid | LevelFor
     groups = 1 if p.scale is None else p.scale.shape[1]
     if p.codebook is not None:
         rows, columns, _, vector = p.codebook.shape
-        return VectorGrid(bits, vector, len(p.packed) // rows, in_features // columns, in_features // groups)
+        return VectorGrid(bits, vector, p.packed.shape[0] // rows, in_features // columns, in_features // groups)
     if p.levels is not None or p.scale_left is not None:
         rank = 0 if p.scale_left is None else p.scale_left.shape[1]
         return LevelFormat(bits, "integer" if p.levels is None else "normal-float", in_features // groups, rank)
