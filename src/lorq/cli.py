@@ -134,10 +134,12 @@ def inspect(
         verify: compare every weight file with its checksum first.
         html: write a page with plots to this file.
     """
+    from lorq.storage.folder import LorqFolder
     from lorq.storage.reader import verify_shards
     from lorq.storage.report import html_page
 
-    report, runs = read_report(out), layer_implementations(out)
+    folder = LorqFolder.open(out)
+    report, runs = folder.report, layer_implementations(folder)
     if verify:
         verify_shards(out, report.checksums)
         notes.print(f"{len(report.checksums)} weight files match their checksums")
@@ -160,7 +162,7 @@ def inspect(
         console.print(f"not quantized: {name}: {reason}", highlight=False, markup=False)
     for name, note in report.notes.items():
         console.print(f"note: {name}: {note}", highlight=False, markup=False)
-    for line in (*implementation_lines(runs), *expert_lines(out)):
+    for line in (*implementation_lines(runs), *expert_lines(folder)):
         console.print(line, highlight=False, markup=False)
     print_summary(report, out)
 

@@ -10,9 +10,9 @@ import torch
 from helpers import tiny_folder
 
 from lorq.cli import main
-from lorq.core.layout import _STORED
 from lorq.core.packing import pack, unpack
 from lorq.methods import METHODS
+from lorq.runtime.linear import STORED
 from lorq.storage.names import SENTINEL
 
 ROOT = Path(__file__).parents[2]
@@ -85,5 +85,5 @@ def test_the_formats_example_packs_to_its_bytes():
 
 
 def test_the_format_names_every_tensor_and_the_guard():
-    assert set(re.findall(r"^\| `NAME\.(\w+)`", FORMAT, re.M)) == {*_STORED, "bias"}
+    assert set(re.findall(r"^\| `NAME\.(\w+)`", FORMAT, re.M)) == {*STORED, "bias"}
     assert SENTINEL in FORMAT

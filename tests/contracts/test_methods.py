@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from helpers import same_codes
 
 from lorq.core.checks import Range
-from lorq.core.grids import IntGrid
+from lorq.core.codes import CODES
 from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import nearest
@@ -147,23 +148,18 @@ def result_of(name, **settings):
     return cached(made(name, bits=3, group_size=32, **settings))
 
 
-def parts(result):
-    pieces = {"codes": result.codes, "scale": result.scale, "zero_point": result.zero_point, "grid": result.grid}
-    for part in (result.low_rank, result.codebook, result.basis, result.scale_factors):
-        pieces |= {f"{type(part).__name__} {name}": value for name, value in vars(part).items()} if part else {}
-    return pieces
-
-
 def same(a, b):
     def equal(x, y):
         return torch.equal(x.double(), y.double()) if isinstance(x, torch.Tensor) else x == y
 
-    first, second = parts(a), parts(b)
-    return (
-        first.keys() == second.keys()
-        and all(equal(first[key], second[key]) for key in first)
-        and a.record.error_after == b.record.error_after
-    )
+    def parts(result):
+        own = (result.low_rank, result.basis)
+        return {f"{type(part).__name__} {name}": value for part in own if part for name, value in vars(part).items()}
+
+    left, right = parts(a), parts(b)
+    alike = left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    alike = alike and a.format == b.format and a.record.error_after == b.record.error_after
+    return alike and same_codes(a.codes, b.codes)
 
 
 def relative_error(weight, dense, hessian):
@@ -182,44 +178,28 @@ def test_a_result_is_what_its_method_promises(name, settings):
     copies = [tensor.clone() for tensor in (weight, stats.hessian, stats.mean_abs)]
     result = cached(method)
     assert all(torch.equal(*pair) for pair in zip(copies, (weight, stats.hessian, stats.mean_abs), strict=True))
-    parts_are_in_range(result, method)
+    parts_are_what_the_format_lays_out(result)
     recorded_errors_are_its_own(result, weight)
     largest_format_bounds_it(result, method)
     neither_call_nor_company_changes_it(result, method)
 
 
-def parts_are_in_range(result, method):
-    format = result.format
-    # Vector codebooks have one scale for each row, and no zero point; a matrix of scales has neither groups.
-    assert format.group_size == (32 if format.vector == 1 and not format.scale_rank else IN)
+def parts_are_what_the_format_lays_out(result):
+    codes = result.codes
     assert result.shape == (OUT, IN)
-    assert result.codes.dtype == torch.uint8 and result.codes.shape == (OUT, IN // format.vector)
-    assert int(result.codes.max()) < 2 ** (3 * format.vector)
-    plain = format.vector == 1 and format.grid == "integer" and not format.scale_rank
-    assert (result.zero_point is None) == (not plain or getattr(method, "symmetric", format.symmetric))
-    assert result.zero_point is None or int(result.zero_point.max()) <= 7
-    if format.scale_rank:
-        factors = result.scale_factors
-        assert result.scale is None and factors.left.shape == (OUT, format.scale_rank)
-        assert factors.right.shape == (format.scale_rank, IN)
-        assert factors.left.dtype == factors.right.dtype == torch.float16
-    else:
-        assert result.scale.dtype == torch.float16 and float(result.scale.min()) > 0
-        assert result.scale.shape == (OUT, IN // format.group_size)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in codes.tensors().items()} == codes.format.layout(OUT, IN)
     assert torch.isfinite(result.dense()).all()
 
 
 def recorded_errors_are_its_own(result, weight):
-    hessian, format = layer()[1].hessian, result.format
+    hessian = layer()[1].hessian
     found = relative_error(weight, result.dense(), hessian)
     assert result.record.error_after == pytest.approx(found, rel=1e-4)
     # Rounding to nearest without a search, in another basis or of vectors, may lose a little.
     assert found < 2 * result.record.error_before
-    if not format.scale_rank and format.grid == "integer":  # else the methods' own tests know plain rounding's groups
-        symmetric = format.symmetric and format.vector == 1
-        plain = nearest(weight, None, IntGrid(3, format.group_size, symmetric)).dense()
-        # float32 sums of differences.
-        assert result.record.error_before == pytest.approx(relative_error(weight, plain, hessian), rel=1e-4)
+    plain = nearest(weight, None, result.codes.format.plain()).decode()
+    # float32 sums of differences.
+    assert result.record.error_before == pytest.approx(relative_error(weight, plain, hessian), rel=1e-4)
 
 
 def largest_format_bounds_it(result, method):
@@ -250,13 +230,11 @@ def neither_call_nor_company_changes_it(result, method):
 def test_the_cases_reach_every_kind_of_what_is_stored():
     formats = [result_of(name, **settings).format for name, settings in CASES]
     assert {f.factor_type for f in formats if f.rank} == set(FACTOR_TYPES) and any(not f.rank for f in formats)
-    kinds = [(f.permuted, f.rotation_block > 0, f.rotation_skip > 0, f.vector > 1) for f in formats]
+    kinds = [(f.permuted, f.rotation_block > 0, f.rotation_skip > 0, f.codes.kind == "vectors") for f in formats]
     for one, two in itertools.combinations(range(4), 2):
-        assert len({(kind[one], kind[two]) for kind in kinds}) == (
-            3 if (one, two) == (1, 2) else 4
-        )  # no skip, no block
-    assert {f.grid for f in formats} == {"integer", "normal-float"} and {f.symmetric for f in formats} == {False, True}
-    assert len({f.scale_rank for f in formats}) > 2
+        # Columns are left alone only where blocks are rotated.
+        assert len({(kind[one], kind[two]) for kind in kinds}) == (3 if (one, two) == (1, 2) else 4)
+    assert {f.codes.kind for f in formats} == set(CODES)
 
 
 @methods
@@ -328,14 +306,14 @@ def test_errors_fall_with_every_bit(name):
 @methods
 def test_one_group_per_row_is_the_group_of_the_whole_width(name):
     whole, minus_one = (alone(made(name, bits=3, group_size=size)) for size in (IN, -1))
-    assert minus_one.format.scale_rank or minus_one.scale.shape == (OUT, 1)
+    assert minus_one.codes.format.group_size == IN
     assert same(whole, minus_one)
-    assert METHODS[name](group_size=-1).largest(OUT, IN).group_size == IN
+    assert METHODS[name](group_size=-1).largest(OUT, IN).codes.group_size == IN
 
 
 @methods
 def test_a_group_size_that_does_not_divide_is_refused_with_both_numbers(name):
-    if made(name, group_size=32).largest(OUT, IN).group_size == IN:
+    if made(name, group_size=32).largest(OUT, IN).codes.group_size == IN:
         return  # no groups of columns: a matrix of scales has none to divide
     with pytest.raises(ValueError, match="group_size") as caught:
         alone(METHODS[name](bits=3, group_size=36))

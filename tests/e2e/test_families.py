@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lorq
-from lorq.core.layout import unpack_weight
 from lorq.models.blocks import StreamedModel
 from lorq.models.experts import split_experts
 from lorq.runtime.linear import QuantLinear
@@ -98,7 +97,7 @@ def dense_twin(original, packed):
     for name, module in linears(model).items():
         packed = modules[name]
         if isinstance(packed, QuantLinear):
-            weight = unpack_weight(packed.stored(), packed.format).dense()
+            weight = packed.format.read(packed.stored()).dense()
             module.weight.data = weight.T.contiguous() if isinstance(module, Conv1D) else weight
     return model
 

@@ -19,6 +19,7 @@ from lorq.runtime.experts import QuantExperts
 from lorq.runtime.experts_at_once import layers_of, why_not_grouped
 from lorq.runtime.inspect import expert_lines
 from lorq.runtime.linear import QuantLinear
+from lorq.storage.folder import LorqFolder
 from lorq.storage.report import read_report
 
 SMALL = {"samples": 4, "seq_len": 32}
@@ -106,7 +107,7 @@ def test_a_loaded_model_computes_what_its_weights_say(kind, made):
     packed, expected = check_twin(source, out, [layer.name for layer in report.layers])
     experts = find_experts(packed)
     assert experts and all(isinstance(module, QuantExperts) for module in experts.values())
-    (said,) = expert_lines(out)
+    (said,) = expert_lines(LorqFolder.open(out))
     for module in experts.values():
         assert set(module.tiles) == set(PROJECTIONS)
         # What is said of the folder is what the modules do.

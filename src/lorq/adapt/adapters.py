@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorq.core.scale_factors import LowRankScale
+from lorq.core.codes import LowRankScale
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.atomic import rename_synced, write_synced
 from lorq.storage.json_files import damaged, json_bytes, read_json, some_of
@@ -152,7 +152,8 @@ def put_factors(layer: QuantLinear, left: Tensor, right: Tensor) -> None:
             layer.register_parameter(name, tensor)
         else:
             layer.register_buffer(name, tensor.to(device))
-    layer.format = replace(layer.format, scale_rank=left.shape[1])
+    codes: Any = layer.format.codes
+    layer.format = replace(layer.format, codes=replace(codes, scale_rank=left.shape[1]))
 
 
 def let_train(model: nn.Module, trains: bool, save: Any) -> None:

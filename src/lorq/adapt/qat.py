@@ -1,5 +1,6 @@
 """Quantization-aware training of LoRDS layers: weights and scale factors learn through the rounding."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorq.adapt.adapters import adapters_of, half_factors, let_train, lords_layers, use_adapter
-from lorq.core.grids import LevelGrid, levels
-from lorq.core.weight import QuantizedWeight
+from lorq.core.codes import LevelCodes, LevelFormat, LevelGrid, levels
 from lorq.kernels import fake_quantize
 from lorq.models.blocks import StreamedModel
 from lorq.models.locate import resolve_model
@@ -106,10 +106,8 @@ class TrainableLinear(nn.Module):
         if not bool(torch.isfinite(self.weight).all()):
             raise ArithmeticError("weights must be finite, they are not; train with a lower learning rate")
         codes = self.grid.encode(self.weight, _away_from_zero(factors.dense())).to(torch.uint8)
-        solved = QuantizedWeight(
-            codes, None, None, self.grid.bits, grid=self.grid.kind, scale_factors=factors,
-            activations=layer.value().activations,
-        )  # fmt: skip
+        format = LevelFormat(self.grid.bits, self.grid.kind, layer.in_features, factors.rank)
+        solved = replace(layer.value(), codes=LevelCodes(codes, factors, format))
         new = QuantLinear.from_weight(solved).to(self.weight.device).requires_grad_(False).train(self.training)
         new.bias = self.bias
         return new

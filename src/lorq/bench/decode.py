@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from lorq.bench.timing import seconds_of
+from lorq.core.codes import IntGrid, LevelFormat, VectorGrid
+from lorq.core.codes.vectors import VECTOR_LENGTHS
+from lorq.core.scale_factors import parity_rank
 from lorq.core.weight import LayerFormat
 from lorq.kernels import cpu, implementation
 from lorq.runtime.device import read_device, read_dtype
@@ -18,7 +21,6 @@ from lorq.runtime.linear import QuantLinear
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "14336x4096")
 KINDS = ("integer", "lords", "vector")
-_VECTORS = {2: 4, 3: 2, 4: 2}  # weights of a vector by bits
 # Weights of one kind in rotation are larger than any cache, but for very small ones.
 _ROTATION_BYTES = 128 << 20
 _MOST_LAYERS = 64
@@ -127,7 +129,7 @@ def _check_fit(
             f"group_size must divide the width, or be -1 for one group per row, got group_size {group_size} and shape "
             f"{out}x{in_}"
         )
-    most = max((_VECTORS.get(width, 1) for width in bits), default=1)
+    most = max((VECTOR_LENGTHS.get(width, 1) for width in bits), default=1)
     if "vector" in kinds and in_ % most:
         raise ValueError(f"vectors of a codebook must divide the width, got vectors of {most} and shape {out}x{in_}")
     if wrong := [width for width in bits if not 2 <= width <= 8]:
@@ -139,16 +141,14 @@ def _check_fit(
 def _format(kind: str, bits: int, rank: int, out: int, in_: int, group_size: int) -> LayerFormat | None:
     """The layer's format; None where a kind has none of that width."""
     if kind == "integer":
-        return LayerFormat(bits, group_size, False, rank, "int8")
+        return LayerFormat(IntGrid(bits, group_size), rank, "int8")
     if kind == "lords":
-        parity = max(1, out * in_ // (group_size * (out + in_)))
-        return LayerFormat(bits, in_, True, rank, "int8", grid="normal-float", scale_rank=parity)
-    vector = _VECTORS.get(bits)
+        return LayerFormat(LevelFormat(bits, "normal-float", in_, parity_rank(out, in_, group_size)), rank, "int8")
+    vector = VECTOR_LENGTHS.get(bits)
     if vector is None:
         return None
-    columns = math.gcd(in_, 256)
     rows = max(n for n in range(1, 257) if out % n == 0)
-    return LayerFormat(bits, in_, True, rank, "int8", vector, rows, columns)
+    return LayerFormat(VectorGrid(bits, vector, rows, math.gcd(in_, 256), in_), rank, "int8")
 
 
 def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch.Generator) -> list[QuantLinear]:

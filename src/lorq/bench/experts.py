@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorq.bench.timing import Result, seconds_of
 from lorq.core.basis import largest_block
+from lorq.core.codes import IntGrid
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
 from lorq.models.experts import Experts
@@ -100,7 +101,7 @@ def random_experts(
     with torch.device("meta"):
         split = Experts(MixtralExperts(config))
     common = math.gcd(hidden, width)
-    format = LayerFormat(2, math.gcd(64, common), False, rotation_block=largest_block(common))
+    format = LayerFormat(IntGrid(2, math.gcd(64, common)), rotation_block=largest_block(common))
     tiles = {}
     for projection in ("gate_proj", "up_proj", "down_proj"):
         out, in_ = (hidden, width) if projection == "down_proj" else (width, hidden)

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass, replace
 
+from lorq.core.codes import IntGrid
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
 
@@ -51,7 +52,7 @@ def work(out: int, in_: int, format: LayerFormat, tokens: int) -> Work:
     """Bytes and operations of a layer.
 
     Example:
-        >>> w = work(4096, 4096, LayerFormat(4, 128, True), tokens=1)
+        >>> w = work(4096, 4096, LayerFormat(IntGrid(4, 128, symmetric=True)), tokens=1)
         >>> w.bytes == 4096 * 4096 // 2 + 2 * 4096 * 32 + 2 * (4096 + 4096), w.operations == 2 * 4096 * 4096
         (True, True)
         >>> [f"{w.seconds(device) * 1e6:.2f} us, {w.bound(device)}" for device in DEVICES]
@@ -75,7 +76,8 @@ def expert_work(out: int, in_: int, format: LayerFormat, tiles: TileFormat, toke
         top_k: experts of a token.
 
     Example:
-        >>> w = expert_work(1408, 2048, LayerFormat(4, 128, True), TileFormat(8, 8, 60, 32, "int8"), tokens=1, top_k=4)
+        >>> format, tiles = LayerFormat(IntGrid(4, 128, symmetric=True)), TileFormat(8, 8, 60, 32, "int8")
+        >>> w = expert_work(1408, 2048, format, tiles, tokens=1, top_k=4)
         >>> w.operations == 2 * (4 * 1408 * 2048 + 4 * 32 * 2048 + 4 * 1408 * 32)
         True
     """
@@ -94,7 +96,9 @@ def expert_table() -> str:
     head = "| bits | rank | tokens | MB | GFLOP | " + " | ".join(f"{d.name}, us" for d in DEVICES) + " |"
     lines = [head, "|" + "---|" * (5 + len(DEVICES))]
     for bits, rank, tokens in itertools.product((2, 4), (0, 32), (1, 16, 512)):
-        w = expert_work(1408, 2048, LayerFormat(bits, 128, True), TileFormat(8, 8, 60, rank, "int8"), tokens, 4)
+        w = expert_work(
+            1408, 2048, LayerFormat(IntGrid(bits, 128, symmetric=True)), TileFormat(8, 8, 60, rank, "int8"), tokens, 4
+        )
         times = (f"{w.seconds(device) * 1e6:.1f} {w.bound(device)}" for device in DEVICES)
         cells = (bits, rank, tokens, f"{w.bytes / 1e6:.2f}", f"{w.operations / 1e9:.3f}")
         lines.append("| " + " | ".join(map(str, (*cells, *times))) + " |")
@@ -109,7 +113,7 @@ def table() -> str:
         for bits in (2, 3, 4):
             for rank in (0, 32):
                 for tokens in (1, 512):
-                    w = work(out, in_, LayerFormat(bits, 128, True, rank, "int8"), tokens)
+                    w = work(out, in_, LayerFormat(IntGrid(bits, 128, symmetric=True), rank, "int8"), tokens)
                     times = (f"{w.seconds(device) * 1e6:.1f} {w.bound(device)}" for device in DEVICES)
                     cells = (f"{out} x {in_}", bits, rank, tokens, f"{w.bytes / 1e6:.2f}", f"{w.operations / 1e9:.3f}")
                     lines.append("| " + " | ".join(map(str, (*cells, *times))) + " |")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lorq.core.basis import Basis
 from lorq.core.checks import Range
-from lorq.core.grids import IntGrid
+from lorq.core.codes import Codes, IntGrid
 from lorq.core.low_rank import LowRank
-from lorq.core.rounding import LevelRounded, RangeSearch, Rounded, VectorRounded, nearest
+from lorq.core.rounding import RangeSearch, nearest
 from lorq.core.stats import InputStats, output_energy
 from lorq.core.weight import QuantizedWeight, Record, Tile
 
@@ -89,13 +89,12 @@ def activation_scale(stats: InputStats, exponent: float) -> Float[Tensor, "in"]:
 
 def assemble(
     weight: Float[Tensor, "out in"],
-    rounded: Rounded | VectorRounded | LevelRounded,
-    low_rank: LowRank | None,
+    codes: Codes,
+    low_rank: LowRank | Tile | None,
     *,
     stop: str,
     hessian: Float[Tensor, "in in"] | None,
     basis: Basis | None = None,
-    tile: Tile | None = None,
 ) -> QuantizedWeight:
     """Put a result together and measure it against plain rounding to nearest in as many bits and groups.
 
@@ -103,7 +102,7 @@ def assemble(
     """
     h = torch.eye(weight.shape[1], device=weight.device) if hessian is None else hessian
     total = float(output_energy(weight, h).clamp(min=1e-30))
-    plain = float(output_energy(weight - nearest(weight, None, rounded.plain_grid).dense(), h)) / total
-    result = QuantizedWeight(**rounded.stored(), low_rank=low_rank, basis=basis, tile=tile)
+    plain = float(output_energy(weight - nearest(weight, None, codes.format.plain()).decode(), h)) / total
+    result = QuantizedWeight(codes, low_rank, basis)
     after = float(output_energy(weight - result.dense(), h)) / total
     return replace(result, record=Record(stop=stop, error_before=plain, error_after=after))

@@ -8,10 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.checks import Range, check_settings
+from lorq.core.codes import IntCodes, IntGrid
 from lorq.core.low_rank import FactorType, LowRank, factor_bits, store_factors
 from lorq.core.problem import Problem
 from lorq.core.rank_choice import choose_rank, rank_cap
-from lorq.core.rounding import ROUNDINGS, RangeSearch, Rounded
+from lorq.core.rounding import ROUNDINGS, RangeSearch
 from lorq.core.sketch import SketchForm, sketch
 from lorq.core.stats import InputStats, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
@@ -124,7 +125,7 @@ class FLRQ:
         given = {"upper": hessian.inverse_factor} if self.rounding == "gptq" else {}
         grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
-        best: tuple[float, Rounded, LowRank | None, str] | None = None
+        best: tuple[float, IntCodes, LowRank | None, str] | None = None
         for search in [_WIDE[self.rounding]] + self._epochs() * [_NARROW[self.rounding]]:
             for step in self.order.split("-then-"):
                 if step == "low-rank":
@@ -134,7 +135,7 @@ class FLRQ:
                     rounded = ROUNDINGS[self.rounding](
                         weight - low_rank_part, hessian.matrix, grid, search=search, **given
                     )
-                    codes_part = rounded.dense()
+                    codes_part = rounded.decode()
             error = float(output_energy(weight - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:
                 best = (error, rounded, low_rank, stop)
@@ -174,7 +175,7 @@ class FLRQ:
         """The format at the rank where the budget ends."""
         rank = rank_cap(out, in_, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget)
         group = layer_group(in_, self.group_size)
-        return LayerFormat(self.bits, group, self.symmetric, rank, self.factor_type)
+        return LayerFormat(IntGrid(self.bits, group, self.symmetric), rank, self.factor_type)
 
 
 @preset

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lorq.core import rounding
 from lorq.core.checks import check_settings
+from lorq.core.codes import IntGrid
 from lorq.core.problem import Problem
 from lorq.core.stats import InputStats
 from lorq.core.weight import LayerFormat, QuantizedWeight
@@ -66,4 +67,4 @@ class GPTQ:
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer gets this format."""
-        return LayerFormat(self.bits, layer_group(in_, self.group_size), self.symmetric)
+        return LayerFormat(IntGrid(self.bits, layer_group(in_, self.group_size), self.symmetric))

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lorq.core.basis import Basis, check_block, largest_block
 from lorq.core.checks import Range, check_settings
-from lorq.core.grids import VectorGrid
+from lorq.core.codes import Codes, CodesFormat, IntGrid, VectorGrid
+from lorq.core.codes.vectors import VECTOR_LENGTHS
 from lorq.core.linalg import shrink
 from lorq.core.low_rank import FactorType, LowRank, Metric, r1svd
 from lorq.core.problem import Problem
-from lorq.core.rounding import ROUNDINGS, Rounded, VectorRounded, gptvq
+from lorq.core.rounding import ROUNDINGS, gptvq
 from lorq.core.sketch import SketchForm
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
@@ -33,8 +34,7 @@ from lorq.methods.common import (
     preset,
 )  # fmt: skip
 
-# GPTVQ's sizes: weights of a vector, and of one codebook.
-_VECTOR = {2: 4, 3: 2, 4: 2}
+# GPTVQ's sizes of one codebook.
 _CODEBOOK_WEIGHTS = {2: 65536, 3: 32768, 4: 65536}
 _CODEBOOK_COLUMNS = 256
 
@@ -111,8 +111,10 @@ class LoPRo:
                 "vector codebooks have no ranges to clip and no zero points, got "
                 f"rounding {self.rounding!r}, symmetric {self.symmetric}; leave symmetric away and take gptq or nearest"
             )
-        if self.codebook == "vector" and self.bits not in _VECTOR:
-            raise ValueError(f"bits must be {', '.join(map(str, _VECTOR))} with vector codebooks, got {self.bits}")
+        if self.codebook == "vector" and self.bits not in VECTOR_LENGTHS:
+            raise ValueError(
+                f"bits must be {', '.join(map(str, VECTOR_LENGTHS))} with vector codebooks, got {self.bits}"
+            )
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """The weights of the layers that read one input, in one basis, so that it is rotated once for all.
@@ -174,7 +176,7 @@ class LoPRo:
         target = basis.rotate(weight)
         metric = self._metric(basis, hessian, stats)
         codes_part, low_rank_part = torch.zeros_like(target), torch.zeros_like(target)
-        best: tuple[float, Rounded | VectorRounded, LowRank | None] | None = None
+        best: tuple[float, Codes, LowRank | None] | None = None
         for _ in range(1 + self.epochs):
             for step in self.order.split("-then-"):
                 if step == "low-rank":
@@ -182,7 +184,7 @@ class LoPRo:
                     low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(target)
                 else:
                     rounded = self._round(target - low_rank_part, hessian)
-                    codes_part = rounded.dense()
+                    codes_part = rounded.decode()
             error = float(output_energy(target - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:
                 best = (error, rounded, low_rank)
@@ -209,7 +211,7 @@ class LoPRo:
             iterations=self.iterations, generator=generator,
         )  # fmt: skip
 
-    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian) -> Rounded | VectorRounded:
+    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian) -> Codes:
         if self.codebook == "vector":
             # Without passing errors on, only the diagonal of the metric is left.
             passing = self.rounding == "gptq"
@@ -223,7 +225,7 @@ class LoPRo:
 
     def _vector_grid(self, out: int, in_: int) -> VectorGrid:
         """The sizes of vectors and codebooks for a weight of this shape."""
-        vector = _VECTOR[self.bits] if self.vector == -1 else self.vector
+        vector = VECTOR_LENGTHS[self.bits] if self.vector == -1 else self.vector
         columns, rows = self.codebook_columns, self.codebook_rows
         if columns == -1:
             columns = max(
@@ -243,16 +245,13 @@ class LoPRo:
             ValueError: if a block, codebook or group does not fit.
         """
         rank = min(self.rank, out, in_)
-        block, skip = self._rotation(in_)
+        codes: CodesFormat
         if self.codebook == "vector":
-            grid = self._vector_grid(out, in_)
-            group, symmetric, books = in_, True, (grid.vector, grid.rows, grid.columns)
+            codes = self._vector_grid(out, in_)
         else:
-            group, symmetric, books = layer_group(in_, self.group_size), self.symmetric, (1, 0, 0)
+            codes = IntGrid(self.bits, layer_group(in_, self.group_size), self.symmetric)
         factor_type = self.factor_type if rank else "float16"
-        return LayerFormat(
-            self.bits, group, symmetric, rank, factor_type, *books, self.importance != "none", block, skip
-        )  # fmt: skip
+        return LayerFormat(codes, rank, factor_type, self.importance != "none", *self._rotation(in_))
 
 
 @preset

@@ -5,21 +5,26 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.checks import Range, check_settings
-from lorq.core.descent import Descent, block_loss, cpu_generator, minimise
-from lorq.core.grids import LevelGrid, level_values
-from lorq.core.problem import BlockOutput, Problem
-from lorq.core.rounding import LevelRounded, gptq_levels
-from lorq.core.scale_factors import (
+from lorq.core.codes import (
+    LevelCodes,
+    LevelFormat,
+    LevelGrid,
     LowRankScale,
+    level_values,
+    start_block,
+)
+from lorq.core.descent import Descent, block_loss, cpu_generator, minimise
+from lorq.core.problem import BlockOutput, Problem
+from lorq.core.rounding import gptq_levels
+from lorq.core.scale_factors import (
     block_scales,
     fit_gradient,
     fit_least_squares,
     parity_rank,
-    start_block,
     store_scale,
     truncated,
 )
@@ -66,35 +71,34 @@ class Refined:
         left: B / unit, a leaf.
         right: A / unit, a leaf. With the unit taken out, one learning rate serves layers of all sizes.
         unit: the power of two.
-        codes: of the layer.
-        start: the layer before the first step.
+        start: the layer's codes before the first step.
     """
 
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "rank in"]
     unit: float
-    codes: UInt8[Tensor, "out in"]
-    start: LevelRounded
+    start: LevelCodes
 
     @classmethod
-    def of(cls, rounded: LevelRounded) -> "Refined":
-        """Parameters with which `weight` is what ``rounded`` stores, exactly."""
-        scale = rounded.scale
+    def of(cls, start: LevelCodes) -> "Refined":
+        """Parameters with which `weight` is what ``start`` stores, exactly."""
+        scale = start.scale
         assert isinstance(scale, LowRankScale)
         left, right = scale.left.float(), scale.right.float()
         size = float((left.square().mean() * right.square().mean()).sqrt().sqrt())
         unit = 2.0 ** round(math.log2(max(size, 2.0**-24)))
         left, right = ((part / unit).requires_grad_(True) for part in (left, right))
-        return cls(left, right, unit, rounded.codes.to(torch.uint8), rounded)
+        return cls(left, right, unit, start)
 
     def weight(self) -> Float[Tensor, "out in"]:
         """W^, differentiable in the factors."""
-        weight = ScaledLevels.apply(self.left * self.unit, self.right * self.unit, self.codes, self.start.grid)
+        left, right = self.left * self.unit, self.right * self.unit
+        weight = ScaledLevels.apply(left, right, self.start.codes, self.start.format.grid)
         assert isinstance(weight, Tensor)
         return weight
 
     @torch.no_grad()
-    def rounded(self) -> LevelRounded:
+    def rounded(self) -> LevelCodes:
         """The codes, under the factors that `weight` computes with."""
         left, right = ((part * self.unit).to(torch.float16) for part in (self.left, self.right))
         return replace(self.start, scale=LowRankScale(left, right))
@@ -191,7 +195,7 @@ class LoRDS:
             results[name] = replace(result, record=replace(result.record, note=f"block: {outcome}"))
         return results
 
-    def _rounded(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> LevelRounded:
+    def _rounded(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> LevelCodes:
         """Codes under a fitted scale. The codes are chosen under the factors as they are stored."""
         out, in_ = weight.shape
         grid, rank = LevelGrid(self.bits, self.grid), self._rank(out, in_)
@@ -216,7 +220,7 @@ class LoRDS:
             codes = gptq_levels(weight, scale.dense(), grid, upper=prepared.inverse_factor)
         else:
             codes = grid.encode(weight, scale.dense())
-        return LevelRounded(codes, scale, grid, block)
+        return LevelCodes(codes.to(torch.uint8), scale, self._format(out, in_))
 
     def _rank(self, out: int, in_: int) -> int:
         """The rank of the scales of a layer of this shape.
@@ -235,7 +239,10 @@ class LoRDS:
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer of this shape gets this format."""
-        return LayerFormat(self.bits, in_, True, grid=self.grid, scale_rank=self._rank(out, in_))
+        return LayerFormat(self._format(out, in_))
+
+    def _format(self, out: int, in_: int) -> LevelFormat:
+        return LevelFormat(self.bits, self.grid, in_, self._rank(out, in_))
 
 
 @preset

@@ -9,15 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.checks import Range, check_settings
+from lorq.core.codes import IntCodes, IntGrid
 from lorq.core.descent import Descent, block_loss, cpu_generator, layer_loss, minimise
-from lorq.core.grids import SMALLEST_SCALE, IntGrid
+from lorq.core.half import LARGEST_HALF, SMALLEST_SCALE
 from lorq.core.problem import BlockOutput, Problem
-from lorq.core.rounding import Rounded, clip, nearest
+from lorq.core.rounding import clip, nearest
 from lorq.core.stats import InputStats, TokenWeights
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_grid, layer_group, needed, preset
-
-_HALF_MAX = torch.finfo(torch.float16).max
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -62,7 +61,7 @@ class FakeQuantize(torch.autograd.Function):
 
 def stored_scale(log_scale: Tensor) -> Tensor:
     """``exp`` of the logarithms, as float16 has it; never zero, never infinite."""
-    return log_scale.exp().clamp(SMALLEST_SCALE, _HALF_MAX).to(torch.float16).to(log_scale.dtype)
+    return log_scale.exp().clamp(SMALLEST_SCALE, LARGEST_HALF).to(torch.float16).to(log_scale.dtype)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Scaling:
 
     @classmethod
     def start(
-        cls, weight: Float[Tensor, "out in"], initial: Rounded, *, rank: int | None, generator: torch.Generator
+        cls, weight: Float[Tensor, "out in"], initial: IntCodes, *, rank: int | None, generator: torch.Generator
     ) -> "Scaling":
         """Parameters with which `quantized` is ``initial``, exactly: E is 0.
 
@@ -110,7 +109,8 @@ class Scaling:
             left, columns = zeros(out, rank), zeros(1, in_)
             right = torch.rand(rank, in_, generator=generator, device=weight.device, dtype=weight.dtype)
             right = right.mul_(2 * bound).sub_(bound)
-        found = cls(weight, initial.scale.log(), initial.zero_point, initial.grid, zeros(out, 1), columns, left, right)
+        log_scale, zero_point = initial.scale.to(weight.dtype).log(), initial.zero_points(weight.dtype)
+        found = cls(weight, log_scale, zero_point, initial.format, zeros(out, 1), columns, left, right)
         for parameter in found.parameters():
             parameter.requires_grad_(True)
         return found
@@ -134,12 +134,12 @@ class Scaling:
         return weight
 
     @torch.no_grad()
-    def rounded(self) -> Rounded:
+    def rounded(self) -> IntCodes:
         """The codes and scales that `quantized` decodes."""
         scale = stored_scale(self.log_scale)
         scaled = self.grid.grouped(torch.exp(-self.exponent()).mul_(self.weight))
         codes = self.grid.encode(scaled, scale.unsqueeze(-1), self.zero_point.unsqueeze(-1)).flatten(1)
-        return Rounded(codes, scale, self.zero_point, self.grid)
+        return IntCodes.of(codes, scale, self.zero_point, self.grid)
 
 
 def _result(scaling: Scaling, stats: InputStats, note: str) -> QuantizedWeight:
@@ -266,7 +266,7 @@ class LRQ:
         """
         if self.scaling == "low-rank":
             self._rank(out, in_)
-        return LayerFormat(self.bits, layer_group(in_, self.group_size), self.symmetric)
+        return LayerFormat(IntGrid(self.bits, layer_group(in_, self.group_size), self.symmetric))
 
 
 @preset

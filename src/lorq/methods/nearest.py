@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.checks import check_settings
-from lorq.core.grids import IntGrid, LevelGrid
+from lorq.core.codes import Codes, CodesFormat, IntGrid, LevelFormat, LevelGrid
 from lorq.core.problem import Problem
-from lorq.core.rounding import LevelRounded, Rounded, clip, nearest, nearest_levels
+from lorq.core.rounding import clip, nearest, nearest_levels
 from lorq.core.stats import InputStats
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_group
@@ -47,7 +47,7 @@ class Nearest:
 
     def _solve(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> QuantizedWeight:
         size, search = layer_group(weight.shape[1], self.group_size), SEARCHES[self.range_search]
-        rounded: Rounded | LevelRounded
+        rounded: Codes
         if self.grid != "integer":
             shares = search.shares() if search else [1.0]
             rounded = nearest_levels(weight, LevelGrid(self.bits, self.grid), size, shares=tuple(shares))
@@ -60,5 +60,6 @@ class Nearest:
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer gets this format."""
-        symmetric = self.symmetric or self.grid != "integer"
-        return LayerFormat(self.bits, layer_group(in_, self.group_size), symmetric, grid=self.grid)
+        group = layer_group(in_, self.group_size)
+        codes: CodesFormat = IntGrid(self.bits, group, self.symmetric)
+        return LayerFormat(codes if self.grid == "integer" else LevelFormat(self.bits, self.grid, group))

@@ -106,7 +106,7 @@ class TileQ(LoPRo):
                     tile_part = torch.stack(parts)
                 else:
                     rounded = [self._round(t, h) for t, h in zip(targets - tile_part, hessians, strict=True)]
-                    codes_part = torch.stack([r.dense() for r in rounded])
+                    codes_part = torch.stack([r.decode() for r in rounded])
             rest = targets - codes_part - tile_part
             errors = torch.stack([output_energy(e, h.matrix) for e, h in zip(rest, hessians, strict=True)])
             error = float((errors * tokens).sum())
@@ -116,11 +116,10 @@ class TileQ(LoPRo):
         _, rounded, tiles = best
         return [
             assemble(
-                weight, rounded[e], None, stop="given", hessian=stats[e].hessian, basis=self._stored(bases[e]),
-                tile=Tile(tiles, e),
+                weight, rounded[e], Tile(tiles, e), stop="given", hessian=stats[e].hessian, basis=self._stored(bases[e])
             )
             for e, weight in enumerate(weights)
-        ]  # fmt: skip
+        ]
 
     def _metrics(
         self,

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from lorq.core.activations import Activations
 from lorq.core.basis import Basis
-from lorq.core.layout import pack_weight, unpack_weight
 from lorq.core.problem import BlockOutput, Problem
-from lorq.core.tile_factors import pack_tiles, unpack_tiles
-from lorq.core.weight import LayerFormat, QuantizedWeight, Tile, layer_bytes
+from lorq.core.tile_factors import TileFactors
+from lorq.core.weight import QuantizedWeight, Tile, layer_bytes
 from lorq.models.blocks import Calls, Target, hidden_states
 from lorq.models.experts import Experts, expert_name, find_experts
 from lorq.models.skeleton import get_tensor
@@ -24,6 +23,7 @@ from lorq.pipeline.observe import Observed, Observer, observed, routed_alike
 from lorq.pipeline.one_block import solve_block, solve_whole_block
 from lorq.pipeline.plan import Run, kept_names
 from lorq.pipeline.verify import probe_tokens, verify
+from lorq.storage.config import read_format, write_format
 from lorq.storage.names import shard_name
 from lorq.storage.report import LayerReport, record_of
 from lorq.storage.writer import CheckpointWriter
@@ -217,16 +217,16 @@ class Solver:
         kept = {name: self.run.model.stored_tensor(name) for name in kept_names(self.run, block)}
         shard = _Shard(kept | solved.changed)
         for target, weight in solved.weights.items():
-            shard.tensors.update({f"{target.name}.{local}": t for local, t in pack_weight(weight).items()})
-            shard.formats[target.name] = asdict(weight.format)
+            shard.tensors.update({f"{target.name}.{local}": t for local, t in weight.tensors().items()})
+            shard.formats[target.name] = write_format(weight.format)
             place = expert_name(target.name, modules)
             if weight.tile is not None and place is not None and place.tiles not in shard.tiles:
                 factors = weight.tile.factors
-                shard.tensors.update({f"{place.tiles}.{local}": t for local, t in pack_tiles(factors).items()})
+                shard.tensors.update({f"{place.tiles}.{local}": t for local, t in factors.tensors().items()})
                 shard.tiles[place.tiles] = asdict(factors.format)
             shard.reports.append(
                 LayerReport(
-                    name=target.name, shape=weight.shape, bits=weight.bits, rank=weight.rank,
+                    name=target.name, shape=weight.shape, bits=weight.format.bits, rank=weight.rank,
                     stop=weight.record.stop, error_before=weight.record.error_before,
                     error_after=weight.record.error_after, bytes=layer_bytes(weight.stored_bits()),
                     note=solved.notes.get(target.name, ""),
@@ -251,13 +251,13 @@ class Solver:
         def under(name: str) -> dict[str, Tensor]:
             return {n.removeprefix(name + "."): t for n, t in tensors.items() if n.startswith(name + ".")}
 
-        tiles = {name: unpack_tiles(under(name)) for name in record["tiles"]}
+        tiles = {name: TileFactors.read(under(name)) for name in record["tiles"]}
         weights = {}
         for target in self.run.plan[block]:
-            weight = unpack_weight(under(target.name), LayerFormat(**record["formats"][target.name]))
+            weight = read_format(target.name, record["formats"][target.name]).read(under(target.name))
             place = expert_name(target.name, modules)
             if place is not None and place.tiles in tiles:
-                weight = replace(weight, tile=Tile(tiles[place.tiles], place.expert))
+                weight = replace(weight, low_rank=Tile(tiles[place.tiles], place.expert))
             weights[target] = weight
         changed = {name: tensors[name] for name in kept_names(self.run, block)} if self.run.options.smoothing else {}
         return _Solved(weights, {}, changed)

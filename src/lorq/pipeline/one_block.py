@@ -103,17 +103,6 @@ def check_finite(weight: QuantizedWeight) -> None:
     Raises:
         ArithmeticError: if a stored part is not finite.
     """
-    parts = [] if weight.scale is None else [weight.scale]
-    if weight.scale_factors is not None:
-        parts += [weight.scale_factors.left, weight.scale_factors.right]
-    if weight.activations.scale is not None:
-        parts.append(weight.activations.scale)
-    if weight.low_rank is not None:
-        parts += weight.low_rank.factors()
-    if weight.codebook is not None:
-        parts.append(weight.codebook.scale)
-    if weight.tile is not None:
-        factors = weight.tile.factors
-        parts += [factors.lefts(), factors.rights(), *([] if factors.input_scale is None else [factors.input_scale])]
-    if not all(bool(torch.isfinite(part).all()) for part in parts):
+    parts = [*weight.tensors().values(), *(weight.tile.factors.tensors().values() if weight.tile else ())]
+    if not all(bool(torch.isfinite(part.float()).all()) for part in parts if part.is_floating_point()):
         raise ArithmeticError("scales and factors must be finite, got NaN or infinite values; raise the damping")

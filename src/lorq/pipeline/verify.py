@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorq.core.tile_factors import TileFormat
-from lorq.core.weight import LayerFormat
 from lorq.models.blocks import StreamedModel
 from lorq.models.experts import find_experts
 from lorq.models.skeleton import read_config, skeleton
@@ -18,6 +17,7 @@ from lorq.pipeline.observe import routed_alike
 from lorq.pipeline.plan import Run
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.swap import swap_experts, swap_layers
+from lorq.storage.config import read_format
 from lorq.storage.reader import SourceCheckpoint
 from lorq.storage.safetensors_file import read_header
 
@@ -59,7 +59,7 @@ def verify(
     Raises:
         ArithmeticError: if they differ, or are not finite, or tokens take another way (`routed_alike`).
     """
-    formats = {n: LayerFormat(**f) for r in completed.values() for n, f in r["formats"].items()}
+    formats = {n: read_format(n, f) for r in completed.values() for n, f in r["formats"].items()}
     empty = skeleton(read_config(run.folder))
     swap_layers(empty, formats)
     _leave_activations(empty)

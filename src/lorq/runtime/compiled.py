@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorq.core.grids import levels
+from lorq.core.codes import levels
 from lorq.runtime.linear import QuantLinear
 
 

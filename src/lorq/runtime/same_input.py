@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorq.core.layout import OPERANDS
 from lorq.core.weight import LayerFormat
 from lorq.kernels import few_tokens, multiply
-from lorq.kernels.operands import DTYPES
+from lorq.kernels.operands import DTYPES, STORED_NAMES
 from lorq.runtime.linear import QuantLinear, one_memory
 from lorq.runtime.rotation import SharedRotation
 
@@ -65,7 +64,7 @@ class Joined:
         self._rows = [layer.out_features for layer in layers]
         self._kept: tuple[Any, ...] | None = None
         self._own: list[tuple[Tensor | None, int]] = []
-        self._operands: list[Tensor | None] = [None] * len(OPERANDS)
+        self._operands: list[Tensor | None] = [None] * len(STORED_NAMES)
         self._many: dict[torch.dtype, int] = {}
         self._joins = 0
         for place, layer in enumerate(layers):
@@ -126,7 +125,7 @@ class Joined:
     def dissolve(self) -> None:
         """From now on the layers are by themselves; programs that were compiled otherwise fail."""
         self._kept = None
-        self._operands[:] = [None] * len(OPERANDS)
+        self._operands[:] = [None] * len(STORED_NAMES)
         for ref in self._layers:
             layer = ref()
             if layer is not None:
@@ -141,14 +140,14 @@ def _version(layer: QuantLinear, name: str) -> int:
 
 def _join(layers: list[QuantLinear]) -> list[Tensor | None]:
     """The operator's tensors of all layers as of one, whose memory the layers share from then on."""
-    tensors: dict[str, Tensor | None] = dict.fromkeys(OPERANDS) | {"levels": layers[0].levels}
+    tensors: dict[str, Tensor | None] = dict.fromkeys(STORED_NAMES) | {"levels": layers[0].levels}
     for name in _ROWS:
         if layers[0]._buffers[name] is not None:
             tensors[name] = one_memory(layers, name)
     ranked = [layer for layer in layers if layer.format.rank]
     if ranked:
         tensors |= _side_by_side(layers, ranked)
-    return [tensors[name] for name in OPERANDS]
+    return [tensors[name] for name in STORED_NAMES]
 
 
 def _side_by_side(layers: list[QuantLinear], ranked: list[QuantLinear]) -> dict[str, Tensor]:

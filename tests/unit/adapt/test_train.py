@@ -15,8 +15,7 @@ from lorq.adapt.adapters import adapters_of, attach, load_adapter, save_adapter,
 from lorq.adapt.qat import FakeLords, TrainableLinear, cancel_qat, finish_qat, prepare_qat
 from lorq.adapt.train import read_dataset
 from lorq.core.activations import Activations
-from lorq.core.grids import LevelGrid, level_values, levels
-from lorq.core.scale_factors import LowRankScale
+from lorq.core.codes import LevelCodes, LevelFormat, LevelGrid, LowRankScale, level_values, levels
 from lorq.core.weight import QuantizedWeight
 from lorq.kernels.reference import quant_linear_reference
 from lorq.runtime.linear import QuantLinear
@@ -34,9 +33,8 @@ def pack(weight, *, rank=2, bits=4, grid="normal-float", bias=None, activations=
     right[0] = 1.0
     factors = LowRankScale(left.half(), right.half())
     codes = LevelGrid(bits, grid).encode(weight, factors.dense()).to(torch.uint8)
-    solved = QuantizedWeight(
-        codes, None, None, bits, grid=grid, scale_factors=factors, activations=activations or Activations()
-    )
+    stored = LevelCodes(codes, factors, LevelFormat(bits, grid, in_, rank))
+    solved = QuantizedWeight(stored, activations=activations or Activations())
     return QuantLinear.from_weight(solved, bias).requires_grad_(False)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorq.core.grids import IntGrid, VectorGrid
+from lorq.core.codes import IntGrid, VectorGrid
 from lorq.core.linalg import damp, inverse_factor
 from lorq.core.rounding import gptq
 from lorq.core.rounding.gptvq import fit_codebooks, gptvq, store_codebooks
@@ -28,7 +28,7 @@ def layer(correlated, generator):
 
 
 def energy(target, result, hessian):
-    return float(output_energy(target.double() - result.dense().double(), hessian.double()))
+    return float(output_energy(target.double() - result.decode(torch.float64), hessian.double()))
 
 
 def cost(points, weights, centres):
@@ -153,7 +153,7 @@ def by_elimination(target, hessian, result):
 
     Books and scales are the result's; what they should have been fitted to is returned with the codes.
     """
-    grid, rest, inverse = result.grid, target.clone(), torch.linalg.inv(hessian)
+    grid, rest, inverse = result.format, target.clone(), torch.linalg.inv(hessian)
     v, width, total, seen = grid.vector, target.shape[1], 0.0, {}
     books = result.codebook.values(torch.float64)
     codes = torch.empty(target.shape[0], width // v, dtype=torch.uint8)
@@ -229,9 +229,9 @@ def test_codes_are_bytes_in_range_and_scales_are_float16(layer):
         assert result.codes.dtype == torch.uint8 and result.codes.shape == (32, 64 // vector)
         assert int(result.codes.max()) < 2 ** (bits * vector)
         assert len(result.codes.unique()) > 2 ** (bits * vector) / 4
-        assert torch.equal(result.scale.to(torch.float16).float(), result.scale)
+        assert result.scale.dtype == torch.float16
         assert result.codebook.entries.shape == (2, 2, 2 ** (bits * vector), vector)
-        assert result.plain_grid == IntGrid(bits, 64)
+        assert result.format.plain() == IntGrid(bits, 64)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -261,7 +261,7 @@ def test_a_weight_of_few_distinct_vectors_comes_back(layer, generator):
         result = gptvq(target, hessian, VectorGrid(2, 4, 32, 64, 64), upper=upper)
         assert torch.equal(result.scale[:, 0], target.abs().amax(1))
         # 127 steps of a scale that float16 rounds.
-        assert_close(result.dense(), target, rtol=2**-11, atol=0)
+        assert_close(result.decode(), target, rtol=2**-11, atol=0)
 
 
 def test_rows_of_a_tile_may_change_places(layer, generator):
@@ -288,10 +288,10 @@ def test_rows_and_inputs_of_zeros_stay_finite(layer):
     target[3], target[:, 5] = 0, 0
     hessian[7], hessian[:, 7] = 0, 0
     result = gptvq(target, hessian, VectorGrid(2, 4, 8, 32, 32))
-    assert torch.isfinite(result.dense()).all()
-    assert float(result.dense()[3].abs().max()) < 1e-3 * float(target.abs().max())
+    assert torch.isfinite(result.decode()).all()
+    assert float(result.decode()[3].abs().max()) < 1e-3 * float(target.abs().max())
     nothing = gptvq(torch.zeros(8, 32), hessian, VectorGrid(2, 4, 8, 32, 32))
-    assert not nothing.dense().any()
+    assert not nothing.decode().any()
 
 
 @pytest.mark.parametrize(

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import solve_one
+from helpers import same_codes, solve_one
 from torch.testing import assert_close
 
-from lorq.core.grids import LevelGrid, level_values
+from lorq.core.codes import LevelGrid, LowRankScale, level_values
 from lorq.core.problem import BlockOutput, Problem
-from lorq.core.rounding import LevelRounded, gptq_levels, nearest_levels
-from lorq.core.scale_factors import LowRankScale, block_scales
+from lorq.core.rounding import gptq_levels, nearest_levels
+from lorq.core.scale_factors import block_scales
 from lorq.core.stats import StatsAccumulator, output_energy
 from lorq.methods.lords import LoRDS, LoRDSPaper, Refined, ScaledLevels
 from lorq.methods.nearest import Nearest
@@ -51,7 +51,6 @@ def problem(layer, generator):
 @kinds
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_levels_under_a_stored_scale_come_back(kind, bits, generator):
-    grid = LevelGrid(bits, kind)
     codes = torch.randint(2**bits, (24, 32), generator=generator)
     codes[:, ::8] = 2**bits - 1  # every block has its largest level, of which its scale is made
     if kind == "integer":
@@ -62,10 +61,10 @@ def test_levels_under_a_stored_scale_come_back(kind, bits, generator):
         method = LoRDS(bits=bits, rank=1, grid=kind, range_search="none", weighting="none", rounding="nearest",
                        steps=steps, refine_steps=0)  # fmt: skip
         result = solve_one(method, weight, None)
-        assert torch.equal(result.codes, codes.to(torch.uint8))
+        assert torch.equal(result.codes.codes, codes.to(torch.uint8))
         assert_close(result.dense(), weight, rtol=2e-3, atol=0)  # two factors in float16
         assert result.record.error_after < 1e-6
-    assert grid == LevelGrid(result.bits, result.grid)
+        assert result.codes.format.grid == LevelGrid(bits, kind)
 
 
 @kinds
@@ -73,10 +72,10 @@ def test_without_a_fit_and_with_a_rank_for_every_block_it_is_block_quantization(
     weight, _ = layer(24, 64)
     result = solve_one(replace(PLAIN, rank=4, grid=kind), weight, None)
     blocks = nearest_levels(weight, LevelGrid(3, kind), 16)
-    assert_close(result.scale_factors.dense(), blocks.scale.repeat_interleave(16, 1), rtol=5e-3, atol=1e-6)
-    assert (result.codes == blocks.codes).float().mean() > 0.99  # scales differ by float16's rounding of factors
+    assert_close(result.codes.scale.dense(), blocks.scale.float().repeat_interleave(16, 1), rtol=5e-3, atol=1e-6)
+    assert (result.codes.codes == blocks.codes).float().mean() > 0.99  # scales differ by float16's rounding of factors
     assert_close(output_energy(weight - result.dense(), torch.eye(64)),
-                 output_energy(weight - blocks.dense(), torch.eye(64)), rtol=0.02, atol=0)  # fmt: skip
+                 output_energy(weight - blocks.decode(), torch.eye(64)), rtol=0.02, atol=0)  # fmt: skip
 
 
 def test_each_part_lowers_the_error_that_it_is_for(layer):
@@ -144,8 +143,8 @@ def test_normal_float_blocks_of_the_baseline(kind, layer):
     method = Nearest(bits=3, group_size=16, grid="normal-float")
     result = solve_one(method, weight, stats)
     cover = weight.unflatten(1, (-1, 16)).abs().amax(-1)
-    assert torch.equal(result.scale, cover.to(torch.float16))
-    assert result.zero_point is None and result.grid == "normal-float" and result.format == method.largest(12, 64)
+    assert torch.equal(result.codes.scale, cover.to(torch.float16))
+    assert result.codes.format.levels == "normal-float" and result.format == method.largest(12, 64)
     error = (weight - result.dense()).square().sum()
     searched = solve_one(replace(method, range_search="scale"), weight, stats)
     assert (weight - searched.dense()).square().sum() < error
@@ -186,11 +185,9 @@ def test_refinement_starts_at_the_layers_own_result(kind, layer):
     weight, stats = layer(24, 64)
     method = replace(ALONE, grid=kind)
     result = solve_one(method, weight, stats)
-    rounded = LevelRounded(result.codes.float(), result.scale_factors, LevelGrid(3, kind), 32)
-    start = Refined.of(rounded)
+    start = Refined.of(result.codes)
     assert torch.equal(start.weight(), result.dense())
-    assert torch.equal(start.rounded().scale.left, result.scale_factors.left)
-    assert torch.equal(start.rounded().scale.right, result.scale_factors.right)
+    assert same_codes(start.rounded(), result.codes)
 
 
 def test_what_is_exported_is_what_was_trained(layer):
@@ -199,7 +196,7 @@ def test_what_is_exported_is_what_was_trained(layer):
     with torch.no_grad():
         learned.left.mul_(1.01)
         learned.right.add_(0.003)
-    assert torch.equal(learned.weight(), learned.rounded().dense())
+    assert torch.equal(learned.weight(), learned.rounded().decode())
     assert isinstance(learned.rounded().scale, LowRankScale)
 
 
@@ -214,8 +211,8 @@ def test_refinement_lowers_the_blocks_error_and_keeps_the_codes(problem):
 
     assert error(refined) < 0.9 * error(alone)
     for name, result in refined.items():
-        assert torch.equal(result.codes, alone[name].codes)
-        assert not torch.equal(result.scale_factors.left, alone[name].scale_factors.left)
+        assert torch.equal(result.codes.codes, alone[name].codes.codes)
+        assert not torch.equal(result.codes.scale.left, alone[name].codes.scale.left)
         assert result.record.note.startswith("block: loss ")
 
 
@@ -226,8 +223,7 @@ def test_same_call_same_bits_and_inputs_unchanged(method, layer, problem):
     first, second = (solve_one(method, weight, stats) for _ in range(2))
     refined = [replace(method, refine_steps=3).solve(problem)["first"] for _ in range(2)]
     for a, b in ((first, second), refined):
-        assert torch.equal(a.codes, b.codes) and torch.equal(a.scale_factors.left, b.scale_factors.left)
-        assert torch.equal(a.scale_factors.right, b.scale_factors.right)
+        assert same_codes(a.codes, b.codes)
     assert torch.equal(weight, before[0]) and torch.equal(stats.hessian, before[1])
 
 
@@ -235,7 +231,7 @@ def test_the_papers_settings_look_at_weights_only(layer):
     weight, stats = layer(24, 64)
     paper = LoRDSPaper(bits=3, group_size=32, steps=5)
     assert not paper.needs_stats and paper.scope == "layer"
-    assert torch.equal(solve_one(paper, weight, None).codes, solve_one(paper, weight, stats).codes)
+    assert same_codes(solve_one(paper, weight, None).codes, solve_one(paper, weight, stats).codes)
     assert LoRDS(refine_steps=1).scope == "block" and LoRDS().needs_stats and ALONE.scope == "layer"
 
 

@@ -6,14 +6,14 @@ import re
 
 import pytest
 import torch
-from helpers import solve_one
+from helpers import layer_format, same_codes, solve_one
 from torch.testing import assert_close
 
-from lorq.core.grids import SMALLEST_SCALE, IntGrid
+from lorq.core.codes import IntGrid
+from lorq.core.half import SMALLEST_SCALE
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import clip, nearest
 from lorq.core.stats import StatsAccumulator, output_energy
-from lorq.core.weight import LayerFormat
 from lorq.methods.common import SEARCHES, assemble
 from lorq.methods.lrq import LRQ, FakeQuantize, LRQPaper, Scaling, stored_scale
 
@@ -76,14 +76,6 @@ def perturbed(scaling, generator, size=0.3):
     return scaling
 
 
-def same(left, right):
-    return (
-        torch.equal(left.codes, right.codes)
-        and torch.equal(left.scale, right.scale)
-        and (left.zero_point is None or torch.equal(left.zero_point, right.zero_point))
-    )
-
-
 # ---- step 0 -----------------------------------------------------------------------------------------------
 
 
@@ -101,7 +93,7 @@ def test_without_steps_it_is_rounding_to_nearest_bit_for_bit(range_search, scali
         rounded = clip(weight, stats.hessian, grid, search=search)
     expected = assemble(weight, rounded, None, stop="given", hessian=stats.hessian)
     result = solve_one(method, weight, stats)
-    assert same(result, expected)
+    assert same_codes(result, expected)
     record = result.record
     assert (record.error_before, record.error_after) == (expected.record.error_before, expected.record.error_after)
     # Without steps the loss is the error that the record has in proportion to the output.
@@ -113,7 +105,7 @@ def test_without_steps_a_block_is_its_layers_rounded(problem):
     results = solve_block(problem, LRQ(3, 16, steps=0))
     for name, weight in problem.weights.items():
         alone = solve_one(LRQ(3, 16, steps=0), weight, problem.stats[name])
-        assert same(results[name], alone)
+        assert same_codes(results[name], alone)
 
 
 def test_the_logarithm_of_a_scale_gives_back_the_scale():
@@ -284,8 +276,8 @@ def test_a_layer_keeps_its_own_settings(problem):
     results = solve_block(
         problem, LRQ(3, 16, steps=10, learning_rate=0.01), down=LRQ(4, 48, True, range_search="none", steps=99)
     )
-    assert results["up"].format == LayerFormat(3, 16, False)
-    assert results["down"].format == LayerFormat(4, 48, True)
+    assert results["up"].format == layer_format(3, 16, False)
+    assert results["down"].format == layer_format(4, 48, True)
     notes = {result.record.note for result in results.values()}
     assert len(notes) == 1  # the block's loss is one
     pattern = r"block: loss (\S+) before, (\S+) after step (10|8|6|4|2)"
@@ -298,8 +290,8 @@ def test_a_block_gives_the_same_bits_again_and_changes_nothing(problem):
     inputs = problem.block.inputs.clone()
     method = LRQ(3, 16, steps=20, learning_rate=0.01)
     first, second, other = (solve_block(problem, method, seed) for seed in (1, 1, 11))
-    assert all(same(first[name], second[name]) for name in first)
-    assert not all(same(first[name], other[name]) for name in first)
+    assert all(same_codes(first[name], second[name]) for name in first)
+    assert not all(same_codes(first[name], other[name]) for name in first)
     assert all(torch.equal(copies[name], weight) for name, weight in problem.weights.items())
     assert torch.equal(inputs, problem.block.inputs)
 
@@ -332,9 +324,9 @@ def test_a_rank_beyond_the_layer_is_refused_before_the_work(layer):
     weight, stats = layer()
     with pytest.raises(ValueError, match=re.escape(message)):
         solve_one(LRQ(3, 16, rank=33), weight, stats)
-    assert LRQ(3, 16, rank=32).largest(32, 64) == LayerFormat(3, 16, False)
+    assert LRQ(3, 16, rank=32).largest(32, 64) == layer_format(3, 16, False)
     # A full matrix has no rank.
-    assert LRQ(3, 16, rank=33, scaling="full").largest(32, 64) == LayerFormat(3, 16, False)
+    assert LRQ(3, 16, rank=33, scaling="full").largest(32, 64) == layer_format(3, 16, False)
 
 
 def test_results_have_the_largest_format(layer):

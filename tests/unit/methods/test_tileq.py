@@ -9,13 +9,12 @@ from helpers import solve_one
 from torch.testing import assert_close
 
 from lorq.core.basis import Basis
-from lorq.core.grids import IntGrid
-from lorq.core.layout import pack_weight
+from lorq.core.codes import IntGrid
 from lorq.core.linalg import damp, shrink
 from lorq.core.problem import Problem
 from lorq.core.rounding import nearest
 from lorq.core.stats import InputStats, PreparedHessian, StatsAccumulator, output_energy
-from lorq.core.tile_factors import TileFormat, pack_tiles
+from lorq.core.tile_factors import TileFormat
 from lorq.methods import LoPRo, TileQ
 
 OUT, IN, EXPERTS = 24, 32, 6
@@ -93,17 +92,17 @@ def test_a_weight_is_its_codes_and_its_part_of_the_shared_factors(sharing, commo
     left, right = factors.left.double(), factors.right.double()
     left, right = left * factors.left_scale.double()[:, None], right * factors.right_scale.double()[:, :, None]
     for expert, result in enumerate(results):
-        assert result.tile.factors is factors and result.tile.expert == expert and result.low_rank is None
+        assert result.tile.factors is factors and result.tile.expert == expert
         assert result.rank == 4 and result.format.rank == 0
         i, j = factors.cells[expert].tolist()
-        part, decoded = left[j] @ right[i], result.decoded(torch.float64)
+        part, decoded = left[j] @ right[i], result.codes.decode(torch.float64)
         whole = result.basis.unrotate(decoded + (0.0 if sharing == "expert" else part))
         if sharing == "expert":
             whole = whole + part * factors.input_scale[expert].double()
         assert_close(result.dense(torch.float64), whole, rtol=1e-9, atol=1e-9)
         h = stats[expert].hessian
         size = output_energy(weights[expert], h)
-        plain = nearest(weights[expert], None, IntGrid(3, IN if codebook == "vector" else 16)).dense()
+        plain = nearest(weights[expert], None, IntGrid(3, IN if codebook == "vector" else 16)).decode()
         assert result.record.error_before == pytest.approx(
             float(output_energy(weights[expert] - plain, h) / size), rel=1e-5
         )
@@ -123,7 +122,7 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_everything_alone(sharing, 
             weights, stats, common_input=common_input, sharing=sharing, metric="activation", iterations=0,
             importance="log", seed=seed,
         )  # fmt: skip
-        return [pack_tiles(results[0].tile.factors), *map(pack_weight, results)]
+        return [part.tensors() for part in (results[0].tile.factors, *results)]
 
     def same(a, b):
         pairs = [(x, others[name]) for own, others in zip(a, b, strict=True) for name, x in own.items()]

@@ -6,23 +6,23 @@ import weakref
 
 import pytest
 import torch
+from helpers import layer_format
 from torch import nn
 
 import lorq.runtime.compiled
 import lorq.runtime.same_input
-from lorq.core.weight import LayerFormat
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.same_input import Joined, fit, join_layers, share_rotations
 
 SIZES = {"q": 32, "k": 16, "v": 16, "o": 48}
 FORMATS = {
-    "4 bits": LayerFormat(4, 16, False),
-    "3 bits, symmetric": LayerFormat(3, 16, True),
-    "factors": LayerFormat(4, 16, False, 3, "int8"),
-    "factors of 16 bits": LayerFormat(2, 16, True, 2, "float16"),
-    "codebooks": LayerFormat(2, 48, True, 0, "float16", 4, 8, 16),
-    "levels": LayerFormat(4, 16, True, grid="normal-float"),
-    "rotated": LayerFormat(4, 16, True, 2, "int8", rotation_block=16),
+    "4 bits": layer_format(4, 16, False),
+    "3 bits, symmetric": layer_format(3, 16, True),
+    "factors": layer_format(4, 16, False, 3, "int8"),
+    "factors of 16 bits": layer_format(2, 16, True, 2, "float16"),
+    "codebooks": layer_format(2, 48, True, 0, "float16", 4, 8, 16),
+    "levels": layer_format(4, 16, True, grid="normal-float"),
+    "rotated": layer_format(4, 16, True, 2, "int8", rotation_block=16),
 }
 
 
@@ -94,8 +94,8 @@ def test_layers_of_one_input_are_found_and_answer_as_by_themselves(format, bias,
 
 @torch.no_grad()
 def test_layers_of_other_ranks_join(attention, products, generator):
-    own = {"q": LayerFormat(4, 16, False, 5, "int8"), "v": LayerFormat(4, 16, False, 1, "int8")}
-    module = attention(LayerFormat(4, 16, False), own)
+    own = {"q": layer_format(4, 16, False, 5, "int8"), "v": layer_format(4, 16, False, 1, "int8")}
+    module = attention(layer_format(4, 16, False), own)
     x = torch.randn(1, 48, generator=generator)
     expected = alone(module, x)
     for y in (module(x + 0), module(x + 0)):
@@ -106,7 +106,7 @@ def test_layers_of_other_ranks_join(attention, products, generator):
 
 @torch.no_grad()
 def test_what_changes_is_seen(attention, generator):
-    module = attention(LayerFormat(4, 16, False, 2, "int8"))
+    module = attention(layer_format(4, 16, False, 2, "int8"))
     x = torch.randn(1, 48, generator=generator)
     module(x + 0), module(x + 0)
     # An input that is written to between two calls.
@@ -121,7 +121,7 @@ def test_what_changes_is_seen(attention, generator):
         for found, one in zip(module(x + 0), expected, strict=True):
             torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-4, msg=name)
     # What is written to: codes and factors, all at once and one by one.
-    other = attention(LayerFormat(4, 16, False, 2, "int8"))
+    other = attention(layer_format(4, 16, False, 2, "int8"))
     module.load_state_dict(other.state_dict())
     for found, one in zip(module(x + 0), alone(other, x), strict=True):
         torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-4)
@@ -141,7 +141,7 @@ def test_what_changes_is_seen(attention, generator):
 
 @torch.no_grad()
 def test_copies_learn_for_themselves(attention, products, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
     expected = module(x + 0)
     module(x + 0)
@@ -154,7 +154,7 @@ def test_copies_learn_for_themselves(attention, products, generator):
 
 
 def test_gradients_inference_and_many_tokens_go_by_layers(attention, products, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
     with torch.no_grad():
         module(x + 0), module(x + 0)
@@ -172,7 +172,7 @@ def test_gradients_inference_and_many_tokens_go_by_layers(attention, products, g
 @torch.no_grad()
 @torch.no_grad()
 def test_layers_between_whose_calls_the_input_changes_are_not_joined(attention, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
     for _ in range(2):
         z = x.clone()
@@ -183,7 +183,7 @@ def test_layers_between_whose_calls_the_input_changes_are_not_joined(attention, 
 
 
 def test_replicas_of_data_parallel_have_their_own_tensors(attention):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     with torch.no_grad():
         module(torch.ones(1, 48)), module(torch.ones(1, 48))
     replica = module.q._replicate_for_data_parallel()
@@ -191,7 +191,7 @@ def test_replicas_of_data_parallel_have_their_own_tensors(attention):
 
 
 def test_a_layer_that_is_called_alone_multiplies_and_keeps_nothing(attention, products, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     module(torch.ones(1, 48)), module(torch.ones(1, 48))
     x = torch.randn(1, 48, generator=generator)
     for _ in range(2):  # twice the same layer, and others that never come
@@ -206,31 +206,31 @@ def test_what_does_not_fit_is_left_alone(random_weight):
     def layers(*formats, sizes=(32, 16)):
         return [QuantLinear.from_weight(random_weight(n, 48, f)) for n, f in zip(sizes, formats, strict=True)]
 
-    one = LayerFormat(4, 16, False)
+    one = layer_format(4, 16, False)
     assert fit(layers(one, one))
-    assert not fit(layers(one, LayerFormat(3, 16, False)))
-    assert not fit(layers(one, LayerFormat(4, 16, True)))
+    assert not fit(layers(one, layer_format(3, 16, False)))
+    assert not fit(layers(one, layer_format(4, 16, True)))
     assert not fit(layers(one, one, sizes=(31, 16)))  # 124 bits of zero points: two layers would meet in a word
     assert fit(layers(one, one, sizes=(32, 15)))
-    scaled = LayerFormat(4, 48, True, scale_rank=2)
+    scaled = layer_format(4, 48, True, scale_rank=2)
     assert not fit(layers(scaled, scaled))
-    assert not fit(layers(LayerFormat(4, 16, True, rotation_block=16), LayerFormat(4, 16, True, rotation_block=16)))
-    ranks = LayerFormat(4, 16, False, 2, "int8"), LayerFormat(4, 16, False, 2, "float16")
+    assert not fit(layers(layer_format(4, 16, True, rotation_block=16), layer_format(4, 16, True, rotation_block=16)))
+    ranks = layer_format(4, 16, False, 2, "int8"), layer_format(4, 16, False, 2, "float16")
     assert not fit(layers(*ranks))
 
 
 def test_factors_of_large_layers_join_only_where_zeros_cost_little():
     def layers(rank, out=4096):
-        format = LayerFormat(4, 128, False, rank, "int8")
+        format = layer_format(4, 128, False, rank, "int8")
         return [QuantLinear(4096, out, format, device="meta") for _ in range(2)]
 
     assert fit(layers(0)) and fit(layers(8)) and not fit(layers(64))
-    assert fit([QuantLinear(512, 512, LayerFormat(4, 128, False, 64, "int8"), device="meta") for _ in range(2)])
+    assert fit([QuantLinear(512, 512, layer_format(4, 128, False, 64, "int8"), device="meta") for _ in range(2)])
 
 
 @torch.no_grad()
 def test_tensors_that_are_others_in_every_pass_are_left_alone(attention, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
     module(x + 0)
     for _ in range(8):
@@ -239,7 +239,7 @@ def test_tensors_that_are_others_in_every_pass_are_left_alone(attention, generat
     assert module.q.joined is module.k.joined is module.v.joined is None
     # Nor what lies elsewhere, or learns.
     for wrong in (module.k.weight_scale.to("meta"), nn.Parameter(module.k.weight_scale, requires_grad=False)):
-        module = attention(LayerFormat(4, 16, False))
+        module = attention(layer_format(4, 16, False))
         module(x + 0), module(x + 0)
         if isinstance(wrong, nn.Parameter):
             del module.k.weight_scale
@@ -251,7 +251,7 @@ def test_tensors_that_are_others_in_every_pass_are_left_alone(attention, generat
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_what_a_layer_returns_may_be_written_to(tokens, attention, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     x = torch.randn(tokens, 48, generator=generator)
     expected = alone(module, x)
     module(x + 0), module(x + 0)
@@ -268,7 +268,7 @@ def test_what_a_layer_returns_may_be_written_to(tokens, attention, generator):
 
 
 def test_a_model_is_gone_when_nobody_has_it(attention):
-    module = attention(LayerFormat(4, 16, False, 2, "int8"))
+    module = attention(layer_format(4, 16, False, 2, "int8"))
     gc.collect()
     gc.disable()
     try:
@@ -296,7 +296,7 @@ def test_several_equal_calls_become_one_in_a_graph():
 
 
 def test_joining_takes_no_second_memory(attention):
-    module = attention(LayerFormat(4, 16, False, 2, "int8"))
+    module = attention(layer_format(4, 16, False, 2, "int8"))
     joined = Joined([module.q, module.k])
     for name, place in (("weight_packed", 0), ("weight_scale", 1), ("right", 9)):
         whole = joined._operands[place]

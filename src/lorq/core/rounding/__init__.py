@@ -2,20 +2,18 @@
 
 from collections.abc import Callable
 
+from lorq.core.codes import IntCodes
 from lorq.core.rounding.clip import RangeSearch, clip, search_range
 from lorq.core.rounding.gptq import gptq, gptq_levels
-from lorq.core.rounding.gptvq import VectorRounded, gptvq
-from lorq.core.rounding.nearest import LevelRounded, Rounded, nearest, nearest_levels
+from lorq.core.rounding.gptvq import gptvq
+from lorq.core.rounding.nearest import nearest, nearest_levels
 
-# Each takes (target, hessian, grid, *, search, damping) and returns Rounded.
-ROUNDINGS: dict[str, Callable[..., Rounded]] = {"nearest": nearest, "clip": clip, "gptq": gptq}
+# Each takes (target, hessian, grid, *, search, damping) and returns codes.
+ROUNDINGS: dict[str, Callable[..., IntCodes]] = {"nearest": nearest, "clip": clip, "gptq": gptq}
 
 __all__ = [
     "ROUNDINGS",
-    "LevelRounded",
     "RangeSearch",
-    "Rounded",
-    "VectorRounded",
     "clip",
     "gptq",
     "gptq_levels",

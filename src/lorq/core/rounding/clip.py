@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.grids import IntGrid
-from lorq.core.rounding.nearest import Rounded, encode_on
+from lorq.core.codes import IntCodes, IntGrid
+from lorq.core.rounding.nearest import encode_on
 
 # Rows are searched in slices of about this many trial weights: few operations, small temporaries.
 _SLICE = 1 << 20
@@ -102,7 +102,7 @@ def clip(
     *,
     search: RangeSearch | None = None,
     damping: float = 0.0,
-) -> Rounded:
+) -> IntCodes:
     """Saturating clip search (`search_range`), then rounding to nearest: the paper's quantizer.
 
     Source:

@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.grids import IntGrid, LevelGrid
+from lorq.core.codes import IntCodes, IntGrid, LevelGrid
 from lorq.core.linalg import damp, inverse_factor
 from lorq.core.rounding.clip import RangeSearch, search_range
-from lorq.core.rounding.nearest import Rounded
 
 # Columns whose mutual updates are done one by one; all later columns are updated once per block, as one
 # matrix product.
@@ -24,7 +23,7 @@ def gptq(
     search: RangeSearch | None = None,
     damping: float = 0.01,
     upper: Float[Tensor, "in in"] | None = None,
-) -> Rounded:
+) -> IntCodes:
     """Codes that keep ``tr[(T - Q) H (T - Q)^T]`` small by passing errors on.
 
     With ``H^-1 = U^T U``, ``U`` upper triangular, column ``i`` is rounded to ``q_i`` and every later column
@@ -70,7 +69,7 @@ def gptq(
         return code, grid.decode(code, s, z)
 
     _feed_back(columns, codes, upper, _blocks(width, size), encode)
-    return Rounded(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
+    return IntCodes.of(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
 
 
 def gptq_levels(
