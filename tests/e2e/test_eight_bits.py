@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorq
-from lorq.pipeline.all_blocks import Solver
+from lorq.pipeline import quantize as stages
 
 RUN = {"calibration": "python-docs", "samples": 4, "seq_len": 32}
 FEW_STEPS = lorq.LRQ(bits=4, group_size=16, steps=3)
@@ -79,16 +79,16 @@ def test_layers_that_stay_as_they_are_keep_their_norm_from_being_smoothed(folder
     ids=["lrq", "lrq original", "lords", "lrq smoothed", "gptq smoothed"],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bytes(method, options, folder_of, tmp_path, monkeypatch):
-    source, solve, solved = folder_of("llama"), Solver._solve, []
+    source, solve, solved = folder_of("llama"), stages.solve_block, []
 
-    def stop_at_the_second(self, index):
-        if index == 1 and not solved:
-            solved.append(index)
+    def stop_at_the_second(model, plan, visit, probe, executor):
+        solved.append(visit.part.name)
+        if solved == ["model.layers.0", "model.layers.1"]:
             raise KeyboardInterrupt
-        return solve(self, index)
+        return solve(model, plan, visit, probe, executor)
 
     lorq.quantize(source, tmp_path / "whole", method, **RUN, **options)
-    monkeypatch.setattr(Solver, "_solve", stop_at_the_second)
+    monkeypatch.setattr(stages, "solve_block", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         lorq.quantize(source, tmp_path / "parts", method, **RUN, **options)
     lorq.quantize(source, tmp_path / "parts", method, **RUN, **options, resume=True)

@@ -130,7 +130,7 @@ def prepare_qat(model: nn.Module, reference: str | Path | None = None) -> None:
     """
     layers = lords_layers(model)
     streamed = None if reference is None else _original(model, reference, layers)
-    targets = {t.name: t for block in streamed.blocks for t in streamed.targets(block)} if streamed else {}
+    targets = {t.name: t for part in streamed.parts for t in part.targets} if streamed else {}
     made = {}
     for name, layer in layers.items():
         with torch.no_grad():
@@ -145,7 +145,7 @@ def prepare_qat(model: nn.Module, reference: str | Path | None = None) -> None:
 def _original(model: nn.Module, reference: str | Path, layers: dict[str, QuantLinear]) -> StreamedModel:
     """The reference, checked: its layers' shapes, and the norms and biases between them."""
     streamed = StreamedModel.open(resolve_model(reference))
-    shapes = {t.name: (t.out_features, t.in_features) for block in streamed.blocks for t in streamed.targets(block)}
+    shapes = {t.name: (t.out_features, t.in_features) for part in streamed.parts for t in part.targets}
     for name, layer in layers.items():
         if shapes.get(name) != (layer.out_features, layer.in_features):
             raise ValueError(
@@ -153,7 +153,7 @@ def _original(model: nn.Module, reference: str | Path, layers: dict[str, QuantLi
                 f"{name} of shape {(layer.out_features, layer.in_features)}"
             )
     own = dict(model.named_parameters())
-    for name in (name for block in streamed.blocks for name in streamed.names_under(block)):
+    for name in (name for block in streamed.blocks for name in block.tensors):
         mine = own.get(name)
         if mine is not None and mine.ndim == 1:
             theirs = streamed.stored_tensor(name).to(mine.device, mine.dtype)

@@ -1,108 +1,83 @@
-"""Solve one block: which layers a method takes in one call, with which statistics and which randomness."""
+"""The work at one block: smooth it, choose its activations, solve its layers."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lorq.core.problem import Problem
-from lorq.core.stats import InputStats
+from lorq.core.problem import BlockOutput
 from lorq.core.weight import QuantizedWeight
-from lorq.methods import Method
-from lorq.models.blocks import Target
-from lorq.pipeline.together import _together, expert_groups
+from lorq.models.blocks import StreamedModel, Target
+from lorq.models.experts import find_experts
+from lorq.pipeline.dense_activations import Smoothed, layer_activations, quantized_activations, smooth_block
+from lorq.pipeline.plan import Plan
+from lorq.pipeline.tasks import SameProcess, block_tasks, solve_task
+from lorq.pipeline.verify import Probe
+from lorq.pipeline.walk import Visit
 
 
-def solve_block(
-    plan: Mapping[Target, Method],
-    stats: dict[str, InputStats],
-    modules: Mapping[str, Any],
-    *,
-    weight: Callable[[Target], Tensor],
-    seed: int,
-) -> dict[Target, QuantizedWeight]:
-    """Quantize the layers of one block.
+@dataclass(frozen=True)
+class Solved:
+    """A block's weights, and what else goes into its file and report.
 
-    Args:
-        plan: the layers and their methods.
-        stats: by layer name; layers that read one input share one object. Emptied as layers are solved, since
-            what is derived from statistics is large.
-        modules: the block's experts modules by name.
-        weight: reads a layer's weight, (out, in), float32, on the device where the work is done.
-        seed: of the run.
+    Attributes:
+        weights: of the quantized layers.
+        notes: what a layer's report should tell, by layer.
+        changed: parameters outside the layers that smoothing changed, by name.
     """
-    solved: dict[Target, QuantizedWeight] = {}
-    for group in expert_groups(plan, modules):
-        solved |= _solve_experts(plan, group, stats, weight=weight, seed=seed)
-    for targets in _together({t: m for t, m in plan.items() if t not in solved}, stats):
-        method: Any = plan[targets[0]]
-        own = [stats.pop(target.name, None) for target in targets].pop()
-        weights = {target.name: weight(target) for target in targets}
-        with _Note(", ".join(weights)):
-            results = method.solve(Problem(weights, {} if own is None else dict.fromkeys(weights, own), seed))
-        solved |= {target: results[target.name] for target in targets}
-    for target, result in solved.items():
-        with _Note(target.name):
-            check_finite(result)
-    return {target: solved[target] for target in plan}
+
+    weights: dict[Target, QuantizedWeight]
+    notes: dict[str, str]
+    changed: dict[str, Tensor]
 
 
-def solve_whole_block(plan: Mapping[Target, Method], problem: Problem) -> dict[Target, QuantizedWeight]:
-    """Quantize the layers of one block by a method of scope "block", all in one call."""
-    method: Any = next(iter(plan.values()))
-    with _Note(f"{next(iter(problem.weights))} and the other layers of its block"):
-        results = method.solve(problem)
-    for name, result in results.items():
-        with _Note(name):
-            check_finite(result)
-    return {target: results[target.name] for target in plan}
+def solve_block(model: StreamedModel, plan: Plan, visit: Visit, probe: Probe, executor: Executor) -> Solved:
+    """Solve the layers of the block where a walk is. Smoothing changes the resident block, solving does not."""
+    part, found, layers = visit.part, visit.observed, plan.of(visit.part)
+    smoothed = Smoothed()
+    if plan.options.smoothing:
+        smoothed = smooth_block(
+            model.model.get_submodule(part.name),
+            {target.name: model.model.get_submodule(target.name) for target in layers},
+            lambda: probe.run(model, part),
+            found.stats,
+            prefix=part.name,
+            exponent=plan.options.smoothing,
+        )
+    activations = {
+        t.name: layer_activations(
+            t.name, found.stats.get(t.name), inputs=plan.options.activations, cache=plan.options.kv_cache
+        )
+        for t in layers
+    }  # fmt: skip
+    block = _block_output(model, visit, layers) if plan.blockwise else None
+    tasks = block_tasks(
+        layers, found.stats, find_experts(model.model, part.name),
+        weight=lambda target: model.resident_weight(target).contiguous(), seed=plan.options.seed, block=block,
+    )  # fmt: skip
+    where = executor if block is None else SameProcess()
+    with quantized_activations(model.model, {name: (own, None) for name, own in activations.items()}):
+        calls = [where.submit(solve_task, task) for task in tasks]
+        solved = {name: weight for call in calls for name, weight in call.result().items()}
+    weights = {t: replace(solved[t.name], activations=activations[t.name]) for t in layers}
+    notes: dict[str, list[str]] = {}
+    recorded = {target.name: weight.record.note for target, weight in weights.items()}
+    for name, note in (*found.notes.items(), *smoothed.notes.items(), *recorded.items()):
+        if note:
+            notes.setdefault(name, []).append(note)
+    return Solved(weights, {name: "; ".join(own) for name, own in notes.items()}, smoothed.tensors)
 
 
-def _solve_experts(
-    plan: Mapping[Target, Method],
-    group: dict[str, list[Target]],
-    stats: dict[str, InputStats],
-    *,
-    weight: Callable[[Target], Tensor],
-    seed: int,
-) -> dict[Target, QuantizedWeight]:
-    """The experts of the projections that read the same inputs."""
-    projections = list(group.values())
-    method: Any = plan[projections[0][0]]
-    experts = [target for targets in projections for target in targets]
-    problem = Problem(
-        {target.name: weight(target) for target in experts},
-        {target.name: stats.pop(target.name) for target in experts},
-        seed,
-        projections=tuple(tuple(target.name for target in targets) for targets in projections),
-        common_input="down_proj" not in group,
-    )
-    with _Note(f"{experts[0].name} and the other experts"):
-        results = method.solve(problem)
-    return {target: results[target.name] for target in experts}
+def _block_output(model: StreamedModel, visit: Visit, layers: Mapping[Target, object]) -> BlockOutput:
+    """The resident block as methods of scope "block" take it."""
+    targets, streams = {target.name: target for target in layers}, visit.streams
 
+    def forward(given: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        own = {targets[name]: weight for name, weight in given.items()}
+        # One window at a time: masks and rotary angles are those of one.
+        return torch.stack([model.differentiable_run(visit.part, h, streams.calls, own) for h in hidden])
 
-class _Note:
-    """Say on an error which layer it was."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError | ArithmeticError | RuntimeError):
-            error.add_note(f"while solving {self.name}")
-
-
-def check_finite(weight: QuantizedWeight) -> None:
-    """Nothing that is not a number is ever written.
-
-    Raises:
-        ArithmeticError: if a stored part is not finite.
-    """
-    parts = [*weight.tensors().values(), *(weight.tile.factors.tensors().values() if weight.tile else ())]
-    if not all(bool(torch.isfinite(part.float()).all()) for part in parts if part.is_floating_point()):
-        raise ArithmeticError("scales and factors must be finite, got NaN or infinite values; raise the damping")
+    assert streams.original is not None
+    return BlockOutput(forward, streams.inputs, streams.original)

@@ -24,7 +24,7 @@ class Options:
         expert_tokens: an expert that sees fewer calibration tokens than this gets the statistics of all tokens of
             its layer; the report names it.
         stream: whose outputs calibrate the next block: the "original" model's or the "quantized" one's; "auto" is the
-            quantized one's for methods that fit a whole block (lrq), else the original's.
+            quantized one's for methods that fit a whole block (lrq, and lords where it refines), else the original's.
         activations: inputs of the quantized layers in 8 bits: "token", on each token's own range, or "tensor", on one
             range from calibration.
         smoothing: how much of the inputs' range is moved into the weights where inputs come from a norm, 0 to 1
@@ -91,3 +91,9 @@ def read_method(method: str | Method) -> Method:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     return METHODS[method]()
+
+
+def method_name(method: Method) -> str:
+    """By which `read_method` knows a method; that of its class, where it does not."""
+    kind = type(method)
+    return next((name for name, known in METHODS.items() if known is kind), kind.__name__.lower())

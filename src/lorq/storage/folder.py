@@ -1,6 +1,6 @@
 """A finished lorq folder, opened: what it says of itself, and its weights one by one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lorq.core.tile_factors import TileFactors, TileFormat
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
-from lorq.storage.config import LorqConfig
+from lorq.storage.config import LorqConfig, read_format
 from lorq.storage.json_files import damaged, read_json
 from lorq.storage.names import INDEX
 from lorq.storage.reader import SourceCheckpoint
 from lorq.storage.report import Report, read_report
+from lorq.storage.safetensors_file import read_header
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,20 @@ class LorqFolder:
             raise damaged(path / "config.json", "quantization_config.quant_method must be 'lorq'")
         config = LorqConfig(**own)
         return cls(path, SourceCheckpoint.open(path, index_name=INDEX), config.formats(), config.tile_formats())
+
+    @classmethod
+    def of_shards(cls, path: Path, records: Mapping[str, Any]) -> "LorqFolder":
+        """The shards that are written of a folder that need not be finished; it has no report yet.
+
+        Args:
+            path: of the folder.
+            records: of the shards by name, with the ``formats`` of their layers and ``tiles`` as config.json has them.
+        """
+        headers = {name: read_header(path / name) for name in records}
+        files = {tensor: name for name, header in headers.items() for tensor in header.tensors}
+        formats = {n: read_format(n, entry) for record in records.values() for n, entry in record["formats"].items()}
+        tiles = {n: TileFormat(**entry) for record in records.values() for n, entry in record["tiles"].items()}
+        return cls(path, SourceCheckpoint(path, headers, files), formats, tiles)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The report of a quantized folder: one record per layer, and the totals."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,11 +106,6 @@ def read_report(folder: Path) -> Report:
         return Report(layers=layers, **content)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy the folder again") from error
-
-
-def record_of(layer: LayerReport) -> dict[str, Any]:
-    """A layer's report as the journal keeps it."""
-    return json.loads(json.dumps(asdict(layer)))
 
 
 def html_page(report: Report, *, title: str) -> str:

@@ -23,7 +23,7 @@ from lorq.storage.atomic import TEMPORARY, rename_synced, room_for, sync_folder,
 from lorq.storage.journal import FinishedShard, append_line, differences, read_journal, write_journal
 from lorq.storage.json_files import json_bytes, plain_name, read_json, some_of
 from lorq.storage.names import INDEX, JOURNAL
-from lorq.storage.safetensors_file import read_header, read_tensor
+from lorq.storage.safetensors_file import read_header
 
 
 class CheckpointWriter:
@@ -85,13 +85,6 @@ class CheckpointWriter:
     def shard_checksums(self) -> dict[str, str]:
         """sha256 (hex) of every finished shard, by name; for the report and ``verify_shards``."""
         return {name: shard.sha256 for name, shard in self._shards.items()}
-
-    def read_shard(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a finished shard; KeyError if there is no such shard."""
-        if name not in self._shards:
-            raise KeyError(f"{self.folder} has no finished shard {name!r}, only: {some_of(self._shards)}")
-        header = read_header(self.folder / name)
-        return {key: read_tensor(self.folder / name, header, key) for key in header.tensors}
 
     def write_shard(self, name: str, tensors: dict[str, Tensor], record: Any) -> None:
         """Write one shard; it is whole and on the disk on return.

@@ -369,7 +369,7 @@ def test_tensors_may_be_views_with_gradients(tmp_path: Path) -> None:
     writer = CheckpointWriter.create(tmp_path, IDENTITY)
     weight = torch.arange(12.0, requires_grad=True).view(3, 4)
     writer.write_shard(SHARDS[0], {"t": weight.T}, {})
-    assert torch.equal(writer.read_shard(SHARDS[0])["t"], weight.detach().T)
+    assert torch.equal(load_file(tmp_path / SHARDS[0])["t"], weight.detach().T)
 
 
 def test_checksums_find_every_changed_shard(whole: dict[str, bytes], tmp_path: Path) -> None:
@@ -402,9 +402,6 @@ def test_a_resumed_run_knows_what_is_done(whole: dict[str, bytes], tmp_path: Pat
     writer = resume(tmp_path / "out")
     assert writer.completed == first.completed == {SHARDS[i]: {"block": i, "error": 0.1 * i} for i in range(3)}
     assert writer.shard_checksums() == {name: hashlib.sha256(whole[name]).hexdigest() for name in SHARDS[:3]}
-    assert torch.equal(writer.read_shard(SHARDS[1])["layer.1.packed"], tensors_of(1)["layer.1.packed"])
-    with pytest.raises(KeyError, match=r"no finished shard 'lorq-00003.safetensors', only: lorq-00000"):
-        writer.read_shard(SHARDS[3])
     write_all(writer)
     assert contents(tmp_path / "out") == whole
 

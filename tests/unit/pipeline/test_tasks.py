@@ -13,8 +13,7 @@ from lorq.core.problem import layer_generator
 from lorq.core.stats import InputStats
 from lorq.models.blocks import Target
 from lorq.models.experts import ExpertName, expert_name
-from lorq.pipeline.one_block import check_finite, solve_block
-from lorq.pipeline.together import expert_formats, expert_groups
+from lorq.pipeline.tasks import block_tasks, check_finite, expert_formats, expert_groups, solve_task
 
 BLOCK = "model.layers.0"
 EXPERTS = f"{BLOCK}.mlp.experts"
@@ -26,7 +25,7 @@ LOPRO = lorq.LoPRo(bits=4, group_size=16, rank=2, range_search="none", importanc
 
 
 def target(name):
-    return Target(name, OUT, IN, transposed=False, has_bias=False)
+    return Target(name, OUT, IN, transposed=False)
 
 
 def expert_targets(experts=range(4), projections=("gate_proj", "up_proj", "down_proj")):
@@ -43,7 +42,9 @@ def weight_of(layer):
 
 
 def solve(plan, known, *, modules=MODULES, seed=0, weight=weight_of):
-    return solve_block(plan, dict(known), modules, weight=weight, seed=seed)
+    tasks = block_tasks(plan, dict(known), modules, weight=weight, seed=seed)
+    solved = {name: result for task in tasks for name, result in solve_task(task).items()}
+    return {layer: solved[layer.name] for layer in plan}
 
 
 def same(a, b):
@@ -143,8 +144,11 @@ def test_methods_of_one_layer_are_given_one_layer():
 def test_statistics_are_let_go_as_layers_are_solved():
     layers = [target("a"), *expert_targets()]
     known = {t.name: stats() for t in layers}
-    solve_block(dict.fromkeys(layers, TILEQ), known, MODULES, weight=weight_of, seed=0)
-    assert not known
+    left = []
+    for task in block_tasks(dict.fromkeys(layers, TILEQ), known, MODULES, weight=weight_of, seed=0):
+        assert not set(task.problem.weights) & set(known)
+        left.append(len(known))
+    assert left == [5, 1, 0]
 
 
 # ---- experts ----------------------------------------------------------------------------------------------
