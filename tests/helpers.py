@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorq.core.codes import IntGrid, LevelFormat, VectorGrid
 from lorq.core.problem import Problem
+from lorq.core.stats import PreparedHessian
 from lorq.core.weight import LayerFormat
 
 BYTES = 256
@@ -42,6 +43,11 @@ def tiny_model(seed: int = 0, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**settings | changes))
+
+
+def prepared(hessian, damping=0.01):
+    """A Hessian as roundings take it."""
+    return PreparedHessian(hessian, damping)
 
 
 def solve_one(method, weight, stats=None, *, seed=0, name="layer"):

@@ -46,6 +46,7 @@ class Method(Protocol):
         ...
 
 
+@runtime_checkable
 class SharesFactors(Method, Protocol):
     """What a method of scope "experts" has besides."""
 

@@ -17,6 +17,7 @@ from lorq.core.sketch import SketchForm, sketch
 from lorq.core.stats import InputStats, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import (
+    SEARCHES,
     Bits,
     Damping,
     GroupSize,
@@ -29,17 +30,8 @@ from lorq.methods.common import (
     preset,
 )  # fmt: skip
 
-# Range searches of the authors' code: a wide one on the first residual, a narrow one when alternating.
-_WIDE = {
-    "clip": RangeSearch(steps=40, depth=0.8, mode="saturate"),
-    "gptq": RangeSearch(steps=20, depth=0.5, mode="scale"),
-    "nearest": None,
-}
-_NARROW = {
-    "clip": RangeSearch(steps=20, depth=0.5, mode="saturate"),
-    "gptq": RangeSearch(steps=20, depth=0.5, mode="scale"),
-    "nearest": None,
-}
+# The authors' code's range searches: a wide one on the first residual, a narrow one when alternating.
+_SEARCHES = {"clip": (RangeSearch(steps=40, depth=0.8, mode="saturate"), SEARCHES["saturate"])}
 
 
 @dataclass(frozen=True)
@@ -122,19 +114,17 @@ class FLRQ:
         stats = needed(stats)
         hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping)
         scaling = hessian.factor if self.metric == "hessian" else activation_scale(stats, self.exponent)
-        given = {"upper": hessian.inverse_factor} if self.rounding == "gptq" else {}
         grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
         best: tuple[float, IntCodes, LowRank | None, str] | None = None
-        for search in [_WIDE[self.rounding]] + self._epochs() * [_NARROW[self.rounding]]:
+        wide, narrow = _SEARCHES.get(self.rounding, (SEARCHES["scale"], SEARCHES["scale"]))
+        for search in [wide] + self._epochs() * [narrow]:
             for step in self.order.split("-then-"):
                 if step == "low-rank":
                     low_rank, stop = self._fit_low_rank(weight - codes_part, scaling, generator)
                     low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(weight)
                 else:
-                    rounded = ROUNDINGS[self.rounding](
-                        weight - low_rank_part, hessian.matrix, grid, search=search, **given
-                    )
+                    rounded = ROUNDINGS[self.rounding](weight - low_rank_part, hessian, grid, search)
                     codes_part = rounded.decode()
             error = float(output_energy(weight - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:

@@ -60,9 +60,7 @@ class GPTQ:
         grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         stats = needed(stats)
         hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping)
-        rounded = rounding.gptq(
-            weight, hessian.matrix, grid, search=SEARCHES[self.range_search], upper=hessian.inverse_factor
-        )
+        rounded = rounding.gptq(weight, hessian, grid, SEARCHES[self.range_search])
         return assemble(weight, rounded, None, stop="none", hessian=stats.hessian)
 
     def largest(self, out: int, in_: int) -> LayerFormat:

@@ -217,11 +217,9 @@ class LoPRo:
             passing = self.rounding == "gptq"
             upper = hessian.inverse_factor if passing else hessian.matrix.diagonal().clamp(min=1e-12).rsqrt().diag()
             grid = self._vector_grid(*target.shape)
-            return gptvq(target, hessian.matrix, grid, upper=upper, iterations=self.kmeans_iterations)
+            return gptvq(target, grid, upper=upper, iterations=self.kmeans_iterations)
         scalar = layer_grid(target.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
-        given = {"upper": hessian.inverse_factor} if self.rounding == "gptq" else {}
-        search = SEARCHES[self.range_search]
-        return ROUNDINGS[self.rounding](target, hessian.matrix, scalar, search=search, **given)
+        return ROUNDINGS[self.rounding](target, hessian, scalar, SEARCHES[self.range_search])
 
     def _vector_grid(self, out: int, in_: int) -> VectorGrid:
         """The sizes of vectors and codebooks for a weight of this shape."""

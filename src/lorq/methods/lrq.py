@@ -14,7 +14,7 @@ from lorq.core.descent import Descent, block_loss, cpu_generator, layer_loss, mi
 from lorq.core.half import LARGEST_HALF, SMALLEST_SCALE
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import clip, nearest
-from lorq.core.stats import InputStats, TokenWeights
+from lorq.core.stats import InputStats, PreparedHessian, TokenWeights
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_grid, layer_group, needed, preset
 
@@ -238,7 +238,7 @@ class LRQ:
         if search is None:
             initial = nearest(weight, None, grid)
         else:
-            initial = clip(weight, stats.hessian, grid, search=search)
+            initial = clip(weight, PreparedHessian(stats.hessian, damping=0.0), grid, search)
         rank = None if self.scaling == "full" else self._rank(*weight.shape)
         return Scaling.start(weight, initial, rank=rank, generator=generator)
 

@@ -11,7 +11,7 @@ from lorq.core.checks import check_settings
 from lorq.core.codes import Codes, CodesFormat, IntGrid, LevelFormat, LevelGrid
 from lorq.core.problem import Problem
 from lorq.core.rounding import clip, nearest, nearest_levels
-from lorq.core.stats import InputStats
+from lorq.core.stats import InputStats, PreparedHessian
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_group
 
@@ -54,8 +54,8 @@ class Nearest:
         elif search is None:
             rounded = nearest(weight, None, IntGrid(self.bits, size, self.symmetric))
         else:
-            white = torch.eye(weight.shape[1], device=weight.device)
-            rounded = clip(weight, white, IntGrid(self.bits, size, self.symmetric), search=search)
+            white = PreparedHessian(torch.eye(weight.shape[1], device=weight.device), damping=0.0)
+            rounded = clip(weight, white, IntGrid(self.bits, size, self.symmetric), search)
         return assemble(weight, rounded, None, stop="none", hessian=None if stats is None else stats.hessian)
 
     def largest(self, out: int, in_: int) -> LayerFormat:

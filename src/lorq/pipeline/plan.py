@@ -43,7 +43,7 @@ class Plan:
     @property
     def settings(self) -> dict[str, Any]:
         """The method's, as JSON values."""
-        return asdict(self.method)  # type: ignore[call-overload, no-any-return]
+        return asdict(self.method)
 
     @property
     def blockwise(self) -> bool:
@@ -96,7 +96,7 @@ class Plan:
         Raises:
             ValueError, TypeError: for names, settings and options that do not exist.
         """
-        method: Any = replace(read_method(values["method"]), **values["settings"])  # type: ignore[type-var]
+        method = replace(read_method(values["method"]), **values["settings"])
         layers: dict[str, dict[Target, Method]] = {}
         for part, entries in values["layers"].items():
             layers[part] = {}
@@ -161,7 +161,7 @@ def choose(target: Target, method: Method, changes: Iterable[tuple[re.Pattern[st
     chosen = method
     for pattern, change in changes:
         if pattern.search(target.name):
-            chosen = replace(chosen, **change)  # type: ignore[type-var]
+            chosen = replace(chosen, **change)
     _check_alike(chosen, method, target.name)
     return chosen
 
@@ -193,7 +193,7 @@ def refuse_unfit(layers: Mapping[Target, Method]) -> None:
     )
 
 
-def _check_alike(chosen: Any, method: Any, name: str) -> None:
+def _check_alike(chosen: Method, method: Method, name: str) -> None:
     """What is solved together cannot differ from layer to layer.
 
     Raises:
@@ -225,7 +225,7 @@ def _override(text: str, method: Method) -> tuple[re.Pattern[str], dict[str, Any
     key, equals, value = change.partition("=")
     if not (colon and equals):
         raise ValueError(f"an override must read 'REGEX:key=value', got {text!r}")
-    hints = {f.name: get_type_hints(type(method))[f.name] for f in fields(method)}  # type: ignore[arg-type]
+    hints = {f.name: get_type_hints(type(method))[f.name] for f in fields(method)}
     if key not in hints:
         raise ValueError(f"{text!r} names an unknown setting {key!r}; known are {', '.join(hints)}")
     kind = hints[key] if hints[key] in (int, float, bool) else str
@@ -233,7 +233,7 @@ def _override(text: str, method: Method) -> tuple[re.Pattern[str], dict[str, Any
         parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
         raise ValueError(f"{text!r}: {key} must be of type {kind.__name__}, got {value!r}") from None
-    replace(method, **{key: parsed})  # type: ignore[type-var]  # the settings check themselves
+    replace(method, **{key: parsed})  # the settings check themselves
     return _pattern(pattern, "override"), {key: parsed}
 
 

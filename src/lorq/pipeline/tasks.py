@@ -13,7 +13,7 @@ from lorq.core.problem import BlockOutput, Problem
 from lorq.core.stats import InputStats
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import QuantizedWeight
-from lorq.methods import Method
+from lorq.methods import Method, SharesFactors
 from lorq.models.blocks import Target
 from lorq.models.experts import expert_name
 
@@ -137,7 +137,8 @@ def expert_formats(
     for group in expert_groups(plan, modules):
         for targets in group.values():
             first = targets[0]
-            method: Any = plan[first]
+            method = plan[first]
+            assert isinstance(method, SharesFactors)
             yield targets, method.largest_experts(first.out_features, first.in_features, len(targets))[1]
 
 

@@ -28,7 +28,7 @@ def mix_widths(plan: Plan) -> Plan:
     for part in mixed if plan.options.wide_layers == "first" else reversed(list(mixed)):
         for target, method in plan.layers[part].items():
             if target in sizes and sizes[target] <= room:
-                mixed[part][target] = replace(method, bits=wide)  # type: ignore[type-var]
+                mixed[part][target] = replace(method, bits=wide)
                 room -= sizes[target]
     if mixed == plan.layers:
         raise ValueError(f"average_bits {average} leaves no room for a single layer of {wide} bits; give more")

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import same_codes, solve_one
+from helpers import prepared, same_codes, solve_one
 from torch.testing import assert_close
 
 from lorq.core.codes import IntGrid
@@ -115,7 +115,10 @@ def test_no_epochs_are_one_shot_of_sketch_rank_and_clip(layer):
     )  # fmt: skip
     low_rank = store_factors(left[:, : choice.rank], right[: choice.rank] / alpha, type="float16")
     rounded = clip(
-        weight - low_rank.dense(), shrink(stats.hessian, 0.2), IntGrid(3, 32), search=RangeSearch(40, 0.8, "saturate")
+        weight - low_rank.dense(),
+        prepared(shrink(stats.hessian, 0.2)),
+        IntGrid(3, 32),
+        RangeSearch(40, 0.8, "saturate"),
     )
     assert result.format.rank == choice.rank > 0 and result.record.stop == choice.stop
     # The constant of alpha is computed in another order; factors may differ in the last float16 digit.
@@ -204,7 +207,7 @@ def test_without_a_budget_only_the_rounding_is_left(rounding, layer):
         assert same(result, plain)
         assert result.record.error_after == result.record.error_before
     elif rounding == "clip":
-        rounded = clip(weight, shrink(stats.hessian, 0.2), IntGrid(3, 32), search=RangeSearch(40, 0.8, "saturate"))
+        rounded = clip(weight, prepared(shrink(stats.hessian, 0.2)), IntGrid(3, 32), RangeSearch(40, 0.8, "saturate"))
         assert same_codes(result.codes, rounded)
     assert result.record.error_after <= result.record.error_before
 

@@ -7,12 +7,12 @@ import re
 
 import pytest
 import torch
-from helpers import same_codes, solve_one
+from helpers import prepared, same_codes, solve_one
 from torch.testing import assert_close
 
 from lorq.core.basis import Basis
 from lorq.core.codes import IntGrid, VectorGrid
-from lorq.core.linalg import damp, inverse_factor, shrink
+from lorq.core.linalg import damp, shrink
 from lorq.core.low_rank import Metric, r1svd
 from lorq.core.problem import Problem, layer_generator
 from lorq.core.rounding import clip, gptq, gptvq
@@ -79,14 +79,14 @@ def test_without_basis_and_rank_the_other_roundings_are_themselves(layer):
     expected = solve_one(Nearest(bits=3, group_size=32), weight, stats)
     assert same_codes(result.codes, expected.codes)
     result = solve(weight, stats, bits=3, rounding="clip", range_search="saturate", **PLAIN)
-    clipped = clip(weight, shrink(stats.hessian, 0.2), IntGrid(3, 32), search=SEARCHES["saturate"])
+    clipped = clip(weight, prepared(shrink(stats.hessian, 0.2)), IntGrid(3, 32), SEARCHES["saturate"])
     assert same_codes(result.codes, clipped)
 
 
 def test_without_basis_and_rank_vectors_are_gptvqs(layer):
     weight, stats = layer()
     result = solve(weight, stats, bits=2, codebook="vector", codebook_rows=32, codebook_columns=48, **PLAIN)
-    expected = gptvq(weight, shrink(stats.hessian, 0.2), VectorGrid(2, 4, 32, 48, 96), damping=0.01)
+    expected = gptvq(weight, VectorGrid(2, 4, 32, 48, 96), upper=prepared(shrink(stats.hessian, 0.2)).inverse_factor)
     assert same_codes(result.codes, expected)
     assert torch.equal(result.dense(), expected.decode())
 
@@ -95,9 +95,9 @@ def test_vectors_without_error_passing_are_those_of_a_diagonal_hessian(layer):
     weight, stats = layer()
     result = solve(weight, stats, bits=2, codebook="vector", rounding="nearest", **PLAIN)
     diagonal = stats.hessian.diagonal()
-    expected = gptvq(weight, stats.hessian, result.codes.format, upper=diagonal.rsqrt().diag())
+    expected = gptvq(weight, result.codes.format, upper=diagonal.rsqrt().diag())
     assert same_codes(result.codes, expected)
-    exact = gptvq(weight, stats.hessian.diagonal().diag(), result.codes.format, damping=0.0)
+    exact = gptvq(weight, result.codes.format, upper=prepared(stats.hessian.diagonal().diag(), 0.0).inverse_factor)
     codes = result.codes.codes
     assert int((codes != exact.codes).sum()) <= 0.01 * codes.numel()  # the same in other words
 
@@ -108,8 +108,7 @@ def test_at_rank_zero_it_is_gptq_in_the_basis(rotation, skip, layer):
     result = solve(weight, stats, bits=3, group_size=32, rank=0, rotation=rotation, importance="hessian")
     basis = Basis(stats.hessian.diagonal().argsort(descending=True), 32, skip)
     hessian = basis.rotate_hessian(shrink(stats.hessian, 0.2))
-    upper = inverse_factor(damp(hessian, 0.01))
-    expected = gptq(basis.rotate(weight), hessian, IntGrid(3, 32), search=SEARCHES["scale"], upper=upper)
+    expected = gptq(basis.rotate(weight), prepared(hessian), IntGrid(3, 32), SEARCHES["scale"])
     assert torch.equal(result.basis.permutation, basis.permutation)
     assert (result.basis.block, result.basis.skip) == (32, skip)
     assert same_codes(result.codes, expected)
@@ -125,11 +124,10 @@ def test_one_pass_is_the_two_parts_in_order(order, sketch, layer):
     )  # fmt: skip
     basis = Basis(None, 32, 0)
     target, hessian = basis.rotate(weight), basis.rotate_hessian(shrink(stats.hessian, 0.2))
-    damped = damp(hessian, 0.01)
-    metric, upper = Metric.hessian(torch.linalg.cholesky(damped)), inverse_factor(damped)
+    metric = Metric.hessian(torch.linalg.cholesky(damp(hessian, 0.01)))
 
     def rounded(rest):
-        return gptq(rest, hessian, IntGrid(3, 32), search=SEARCHES["scale"], upper=upper)
+        return gptq(rest, prepared(hessian), IntGrid(3, 32), SEARCHES["scale"])
 
     def fitted(rest):
         return r1svd(rest, metric, rank=4, type="e4m3", form=sketch, iterations=2, generator=seeded())

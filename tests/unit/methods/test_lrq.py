@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import layer_format, same_codes, solve_one
+from helpers import layer_format, prepared, same_codes, solve_one
 from torch.testing import assert_close
 
 from lorq.core.codes import IntGrid
@@ -90,7 +90,7 @@ def test_without_steps_it_is_rounding_to_nearest_bit_for_bit(range_search, scali
     if search is None:
         rounded = nearest(weight, None, grid)
     else:
-        rounded = clip(weight, stats.hessian, grid, search=search)
+        rounded = clip(weight, prepared(stats.hessian), grid, search)
     expected = assemble(weight, rounded, None, stop="given", hessian=stats.hessian)
     result = solve_one(method, weight, stats)
     assert same_codes(result, expected)
@@ -166,7 +166,7 @@ def straight_through(scaling):
 @scalings
 def test_gradients_are_those_of_finite_differences(scaling, symmetric, generator):
     weight = 0.05 * torch.randn(6, 16, generator=generator, dtype=torch.float64)
-    initial = clip(weight, torch.eye(16, dtype=torch.float64), IntGrid(3, 8, symmetric))
+    initial = clip(weight, prepared(torch.eye(16, dtype=torch.float64)), IntGrid(3, 8, symmetric))
     learned = Scaling.start(weight, initial, rank=3 if scaling == "low-rank" else None, generator=generator)
     perturbed(learned, generator)
     pull = torch.randn(6, 16, generator=generator, dtype=torch.float64)

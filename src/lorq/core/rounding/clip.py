@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorq.core.codes import IntCodes, IntGrid
 from lorq.core.rounding.nearest import encode_on
+from lorq.core.stats import PreparedHessian
 
 # Rows are searched in slices of about this many trial weights: few operations, small temporaries.
 _SLICE = 1 << 20
@@ -97,11 +98,9 @@ def _search_rows(
 
 def clip(
     target: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
+    hessian: PreparedHessian,
     grid: IntGrid,
-    *,
     search: RangeSearch | None = None,
-    damping: float = 0.0,
 ) -> IntCodes:
     """Saturating clip search (`search_range`), then rounding to nearest: the paper's quantizer.
 
@@ -109,4 +108,4 @@ def clip(
         FLRQ, arXiv:2601.05684, algorithm 2. Its text says that the largest magnitudes are zeroed, its figure
         and the authors' code saturate them; this saturates.
     """
-    return encode_on(target, *search_range(target, hessian, grid, search or RangeSearch()), grid)
+    return encode_on(target, *search_range(target, hessian.matrix, grid, search or RangeSearch()), grid)

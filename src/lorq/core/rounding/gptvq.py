@@ -6,7 +6,6 @@ from torch import Tensor
 
 from lorq.core.codes import Codebook, VectorCodes, VectorGrid
 from lorq.core.half import SMALLEST_SCALE, stored_half
-from lorq.core.linalg import damp, inverse_factor
 
 # Distances that k-means has in hand at once: 16 MB, so that they stay near the cache.
 _DISTANCES = 1 << 22
@@ -14,11 +13,9 @@ _DISTANCES = 1 << 22
 
 def gptvq(
     target: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
     grid: VectorGrid,
     *,
-    damping: float = 0.01,
-    upper: Float[Tensor, "in in"] | None = None,
+    upper: Float[Tensor, "in in"],
     iterations: int = 10,
 ) -> VectorCodes:
     """Vector codes that keep ``tr[(T - Q) H (T - Q)^T]`` small by passing errors on.
@@ -30,14 +27,12 @@ def gptvq(
 
     Args:
         target: what is to be rounded; unchanged.
-        hessian: of the inputs.
         grid: sizes of vectors, codebooks and groups.
-        damping: share of the mean diagonal added to the diagonal.
-        upper: ``U``, where it is at hand already; the identity gives nearest vectors.
+        upper: ``U``, that is `lorq.core.stats.PreparedHessian.inverse_factor`; the identity gives nearest vectors.
         iterations: of k-means.
 
     Raises:
-        ValueError: if the sizes do not divide the shape, or the damped Hessian is not positive definite.
+        ValueError: if the sizes do not divide the shape.
 
     Source:
         GPTVQ, arXiv:2402.15319, algorithm 1, without its normalisation of blocks and its later gradient steps on
@@ -46,8 +41,6 @@ def gptvq(
     """
     (out, width), size = target.shape, grid.columns
     grid.check(out, width)
-    if upper is None:
-        upper = inverse_factor(damp(hessian, damping))
     columns = target.T.contiguous()  # (in, out): a column of the weight is contiguous
     codes = torch.empty(width // grid.vector, out, dtype=torch.uint8, device=target.device)
     scales, books = [], []

@@ -7,6 +7,7 @@ from torch import Tensor
 from lorq.core.codes import IntCodes, IntGrid, LevelCodes, LevelFormat, LevelGrid
 from lorq.core.half import stored_half
 from lorq.core.scale_factors import block_scales
+from lorq.core.stats import PreparedHessian
 
 
 def encode_on(
@@ -22,13 +23,11 @@ def encode_on(
 
 def nearest(
     target: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"] | None,
+    hessian: PreparedHessian | None,
     grid: IntGrid,
-    *,
     search: object = None,
-    damping: float = 0.0,
 ) -> IntCodes:
-    """Each group's full range, each weight to its nearest value. Looks at no inputs.
+    """Each group's full range, each weight to its nearest value. Looks at no inputs and searches no ranges.
 
     Example:
         >>> nearest(torch.tensor([[-1.0, 0.4, 1.9, 2.0]]), None, IntGrid(bits=2, group_size=4)).decode()
