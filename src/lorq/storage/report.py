@@ -77,7 +77,7 @@ class Report:
         return {module if len(names) > 1 else names[0]: note for (module, note), names in modules.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """What `lorq inspect --json` prints and the folder keeps."""
+        """What the folder keeps; `lorq inspect --json` prints it with `runs` beside it."""
         head = {"bits_per_weight": self.bits_per_weight, "bytes": self.bytes}
         rest = {k: v for k, v in asdict(self).items() if k not in ("seconds", "stages", "bytes")}
         return head | rest
