@@ -1,17 +1,23 @@
 # make demo   set everything up, then: a real language model -> FLRQ at 3 bits -> measured -> talking
-# make test   set everything up, then the whole default test run
+# make test   set everything up, then the whole default test run: all that is not slow, not gpu, not network
+# make test-kernels   what takes a compiler's time: Triton's kernels in its interpreter, C++ under the sanitizers,
+#                     generate --compile (three minutes)
 # make venv   the set-up alone
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test venv check clean
+.PHONY: demo test test-kernels venv check clean
 
 demo: venv
 	$(BIN)/lorq demo
 
 test: venv check
 	$(BIN)/python -m pytest
+
+test-kernels: venv
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contracts/test_triton.py tests/contracts/test_triton_experts.py
+	$(BIN)/python -m pytest -m slow tests/contracts/test_cpu_kernels.py tests/e2e/test_compiled.py
 
 check: venv
 	$(BIN)/ruff format --check .

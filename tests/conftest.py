@@ -1,16 +1,12 @@
 """Fixtures that more than one test file builds on."""
 
 import pytest
+import shapes
 import torch
 from helpers import byte_tokenizer, tiny_folder, tiny_model
 
-from lorq.core.activations import Activations
-from lorq.core.basis import Basis
-from lorq.core.grids import Codebook
 from lorq.core.low_rank import store_factors, store_vectors
-from lorq.core.scale_factors import LowRankScale
 from lorq.core.tile_factors import TileFactors
-from lorq.core.weight import QuantizedWeight, permutation_dtype
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,6 +16,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def first_calls_are_checked():
+    shapes.forget_calls()
 
 
 @pytest.fixture
@@ -74,51 +75,29 @@ def correlated(generator):
 
 @pytest.fixture
 def random_weight(generator):
-    """A stored weight of a given shape and format, all parts random."""
+    """A stored weight of a given shape and format, all parts random: whatever tensors the format lays out."""
+
+    def stored(name, shape, dtype, in_):
+        if name == "permutation":
+            return torch.randperm(in_, generator=generator).to(dtype)
+        if name in ("scale_left", "scale_right"):  # entries about as large as other scales, of either sign
+            return (torch.randn(shape, generator=generator) / 8).to(dtype)
+        if dtype.is_floating_point:
+            return (torch.rand(shape, generator=generator) * 0.02 + 0.005).to(dtype)
+        low, high = (-127, 128) if dtype == torch.int8 else (-(2**31), 2**31)
+        return torch.randint(low, high, shape, generator=generator).to(dtype)
 
     def make(out, in_, format):
-        groups, rank = in_ // format.group_size, format.rank
-
-        def codes(*shape, low=0, high=2**format.code_bits):
-            return torch.randint(low, high, shape, generator=generator)
-
-        def positive(*shape):
-            return (torch.rand(*shape, generator=generator) * 0.02 + 0.005).to(torch.float16)
-
-        low_rank = None
-        if rank:
-            left, right = (torch.randn(*shape, generator=generator) / 12 for shape in ((out, rank), (rank, in_)))
-            low_rank = store_factors(left, right, type=format.factor_type)
-        codebook = basis = None
-        if format.vector > 1:
-            tiles = out // format.codebook_rows, in_ // format.codebook_columns
-            entries = codes(*tiles, 2**format.code_bits, format.vector, low=-127, high=128).to(torch.int8)
-            codebook = Codebook(entries, positive(*tiles))
-        if format.has_basis:
-            order = torch.randperm(in_, generator=generator).to(permutation_dtype(in_)) if format.permuted else None
-            basis = Basis(order, format.rotation_block, format.rotation_skip)
-        factors = None
-        if format.scale_rank:
-            # Entries about as large as the scales above, of either sign.
-            sizes = ((out, format.scale_rank), (format.scale_rank, in_))
-            factors = LowRankScale(
-                *((torch.randn(*shape, generator=generator) / 8).to(torch.float16) for shape in sizes)
-            )
-        grid = ()
-        if format.input_quantization == "tensor":
-            grid = torch.tensor([6 / 255]), torch.tensor([120], dtype=torch.int32)  # from -2.82 to 3.18
-        return QuantizedWeight(
-            codes=codes(out, in_ // format.vector).to(torch.uint8),
-            scale=None if format.scale_rank else positive(out, groups),
-            zero_point=None if format.symmetric else codes(out, groups, high=2**format.bits).to(torch.uint8),
-            bits=format.bits,
-            low_rank=low_rank,
-            codebook=codebook,
-            basis=basis,
-            grid=format.grid,
-            scale_factors=factors,
-            activations=Activations(format.input_quantization, format.output_quantization, *grid),
-        )
+        tensors = {name: stored(name, *entry, in_) for name, entry in format.layout(out, in_).items()}
+        tensors["weight_shape"] = torch.tensor([out, in_])
+        if format.rank:
+            sizes = (out, format.rank), (format.rank, in_)
+            # Smaller than the codes' part, as in models: else sums that all but cancel measure nothing.
+            left, right = (torch.randn(shape, generator=generator) / 24 for shape in sizes)
+            tensors |= vars(store_factors(left, right, type=format.factor_type))
+        if format.input_quantization == "tensor":  # from -2.82 to 3.18
+            tensors |= {"input_scale": torch.tensor([6 / 255]), "input_zero_point": torch.tensor([120]).int()}
+        return format.read(tensors)
 
     return make
 

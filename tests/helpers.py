@@ -1,12 +1,18 @@
 """Small models for tests."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lorq.core.codes import IntGrid, LevelFormat, VectorGrid
+from lorq.core.problem import Problem
+from lorq.core.stats import PreparedHessian
+from lorq.core.weight import LayerFormat
 
 BYTES = 256
 BOS = 256
@@ -37,6 +43,54 @@ def tiny_model(seed: int = 0, **changes):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**settings | changes))
+
+
+def prepared(hessian, damping=0.01):
+    """A Hessian as roundings take it."""
+    return PreparedHessian(hessian, damping)
+
+
+def solve_one(method, weight, stats=None, *, seed=0, name="layer"):
+    """One layer by itself, as a method of any scope solves it."""
+    return method.solve(Problem({name: weight}, {} if stats is None else {name: stats}, seed))[name]
+
+
+# ---- formats ----------------------------------------------------------------------------------------------
+
+
+def layer_format(
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    rank: int = 0,
+    factor_type: str = "float16",
+    vector: int = 1,
+    codebook_rows: int = 0,
+    codebook_columns: int = 0,
+    *,
+    grid: str = "integer",
+    scale_rank: int = 0,
+    **rest,
+) -> LayerFormat:
+    """A layer's format in one line, its codes of the kind that the arguments tell of."""
+    if vector > 1:
+        codes = VectorGrid(bits, vector, codebook_rows, codebook_columns, group_size)
+    elif scale_rank or grid != "integer":
+        codes = LevelFormat(bits, grid, group_size, scale_rank)
+    else:
+        codes = IntGrid(bits, group_size, symmetric)
+    return LayerFormat(codes, rank, factor_type, **rest)
+
+
+def with_codes(format: LayerFormat, **changes) -> LayerFormat:
+    """The same format with other sizes of its codes."""
+    return replace(format, codes=replace(format.codes, **changes))
+
+
+def same_codes(a, b) -> bool:
+    """Whether two weights' codes are the same, bit for bit."""
+    a, b = a.tensors(), b.tensors()
+    return a.keys() == b.keys() and all(torch.equal(a[name].double(), b[name].double()) for name in a)
 
 
 # ---- folders ----------------------------------------------------------------------------------------------

@@ -7,53 +7,49 @@ from lorq import _autoload
 from lorq.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lorq import adapt
-    from lorq.evaluation import Evaluation, evaluate
-    from lorq.methods import (
-        FLRQ,
-        GPTQ,
-        LRQ,
-        METHODS,
-        FLRQPaper,
-        LoPRo,
-        LoPRoPaper,
-        LoRDS,
-        LoRDSPaper,
-        LRQPaper,
-        Nearest,
-        TileQ,
-    )  # fmt: skip
-    from lorq.pipeline.quantize import quantize
-    from lorq.runtime.hf import load
-    from lorq.storage.report import Report, read_report
-
-__all__ = [
-    "FLRQ", "GPTQ", "LRQ", "METHODS", "Evaluation", "FLRQPaper", "LRQPaper", "LoPRo", "LoPRoPaper", "LoRDS",
-    "LoRDSPaper", "Nearest", "Report", "TileQ", "adapt", "evaluate", "load", "quantize", "read_report",
-]  # fmt: skip
+    from lorq import adapt as adapt
+    from lorq.evaluation import Evaluation as Evaluation
+    from lorq.evaluation import evaluate as evaluate
+    from lorq.generation import generate as generate
+    from lorq.methods import *  # noqa: F403
+    from lorq.pipeline.quantize import quantize as quantize
+    from lorq.runtime.hf import load as load
+    from lorq.storage.report import Report as Report
+    from lorq.storage.report import read_report as read_report
 
 # Public names come when they are asked for: `import torch` runs this file (entry point of `_autoload`) and must
-# not pay for transformers.
-_METHODS = (
-    "FLRQ", "FLRQPaper", "GPTQ", "LRQ", "LRQPaper", "LoPRo", "LoPRoPaper", "LoRDS", "LoRDSPaper", "METHODS", "Nearest",
-    "TileQ",
-)  # fmt: skip
-_HOME = dict.fromkeys(_METHODS, "methods") | {
-    "Evaluation": "evaluation", "evaluate": "evaluation", "load": "runtime.hf", "quantize": "pipeline.quantize",
-    "Report": "storage.report", "read_report": "storage.report",
+# not pay for transformers. The methods' classes are public by standing in METHODS.
+_HOME = {
+    "METHODS": "methods", "Evaluation": "evaluation", "evaluate": "evaluation", "generate": "generation",
+    "load": "runtime.hf",
+    "quantize": "pipeline.quantize", "Report": "storage.report", "read_report": "storage.report",
 }  # fmt: skip
+
+
+def _methods() -> dict[str, Any]:
+    return {kind.__name__: kind for kind in import_module("lorq.methods").METHODS.values()}
+
+
+def _public() -> list[str]:
+    return [*_methods(), *_HOME, "adapt"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "adapt":
         return import_module("lorq.adapt")
-    if name not in _HOME:
-        raise AttributeError(f"module 'lorq' has no attribute {name!r}; public names are {', '.join(__all__)}")
-    return getattr(import_module(f"lorq.{_HOME[name]}"), name)
+    if name in _HOME:
+        return getattr(import_module(f"lorq.{_HOME[name]}"), name)
+    if name == "__all__":
+        return _public()
+    if name.startswith("_"):  # tools look for such names everywhere; torch is too much to pay for them
+        raise AttributeError(f"module 'lorq' has no attribute {name!r}")
+    if name in (methods := _methods()):
+        return methods[name]
+    raise AttributeError(f"module 'lorq' has no attribute {name!r}; public names are {', '.join(_public())}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__"])
+    return sorted([*_public(), "__version__"])
 
 
 _autoload.register()

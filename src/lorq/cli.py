@@ -1,11 +1,15 @@
-"""The command line: parse, call one public function, print."""
+"""The command line: parse, call one public function, print.
+
+Nothing here imports torch or transformers before a command begins: help and wrong input come at once.
+"""
 
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,15 +18,16 @@ from cyclopts import Parameter
 from rich.table import Table
 
 import lorq
-from lorq.adapt import Settings
+from lorq.adapt.folder import check_trainable, read_adapter_config
+from lorq.adapt.settings import Settings
 from lorq.bench.commands import bench_app
-from lorq.methods import METHODS
-from lorq.pipeline.options import Options
-from lorq.runtime.inspect import expert_lines, implementation_lines, layer_implementations
-from lorq.show import console, notes, print_summary, progress_bars, quiet
+from lorq.evaluation import Evaluation
+from lorq.models.locate import check_model
+from lorq.show import command, console, notes, print_figures, print_pieces, print_summary, progress_bars, quiet
 from lorq.storage.json_files import some_of
-from lorq.storage.names import JOURNAL, REPORT_NAME
-from lorq.storage.report import read_report
+from lorq.storage.names import JOURNAL
+from lorq.storage.out_folder import check_out
+from lorq.storage.report import html_page, read_report
 
 app = cyclopts.App(
     name="lorq",
@@ -34,16 +39,16 @@ app = cyclopts.App(
 app.command(bench_app)
 
 
-def _quantize_command(kind: type[Any]) -> Callable[..., None]:
-    """The quantize command with one method's settings and the run's options as flags."""
+def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[str, ...] = ()) -> Callable[..., None]:
+    """The quantize command with one method's settings and the run's options as flags; without them, what lists show."""
 
     def quantize(
         model: str,
         out: Path,
         *,
         method: str = "flrq",
-        settings: Any = kind(),  # noqa: B008  # frozen
-        options: Any = Options(),  # noqa: B008
+        settings: Any = settings,
+        options: Any = options,
         json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
     ) -> None:
         """Quantize MODEL into the folder OUT.
@@ -61,61 +66,32 @@ def _quantize_command(kind: type[Any]) -> Callable[..., None]:
             return
         print_summary(report, None if options.dry_run else out)
 
-    quantize.__annotations__ |= {
-        "settings": Annotated[kind, Parameter(name="*")],
-        "options": Annotated[Options, Parameter(name="*")],
-        "method": Annotated[_choices(list(METHODS)), Parameter()],
-    }
+    if methods:
+        quantize.__annotations__ |= {
+            "method": Literal[methods],  # type: ignore[valid-type]
+            "settings": Annotated[type(settings), Parameter(name="*")],
+            "options": Annotated[type(options), Parameter(name="*")],
+        }
     return quantize
 
 
-def _choices(names: list[str]) -> Any:
-    return Literal[tuple(names)]
+app.command(_quantize_command())
 
 
-@app.command
-def evaluate(
-    model: str,
-    *,
-    reference: str | None = None,
-    adapter: Path | None = None,
-    text: str = "python-docs",
-    window: int = 2048,
-    windows: int = 16,
-    device: str = "auto",
-    dtype: str = "auto",
-    products: str = "exact",
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-) -> None:
-    """Perplexity of MODEL, and how far it is from a reference.
+def _show_evaluation(result: Evaluation, as_json: bool) -> None:
+    print_figures(result.as_dict(), as_json)
 
-    Args:
-        model: a lorq folder, or anything that quantize takes.
-        reference: the original; adds KL divergence (mean, 99th percentile) and top-1 agreement.
-        adapter: a folder that `lorq adapt` wrote, to be used on the model.
-        text: python-docs (or its halves, python-docs-even and python-docs-odd), wikitext2, c4, or a text or JSONL file.
-        window: tokens of a window; windows do not overlap, the stride is the window.
-        windows: how many, evenly spread over the text; 0 for all.
-        device: auto, cpu, cuda and so on.
-        dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
-        products: how inputs meet integer codes on a CPU: exact, or bytes, which rounds them to 8 bits on the fly.
-        json_: print one JSON object.
-    """
-    with progress_bars() as progress:
-        result = lorq.evaluate(
-            model, reference=reference, adapter=adapter, text=text, window=window, windows=windows or None,
-            device=device, dtype=dtype, products=products, progress=progress,
-        )  # fmt: skip
-    if Path(model, REPORT_NAME).is_file() and read_report(Path(model)).run.get("calibration") == text:
-        notes.print(f"note: {model} was calibrated on {text} itself; these figures flatter it")
-    if json_:
-        print(json.dumps(result.as_dict()))
-        return
-    table = Table(show_header=False)
-    for key, value in result.as_dict().items():
-        if value is not None:
-            table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
-    console.print(table)
+
+@wraps(lorq.generate)
+def _generate(*arguments: Any, **options: Any) -> Iterator[str]:
+    quiet()
+    return lorq.generate(*arguments, **options)
+
+
+evaluate = command(lorq.evaluate, _show_evaluation, json="print one JSON object.")
+generate = command(_generate, print_pieces)
+app.command(evaluate, name="evaluate")
+app.command(generate, name="generate")
 
 
 @app.command
@@ -134,10 +110,13 @@ def inspect(
         verify: compare every weight file with its checksum first.
         html: write a page with plots to this file.
     """
+    report = read_report(out)  # refuses other folders before torch is there
+    from lorq.runtime.inspect import expert_lines, implementation_lines, layer_implementations
+    from lorq.storage.folder import LorqFolder
     from lorq.storage.reader import verify_shards
-    from lorq.storage.report import html_page
 
-    report, runs = read_report(out), layer_implementations(out)
+    folder = LorqFolder.open(out)
+    runs = layer_implementations(folder)
     if verify:
         verify_shards(out, report.checksums)
         notes.print(f"{len(report.checksums)} weight files match their checksums")
@@ -160,50 +139,9 @@ def inspect(
         console.print(f"not quantized: {name}: {reason}", highlight=False, markup=False)
     for name, note in report.notes.items():
         console.print(f"note: {name}: {note}", highlight=False, markup=False)
-    for line in (*implementation_lines(runs), *expert_lines(out)):
+    for line in (*implementation_lines(runs), *expert_lines(folder)):
         console.print(line, highlight=False, markup=False)
     print_summary(report, out)
-
-
-@app.command
-def generate(
-    model: str,
-    prompt: str,
-    *,
-    adapter: Path | None = None,
-    tokens: int = 64,
-    chat: bool = True,
-    temperature: float = 0.0,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    products: str = "exact",
-    compile: Annotated[bool, Parameter(negative="")] = False,
-) -> None:
-    """Let MODEL answer a prompt.
-
-    Args:
-        model: a lorq folder, or anything that quantize takes.
-        prompt: the text to answer or continue.
-        adapter: a folder that `lorq adapt` wrote, to be used on the model.
-        tokens: at most this many new tokens.
-        chat: use the model's chat template if it has one; --no-chat continues the text as it stands.
-        temperature: 0 always takes the likeliest token.
-        seed: for temperatures above 0.
-        device: auto, cpu, cuda and so on.
-        dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
-        products: how inputs meet integer codes on a CPU: exact, or bytes, which rounds them to 8 bits on the fly.
-        compile: have torch.compile make one program of what a token takes; up to a minute before the second token.
-    """
-    from lorq.generate import stream_text
-
-    quiet()
-    for piece in stream_text(
-        model, prompt, adapter=adapter, tokens=tokens, chat=chat, temperature=temperature, seed=seed, device=device,
-        dtype=dtype, products=products, compile=compile,
-    ):  # fmt: skip
-        print(piece, end="", flush=True)
-    print()
 
 
 @app.command
@@ -231,6 +169,7 @@ def adapt(
         json_: print one JSON object.
     """
     _check_new(out)
+    check_trainable(model)
     loaded = lorq.load(model, device=device)
     with progress_bars() as progress:
         trained = lorq.adapt.train(loaded, text, mode, reference=reference, progress=progress, **vars(settings))
@@ -272,10 +211,9 @@ def merge(model: str, adapter: Path, out: Path) -> None:
         adapter: a folder that `lorq adapt` wrote.
         out: the new folder.
     """
-    from lorq.adapt.adapters import read_adapter_config
-
     _check_new(out)
-    read_adapter_config(adapter)  # before the model is read
+    read_adapter_config(adapter)
+    check_trainable(model)
     loaded = lorq.load(model, device="cpu")
     lorq.adapt.load_adapter(loaded, adapter)
     lorq.adapt.merge(loaded)
@@ -333,16 +271,44 @@ def _chosen_method(arguments: list[str]) -> str:
     return "flrq"
 
 
+def _check_paths(arguments: list[str]) -> None:
+    """Refuse a missing model and a folder in use before methods, and torch with them, tell which flags there are.
+
+    Only where MODEL and OUT come first: elsewhere a word may be the value of a flag.
+    """
+    model, out = arguments[1:3]
+    check_model(model)
+    if not any(argument.startswith(("--overwrite", "--resume")) for argument in arguments):
+        if Path(out).resolve() != Path(model).resolve():  # which has an error of its own
+            check_out(Path(out))
+
+
+def _run(arguments: list[str]) -> None:
+    """One command, or its help."""
+    if arguments[:1] == ["quantize"]:
+        asked = {"--help", "-h", "--version"} & set(arguments)
+        if len(arguments) > 2 and not asked and not any(argument.startswith("-") for argument in arguments[1:3]):
+            _check_paths(arguments)
+        from lorq.methods import METHODS  # and with it torch, for which nothing else here waits
+        from lorq.pipeline.options import Options
+
+        kind = METHODS.get(_chosen_method(arguments), METHODS["flrq"])
+        del app["quantize"]
+        app.command(_quantize_command(kind(), Options(), tuple(METHODS)))
+    chosen, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    for name in ("model", "reference"):
+        if (model := bound.arguments.get(name)) is not None:
+            check_model(model)
+    chosen(*bound.args, **bound.kwargs)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. One clear line and exit status 1 for what the user can mend; a trace for bugs."""
     arguments = sys.argv[1:] if arguments is None else arguments
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    chosen = _chosen_method(arguments)
-    if "quantize" in app:
-        del app["quantize"]  # of an earlier call, maybe with another method's settings
-    app.command(_quantize_command(METHODS.get(chosen, METHODS["flrq"])), name="quantize")
+    logging.getLogger("lorq").setLevel(logging.INFO)
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+        _run(arguments)
     except cyclopts.CycloptsError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

@@ -1,93 +1,17 @@
-"""How good a model is: perplexity, divergence from the original, top-1 agreement."""
+"""How good a model is."""
 
-from collections.abc import Callable, Iterator
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-
-from lorq.adapt.adapters import load_adapter, read_adapter_config
-from lorq.core.weight import layer_bytes
-from lorq.kernels import cpu
+from lorq.adapt.folder import read_adapter_config
 from lorq.models.locate import resolve_model
-from lorq.models.self_text import eval_mode
-from lorq.models.texts import load_text, token_windows
 from lorq.progress import Progress
-from lorq.runtime.experts import QuantExperts
-from lorq.runtime.hf import load
-from lorq.runtime.linear import QuantLinear
+from lorq.storage.names import REPORT_NAME
+from lorq.storage.report import read_report
 
-# Logits per float32 temporary, 16 MB. A 49k vocabulary is compared 85 tokens at a time, with six such
-# temporaries alive: about 100 MB, however long the window is.
-CHUNK_LOGITS = 2**22
-
-
-# ---- pure functions -------------------------------------------------------------------------------------
-
-
-def divergence(
-    reference_logits: Float[Tensor, "tokens vocab"], logits: Float[Tensor, "tokens vocab"]
-) -> Float[Tensor, "tokens"]:
-    """``KL(reference || model)`` of every token's prediction, in nats.
-
-        KL = sum_v p_v (log p_v - log q_v),    p = softmax(reference_logits),  q = softmax(logits)
-
-    Args:
-        reference_logits: of the original model; finite.
-        logits: of the model under test; finite.
-
-    Returns:
-        float32, at least 0, whatever the dtype of the logits.
-
-    Example:
-        >>> divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
-        tensor([0.])
-    """
-    parts = []
-    for p, q in zip(_chunks(reference_logits), _chunks(logits), strict=True):
-        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
-    # Rounding can push a divergence of almost 0 below it.
-    return torch.cat(parts).clamp(min=0)
-
-
-def top1_agreement(
-    reference_logits: Float[Tensor, "tokens vocab"], logits: Float[Tensor, "tokens vocab"]
-) -> Bool[Tensor, "tokens"]:
-    """Whether both models rank the same token first, for every prediction.
-
-    Example:
-        >>> top1_agreement(torch.eye(2), torch.tensor([[5.0, 4.0], [5.0, 4.0]]))
-        tensor([ True, False])
-    """
-    return reference_logits.argmax(-1) == logits.argmax(-1)
-
-
-def token_nll(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
-    """``-log softmax(logits)[target]`` of every token, in nats, float32.
-
-    Args:
-        logits: finite.
-        targets: the tokens that came, ``0 <= target < vocab``.
-
-    Example:
-        >>> token_nll(torch.zeros(1, 4), torch.tensor([2])).exp()
-        tensor([4.])
-    """
-    picked = logits.gather(-1, targets[:, None]).squeeze(-1).float()
-    return torch.cat([chunk.logsumexp(-1) for chunk in _chunks(logits)]) - picked
-
-
-def _chunks(logits: Tensor) -> Iterator[Tensor]:
-    """Rows of ``logits`` in float32, ``CHUNK_LOGITS`` values at a time."""
-    for chunk in logits.split(max(1, CHUNK_LOGITS // logits.shape[-1])):
-        yield chunk.float()
-
-
-# ---- evaluating a model ---------------------------------------------------------------------------------
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,7 +23,7 @@ class Evaluation:
         kl_mean: mean divergence from the reference, in nats per token; None without a reference.
         kl_p99: 99th percentile of the tokens' divergences, linearly interpolated; None without a reference.
         top1: share of predictions where both rank the same token first; None without a reference.
-        bits_per_weight: as the caller counted them; None if not counted.
+        bits_per_weight: stored bits of the quantized layers over the number of their weights.
         tokens: predicted tokens, ``windows * (window - 1)``.
         text: name of the text.
         window: tokens of a window; the stride is the same.
@@ -110,7 +34,7 @@ class Evaluation:
     kl_mean: float | None
     kl_p99: float | None
     top1: float | None
-    bits_per_weight: float | None
+    bits_per_weight: float
     tokens: int
     text: str
     window: int
@@ -128,25 +52,25 @@ def evaluate(
     adapter: str | Path | None = None,
     text: str = "python-docs",
     window: int = 2048,
-    windows: int | None = 16,
+    windows: int = 16,
     device: str = "auto",
     dtype: str = "auto",
     products: str = "exact",
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity of a model on a text and, given the original, how far it has moved from that.
+    """Perplexity of a model on a text, and how far it is from a reference.
 
     Args:
-        model: a lorq folder, or anything that `lorq.quantize` takes.
-        reference: the original, likewise.
-        adapter: folder of an adapter to use on the model (`lorq.adapt`).
-        text: "python-docs", "wikitext2", "c4", or a text or JSONL file.
-        window: tokens of a window, which is the stride too: every window stands on its own.
-        windows: how many, evenly spread over the text; None for all that fit side by side.
-        device: "auto" takes an accelerator if there is one.
-        dtype: of the activations of both; see `lorq.load`.
-        products: how inputs of the model (not of the reference) meet integer codes on a CPU: "exact", or "bytes", see
-            `lorq.kernels.cpu.products`. With the model as its own reference the divergence is that of bytes alone.
+        model: a lorq folder, or anything that quantize takes.
+        reference: the original; adds KL divergence (mean, 99th percentile) and top-1 agreement.
+        adapter: a folder that `lorq adapt` wrote, to be used on the model.
+        text: python-docs (or its halves, python-docs-even and python-docs-odd), wikitext2, c4, or a text or JSONL file.
+        window: tokens of a window; windows do not overlap, the stride is the window.
+        windows: how many, evenly spread over the text; 0 for all that fit.
+        device: auto, which takes an accelerator if there is one, cpu, cuda and so on.
+        dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
+        products: how inputs of the model (not of the reference) meet integer codes on a CPU: exact, or bytes, which
+            rounds them to 8 bits on the fly. With the model as its own reference the divergence is that of bytes alone.
         progress: called as ``progress("evaluate", done, total)``.
 
     Raises:
@@ -154,9 +78,16 @@ def evaluate(
             short for the window, and for another word for products.
         FloatingPointError: if a logit is not finite.
     """
+    # Here, so that the command line has its flags before torch is there.
     from transformers import AutoConfig, AutoTokenizer
 
-    cpu.check_products(products)
+    from lorq.adapt.adapters import load_adapter
+    from lorq.kernels.cpu import check_products
+    from lorq.models.texts import load_text, token_windows
+    from lorq.quality import bits_per_weight, evaluate_model
+    from lorq.runtime.hf import load
+
+    check_products(products)
     folder = resolve_model(model)
     if adapter is not None:
         read_adapter_config(Path(adapter))  # before the model is read
@@ -165,127 +96,23 @@ def evaluate(
     if limit is not None and window > limit:
         raise ValueError(f"window must be at most the model's {limit} positions, got {window}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = token_windows(load_text(text, split="evaluation"), tokenizer, windows=windows, length=window, what=text)
+    tokens = token_windows(
+        load_text(text, split="evaluation"), tokenizer, windows=windows or None, length=window, what=text
+    )
+    if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text:
+        _log.warning("%s was calibrated on %s itself; these figures flatter it", model, text)
     measured = load(folder, device=device, dtype=dtype)
     if adapter is not None:
         load_adapter(measured, adapter)
-    original = None if original_folder is None else load(original_folder, device=device, dtype=dtype)
-    return evaluate_model(
+    quality = evaluate_model(
         measured,
         tokens,
-        reference=original,
-        text=text,
-        bits_per_weight=bits_per_weight(measured, folder),
+        reference=None if original_folder is None else load(original_folder, device=device, dtype=dtype),
         products=products,
         progress=None if progress is None else lambda done, total: progress("evaluate", done, total),
     )
-
-
-def bits_per_weight(model: nn.Module, folder: Path) -> float:
-    """Stored bits of the model's quantized layers over the number of their weights.
-
-    For a model without quantized layers: the width of its folder's type.
-    """
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    if layers:
-        # Rounded up to bytes for each layer, with its shape, as in the report.
-        shares = {
-            layer: module.tiles[name].format.share(layer.out_features, layer.in_features)  # type: ignore[operator,union-attr]
-            for module in model.modules() if isinstance(module, QuantExperts)
-            for expert in module.plain for name, layer in expert.named_children() if name in module.tiles
-        }  # fmt: skip
-        stored = sum(
-            layer_bytes(layer.format.stored_bits(layer.out_features, layer.in_features) + shares.get(layer, 0))
-            for layer in layers
-        )
-        return 8 * stored / sum(layer.out_features * layer.in_features for layer in layers)
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(folder).dtype
-    return 8.0 * (dtype.itemsize if isinstance(dtype, torch.dtype) else 4)
-
-
-def evaluate_model(
-    model: nn.Module,
-    windows: Int[Tensor, "windows length"],
-    *,
-    reference: nn.Module | Callable[[Tensor], Tensor] | None = None,
-    text: str,
-    bits_per_weight: float | None,
-    products: str = "exact",
-    progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
-    """Perplexity of ``model`` on ``windows`` and, given a reference, its divergence from that.
-
-    One window at a time, each on its own: the stride equals the window, the first token of a window is only
-    seen and the other ``length - 1`` are predicted. Logits are compared in float32.
-
-    Args:
-        model: a causal language model as in transformers; its mode and weights stay as they are.
-        windows: non-overlapping windows of the text, at least 2 tokens each.
-        reference: the original model; or a function from a window (length,) to its logits (length, vocab),
-            for instance read from a file where two models do not fit in memory.
-        text: name of the text, kept in the result.
-        bits_per_weight: of the model, kept in the result.
-        products: how the model multiplies, see `evaluate`.
-        progress: called with (windows done, windows) after every window.
-
-    Raises:
-        ValueError: if there is nothing to predict, or the vocabularies or shapes differ.
-        FloatingPointError: if a logit is not finite.
-    """
-    count, length = windows.shape
-    if count < 1 or length < 2:
-        raise ValueError(f"evaluation needs at least 1 window of at least 2 tokens, got {count} windows of {length}")
-    nll, kl, same = [], [], []
-    models = [part for part in (model, reference) if isinstance(part, nn.Module)]
-    with eval_mode(*models), torch.inference_mode():
-        for index, window in enumerate(windows):
-            with cpu.products(products):
-                logits = _predict(model, window, f"model, window {index}")
-            nll.append(token_nll(logits, window[1:].to(logits.device)).cpu())
-            if reference is not None:
-                original = _predict(reference, window, f"reference, window {index}").to(logits.device)
-                if original.shape != logits.shape:
-                    raise ValueError(
-                        "model and reference must share a vocabulary, got "
-                        f"{logits.shape[-1]} and {original.shape[-1]} tokens; is this the original model?"
-                    )
-                kl.append(divergence(original, logits).cpu())
-                same.append(top1_agreement(original, logits).cpu())
-            if progress is not None:
-                progress(index + 1, count)
-    # float64: the mean of a hundred thousand tokens keeps its digits.
-    divergences = torch.cat(kl).double() if kl else None
+    count = len(tokens)
     return Evaluation(
-        perplexity=torch.cat(nll).double().mean().exp().item(),
-        kl_mean=None if divergences is None else divergences.mean().item(),
-        kl_p99=None if divergences is None else divergences.quantile(0.99).item(),
-        top1=torch.cat(same).double().mean().item() if same else None,
-        bits_per_weight=bits_per_weight,
-        tokens=count * (length - 1),
-        text=text,
-        window=length,
-        windows=count,
-    )
-
-
-def _predict(source: nn.Module | Callable[[Tensor], Tensor], window: Tensor, what: str) -> Tensor:
-    """Logits (length - 1, vocab) that predict ``window[1:]``; ``what`` names them in messages."""
-    if isinstance(source, nn.Module):
-        device = next(source.parameters()).device
-        logits = source(input_ids=window[None].to(device), use_cache=False).logits[0]
-    else:
-        logits = source(window)
-    if logits.ndim != 2 or logits.shape[0] != window.shape[0]:
-        raise ValueError(
-            f"{what}: logits must have the shape (length, vocab) with length {window.shape[0]}, "
-            f"got {tuple(logits.shape)}"
-        )
-    if not bool(torch.isfinite(logits).all()):
-        bad = int((~torch.isfinite(logits)).sum())
-        raise FloatingPointError(
-            f"{what}: logits must be finite, got {bad} NaN or infinite values of {logits.numel()}; the model "
-            f"overflows in {logits.dtype} or its weights are broken"
-        )
-    return logits[:-1]
+        **vars(quality), bits_per_weight=bits_per_weight(measured, folder), tokens=count * (window - 1), text=text,
+        window=window, windows=count,
+    )  # fmt: skip

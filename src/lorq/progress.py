@@ -2,5 +2,6 @@
 
 from collections.abc import Callable
 
-# progress(stage, done, total): stages in order are "check weights", "write calibration text", "quantize", "verify".
+# progress(stage, done, total): of a quantization "check weights", "write calibration text", "quantize" and "verify", in
+# this order; "evaluate" and "train" of theirs.
 Progress = Callable[[str, int, int], None]

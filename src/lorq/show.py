@@ -1,13 +1,16 @@
-"""What the command line shows: bars, summaries, figures."""
+"""Functions as commands, and what these show: bars, summaries, figures."""
 
+import inspect
 import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -87,14 +90,63 @@ def print_summary(report: Report, out: Path | None) -> None:
     console.print(table)
 
 
+def command(function: Callable[..., Any], show: Callable[..., None], json: str = "") -> Callable[..., None]:
+    """A function as a command: its signature is the flags, its docstring their help, and its result is shown.
+
+    Args:
+        function: gets bars if it has a parameter ``progress``, which is no flag.
+        show: called with the result and, if there is ``--json``, with whether that was given.
+        json: what ``--json`` prints; left out, there is no such flag.
+    """
+    signature = inspect.signature(function)
+    parameters = [_as_flag(parameter) for name, parameter in signature.parameters.items() if name != "progress"]
+    if json:
+        flag = Annotated[bool, Parameter(name="--json", negative="", help=json)]
+        parameters.append(inspect.Parameter("json_", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=flag))
+
+    def run(*arguments: Any, json_: bool = False, **options: Any) -> None:
+        with progress_bars() if "progress" in signature.parameters else nullcontext() as progress:
+            result = function(*arguments, **options, **({} if progress is None else {"progress": progress}))
+        show(result, json_) if json else show(result)
+
+    run.__doc__ = function.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def _as_flag(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Settings are flags like all others, and what is off unless asked for has no flag that turns it off."""
+    if is_dataclass(parameter.annotation):
+        return parameter.replace(annotation=Annotated[parameter.annotation, Parameter(name="*")])
+    if parameter.default is False:
+        return parameter.replace(annotation=Annotated[bool, Parameter(negative="")])
+    return parameter
+
+
+def print_pieces(pieces: Iterable[str]) -> None:
+    """Text, each piece when it comes, and the end of the line."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    """A table of what there is, or one JSON object."""
     if as_json:
         print(json.dumps(figures))
         return
     table = Table(show_header=False)
     for key, value in figures.items():
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+        if value is not None:
+            table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
     console.print(table)
+
+
+def print_each(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
+    """`print_figures` of each row when it comes."""
+    for row in rows:
+        print_figures(row, as_json)
 
 
 def print_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:

@@ -1,5 +1,6 @@
-"""What README and docs state is run: the first Python block, the commands, the format's example and its tables."""
+"""What README and docs state is run: Python, commands, the format's example and tables; links and data files hold."""
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -10,9 +11,9 @@ import torch
 from helpers import tiny_folder
 
 from lorq.cli import main
-from lorq.core.layout import _STORED
 from lorq.core.packing import pack, unpack
 from lorq.methods import METHODS
+from lorq.runtime.linear import STORED
 from lorq.storage.names import SENTINEL
 
 ROOT = Path(__file__).parents[2]
@@ -85,5 +86,30 @@ def test_the_formats_example_packs_to_its_bytes():
 
 
 def test_the_format_names_every_tensor_and_the_guard():
-    assert set(re.findall(r"^\| `NAME\.(\w+)`", FORMAT, re.M)) == {*_STORED, "bias"}
+    assert set(re.findall(r"^\| `NAME\.(\w+)`", FORMAT, re.M)) == {*STORED, "bias"}
     assert SENTINEL in FORMAT
+
+
+MEASURED = ROOT / "docs" / "measured"
+SECTIONS = dict(re.findall(r"^## (\w+\.csv)\n(.*?)(?=^## |\Z)", (MEASURED / "README.md").read_text(), re.M | re.S))
+
+
+def test_every_table_of_the_docs_is_described():
+    assert sorted(SECTIONS) == sorted(path.name for path in MEASURED.glob("*.csv"))
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_table_of_the_docs_has_whole_rows_and_a_word_on_every_column(name):
+    head, *rows = csv.reader((MEASURED / name).read_text().splitlines())
+    assert set(head) <= set(re.findall(r"`([^`]+)`", SECTIONS[name])) and len(set(head)) == len(head)
+    assert rows and all(len(row) == len(head) for row in rows)
+    numbers = [cell for column in zip(*rows, strict=True) for cell in column if re.match(r"[-\d.]+$", cell)]
+    assert len(numbers) > len(rows)
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], ids=lambda path: path.name)
+def test_what_a_page_links_to_is_there(path):
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" not in target:
+            assert (path.parent / target.split("#")[0]).exists(), target

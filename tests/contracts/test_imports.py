@@ -14,7 +14,7 @@ FILES = sorted(house.SOURCE.rglob("*.py"))
 
 def test_every_entry_is_a_room_a_face_or_the_ground():
     entries = {house.entry(file) for file in FILES} - set(house.LAZY)
-    faces = {"demo", "evaluation", "generate", "show"}
+    faces = {"demo", "evaluation", "generation", "quality", "show"}
     assert entries == (set(house.ROOMS) - {"faces", "export"}) | faces | set(house.GROUND)
 
 
@@ -57,9 +57,13 @@ def test_the_core_imports_only_torch_and_shape_annotations():
 
 
 def test_every_public_name_is_there():
+    assert {kind.__name__ for kind in lorq.METHODS.values()} < set(lorq.__all__)
     for name in lorq.__all__:
         assert getattr(lorq, name) is not None
     assert set(dir(lorq)) == {*lorq.__all__, "__version__"}
+    starred: dict[str, object] = {}
+    exec("from lorq import *", starred)
+    assert set(lorq.__all__) <= set(starred)
     with pytest.raises(AttributeError, match="'lorq' has no attribute 'quantise'; public names are FLRQ, "):
         _ = lorq.quantise
 
@@ -70,7 +74,10 @@ def run(code):
 
 
 def test_importing_lorq_imports_neither_torch_nor_transformers():
-    run("import sys, lorq; assert not {'torch', 'transformers'} & set(sys.modules)")
+    run(
+        "import sys, lorq; assert not hasattr(lorq, '__wrapped__')\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
 
 
 def test_importing_torch_takes_lorqs_entry_point_and_neither_transformers_nor_a_gpu():

@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
+from helpers import layer_format
 from torch.testing import assert_close
 
 from lorq.core.activations import quantize_activations
 from lorq.core.basis import Basis
-from lorq.core.grids import levels
-from lorq.core.layout import OPERANDS, pack_weight
-from lorq.core.weight import LayerFormat
+from lorq.core.codes import levels
 from lorq.kernels import KERNELS, fake_quantize, implementation, multiply, quant_linear, rotate
+from lorq.kernels.operands import STORED_NAMES
 from lorq.kernels.reference import quant_linear_reference, rotate_reference
 
 # Decibels that are kept at least. float32 decodes exactly and rounds its sums; bfloat16 and float16 round the
@@ -21,54 +21,54 @@ SQNR_DB = {torch.float64: 250, torch.float32: 120, torch.float16: 62, torch.bflo
 
 dtypes = pytest.mark.parametrize("dtype, floor", SQNR_DB.items(), ids=[str(dtype) for dtype in SQNR_DB])
 FORMATS = {
-    "asymmetric": LayerFormat(3, 16, False),
-    "symmetric": LayerFormat(4, 16, True),
-    "16-bit factors": LayerFormat(2, 16, True, 3, "float16"),
-    "8-bit factors": LayerFormat(5, 48, False, 3, "int8"),
-    "e4m3 factors": LayerFormat(3, 16, True, 3, "e4m3"),
-    "vectors of 4": LayerFormat(2, 48, True, vector=4, codebook_rows=1, codebook_columns=16),
-    "vectors of 2": LayerFormat(3, 24, True, 3, "int8", vector=2, codebook_rows=1, codebook_columns=24),
-    "normal floats": LayerFormat(4, 16, True, grid="normal-float"),
-    "a scale for each": LayerFormat(3, 48, True, 2, "int8", scale_rank=3),
-    "normal floats, a scale for each": LayerFormat(2, 48, True, grid="normal-float", scale_rank=2),
+    "asymmetric": layer_format(3, 16, False),
+    "symmetric": layer_format(4, 16, True),
+    "16-bit factors": layer_format(2, 16, True, 3, "float16"),
+    "8-bit factors": layer_format(5, 48, False, 3, "int8"),
+    "e4m3 factors": layer_format(3, 16, True, 3, "e4m3"),
+    "vectors of 4": layer_format(2, 48, True, vector=4, codebook_rows=1, codebook_columns=16),
+    "vectors of 2": layer_format(3, 24, True, 3, "int8", vector=2, codebook_rows=1, codebook_columns=24),
+    "normal floats": layer_format(4, 16, True, grid="normal-float"),
+    "a scale for each": layer_format(3, 48, True, 2, "int8", scale_rank=3),
+    "normal floats, a scale for each": layer_format(2, 48, True, grid="normal-float", scale_rank=2),
 }
 formats = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 
 
 def operands(weight):
     """What the operator takes after ``x``."""
-    tensors = pack_weight(weight)
-    if weight.grid != "integer":
-        tensors["levels"] = levels(weight.grid, weight.bits)
-    return *(tensors.get(name) for name in OPERANDS), weight.bits
+    tensors = weight.tensors()
+    codes = weight.codes.format
+    if codes.kind == "levels" and codes.levels != "integer":
+        tensors["levels"] = levels(codes.levels, codes.bits)
+    return *(tensors.get(name) for name in STORED_NAMES), codes.bits
 
 
 def looked_up(codes, codebook):
     """Codebook entries code by code, (out, in)."""
     (out, vectors), (row_tiles, column_tiles) = codes.shape, codebook.scale.shape
-    rows = []
-    for i, row in enumerate(codes.tolist()):
-        tiles = [(i * row_tiles // out, j * column_tiles // vectors, code) for j, code in enumerate(row)]
-        rows.append(torch.cat([codebook.entries[tile].double() * codebook.scale[tile[:2]].double() for tile in tiles]))
-    return torch.stack(rows)
+    rows, columns = torch.arange(out)[:, None] * row_tiles // out, torch.arange(vectors) * column_tiles // vectors
+    found = codebook.entries[rows, columns, codes.long()].double()  # (out, vectors, vector)
+    return (found * codebook.scale[rows, columns, None].double()).flatten(1)
 
 
 def dense(weight):
     """The matrix in float64, straight from the parts, rounded to float32 where decoding in float32 rounds."""
-    zero = 2 ** (weight.bits - 1) if weight.zero_point is None else weight.zero_point.double().unsqueeze(-1)
-    values = weight.codes.double()
-    if weight.codebook:
-        values, zero = looked_up(weight.codes, weight.codebook), 0
-    if weight.grid == "normal-float":
-        values, zero = levels("normal-float", weight.bits).double()[weight.codes.long()], 0
-    if weight.scale_factors:
-        left, right = weight.scale_factors.left.float(), weight.scale_factors.right.float()
-        matrix = (values - zero) * (left @ right).double()
+    codes, bits, scale = weight.codes.codes, weight.format.bits, weight.codes.scale
+    if weight.codes.format.kind == "vectors":
+        values = looked_up(codes, weight.codes.codebook)
+    elif weight.codes.format.kind == "levels":
+        values = levels(weight.codes.format.levels, bits).double()[codes.long()]
     else:
-        groups = values.unflatten(1, (weight.scale.shape[1], -1))
-        matrix = ((groups - zero) * weight.scale.double().unsqueeze(-1)).flatten(1)
+        zero = weight.codes.zero_point
+        zero = 2 ** (bits - 1) if zero is None else zero.double().repeat_interleave(codes.shape[1] // zero.shape[1], 1)
+        values = codes.double() - zero
+    if not isinstance(scale, torch.Tensor):
+        matrix = values * (scale.left.float() @ scale.right.float()).double()
+    else:
+        matrix = (values.unflatten(1, (scale.shape[1], -1)) * scale.double().unsqueeze(-1)).flatten(1)
     # Codes times a scale of 11 bits fit float32; two scales of a codebook, levels and products of factors do not.
-    if weight.codebook or weight.grid == "normal-float" or weight.scale_factors:
+    if weight.codes.format.kind != "integer":
         matrix = matrix.float().double()
     if weight.low_rank:
         left, right = weight.low_rank.left.double(), weight.low_rank.right.double()
@@ -90,7 +90,7 @@ def test_every_width_and_shape_matches_the_dense_product(bits, dtype, floor, ran
     for (out, in_), symmetric, (rank, factor_type) in itertools.product(
         shapes, (False, True), ((0, "float16"), (1, "float16"), (5, "int8"))
     ):
-        weight = random_weight(out, in_, LayerFormat(bits, 16, symmetric, min(rank, out), factor_type))
+        weight = random_weight(out, in_, layer_format(bits, 16, symmetric, min(rank, out), factor_type))
         x = torch.randn(9, in_, generator=generator).to(dtype)
         y = quant_linear(x, *operands(weight))
         assert y.dtype == dtype
@@ -107,7 +107,7 @@ def test_every_codebook_and_shape_matches_the_dense_product(bits, vector, dtype,
         if groups == 2 and columns == in_:
             continue  # a group is at least as wide as a codebook
         size = in_ if groups == 1 else columns
-        format = LayerFormat(bits, size, True, min(rank, out), factor_type, vector, rows, columns)
+        format = layer_format(bits, size, True, min(rank, out), factor_type, vector, rows, columns)
         weight = random_weight(out, in_, format)
         x = torch.randn(9, in_, generator=generator).to(dtype)
         y = quant_linear(x, *operands(weight))
@@ -138,7 +138,7 @@ def test_inputs_need_not_be_contiguous(format, random_weight, generator):
 
 def test_large_codes_are_decoded_before_they_are_rounded(random_weight, generator):
     # 255 - 128 steps take 7 bits, a scale 11: the product is exact in float32 and must be rounded only once.
-    weight = random_weight(32, 64, LayerFormat(8, 64, True))
+    weight = random_weight(32, 64, layer_format(8, 64, True))
     x = torch.eye(64, dtype=torch.bfloat16)
     assert torch.equal(quant_linear(x, *operands(weight)), dense(weight).T.to(torch.bfloat16))
 
@@ -190,7 +190,7 @@ def test_the_gradient_has_the_dtype_and_precision_of_the_inputs(dtype, floor, ra
 
 
 # Positions of scale_left and scale_right among the operator's arguments.
-FACTORS = slice(1 + OPERANDS.index("scale_left"), 3 + OPERANDS.index("scale_left"))
+FACTORS = slice(1 + STORED_NAMES.index("scale_left"), 3 + STORED_NAMES.index("scale_left"))
 scaled = pytest.mark.parametrize(
     "format", [FORMATS["a scale for each"], FORMATS["normal floats, a scale for each"]], ids=["integer", "normal-float"]
 )
@@ -201,7 +201,7 @@ def learning(weight, x, dtype):
     arguments = [x, *operands(weight)]
     factors = [part.to(dtype).requires_grad_() for part in arguments[FACTORS]]
     arguments[FACTORS] = factors
-    table = levels(weight.grid, weight.bits).double()[weight.codes.long()]
+    table = levels(weight.codes.format.levels, weight.format.bits).double()[weight.codes.codes.long()]
     rest = weight.low_rank.dense(torch.float64) if weight.low_rank else 0
 
     def formula(x, left, right):

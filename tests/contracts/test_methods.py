@@ -1,4 +1,4 @@
-"""What every method in the table keeps to, whatever its settings."""
+"""What every method in the table keeps to, whatever its settings; a new one is tried with all its choices."""
 
 import dataclasses
 import functools
@@ -7,91 +7,110 @@ import json
 import math
 import re
 import typing
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import pytest
 import torch
+from helpers import same_codes
 
+from lorq.core.checks import Range
+from lorq.core.codes import CODES
+from lorq.core.low_rank import FACTOR_TYPES
+from lorq.core.problem import BlockOutput, Problem
+from lorq.core.rounding import nearest
 from lorq.core.stats import StatsAccumulator
 from lorq.methods import METHODS, Method
 
 OUT, IN = 40, 96
-
-
-def every(**choices):
-    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-
-
-# Stops that a matrix this small reaches only after some ranks.
-EAGER = {"budget": 1.0, "range_measure": "group", "slope_window": 2}
-# Each pair of these three settings, once; every pass over the weight is tried with two of them.
-FORMS = [
-    {"factor_type": "int8", "sketch": "block", "symmetric": False},
-    {"factor_type": "int8", "sketch": "rank1", "symmetric": True},
-    {"factor_type": "float16", "sketch": "block", "symmetric": True},
-    {"factor_type": "float16", "sketch": "rank1", "symmetric": False},
-]
-PASSES = every(
-    rounding=["clip", "nearest", "gptq"],
-    metric=["activation", "hessian"],
-    order=["low-rank-then-codes", "codes-then-low-rank"],
-)
-# A little of each of LoPRo's: every order and basis of the columns is tried with one of these.
-PARTS = [
-    {"metric": "hessian", "factor_type": "int8", "sketch": "block", "symmetric": False},
-    {"metric": "hessian", "factor_type": "e4m3", "sketch": "rank1", "symmetric": True},
-    {"metric": "activation", "factor_type": "e4m3", "sketch": "block", "symmetric": False},
-    {"metric": "activation", "factor_type": "float16", "sketch": "rank1", "symmetric": True},
-    {"metric": "hessian", "factor_type": "float16", "sketch": "block", "symmetric": True},
-]
-ORDERS = [{"order": "low-rank-then-codes"}, {"order": "codes-then-low-rank"}]
-TURNS = every(
-    rotation=["full", "partial", "none"],
-    importance=["log", "ratio", "hessian", "residual", "none"],
-)
-# Settings beyond bits and group size that a method is tried with, besides its defaults.
-SETTINGS = {
-    "flrq": [passes | FORMS[(i + half) % 4] | EAGER for i, passes in enumerate(PASSES) for half in (0, 2)]
-    + every(iterations=[0, 4], epochs=[0, 2], budget=[0.0, 1.0]),
-    "flrq-paper": every(factor_type=["int8"], exponent=[1.0, 2.5], budget=[1.0], min_gain=[0.0]),
-    "lopro": [turns | PARTS[(i + i // 5) % 5] | ORDERS[i % 2] for i, turns in enumerate(TURNS)]
-    + every(rounding=["gptq", "clip", "nearest"], rank=[0, 40], epochs=[2], range_search=["none"])
-    + every(range_search=["saturate"], epochs=[0], shrinkage=[0.0, 1.0])
-    + every(
-        codebook=["vector"],
-        rounding=["gptq", "nearest"],
-        rotation=["full", "partial"],
-        importance=["log", "none"],
-        order=["low-rank-then-codes", "codes-then-low-rank"],
-    )
-    + every(codebook=["vector"], rank=[0], vector=[2], codebook_columns=[16], codebook_rows=[-1, 8]),
-    "lopro-paper": every(codebook=["scalar", "vector"], epochs=[1], rank=[8]),
-    "gptq": every(range_search=["none", "saturate", "scale"], symmetric=[False, True], shrinkage=[0.0]),
-    "nearest": every(range_search=["saturate", "scale"], symmetric=[False, True]) + every(grid=["normal-float"]),
-    "lrq": every(
-        scaling=["low-rank", "full"], symmetric=[False, True], range_search=["none", "saturate"], steps=[0, 20]
-    ),
-    "lrq-paper": every(steps=[50]),
-    "lords": every(
-        grid=["integer", "normal-float"], weighting=["none", "diagonal"], rounding=["nearest", "gptq"], steps=[3]
-    )
-    + every(solver=["gradient"], steps=[20], range_search=["none"], rank=[1, 5], refine_steps=[0, 5]),
-}
-# Few enough gradient steps for a test.
-FEW = {"lrq": {"steps": 40}, "lrq-paper": {"steps": 40, "learning_rate": 0.01}, "lords-paper": {"steps": 100}}
-CASES = [(name, settings) for name in METHODS for settings in [{}, *SETTINGS.get(name, [])]]
-cases = pytest.mark.parametrize(
-    "name, settings", CASES, ids=[" ".join([name, *map(str, settings.values())]) for name, settings in CASES]
-)
-methods = pytest.mark.parametrize("name", METHODS)
-# Those whose scales belong to groups of columns; a matrix of scales has none to divide.
-grouped = pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("lords")])
 SCOPES = ("layer", "input", "experts", "block")
-# Those that solve the layers of one input together.
-TOGETHER = [(name, settings) for name, settings in CASES if METHODS[name]().scope in ("input", "experts")]
-together = pytest.mark.parametrize(
-    "name, settings", TOGETHER, ids=[" ".join([name, *map(str, settings.values())]) for name, settings in TOGETHER]
-)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a method is tried with besides its choices, and what makes it fit a test.
+
+    Attributes:
+        tried: values of settings that are numbers; each meets each choice.
+        always: settings of every case.
+    """
+
+    tried: dict[str, list] = field(default_factory=dict)
+    always: dict[str, typing.Any] = field(default_factory=dict)
+
+
+# A method that is not here is tried with its choices alone.
+ROWS = {
+    # Stops that a matrix this small reaches only after some ranks.
+    "flrq": Row({"iterations": [0, 2], "epochs": [0, 2], "budget": [0.0, 1.0]}, {"slope_window": 2}),
+    "flrq-paper": Row({"exponent": [1.0, 2.5]}, {"budget": 1.0, "min_gain": 0.0}),
+    "lopro": Row({"rank": [4, 0, 40], "epochs": [0, 2], "shrinkage": [0.2, 0.0, 1.0], "codebook_rows": [-1, 8]}),
+    "lopro-paper": Row({"epochs": [0, 1]}),
+    "gptq": Row({"shrinkage": [0.2, 0.0]}),
+    "lrq": Row({"steps": [20, 0]}, {"steps": 40}),
+    "lrq-paper": Row({}, {"steps": 40, "learning_rate": 0.01}),
+    "lords": Row({"steps": [3, 20], "rank": [-1, 2, 5], "refine_steps": [0, 5]}),
+    "lords-paper": Row({}, {"steps": 100}),
+}
+methods = pytest.mark.parametrize("name", METHODS)
+
+
+def made(name, **settings):
+    """A method with these settings, without those it does not have, and with its row's."""
+    known = {f.name for f in dataclasses.fields(METHODS[name])}
+    given = ROWS.get(name, Row()).always | settings
+    return METHODS[name](**{key: value for key, value in given.items() if key in known})
+
+
+def choices(name):
+    """The values of each setting that has a few, but for those that the method has from another one in the table."""
+    kind = METHODS[name]
+    inherited = {f.name for other in METHODS.values() if other in kind.__mro__[1:] for f in dataclasses.fields(other)}
+    found = {}
+    for setting, hint in typing.get_type_hints(kind).items():
+        values = [False, True] if hint is bool else typing.get_args(hint) if is_choice(hint) else ()
+        if values and setting not in inherited:
+            found[setting] = list(values)
+    return found | ROWS.get(name, Row()).tried
+
+
+def is_choice(hint):
+    return typing.get_origin(hint) is typing.Literal
+
+
+def allowed(name, settings):
+    """Some settings exclude each other."""
+    try:
+        made(name, **settings)
+    except ValueError:
+        return False
+    return True
+
+
+def pairwise(name):
+    """Settings in which every two values of two settings, where the method allows them, stand together."""
+    values = choices(name)
+    missing = {
+        frozenset(pair): dict(pair)
+        for a, b in itertools.combinations(values, 2)
+        for pair in itertools.product(((a, x) for x in values[a]), ((b, y) for y in values[b]))
+        if allowed(name, dict(pair))
+    }
+    if len(values) == 1:
+        missing = {frozenset({(a, x)}): {a: x} for a in values for x in values[a] if allowed(name, {a: x})}
+    while missing:
+        row = dict(next(iter(missing.values())))
+        for setting in values:
+            fits = [v for v in values[setting] if allowed(name, row | {setting: v})]
+            if setting not in row and fits:
+                row[setting] = max(
+                    fits, key=lambda v: sum(frozenset({(setting, v), i}) in missing for i in row.items())
+                )
+        missing = {pair: settings for pair, settings in missing.items() if not pair <= set(row.items())}
+        yield row
+
+
+CASES = [(name, settings) for name in METHODS for settings in ({}, *pairwise(name))]
+IDS = [" ".join([name, *map(str, settings.values())]) for name, settings in CASES]
 
 
 @functools.cache
@@ -108,44 +127,39 @@ def layer():
     return normal(OUT, 2) @ normal(2, IN) * 0.04 + normal(OUT, IN) * 0.02, sums.finish()
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def solve(method, weights, stats, **others):
+    """Layers of one input, in one call."""
+    return method.solve(Problem(weights, {} if stats is None else dict.fromkeys(weights, stats), 0, **others))
 
 
-def made(name, **settings):
-    """A method with these settings, without those it does not have, and with few steps."""
-    known = {field.name for field in dataclasses.fields(METHODS[name])}
-    return METHODS[name](**{key: value for key, value in (FEW.get(name, {}) | settings).items() if key in known})
+def alone(method, stats="measured"):
+    """The layer by itself."""
+    weight, measured = layer()
+    return solve(method, {"layer": weight}, measured if stats == "measured" else stats)["layer"]
 
 
 @functools.cache
-def solved(name, settings):
-    """The result for 3 bits and groups of 32, with what it was made from before and after."""
-    method = made(name, bits=3, group_size=32, **dict(settings))
-    weight, stats = layer()
-    copies = [tensor.clone() for tensor in (weight, stats.hessian, stats.mean_abs)]
-    result = method.solve(weight, stats, generator=seeded())
-    unchanged = all(torch.equal(*pair) for pair in zip(copies, (weight, stats.hessian, stats.mean_abs), strict=True))
-    return SimpleNamespace(method=method, weight=weight, stats=stats, result=result, unchanged=unchanged)
+def cached(method):
+    return alone(method)
 
 
-def case(name, settings):
-    return solved(name, tuple(settings.items()))
-
-
-def parts(result):
-    pieces = {"codes": result.codes, "scale": result.scale, "zero_point": result.zero_point, "grid": result.grid}
-    for part in (result.low_rank, result.codebook, result.basis, result.scale_factors):
-        pieces |= {f"{type(part).__name__} {name}": value for name, value in vars(part).items()} if part else {}
-    return pieces
+def result_of(name, **settings):
+    """For 3 bits and groups of 32."""
+    return cached(made(name, bits=3, group_size=32, **settings))
 
 
 def same(a, b):
     def equal(x, y):
         return torch.equal(x.double(), y.double()) if isinstance(x, torch.Tensor) else x == y
 
-    a, b = parts(a), parts(b)
-    return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    def parts(result):
+        own = (result.low_rank, result.basis)
+        return {f"{type(part).__name__} {name}": value for part in own if part for name, value in vars(part).items()}
+
+    left, right = parts(a), parts(b)
+    alike = left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    alike = alike and a.format == b.format and a.record.error_after == b.record.error_after
+    return alike and same_codes(a.codes, b.codes)
 
 
 def relative_error(weight, dense, hessian):
@@ -153,235 +167,200 @@ def relative_error(weight, dense, hessian):
     return float(torch.trace(delta @ h @ delta.T) / torch.trace(weight @ h @ weight.T))
 
 
-def test_the_cases_reach_low_rank_parts_of_every_type_and_none():
-    ranks = {(c.method.factor_type, c.result.format.rank > 0) for n, s in CASES if n == "flrq" for c in [case(n, s)]}
-    assert ranks >= {("int8", True), ("float16", True), ("int8", False)}
-    formats = [case(name, settings).result.format for name, settings in CASES if name == "lopro"]
-    assert {f.factor_type for f in formats if f.rank} == {"int8", "e4m3", "float16"}
-    assert {(f.permuted, f.rotation_block > 0, f.rotation_skip > 0, f.vector > 1) for f in formats} >= {
-        (permuted, block, skip, vector)
-        for permuted, (block, skip), vector in itertools.product(
-            (False, True), ((True, False), (True, True)), (False, True)
-        )
-    }
+# ---- every case -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, settings", CASES, ids=IDS)
+def test_a_result_is_what_its_method_promises(name, settings):
+    method = made(name, bits=3, group_size=32, **settings)
+    assert METHODS[name](**json.loads(json.dumps(dataclasses.asdict(method)))) == method
+    weight, stats = layer()
+    copies = [tensor.clone() for tensor in (weight, stats.hessian, stats.mean_abs)]
+    result = cached(method)
+    assert all(torch.equal(*pair) for pair in zip(copies, (weight, stats.hessian, stats.mean_abs), strict=True))
+    parts_are_what_the_format_lays_out(result)
+    recorded_errors_are_its_own(result, weight)
+    largest_format_bounds_it(result, method)
+    neither_call_nor_company_changes_it(result, method)
+
+
+def parts_are_what_the_format_lays_out(result):
+    codes = result.codes
+    assert result.shape == (OUT, IN)
+    assert {name: (tuple(t.shape), t.dtype) for name, t in codes.tensors().items()} == codes.format.layout(OUT, IN)
+    assert torch.isfinite(result.dense()).all()
+
+
+def recorded_errors_are_its_own(result, weight):
+    hessian = layer()[1].hessian
+    found = relative_error(weight, result.dense(), hessian)
+    assert result.record.error_after == pytest.approx(found, rel=1e-4)
+    # Rounding to nearest without a search, in another basis or of vectors, may lose a little.
+    assert found < 2 * result.record.error_before
+    plain = nearest(weight, None, result.codes.format.plain()).decode()
+    # float32 sums of differences.
+    assert result.record.error_before == pytest.approx(relative_error(weight, plain, hessian), rel=1e-4)
+
+
+def largest_format_bounds_it(result, method):
+    largest = method.largest(OUT, IN)
+    assert result.stored_bits() <= largest.stored_bits(OUT, IN)
+    assert result.format.rank <= largest.rank
+    found, bound = (dataclasses.replace(f, rank=0, factor_type="float16") for f in (result.format, largest))
+    assert found == bound
+
+
+def neither_call_nor_company_changes_it(result, method):
+    weight, stats = layer()
+    other = torch.randn(24, IN, generator=torch.Generator().manual_seed(1)) * 0.02 * torch.linspace(2.0, 0.2, IN)
+    both = solve(method, {"other": other, "layer": weight}, stats)
+    assert both.keys() == {"other", "layer"} and both["other"].shape == other.shape
+    if not result.format.permuted:  # else the columns' order is that of both
+        assert same(both["layer"], result)
+        return
+    assert same(alone(method), result)
+    bases = [solved.basis for solved in both.values()]
+    assert len({(basis.block, basis.skip) for basis in bases}) == 1
+    assert torch.equal(bases[0].permutation, bases[1].permutation)
+    assert torch.equal(bases[0].permutation.sort().values, torch.arange(IN))
+    for own, solved in ((weight, both["layer"]), (other, both["other"])):
+        recorded_errors_are_its_own(solved, own)
+
+
+def test_the_cases_reach_every_kind_of_what_is_stored():
+    formats = [result_of(name, **settings).format for name, settings in CASES]
+    assert {f.factor_type for f in formats if f.rank} == set(FACTOR_TYPES) and any(not f.rank for f in formats)
+    kinds = [(f.permuted, f.rotation_block > 0, f.rotation_skip > 0, f.codes.kind == "vectors") for f in formats]
+    for one, two in itertools.combinations(range(4), 2):
+        # Columns are left alone only where blocks are rotated.
+        assert len({(kind[one], kind[two]) for kind in kinds}) == (3 if (one, two) == (1, 2) else 4)
+    assert {f.codes.kind for f in formats} == set(CODES)
+
+
+@methods
+def test_every_choice_makes_a_difference(name):
+    for setting, values in choices(name).items():
+        if setting in getattr(METHODS[name], "block_settings", ()) or METHODS[name]().scope == "experts":
+            continue  # shows in blocks, or among experts
+        rows = [settings for other, settings in CASES if other == name and setting in settings]
+        for one, two in itertools.pairwise([*values, values[0]]):
+            pairs = ((row, row | {setting: two}) for row in (*rows, {setting: one}) if row[setting] == one)
+            assert any(
+                not same(result_of(name, **row), result_of(name, **changed))
+                for row, changed in pairs
+                if allowed(name, row) and allowed(name, changed)
+            ), f"{setting} {one} and {two}"
+
+
+# ---- every method -----------------------------------------------------------------------------------------
+
+
+def test_no_row_is_of_a_method_that_is_gone():
+    assert set(ROWS) <= set(METHODS)
 
 
 @methods
 def test_a_method_keeps_the_protocol_and_is_frozen(name):
     method = METHODS[name]()
     assert isinstance(method, Method) and method.scope in SCOPES
+    assert set(getattr(method, "block_settings", ())) <= {f.name for f in dataclasses.fields(method)}
+    assert hasattr(method, "largest_experts") == (method.scope == "experts")
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.bits = 3
 
 
-@cases
-def test_parts_are_in_range_and_inputs_unchanged(name, settings):
-    c = case(name, settings)
-    assert c.unchanged
-    format = c.result.format
-    # Vector codebooks have one scale for each row, and no zero point; a matrix of scales has neither groups.
-    assert format.group_size == (32 if format.vector == 1 and not format.scale_rank else IN)
-    assert c.result.shape == (OUT, IN)
-    assert c.result.codes.dtype == torch.uint8 and c.result.codes.shape == (OUT, IN // format.vector)
-    assert int(c.result.codes.max()) < 2 ** (3 * format.vector)
-    assert (c.result.zero_point is None) == (
-        c.method.symmetric or format.vector > 1 or format.grid != "integer" or format.scale_rank > 0
-    )
-    assert c.result.zero_point is None or int(c.result.zero_point.max()) <= 7
-    if format.scale_rank:
-        factors = c.result.scale_factors
-        assert c.result.scale is None and factors.left.shape == (OUT, format.scale_rank)
-        assert factors.right.shape == (format.scale_rank, IN)
-        assert factors.left.dtype == factors.right.dtype == torch.float16
-    else:
-        assert c.result.scale.dtype == torch.float16 and float(c.result.scale.min()) > 0
-        assert c.result.scale.shape == (OUT, IN // format.group_size)
-    assert torch.isfinite(c.result.dense()).all()
-
-
-@cases
-def test_the_recorded_errors_are_those_of_the_result(name, settings):
-    c = case(name, settings)
-    assert c.result.record.error_after == pytest.approx(
-        relative_error(c.weight, c.result.dense(), c.stats.hessian), rel=1e-4
-    )
-    if c.result.format.scale_rank or c.result.format.grid != "integer":
-        return  # plain rounding then has other groups or levels; the methods' own tests know them
-    symmetric = c.method.symmetric and c.result.format.vector == 1
-    nearest = METHODS["nearest"](bits=3, group_size=c.result.format.group_size, symmetric=symmetric)
-    plain = nearest.solve(c.weight, c.stats, generator=seeded())
-    # float32 sums of differences.
-    expected = relative_error(c.weight, plain.dense(), c.stats.hessian)
-    assert c.result.record.error_before == pytest.approx(expected, rel=1e-4)
-
-
-@cases
-def test_the_largest_format_bounds_what_is_stored(name, settings):
-    c = case(name, settings)
-    largest = c.method.largest(OUT, IN)
-    assert c.result.stored_bits() <= largest.stored_bits(OUT, IN)
-    assert c.result.format.rank <= largest.rank
-    assert dataclasses.replace(c.result.format, rank=0, factor_type="float16") == dataclasses.replace(
-        largest, rank=0, factor_type="float16"
-    )
-
-
-@cases
-def test_the_same_seed_gives_the_same_bits(name, settings):
-    c = case(name, settings)
-    again = c.method.solve(c.weight, c.stats, generator=seeded())
-    assert same(again, c.result) and again.record == c.result.record
-
-
-@together
-def test_one_weight_solved_together_is_the_weight_solved_alone(name, settings):
-    c = case(name, settings)
-    (result,) = c.method.solve_together([c.weight], c.stats, generators=[seeded()])
-    assert same(result, c.result) and result.record == c.result.record
-
-
-@together
-def test_weights_of_one_input_get_one_basis_and_are_solved_in_it(name, settings):
-    c = case(name, settings)
-    others = torch.randn(24, IN, generator=seeded(1)) * 0.02 * torch.linspace(2.0, 0.2, IN), c.weight[8:]
-    weights = [c.weight, *others]
-    generators = [seeded(), seeded(1), seeded()]
-    results = c.method.solve_together(weights, c.stats, generators=generators)
-    first = results[0]
-    for weight, result in zip(weights, results, strict=True):
-        assert result.shape == weight.shape
-        assert (result.basis is None) == (first.basis is None)
-        assert result.basis is None or (result.basis.block, result.basis.skip) == (first.basis.block, first.basis.skip)
-        if first.format.permuted:
-            assert torch.equal(result.basis.permutation, first.basis.permutation)
-            assert torch.equal(result.basis.permutation.sort().values, torch.arange(IN))
-        found = relative_error(weight, result.dense(), c.stats.hessian)
-        assert result.record.error_after == pytest.approx(found, rel=1e-4)
-        assert found < result.record.error_before * (2 if c.method.rounding == "nearest" else 1)
-    if not first.format.permuted:  # then nothing of one weight depends on the others
-        assert same(first, c.result)
-    # A weight beside its like is ordered as it is alone.
-    twins = c.method.solve_together([c.weight, c.weight], c.stats, generators=[seeded(), seeded()])
-    assert all(same(twin, c.result) for twin in twins)
-
-
-@cases
-def test_settings_survive_json(name, settings):
-    method = case(name, settings).method
-    assert METHODS[name](**json.loads(json.dumps(dataclasses.asdict(method)))) == method
-
-
-@pytest.mark.parametrize("group_size", [16, -1], ids=["groups", "one group per row"])
-@pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 @methods
-def test_eight_bits_are_close_to_exact(name, symmetric, group_size):
+def test_a_block_of_one_layer_is_solved_by_its_name(name):
     weight, stats = layer()
-    # NormalFloat spends its levels where weights are many; its outermost are wide apart at any width.
-    method = made(name, bits=8, group_size=group_size, symmetric=symmetric, grid="integer")
-    result = method.solve(weight, stats, generator=seeded())
-    # A range of eight standard deviations in 255 steps, each value off by 12^-1/2 of a step, is 40.9 dB; less is wide.
-    assert -10 * math.log10(result.record.error_after) > 40.9
-    assert relative_error(weight, result.dense(), torch.eye(IN)) < 10**-4.0
+    inputs = torch.randn(2, 5, IN, generator=torch.Generator().manual_seed(2))
+
+    def forward(weights, hidden):
+        return hidden + hidden @ weights["layer"].T @ weight
+
+    method, block = made(name, bits=3, group_size=32), BlockOutput(forward, inputs, forward({"layer": weight}, inputs))
+    solved = solve(method, {"layer": weight}, stats, methods={"layer": method}, block=block)
+    assert list(solved) == ["layer"]
+    recorded_errors_are_its_own(solved["layer"], weight)
+    largest_format_bounds_it(solved["layer"], method)
+
+
+@methods
+def test_eight_bits_are_close_to_exact(name):
+    weight, _ = layer()
+    for group_size, symmetric in itertools.product((16, -1), (False, True)):
+        # NormalFloat spends its levels where weights are many; its outermost are wide apart at any width.
+        method = made(name, bits=8, group_size=group_size, symmetric=symmetric, grid="integer")
+        result = alone(method)
+        # A range of eight standard deviations in 255 steps, each value off by 12^-1/2 of a step, is 40.9 dB; less is
+        # wide.
+        assert -10 * math.log10(result.record.error_after) > 40.9, (group_size, symmetric)
+        assert relative_error(weight, result.dense(), torch.eye(IN)) < 10**-4.0, (group_size, symmetric)
 
 
 @methods
 def test_errors_fall_with_every_bit(name):
-    weight, stats = layer()
-    errors = [
-        made(name, bits=bits, group_size=32).solve(weight, stats, generator=seeded()).record.error_after
-        for bits in (2, 3, 4, 6, 8)
-    ]
+    errors = [cached(made(name, bits=bits, group_size=32)).record.error_after for bits in (2, 3, 4, 8)]
     assert all(after < 0.6 * before for before, after in itertools.pairwise(errors))
 
 
 @methods
 def test_one_group_per_row_is_the_group_of_the_whole_width(name):
-    weight, stats = layer()
-    whole, minus_one = (
-        made(name, bits=3, group_size=size).solve(weight, stats, generator=seeded()) for size in (IN, -1)
-    )
-    assert minus_one.format.scale_rank or minus_one.scale.shape == (OUT, 1)
+    whole, minus_one = (alone(made(name, bits=3, group_size=size)) for size in (IN, -1))
+    assert minus_one.codes.format.group_size == IN
     assert same(whole, minus_one)
-    assert METHODS[name](group_size=-1).largest(OUT, IN).group_size == IN
+    assert METHODS[name](group_size=-1).largest(OUT, IN).codes.group_size == IN
 
 
-@grouped
+@methods
 def test_a_group_size_that_does_not_divide_is_refused_with_both_numbers(name):
-    weight, stats = layer()
+    if made(name, group_size=32).largest(OUT, IN).codes.group_size == IN:
+        return  # no groups of columns: a matrix of scales has none to divide
     with pytest.raises(ValueError, match="group_size") as caught:
-        METHODS[name](bits=3, group_size=36).solve(weight, stats, generator=seeded())
+        alone(METHODS[name](bits=3, group_size=36))
     assert {"36", str(IN)} <= set(re.findall(r"\d+", str(caught.value)))
 
 
 @methods
 def test_missing_statistics_are_refused_where_they_are_needed(name):
-    method = METHODS[name](group_size=32)
-    weight, _ = layer()
+    method = made(name, group_size=32)
     if method.needs_stats:
         with pytest.raises(ValueError, match="needs input statistics, got None"):
-            method.solve(weight, None, generator=seeded())
+            alone(method, None)
     else:
-        result = method.solve(weight, None, generator=seeded())
-        assert result.record.error_after == pytest.approx(
-            relative_error(weight, result.dense(), torch.eye(IN)), rel=1e-4
-        )
+        result = alone(method, None)
+        found = relative_error(layer()[0], result.dense(), torch.eye(IN))
+        assert result.record.error_after == pytest.approx(found, rel=1e-4)
 
 
-def out_of_range():
-    """For every setting that is a number or a name: values that none can mean."""
-    for name, method in METHODS.items():
-        hints = typing.get_type_hints(method)
-        for field in dataclasses.fields(method):
-            if hints[field.name] is bool:
-                continue
-            if typing.get_origin(hints[field.name]) is typing.Literal:
-                values = ["nonsense", ""]
-            else:
-                values = [-99] if hints[field.name] is int else [-99.0, math.inf, math.nan]
-            yield from (pytest.param(name, field.name, value, id=f"{name} {field.name} {value}") for value in values)
+# ---- settings ---------------------------------------------------------------------------------------------
 
 
 def checked(name, **changes):
-    """Only the settings' own checks: in tests the annotations are checked too, and would come first."""
+    """Only the settings' own checks: in tests the annotations' types are checked too, and would come first."""
     method = object.__new__(METHODS[name])
     for setting, value in (dataclasses.asdict(METHODS[name]()) | changes).items():
         object.__setattr__(method, setting, value)
     method.__post_init__()
 
 
-@pytest.mark.parametrize("name, setting, value", list(out_of_range()))
-def test_settings_out_of_range_are_refused_by_name_and_value(name, setting, value):
-    with pytest.raises(ValueError, match=rf"^{setting} must be .*, got {re.escape(repr(value))}$"):
-        checked(name, **{setting: value})
+def excluded(hint):
+    """Values just outside of what an annotation allows; every number has a range, every word is one of a few."""
+    if is_choice(hint):
+        return ["nonsense", ""]
+    kind, limits = typing.get_args(hint)
+    assert isinstance(limits, Range)
+    values = [limits.low - 1, limits.high + 1] if kind is int else [limits.low - 0.1, limits.high + 0.1, math.nan]
+    values += [0, -2] if limits.minus_one else []
+    return [value for value in values if value not in limits and value != math.inf]
 
 
 @methods
-@pytest.mark.parametrize("setting, value", [("bits", 1), ("bits", 9), ("group_size", 0), ("group_size", -2)])
-def test_widths_and_groups_just_outside_are_refused(name, setting, value):
-    with pytest.raises(ValueError, match=f"^{setting} must be .*, got {value}$"):
-        checked(name, **{setting: value})
-
-
-@pytest.mark.parametrize(
-    "setting, value",
-    [
-        ("factor_type", "int4"), ("iterations", 65), ("budget", 8.5), ("slope_window", 0), ("slope_threshold", 1.1),
-        ("min_gain", 1.1), ("epochs", -2), ("shrinkage", 1.1), ("damping", 10.5), ("exponent", 8.1),
-    ],
-)  # fmt: skip
-def test_settings_of_flrq_just_outside_are_refused(setting, value):
-    with pytest.raises(ValueError, match=f"^{setting} must be .*, got {re.escape(repr(value))}$"):
-        checked("flrq", **{setting: value})
-
-
-@pytest.mark.parametrize(
-    "setting, value",
-    [
-        ("factor_type", "int4"), ("rotation", "half"), ("iterations", 65), ("rank", -1), ("epochs", -1),
-        ("block", -2), ("skip", -2), ("vector", 0), ("vector", 1), ("vector", 9), ("codebook_columns", 0),
-        ("codebook_rows", 0), ("kmeans_iterations", -1), ("shrinkage", 1.1), ("damping", 10.5), ("exponent", 8.1),
-    ],
-)  # fmt: skip
-def test_settings_of_lopro_just_outside_are_refused(setting, value):
-    with pytest.raises(ValueError, match=f"^{setting} must be .*, got {re.escape(repr(value))}$"):
-        checked("lopro", **{setting: value})
+def test_settings_just_outside_their_ranges_are_refused_by_name_and_value(name):
+    for setting, hint in typing.get_type_hints(METHODS[name], include_extras=True).items():
+        if hint is bool or typing.get_origin(hint) is typing.ClassVar:
+            continue
+        values = excluded(hint)
+        assert values, setting
+        for value in values:
+            with pytest.raises(ValueError, match=rf"^{setting} must be .*, got {re.escape(repr(value))}$"):
+                checked(name, **{setting: value})

@@ -1,9 +1,10 @@
 """The Triton kernels: against the reference in Triton's interpreter, and compiled ahead of time for three devices.
 
 The interpreter is chosen when kernels are defined, by ``TRITON_INTERPRET=1``: the tests that need it are skipped
-without it, and one test runs this file again with it. Nothing here needs a GPU but what is marked so.
+without it, and `make test-kernels` runs them. Nothing here needs a GPU but what is marked so.
 """
 
+import csv
 import itertools
 import os
 import re
@@ -14,18 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import layer_format
 from test_kernels import FORMATS, check_row, dense, operands, sqnr_db
 
 from lorq.core.basis import Basis
-from lorq.core.layout import OPERANDS, stored_layout
-from lorq.core.weight import LayerFormat
 from lorq.kernels import KERNELS, triton_linear, triton_tile
-from lorq.kernels.operands import NAMES, Operands, format_of
+from lorq.kernels.operands import NAMES, STORED_NAMES, Operands, format_of, known_sizes
 from lorq.kernels.reference import quant_linear_reference
 
 triton = pytest.importorskip("triton")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, with TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="make test-kernels runs it, with TRITON_INTERPRET=1")
 compiled = pytest.mark.skipif(INTERPRETED, reason="kernels are interpreted")
 
 # Decibels that are kept at least, as in test_kernels.py but for bfloat16: the interpreter cuts its numbers off.
@@ -37,18 +37,18 @@ SHAPES |= {"of 48": (31, 144, 48), "of a row": (40, 176, 176)}
 FACTORS = {"none": (0, "float16"), "3": (3, "float16"), "32 int8": (32, "int8"), "32 e4m3": (32, "e4m3")}
 FACTORS["40"] = 40, "int8"  # more than the kernels take at once
 OTHERS = {
-    "1 bit": (33, 96, LayerFormat(1, 32, False)),
-    "6 bits": (33, 192, LayerFormat(6, 64, False, 3, "int8")),
-    "6 bits, groups of 16": (7, 80, LayerFormat(6, 16, True)),
-    "vectors of 4": (64, 160, LayerFormat(2, 160, True, 3, "int8", 4, 16, 32)),
-    "vectors of 4, many codebooks": (21, 144, LayerFormat(2, 48, True, 0, "float16", 4, 7, 16)),
-    "vectors of 2": (33, 120, LayerFormat(3, 120, True, 0, "float16", 2, 3, 24)),
-    "vectors of 2, 4 bits": (16, 128, LayerFormat(4, 64, True, 32, "e4m3", 2, 8, 64)),
-    "vectors of 8": (8, 96, LayerFormat(1, 96, True, 0, "float16", 8, 8, 96)),
-    "normal floats": (70, 320, LayerFormat(4, 64, True, 3, "float16", grid="normal-float")),
-    "normal floats, 2 bits": (33, 80, LayerFormat(2, 16, True, grid="normal-float")),
-    "a scale for each": (65, 272, LayerFormat(3, 272, True, 32, "int8", scale_rank=5)),
-    "normal floats, a scale for each": (40, 144, LayerFormat(4, 144, True, scale_rank=33, grid="normal-float")),
+    "1 bit": (33, 96, layer_format(1, 32, False)),
+    "6 bits": (33, 192, layer_format(6, 64, False, 3, "int8")),
+    "6 bits, groups of 16": (7, 80, layer_format(6, 16, True)),
+    "vectors of 4": (64, 160, layer_format(2, 160, True, 3, "int8", 4, 16, 32)),
+    "vectors of 4, many codebooks": (21, 144, layer_format(2, 48, True, 0, "float16", 4, 7, 16)),
+    "vectors of 2": (33, 120, layer_format(3, 120, True, 0, "float16", 2, 3, 24)),
+    "vectors of 2, 4 bits": (16, 128, layer_format(4, 64, True, 32, "e4m3", 2, 8, 64)),
+    "vectors of 8": (8, 96, layer_format(1, 96, True, 0, "float16", 8, 8, 96)),
+    "normal floats": (70, 320, layer_format(4, 64, True, 3, "float16", grid="normal-float")),
+    "normal floats, 2 bits": (33, 80, layer_format(2, 16, True, grid="normal-float")),
+    "a scale for each": (65, 272, layer_format(3, 272, True, 32, "int8", scale_rank=5)),
+    "normal floats, a scale for each": (40, 144, layer_format(4, 144, True, scale_rank=33, grid="normal-float")),
 }
 
 
@@ -58,7 +58,7 @@ def grid_of_formats():
         shapes = list(SHAPES.items())[:: 3 if symmetric else 1]
         for (name, (out, in_, group)), (rank, type) in zip(shapes, ranks, strict=False):
             kind = "symmetric" if symmetric else "asymmetric"
-            yield pytest.param(out, in_, LayerFormat(bits, group, symmetric, rank, type), id=f"{bits}-{kind}-{name}")
+            yield pytest.param(out, in_, layer_format(bits, group, symmetric, rank, type), id=f"{bits}-{kind}-{name}")
     for name, (out, in_, format) in OTHERS.items():
         yield pytest.param(out, in_, format, id=name)
 
@@ -97,7 +97,7 @@ def check_linear(weight, in_, generator, device="cpu"):
         dtype, floor = list(SQNR_DB.items())[draw]
         x = torch.randn(tokens, in_, generator=generator).to(dtype)
         y = triton_linear.linear(x.to(device), *parts)
-        assert y.dtype == dtype and y.shape == (tokens, len(weight.codes))
+        assert y.dtype == dtype and y.shape == (tokens, weight.shape[0])
         assert sqnr_db(x.double() @ expected, y.cpu()) > floor, (tokens, dtype, weight.format)
 
 
@@ -125,19 +125,6 @@ directions = pytest.mark.parametrize("inverse", [False, True], ids=["into", "bac
 # ---- interpreted ------------------------------------------------------------------------------------------
 
 
-@compiled
-def test_this_file_passes_in_the_interpreter():
-    # Its own process, since kernels are what they are from their definition on; one thread, as everywhere in the tests.
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed > 90, done.stdout[-500:]
-
-
 @interpreted
 @every_format
 def test_every_format_is_the_dense_product(out, in_, format, random_weight, generator, whole_interpreter):
@@ -147,7 +134,7 @@ def test_every_format_is_the_dense_product(out, in_, format, random_weight, gene
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_tiles_for_hundreds_of_tokens_are_the_dense_product(dtype, random_weight, generator, whole_interpreter):
-    weight = random_weight(150, 128, LayerFormat(3, 64, False, 32, "int8"))
+    weight = random_weight(150, 128, layer_format(3, 64, False, 32, "int8"))
     for tokens in (32, 33, 64, 65, 257):  # both sides of every border between tiles
         x = torch.randn(tokens, 128, generator=generator).to(dtype)
         y = triton_linear.linear(x, *operands(weight))
@@ -156,7 +143,7 @@ def test_tiles_for_hundreds_of_tokens_are_the_dense_product(dtype, random_weight
 
 @interpreted
 def test_sums_over_several_spans_are_the_dense_product(random_weight, generator):
-    weight = random_weight(20, 4112, LayerFormat(4, 16, False, 3, "int8"))
+    weight = random_weight(20, 4112, layer_format(4, 16, False, 3, "int8"))
     for tokens in (1, 5):
         tile = triton_linear.choose_tile(tokens, torch.float32, weight.format, 4112)
         assert -(-4112 // triton_linear.span_of(20, 4112, tile)) > 1
@@ -167,7 +154,7 @@ def test_sums_over_several_spans_are_the_dense_product(random_weight, generator)
 @interpreted
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_one_token_keeps_what_is_large_and_what_is_small(bits, random_weight, generator):
-    weight = random_weight(20, 96, LayerFormat(bits, 32, False))
+    weight = random_weight(20, 96, layer_format(bits, 32, False))
     for size in (2.0**40, 2.0**-50):
         x = size * torch.randn(1, 96, generator=generator)
         assert sqnr_db(x.double() @ dense(weight).T, triton_linear.linear(x, *operands(weight))) > 110, size
@@ -176,7 +163,7 @@ def test_one_token_keeps_what_is_large_and_what_is_small(bits, random_weight, ge
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_factors_of_the_scale_may_be_trained_ones(dtype, random_weight, generator, whole_interpreter):
-    weight = random_weight(40, 96, LayerFormat(3, 96, True, scale_rank=4))
+    weight = random_weight(40, 96, layer_format(3, 96, True, scale_rank=4))
     parts = list(operands(weight))
     parts[4], parts[5] = parts[4].to(dtype), parts[5].to(dtype)
     for tokens in (1, 20):
@@ -197,7 +184,7 @@ def test_every_byte_of_e4m3_is_decoded_as_torch_does():
 
 @interpreted
 def test_leading_dimensions_are_tokens_and_no_token_is_none(random_weight, generator):
-    weight = random_weight(31, 48, LayerFormat(4, 16, True))
+    weight = random_weight(31, 48, layer_format(4, 16, True))
     parts = operands(weight)
     assert triton_linear.linear(torch.zeros(2, 0, 48), *parts).shape == (2, 0, 31)
     x = torch.randn(2, 3, 48, generator=generator)
@@ -245,12 +232,12 @@ CUDA = torch.device("cuda")
 @pytest.mark.parametrize(
     "format, device, dtype, why",
     [
-        (LayerFormat(4, 128, True), torch.device("cpu"), torch.float32, "the device is cpu"),
-        (LayerFormat(4, 128, True), CUDA, torch.float64, "inputs are torch.float64"),
-        (LayerFormat(5, 128, True), CUDA, torch.float16, "codes take 5 bits for 1 weights"),
-        (LayerFormat(7, 128, True), CUDA, torch.float16, "codes take 7 bits for 1 weights"),
-        (LayerFormat(3, 128, True, scale_rank=65), CUDA, torch.float16, "the scale has rank 65, more than 64"),
-        (LayerFormat(3, 128, True, 4, "bf16"), CUDA, torch.float16, "low-rank factors are bf16"),
+        (layer_format(4, 128, True), torch.device("cpu"), torch.float32, "the device is cpu"),
+        (layer_format(4, 128, True), CUDA, torch.float64, "inputs are torch.float64"),
+        (layer_format(5, 128, True), CUDA, torch.float16, "codes take 5 bits for 1 weights"),
+        (layer_format(7, 128, True), CUDA, torch.float16, "codes take 7 bits for 1 weights"),
+        (layer_format(3, 128, True, scale_rank=65), CUDA, torch.float16, "the scale has rank 65, more than 64"),
+        (layer_format(3, 128, True, 4, "bf16"), CUDA, torch.float16, "low-rank factors are bf16"),
     ],
 )
 def test_what_is_not_covered_is_said(format, device, dtype, why):
@@ -278,7 +265,7 @@ def test_bases_that_are_not_covered_are_said(block, device, dtype, why):
 
 
 def test_what_is_not_covered_goes_to_the_reference(random_weight, generator):
-    parts = operands(random_weight(33, 80, LayerFormat(5, 16, False, 3, "int8")))
+    parts = operands(random_weight(33, 80, layer_format(5, 16, False, 3, "int8")))
     x = torch.randn(2, 80, generator=generator)
     assert torch.equal(triton_linear.multiply(x, *parts), quant_linear_reference(x, *parts))
     order = torch.randperm(80, generator=generator)
@@ -287,7 +274,7 @@ def test_what_is_not_covered_goes_to_the_reference(random_weight, generator):
 
 
 def test_tensors_that_do_not_belong_together_are_the_references_to_refuse(random_weight, generator, monkeypatch):
-    parts = operands(random_weight(7, 48, LayerFormat(3, 16, False)))
+    parts = operands(random_weight(7, 48, layer_format(3, 16, False)))
     monkeypatch.setattr(triton_linear, "declines", lambda *_: None)
     with pytest.raises(
         ValueError, match=r"96 codes of 3 bits take 9 words per row, got packed words of shape \(7, 5\)"
@@ -328,15 +315,15 @@ POINTERS = {
     torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 LARGE = {
-    "4 bits": LayerFormat(4, 128, False, 32, "int8"),
-    "3 bits": LayerFormat(3, 128, False, 32, "e4m3"),
-    "2 bits": LayerFormat(2, 64, True, 32, "float16"),
-    "8 bits": LayerFormat(8, 128, False),
-    "4 bits, groups of 48": LayerFormat(4, 48, False),
-    "normal floats": LayerFormat(4, 64, True, 32, "int8", grid="normal-float"),
-    "3 bits, a scale for each": LayerFormat(3, 4096, True, scale_rank=32),
-    "2 bits in vectors of 4": LayerFormat(2, 4096, True, 32, "int8", 4, 64, 512),
-    "3 bits in vectors of 2": LayerFormat(3, 4096, True, 0, "float16", 2, 64, 512),
+    "4 bits": layer_format(4, 128, False, 32, "int8"),
+    "3 bits": layer_format(3, 128, False, 32, "e4m3"),
+    "2 bits": layer_format(2, 64, True, 32, "float16"),
+    "8 bits": layer_format(8, 128, False),
+    "4 bits, groups of 48": layer_format(4, 48, False),
+    "normal floats": layer_format(4, 64, True, 32, "int8", grid="normal-float"),
+    "3 bits, a scale for each": layer_format(3, 4096, True, scale_rank=32),
+    "2 bits in vectors of 4": layer_format(2, 4096, True, 32, "int8", 4, 64, 512),
+    "3 bits in vectors of 2": layer_format(3, 4096, True, 0, "float16", 2, 64, 512),
 }
 LAUNCHED = ("whole_rows", "spans", "finish", "project", "decode", "turn")
 
@@ -362,13 +349,13 @@ def launches(monkeypatch):
 
 def launch_linear(format, tokens, dtype):
     """Call the kernels on a layer without memory: 4096 wide where groups allow it."""
-    in_ = 4096 // format.group_size * format.group_size
-    layout = stored_layout(4096, in_, format)
+    in_ = 4096 // format.codes.group_size * format.codes.group_size
+    layout = format.layout(4096, in_)
     tensors = {name: torch.empty(shape, dtype=kind, device="meta") for name, (shape, kind) in layout.items()}
-    if format.grid != "integer":
+    if known_sizes(format).levels != "integer":
         tensors["levels"] = torch.empty(2**format.bits, device="meta")
     x = torch.empty(tokens, in_, dtype=dtype, device="meta")
-    triton_linear.linear(x, *(tensors.get(name) for name in OPERANDS), format.bits)
+    triton_linear.linear(x, *(tensors.get(name) for name in STORED_NAMES), format.bits)
 
 
 def build(kernel, args, named, capability, **more):
@@ -405,7 +392,7 @@ def usage(built, folder):
 def check_usage(title, launches, folder):
     for capability, (kernel, args, named) in itertools.product(SHARED_LIMIT, launches):
         registers, spilled, shared = usage(build(kernel, args, named, capability), folder)
-        print(f"| {title} | {kernel.__name__} | sm_{capability} | {registers} | {spilled} | {shared} |")
+        csv.writer(sys.stdout).writerow([*title, kernel.__name__, f"sm_{capability}", registers, spilled, shared])
         # A kernel that was compiled away would pass what follows.
         assert registers >= 16
         assert spilled == 0 and shared <= SHARED_LIMIT[capability], (title, kernel.__name__, capability)
@@ -417,12 +404,11 @@ def check_format(name, tokens, dtype, launches, folder):
     few = tokens < triton_linear.MANY_FROM[dtype.itemsize]
     sums = ["whole_rows"] if tokens == 1 else ["spans", "finish"]  # 4096 rows fill a device in tiles of 8
     assert kernels == (([*(["project"] if LARGE[name].rank else []), *sums]) if few else ["decode"])
-    check_usage(f"{name} | {str(dtype)[6:]} | {tokens}", launches, folder)
+    check_usage((name, str(dtype)[6:], tokens), launches, folder)
 
 
 @compiled
-@pytest.mark.parametrize("tokens", [1, 16, 512])
-@pytest.mark.parametrize("name", ["4 bits", "3 bits"])
+@pytest.mark.parametrize("name, tokens", [("4 bits", 1), ("3 bits", 16), ("4 bits", 512)])  # every kernel once
 def test_default_tiles_fit_the_devices(name, tokens, launches, tmp_path):
     check_format(name, tokens, torch.bfloat16, launches, tmp_path)
 
@@ -449,7 +435,7 @@ def test_blocks_of_the_basis_fit_the_devices(block, launches, tmp_path):
     x = torch.empty(8, 8192, dtype=torch.bfloat16, device="meta")
     triton_linear.turn(x, torch.empty(8192, dtype=torch.int16, device="meta"), block, 0)
     assert [kernel.__name__ for kernel, _, _ in launches] == ["turn"]
-    check_usage(f"basis, blocks of {block} | bfloat16 | 8", launches, tmp_path)
+    check_usage((f"basis, blocks of {block}", "bfloat16", 8), launches, tmp_path)
 
 
 @compiled

@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import shutil
+import time
 from collections import namedtuple
 
 import pytest
@@ -89,15 +90,16 @@ def test_quantizing_from_python_gives_the_same_bytes(flrq_folder, source, text_f
 
 
 @pytest.mark.parametrize("method", list(lorq.METHODS))
-def test_every_method_quantizes_from_the_command_line(method, lorq_command, folder_of, text_file, tmp_path):
-    out, source = tmp_path / "out", folder_of("mixtral")
-    few = {"steps": 3} if method.startswith(("lrq", "lords")) else {}  # their defaults take minutes
-    options = ["--calibration", text_file, *SMALL, "--group-size=32", *(f"--{key}={n}" for key, n in few.items())]
-    report = json.loads(lorq_command("quantize", source, out, "--method", method, *options, "--json"))
-    assert report == json.loads((out / "lorq_report.json").read_bytes())
+def test_every_method_is_planned_from_the_command_line(method, lorq_command, folder_of, text_file, tmp_path):
+    options = ["--calibration", text_file, *SMALL, "--group-size=32", "--dry-run", "--json"]
+    report = json.loads(lorq_command("quantize", folder_of("mixtral"), tmp_path / "out", "--method", method, *options))
     assert report["method"] == method and len(report["layers"]) == 2 * (4 + 4 * 3)
-    settings = vars(lorq.METHODS[method](group_size=32, **few))
-    assert report["settings"] == settings
+    assert report["settings"] == vars(lorq.METHODS[method](group_size=32))
+
+
+def test_what_is_printed_as_json_is_the_report(lorq_command, source, tmp_path):
+    report = json.loads(lorq_command("quantize", source, tmp_path / "out", *NEAREST, "--json"))
+    assert report == json.loads((tmp_path / "out" / "lorq_report.json").read_bytes())
 
 
 def test_the_documentation_of_python_calibrates_and_evaluates(lorq_command, source, tmp_path):
@@ -172,13 +174,14 @@ def test_evaluate_json_has_exactly_the_agreed_keys(lorq_command, flrq_folder, so
     assert result == direct.as_dict()
 
 
-def test_evaluating_on_the_calibration_text_says_that_it_flatters(flrq_folder, text_file, tmp_path, capsys):
+def test_evaluating_on_the_calibration_text_says_that_it_flatters(flrq_folder, text_file, tmp_path, caplog):
     options = ["--window=16", "--windows=1", "--json"]
     other = tmp_path / "other.txt"
     other.write_bytes(text_file.read_bytes())
     for text, flatters in ((text_file, True), (other, False)):
+        caplog.clear()
         assert main(["evaluate", str(flrq_folder), "--text", str(text), *options]) == 0
-        assert ("these figures flatter it" in " ".join(capsys.readouterr().err.split())) == flatters
+        assert (f"calibrated on {text} itself; these figures flatter it" in caplog.text) == flatters
 
 
 def test_progress_into_a_file_is_a_line_for_every_tenth_of_a_stage(source, text_file, tmp_path, capsys):
@@ -235,6 +238,14 @@ def test_the_version_and_the_help_are_printed(lorq_command):
     text = lorq_command("quantize", "--method", "gptq", "--help")
     assert "--range-search" in text and "--damping" in text and "--slope-window" not in text
     assert "--slope-window" in lorq_command("quantize", "--help")
+
+
+def test_the_demo_quantizes_measures_and_talks(lorq_command, tmp_path, monkeypatch):
+    model = tiny_folder(tmp_path / "model", "llama", max_position_embeddings=1024)
+    monkeypatch.setattr("lorq.demo.demo_model", lambda: model)
+    for _ in range(2):  # an earlier demo is replaced
+        told = lorq_command("demo", tmp_path / "out", "--samples=2", "--windows=1")
+        assert all(part in told for part in ("1. Quantize", "bits per weight", "2. Measure", "kl_mean", "3. Talk"))
 
 
 # ---- settings that reach the layers -----------------------------------------------------------------------
@@ -466,7 +477,7 @@ MISTAKES = {
     "unknown option": (["quantize", "{model}", "{out}", "--bitz", "3"], r"--bitz"),
     "another method's option": ([*PLAIN, "--damping", "0.1"], r"--damping"),
     "unknown method": (["quantize", "{model}", "{out}", "--method", "awq"], r"awq.*flrq.*gptq.*nearest"),
-    "bits of 9": ([*PLAIN, "--bits", "9"], r"bits must be 2 to 8, got 9"),
+    "bits of 9": ([*PLAIN, "--bits", "9"], r"bits must be between 2 and 8, got 9"),
     "bits in words": ([*PLAIN, "--bits", "three"], r"bits.*three|three.*bits"),
     "group size 0": (
         ["quantize", "{model}", "{out}", "--method=nearest", "--group-size", "0"], r"group_size must be .*got 0",
@@ -492,7 +503,7 @@ MISTAKES = {
         r"unknown setting 'bit'; known are bits, group_size",
     ),
     "bad override value": (
-        [*PLAIN, "--override", "down_proj:bits=99"], r"bits must be 2 to 8, got 99",
+        [*PLAIN, "--override", "down_proj:bits=99"], r"bits must be between 2 and 8, got 99",
     ),
     "override of another type": (
         [*PLAIN, "--override", "down_proj:symmetric=maybe"],
@@ -644,12 +655,12 @@ def test_an_interrupt_says_how_to_go_on_and_exits_as_shells_expect(source, tmp_p
     assert "--resume" in capsys.readouterr().err
 
 
-def test_an_interrupted_training_promises_no_resume(source, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_training_promises_no_resume(lords_folder, tmp_path, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lorq, "load", interrupt)
-    assert main(["adapt", str(source), str(tmp_path / "out"), "--text", "python-docs-even"]) == 130
+    assert main(["adapt", str(lords_folder), str(tmp_path / "out"), "--text", "python-docs-even"]) == 130
     assert capsys.readouterr().err == "lorq: interrupted\n"
 
 
@@ -663,7 +674,7 @@ def test_a_missing_adapter_is_missed_before_the_model_is_read(command, source, t
     def read(*_, **__):
         raise AssertionError("the model was read")
 
-    for place in ("lorq.load", "lorq.runtime.hf.load", "lorq.evaluation.load"):
+    for place in ("lorq.load", "lorq.runtime.hf.load"):
         monkeypatch.setattr(place, read)
     nothing = tmp_path / "nothing"
     found = failing_command(*(part.format(source=source, nothing=nothing) for part in command))
@@ -719,11 +730,12 @@ def test_an_adapter_trained_from_python_has_the_same_bytes(adapter, lords_folder
 
 def test_adapt_tells_what_it_did(lorq_command, lords_folder, text_file, tmp_path):
     run = ["adapt", lords_folder, tmp_path / "out", "--text", text_file, *TRAIN]
+    began = time.monotonic()
     figures = json.loads(lorq_command(*run, "--json"))
+    assert 0 < figures.pop("seconds") < time.monotonic() - began
     model = lorq.load(lords_folder)
     done = lorq.adapt.train(model, str(text_file), steps=3, batch=2, seq_len=16, learning_rate=5e-3)
     last = pytest.approx(sum(done.losses) / 3)
-    assert figures.pop("seconds") > 0
     assert figures == {"trained": done.parameters, "first_loss": done.losses[0], "last_loss": last}
     printed = lorq_command(*run[:2], tmp_path / "again", *run[3:])
     assert f"{done.parameters:,} numbers trained" in printed and f"{done.losses[0]:.4f} at the first" in printed

@@ -6,11 +6,18 @@ import pytest
 import torch
 
 import lorq
-from lorq.pipeline.all_blocks import Solver
+from lorq.pipeline import quantize as stages
 
-RUN = {"calibration": "python-docs", "samples": 4, "seq_len": 32}
 FEW_STEPS = lorq.LRQ(bits=4, group_size=16, steps=3)
 EIGHT = lorq.GPTQ(bits=8, group_size=-1)
+
+
+@pytest.fixture
+def quantize(text_file):
+    def run(source, out, method, **options):
+        return lorq.quantize(source, out, method, calibration=str(text_file), samples=4, seq_len=32, **options)
+
+    return run
 
 
 def logits(folder):
@@ -27,16 +34,18 @@ def digests(folder):
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("method", [FEW_STEPS, EIGHT], ids=["lrq", "gptq"])
 @pytest.mark.parametrize(
-    "options",
-    [{"activations": "token", "kv_cache": "token"}, {"activations": "tensor", "smoothing": 0.5}],
-    ids=["token", "tensor"],
+    "method, options",
+    [
+        (FEW_STEPS, {"activations": "token", "kv_cache": "token"}),
+        (EIGHT, {"activations": "tensor", "smoothing": 0.5}),
+    ],
+    ids=["lrq token", "gptq tensor"],
 )
-def test_rounded_activations_are_in_the_folder_and_cost_a_little(method, options, folder_of, tmp_path):
+def test_rounded_activations_are_in_the_folder_and_cost_a_little(method, options, folder_of, quantize, tmp_path):
     source = folder_of("llama")
-    lorq.quantize(source, tmp_path / "plain", method, **RUN)
-    report = lorq.quantize(source, tmp_path / "out", method, **RUN, **options)
+    quantize(source, tmp_path / "plain", method)
+    report = quantize(source, tmp_path / "out", method, **options)
     model = lorq.load(tmp_path / "out")
     for name, layer in model.named_modules():
         if hasattr(layer, "weight_packed"):
@@ -52,16 +61,16 @@ def test_rounded_activations_are_in_the_folder_and_cost_a_little(method, options
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_smoothing_alone_changes_nothing_but_the_rounding(family, folder_of, tmp_path):
+def test_smoothing_alone_changes_nothing_but_the_rounding(family, folder_of, quantize, tmp_path):
     source = folder_of(family)
     for smoothing in (0.0, 0.5):
-        lorq.quantize(source, tmp_path / str(smoothing), EIGHT, **RUN, activations="token", smoothing=smoothing)
+        quantize(source, tmp_path / str(smoothing), EIGHT, activations="token", smoothing=smoothing)
     assert sqnr_db(logits(tmp_path / "0.0"), logits(tmp_path / "0.5")) > 25
 
 
-def test_layers_that_stay_as_they_are_keep_their_norm_from_being_smoothed(folder_of, tmp_path):
-    report = lorq.quantize(
-        folder_of("llama"), tmp_path / "out", EIGHT, **RUN, activations="token", smoothing=0.5, exclude=("q_proj",)
+def test_layers_that_stay_as_they_are_keep_their_norm_from_being_smoothed(folder_of, quantize, tmp_path):
+    report = quantize(
+        folder_of("llama"), tmp_path / "out", EIGHT, activations="token", smoothing=0.5, exclude=("q_proj",)
     )
     notes = {layer.name: layer.note for layer in report.layers if layer.name.endswith("k_proj")}
     assert notes and all("also serves what is not quantized" in note for note in notes.values())
@@ -70,37 +79,34 @@ def test_layers_that_stay_as_they_are_keep_their_norm_from_being_smoothed(folder
 @pytest.mark.parametrize(
     "method, options",
     [
-        (FEW_STEPS, {}),
         (FEW_STEPS, {"stream": "original"}),
         (lorq.LoRDS(bits=3, group_size=16, steps=2, refine_steps=3), {}),
         (FEW_STEPS, {"activations": "tensor", "smoothing": 0.5}),
         (lorq.GPTQ(bits=4, group_size=16), {"activations": "token", "smoothing": 0.5, "stream": "quantized"}),
     ],
-    ids=["lrq", "lrq original", "lords", "lrq smoothed", "gptq smoothed"],
+    ids=["lrq original", "lords", "lrq smoothed", "gptq smoothed"],
 )
-def test_an_interrupted_run_goes_on_to_the_same_bytes(method, options, folder_of, tmp_path, monkeypatch):
-    source, solve, solved = folder_of("llama"), Solver._solve, []
+def test_an_interrupted_run_goes_on_to_the_same_bytes(method, options, folder_of, quantize, tmp_path, monkeypatch):
+    source, solve, solved = folder_of("llama"), stages.solve_block, []
 
-    def stop_at_the_second(self, index):
-        if index == 1 and not solved:
-            solved.append(index)
+    def stop_at_the_second(model, plan, visit, probe, executor):
+        solved.append(visit.part.name)
+        if solved == ["model.layers.0", "model.layers.1"]:
             raise KeyboardInterrupt
-        return solve(self, index)
+        return solve(model, plan, visit, probe, executor)
 
-    lorq.quantize(source, tmp_path / "whole", method, **RUN, **options)
-    monkeypatch.setattr(Solver, "_solve", stop_at_the_second)
+    quantize(source, tmp_path / "whole", method, **options)
+    monkeypatch.setattr(stages, "solve_block", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        lorq.quantize(source, tmp_path / "parts", method, **RUN, **options)
-    lorq.quantize(source, tmp_path / "parts", method, **RUN, **options, resume=True)
+        quantize(source, tmp_path / "parts", method, **options)
+    quantize(source, tmp_path / "parts", method, **options, resume=True)
     assert digests(tmp_path / "whole") == digests(tmp_path / "parts")
 
 
-def test_two_widths_meet_the_average_and_never_exceed_it(folder_of, tmp_path):
+def test_two_widths_meet_the_average_and_never_exceed_it(folder_of, quantize, tmp_path):
     source, method = folder_of("llama"), lorq.GPTQ(bits=2, group_size=16)
     for where in ("first", "last"):
-        report = lorq.quantize(
-            source, tmp_path / where, method, **RUN, average_bits=2.5, wide_layers=where, dry_run=True
-        )
+        report = quantize(source, tmp_path / where, method, average_bits=2.5, wide_layers=where, dry_run=True)
         sizes = [layer.shape[0] * layer.shape[1] for layer in report.layers]
         average = sum(n * layer.bits for n, layer in zip(sizes, report.layers, strict=True)) / sum(sizes)
         assert 2.4 < average <= 2.5
@@ -138,7 +144,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("method, options, message", REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused_before_the_work(method, options, message, folder_of, tmp_path):
+def test_what_does_not_fit_is_refused_before_the_work(method, options, message, folder_of, quantize, tmp_path):
     with pytest.raises(ValueError, match=message):
-        lorq.quantize(folder_of("llama"), tmp_path / "out", method, **RUN, **options)
+        quantize(folder_of("llama"), tmp_path / "out", method, **options)
     assert not (tmp_path / "out").exists()

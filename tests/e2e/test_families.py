@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import lorq
-from lorq.core.layout import unpack_weight
 from lorq.models.blocks import StreamedModel
 from lorq.models.experts import split_experts
 from lorq.runtime.linear import QuantLinear
@@ -98,7 +97,7 @@ def dense_twin(original, packed):
     for name, module in linears(model).items():
         packed = modules[name]
         if isinstance(packed, QuantLinear):
-            weight = unpack_weight(packed.stored(), packed.format).dense()
+            weight = packed.format.read(packed.stored()).dense()
             module.weight.data = weight.T.contiguous() if isinstance(module, Conv1D) else weight
     return model
 
@@ -117,10 +116,10 @@ def test_walking_block_by_block_gives_the_logits_of_the_whole_model(family, fold
     streamed = StreamedModel.open(folder_of(family))
     hidden = torch.empty(*windows.shape, 64)
     calls = streamed.embed(windows, hidden)
-    for index in range(2):
-        with streamed.resident_block(index):
+    for block in streamed.blocks:
+        with streamed.resident(block):
             for i in range(len(windows)):
-                hidden[i] = streamed.run(index, hidden[i], calls)
+                hidden[i] = streamed.run(block, hidden[i], calls)
     got = torch.stack([streamed.logits(window, hidden[i]) for i, window in enumerate(windows)])
     expected = logits_of(original(family), windows)
     # float32 sums over 64 and 128 products, in the same order but for the batch.

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 import torch
-from helpers import tiny_folder
+from helpers import layer_format, tiny_folder
 
 import lorq
-from lorq.core.weight import LayerFormat
 from lorq.kernels import implementation
 
 pytestmark = [
@@ -64,7 +63,7 @@ def test_a_compiled_model_writes_what_it_writes_otherwise(tmp_path):
 
 
 def test_a_layer_runs_on_the_kernel():
-    format = LayerFormat(4, 128, False, 8, "int8")
+    format = layer_format(4, 128, False, 8, "int8")
     assert implementation(format, 512, torch.device("cuda"), torch.bfloat16).name == "Triton"
 
 

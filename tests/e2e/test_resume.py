@@ -2,18 +2,23 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import folder_digests, tiny_folder
 from transformers import AutoModelForCausalLM
 
 import lorq
+from lorq.pipeline.options import Options
 from lorq.storage import writer
+from lorq.storage.journal import read_journal
 from lorq.storage.names import JOURNAL, REPORT_NAME
 
 BLOCKS = 4
@@ -121,7 +126,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(stream, after, source, 
         interrupted(out, after=after, stream=stream)
     else:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
-            patch.setattr("lorq.pipeline.all_blocks.Solver._solve", _cut)
+            patch.setattr(sys.modules["lorq.pipeline.quantize"], "solve_block", _cut)
             quantize(source, out, stream=stream)
     quantize(source, out, resume=True, stream=stream)
     assert folder_digests(out) == whole(stream)
@@ -199,6 +204,35 @@ def test_resuming_with_other_settings_is_refused_and_names_both(change, message,
     with pytest.raises(ValueError, match=rf"begun differently: .*{message}"):
         quantize(source, begun, resume=True, **change)
     assert folder_digests(begun) == before
+
+
+def test_resuming_with_other_threads_or_another_torch_is_refused_and_names_both(source, quantize, begun, monkeypatch):
+    before, version = folder_digests(begun), torch.__version__
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match=r"begun differently: threads \(folder: 1, now: 2\)"):
+            quantize(source, begun, resume=True)
+    finally:
+        torch.set_num_threads(1)
+    monkeypatch.setattr(torch, "__version__", "1.0")
+    with pytest.raises(ValueError, match=rf'torch \(folder: "{re.escape(version)}", now: "1.0"\)'):
+        quantize(source, begun, resume=True)
+    assert folder_digests(begun) == before
+
+
+def test_every_option_is_compared_but_those_that_say_how(begun):
+    # A new option belongs to one or the other: the bytes depend on it, or they do not.
+    identity = read_journal(begun / JOURNAL).identity
+    names = {field.name for field in fields(Options)} | {"device_type", "threads", "torch", "calibration_tokens"}
+    names |= {"format_version", "lorq_version", "model", "method", "settings"}
+    assert names - set(identity) == {"device", "spill_bytes", "dry_run", "resume", "overwrite"}
+    assert set(identity) <= names
+
+
+def test_the_report_tells_nothing_of_the_machine(source, quantize, tmp_path):
+    quantize(source, tmp_path / "out", lorq.Nearest(group_size=32))
+    run = lorq.read_report(tmp_path / "out").run
+    assert not {"threads", "torch", "method", "settings"} & set(run) and run["seed"] == 0
 
 
 def test_resuming_with_another_model_or_text_is_refused_and_names_both(source, quantize, begun, tmp_path):

@@ -19,6 +19,7 @@ from lorq.runtime.experts import QuantExperts
 from lorq.runtime.experts_at_once import declines_at_once, layers_of
 from lorq.runtime.inspect import expert_lines
 from lorq.runtime.linear import QuantLinear
+from lorq.storage.folder import LorqFolder
 from lorq.storage.report import read_report
 
 SMALL = {"samples": 4, "seq_len": 32}
@@ -110,7 +111,7 @@ def test_a_loaded_model_computes_what_its_weights_say(kind, made):
     packed, expected = check_twin(source, out, [layer.name for layer in report.layers])
     experts = quant_experts(packed)
     assert experts
-    (said,) = expert_lines(out)
+    (said,) = expert_lines(LorqFolder.open(out))
     for module in experts:
         assert set(module.tiles) == set(PROJECTIONS)
         # What is said of the folder is what the modules do.

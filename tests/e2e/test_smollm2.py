@@ -6,7 +6,6 @@ import pytest
 
 import lorq
 from lorq.demo import demo_model
-from lorq.generate import stream_text
 from lorq.pipeline.options import read_method
 
 WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext2"
@@ -31,5 +30,5 @@ def test_quality_at_group_64(tmp_path, method, bits, divergence):
     )
     assert result.kl_mean < divergence
     assert sum(file.stat().st_size for file in (tmp_path / "out").iterdir()) < (115e6 if bits == 3 else 130e6)
-    answer = "".join(stream_text(str(tmp_path / "out"), "What is the capital of France?", tokens=32))
+    answer = "".join(lorq.generate(str(tmp_path / "out"), "What is the capital of France?", tokens=32))
     assert "Paris" in answer

@@ -76,7 +76,8 @@ def assert_ordinary(folder, model, base):
     tensors = stored(folder)
     assert report.bytes == sum(tensor.nbytes for tensor in tensors.values())
     layers = lords_layers(model)
-    assert {layer.name: layer.rank for layer in report.layers} == {n: l.format.scale_rank for n, l in layers.items()}
+    ranks = {name: layer.format.codes.scale_rank for name, layer in layers.items()}
+    assert {layer.name: layer.rank for layer in report.layers} == ranks
     assert [layer.name for layer in report.layers] == [layer.name for layer in lorq.read_report(base).layers]
     for layer in report.layers:
         own = {n: t for n, t in tensors.items() if n.rpartition(".")[0] == layer.name and not n.endswith(".bias")}
@@ -144,13 +145,11 @@ def test_evaluating_with_an_adapter_is_evaluating_the_merged_model(base, trained
 
 
 def test_generating_with_an_adapter_is_generating_with_the_merged_model(base, trained, tmp_path):
-    from lorq.generate import stream_text
-
     model = lorq.load(base)
     lorq.adapt.load_adapter(model, trained[0])
     lorq.adapt.save(model, tmp_path / "merged")
     told, expected = (
-        "".join(stream_text(str(folder), "Line 3:", adapter=adapter, tokens=8, chat=False))
+        "".join(lorq.generate(folder, "Line 3:", adapter=adapter, tokens=8, chat=False))
         for folder, adapter in ((base, trained[0]), (tmp_path / "merged", None))
     )
     assert told == expected != ""

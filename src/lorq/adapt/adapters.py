@@ -11,15 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorq.core.scale_factors import LowRankScale
+from lorq.adapt.folder import ADAPTER_CONFIG, ADAPTER_VERSION, read_adapter_config, untrainable
+from lorq.core.codes import LevelFormat, LowRankScale
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.atomic import rename_synced, write_synced
-from lorq.storage.json_files import damaged, json_bytes, read_json, some_of
+from lorq.storage.json_files import damaged, json_bytes, some_of
 from lorq.storage.safetensors_file import read_header, read_tensor
 
-ADAPTER_CONFIG = "lorq_adapter.json"
 ADAPTER_TENSORS = "lorq_adapter.safetensors"
-ADAPTER_VERSION = 1
 # The model's own factors.
 BASE = "base"
 Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
@@ -33,6 +32,13 @@ class Adapters:
     active: str = BASE
 
 
+def lords_format(layer: QuantLinear) -> LevelFormat:
+    """The codes' format of a layer whose scale is a product."""
+    codes = layer.format.codes
+    assert isinstance(codes, LevelFormat) and codes.scale_rank, codes
+    return codes
+
+
 def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The layers whose scale is a product, by name.
 
@@ -40,12 +46,9 @@ def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
         ValueError: if there are none.
     """
     packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    found = {name: layer for name, layer in packed.items() if layer.format.scale_rank}
+    found = {name: layer for name, layer in packed.items() if getattr(layer.format.codes, "scale_rank", 0)}
     if not found:
-        what = f"{len(packed)} packed layers, none of them with scale factors" if packed else "no packed layers"
-        raise ValueError(
-            f"only models quantized with lords take adapters and training, this one has {what}; quantize it with lords"
-        )
+        raise untrainable("this one", len(packed))
     return found
 
 
@@ -152,7 +155,8 @@ def put_factors(layer: QuantLinear, left: Tensor, right: Tensor) -> None:
             layer.register_parameter(name, tensor)
         else:
             layer.register_buffer(name, tensor.to(device))
-    layer.format = replace(layer.format, scale_rank=left.shape[1])
+    codes: Any = layer.format.codes
+    layer.format = replace(layer.format, codes=replace(codes, scale_rank=left.shape[1]))
 
 
 def let_train(model: nn.Module, trains: bool, save: Any) -> None:
@@ -189,8 +193,8 @@ def base_hash(model: nn.Module) -> str:
     """sha256 (hex) of the codes that adapters belong to: names, shapes, grids and packed words, not their scales."""
     digest = hashlib.sha256()
     for name, layer in sorted(lords_layers(model).items()):
-        words = layer.weight_packed.cpu().contiguous()
-        head = f"{name} {layer.out_features} {layer.in_features} {layer.format.bits} {layer.format.grid} "
+        codes, words = lords_format(layer), layer.weight_packed.cpu().contiguous()
+        head = f"{name} {layer.out_features} {layer.in_features} {codes.bits} {codes.levels} "
         digest.update(head.encode() + len(head).to_bytes(8, "little"))
         digest.update(words.numpy().tobytes())
     return digest.hexdigest()
@@ -276,25 +280,6 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None, 
     state.known[name] = _read_factors(folder, config.get("ranks"), lords_layers(model))
     use_adapter(model, name, trainable=trainable)
     return name
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """What an adapter's folder says of itself: version, base, ranks.
-
-    Raises:
-        FileNotFoundError: if the folder has no adapter.
-        ValueError: if it is damaged, or of a newer version.
-    """
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {ADAPTER_CONFIG}: no adapter is there; name a folder that lorq adapt wrote"
-        )
-    config = read_json(path)
-    version = config.get("lorq_adapter")
-    if version != ADAPTER_VERSION:
-        raise ValueError(f"{path} has adapter version {version!r}, this lorq reads {ADAPTER_VERSION}; upgrade lorq")
-    return config
 
 
 def _read_factors(folder: Path, ranks: Any, layers: Mapping[str, QuantLinear]) -> dict[str, Factors]:

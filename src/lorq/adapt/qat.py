@@ -1,5 +1,6 @@
 """Quantization-aware training of LoRDS layers: weights and scale factors learn through the rounding."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorq.adapt.adapters import adapters_of, half_factors, let_train, lords_layers, use_adapter
-from lorq.core.grids import LevelGrid, levels
-from lorq.core.weight import QuantizedWeight
+from lorq.adapt.adapters import adapters_of, half_factors, let_train, lords_format, lords_layers, use_adapter
+from lorq.core.codes import LevelCodes, LevelFormat, LevelGrid, levels
 from lorq.kernels import fake_quantize
 from lorq.models.blocks import StreamedModel
 from lorq.models.locate import resolve_model
@@ -71,7 +71,7 @@ class TrainableLinear(nn.Module):
     def __init__(self, layer: QuantLinear, weight: Float[Tensor, "out in"]):
         super().__init__()
         self.packed = (layer,)  # in a tuple: no child, its buffers do not count
-        self.grid = LevelGrid(layer.format.bits, layer.format.grid)
+        self.grid = lords_format(layer).grid
         self.weight = nn.Parameter(weight)
         factors = half_factors(layer)
         self.scale_left, self.scale_right = nn.Parameter(factors.left.float()), nn.Parameter(factors.right.float())
@@ -106,10 +106,8 @@ class TrainableLinear(nn.Module):
         if not bool(torch.isfinite(self.weight).all()):
             raise ArithmeticError("weights must be finite, they are not; train with a lower learning rate")
         codes = self.grid.encode(self.weight, _away_from_zero(factors.dense())).to(torch.uint8)
-        solved = QuantizedWeight(
-            codes, None, None, self.grid.bits, grid=self.grid.kind, scale_factors=factors,
-            activations=layer.value().activations,
-        )  # fmt: skip
+        format = LevelFormat(self.grid.bits, self.grid.kind, layer.in_features, factors.rank)
+        solved = replace(layer.value(), codes=LevelCodes(codes, factors, format))
         new = QuantLinear.from_weight(solved).to(self.weight.device).requires_grad_(False).train(self.training)
         new.bias = self.bias
         return new
@@ -132,7 +130,7 @@ def prepare_qat(model: nn.Module, reference: str | Path | None = None) -> None:
     """
     layers = lords_layers(model)
     streamed = None if reference is None else _original(model, reference, layers)
-    targets = {t.name: t for block in streamed.blocks for t in streamed.targets(block)} if streamed else {}
+    targets = {t.name: t for part in streamed.parts for t in part.targets} if streamed else {}
     made = {}
     for name, layer in layers.items():
         with torch.no_grad():
@@ -147,7 +145,7 @@ def prepare_qat(model: nn.Module, reference: str | Path | None = None) -> None:
 def _original(model: nn.Module, reference: str | Path, layers: dict[str, QuantLinear]) -> StreamedModel:
     """The reference, checked: its layers' shapes, and the norms and biases between them."""
     streamed = StreamedModel.open(resolve_model(reference))
-    shapes = {t.name: (t.out_features, t.in_features) for block in streamed.blocks for t in streamed.targets(block)}
+    shapes = {t.name: (t.out_features, t.in_features) for part in streamed.parts for t in part.targets}
     for name, layer in layers.items():
         if shapes.get(name) != (layer.out_features, layer.in_features):
             raise ValueError(
@@ -155,7 +153,7 @@ def _original(model: nn.Module, reference: str | Path, layers: dict[str, QuantLi
                 f"{name} of shape {(layer.out_features, layer.in_features)}"
             )
     own = dict(model.named_parameters())
-    for name in (name for block in streamed.blocks for name in streamed.names_under(block)):
+    for name in (name for block in streamed.blocks for name in block.tensors):
         mine = own.get(name)
         if mine is not None and mine.ndim == 1:
             theirs = streamed.stored_tensor(name).to(mine.device, mine.dtype)

@@ -1,133 +1,52 @@
-"""Measure the quantized linear: time, share of the memory's bandwidth, ratios to dense and to torch's own int4."""
+"""Random layers of every kind, what they are timed against, and how."""
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorq.bench.timing import seconds_of
+from lorq.core.codes import IntGrid, LevelFormat, VectorGrid
+from lorq.core.codes.vectors import VECTOR_LENGTHS
+from lorq.core.scale_factors import parity_rank
 from lorq.core.weight import LayerFormat
-from lorq.kernels import cpu, implementation
-from lorq.runtime.device import read_device, read_dtype
+from lorq.kernels import cpu
 from lorq.runtime.linear import QuantLinear
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "14336x4096")
 KINDS = ("integer", "lords", "vector")
-_VECTORS = {2: 4, 3: 2, 4: 2}  # weights of a vector by bits
 # Weights of one kind in rotation are larger than any cache, but for very small ones.
 _ROTATION_BYTES = 128 << 20
 _MOST_LAYERS = 64
-_READ_BYTES = 256 << 20
+READ_BYTES = 256 << 20
 _REPLAYS = 20  # of a graph, so that the first launch and the last wait do not count
 
 
-def bench_decode(
-    shapes: Sequence[str] = SHAPES,
-    *,
-    bits: Sequence[int] = (4, 3, 2),
-    kinds: Sequence[str] = ("integer",),
-    group_size: int = 128,
-    ranks: Sequence[int] = (0, 32),
-    products: Sequence[str] = ("exact",),
-    tokens: int = 1,
-    repeats: int = 9,
-    dtype: str = "bfloat16",
-    device: str = "auto",
-    seed: int = 0,
-) -> Iterator[dict[str, Any]]:
-    """Time random layers against the dense product and torch's int4 operator, all in turn, round after round.
-
-    Args:
-        shapes: of the weights, out x in.
-        bits: widths of the codes.
-        kinds: "integer" codes with group scales and zero points; "lords", NormalFloat levels under a scale of low rank,
-            as large as the group scales; "vector", codebooks for 4 weights (2 bits) or 2 weights (3 and 4).
-        group_size: columns that share a scale; -1 for one scale per row.
-        ranks: of the low-rank part, 8-bit factors; 0 for none.
-        products: how inputs meet integer codes on a CPU: "exact", or "bytes", which rounds them to 8 bits on the fly.
-        tokens: of the input.
-        repeats: rounds; medians are reported.
-        dtype: of the input and of the dense weight.
-        device: "auto" takes an accelerator if there is one.
-        seed: of weights and inputs.
-
-    Yields:
-        For each shape, kind, width and rank: milliseconds, gigabytes a second of what is stored, their share of what a
-        plain read (a sum) reaches in the same rounds, how many times faster than the dense product and than torch's
-        int4 operator (group 32 to 256; else None), the output's signal to noise in decibel, and what multiplied. On a
-        CUDA device these are times of graphs of the calls; ``call_milliseconds`` is what a call by itself takes, with
-        its way through Python, and ``call_times_dense`` its ratio.
-
-    Raises:
-        ValueError: for a shape that is none, an unknown kind or way of products, a group size that does not divide the
-            width, bits or ranks that no layer has, or repeats or tokens below 1.
-    """
-    if repeats < 1 or tokens < 1:
-        raise ValueError(f"repeats and tokens must be at least 1, got {repeats} and {tokens}")
-    if unknown := [kind for kind in kinds if kind not in KINDS]:
-        raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}")
-    for way in products:
-        cpu.check_products(way)
-    for shape in shapes:
-        _check_fit(*_read_shape(shape), kinds, bits, group_size, ranks)
-    place, kind_of_input = read_device(device), read_dtype(dtype, auto=False)
-    for shape in shapes:
-        out, in_ = _read_shape(shape)
-        size = in_ if group_size == -1 else group_size
-        generator = torch.Generator(place).manual_seed(seed)
-        x = torch.randn(tokens, in_, generator=generator, device=place).to(kind_of_input)
-        ways: dict[Any, list[Callable[[], Any]]] = {"read": [_reader(place)], "dense": _dense(out, in_, x, generator)}
-        int4 = _int4(out, in_, size, x, generator)
-        ways |= {"int4": int4} if int4 else {}
-        made: dict[Any, tuple[LayerFormat, float]] = {}
-        for kind, width, rank in product(kinds, bits, ranks):
-            format = _format(kind, width, rank, out, in_, size)
-            if format is None:
-                continue
-            layers = _layers(out, in_, format, x, generator)
-            for way in products:
-                ways[kind, width, rank, way] = [partial(layer, x) for layer in layers]
-                made[kind, width, rank, way] = format, _sqnr_db(layers[0], x, way)
-        seconds, waited = _medians(ways, repeats, place)
-        bandwidth = _READ_BYTES / seconds["read"] / 1e9
-        for key, (format, sqnr_db) in made.items():
-            gigabytes = format.stored_bits(out, in_) / 8e9
-            name = implementation(format, in_, place, kind_of_input).name
-            calls = {"call_milliseconds": 1e3 * waited[key], "call_times_dense": waited["dense"] / waited[key]}
-            yield {
-                "shape": shape, "kind": key[0], "bits": key[1], "rank": key[2], "products": key[3],
-                "tokens": tokens,
-                "milliseconds": 1e3 * seconds[key], "gigabytes_a_second": gigabytes / seconds[key],
-                "of_plain_read": gigabytes / seconds[key] / bandwidth, "plain_read": bandwidth,
-                "times_dense": seconds["dense"] / seconds[key],
-                "times_int4": seconds["int4"] / seconds[key] if int4 else None,
-                "sqnr_db": sqnr_db, "runs_on": name,
-            } | (calls if place.type == "cuda" else {})  # fmt: skip
-
-
-def _read_shape(shape: str) -> tuple[int, int]:
+def read_shape(shape: str) -> tuple[int, int]:
+    """(out, in) of a shape such as 4096x4096."""
     parts = shape.split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise ValueError(f"a shape must be out x in such as 4096x4096, got {shape!r}")
     return int(parts[0]), int(parts[1])
 
 
-def _check_fit(
+def check_fit(
     out: int, in_: int, kinds: Sequence[str], bits: Sequence[int], group_size: int, ranks: Sequence[int]
 ) -> None:
     """Refuse what no layer of the shape can have."""
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}")
     own = in_ if group_size == -1 else group_size
     if own < 1 or ("integer" in kinds and in_ % own):
         raise ValueError(
             f"group_size must divide the width, or be -1 for one group per row, got group_size {group_size} and shape "
             f"{out}x{in_}"
         )
-    most = max((_VECTORS.get(width, 1) for width in bits), default=1)
+    most = max((VECTOR_LENGTHS.get(width, 1) for width in bits), default=1)
     if "vector" in kinds and in_ % most:
         raise ValueError(f"vectors of a codebook must divide the width, got vectors of {most} and shape {out}x{in_}")
     if wrong := [width for width in bits if not 2 <= width <= 8]:
@@ -136,22 +55,20 @@ def _check_fit(
         raise ValueError(f"ranks must be between 0 and {min(out, in_)} for shape {out}x{in_}, got {wrong[0]}")
 
 
-def _format(kind: str, bits: int, rank: int, out: int, in_: int, group_size: int) -> LayerFormat | None:
+def format_of(kind: str, bits: int, rank: int, out: int, in_: int, group_size: int) -> LayerFormat | None:
     """The layer's format; None where a kind has none of that width."""
     if kind == "integer":
-        return LayerFormat(bits, group_size, False, rank, "int8")
+        return LayerFormat(IntGrid(bits, group_size), rank, "int8")
     if kind == "lords":
-        parity = max(1, out * in_ // (group_size * (out + in_)))
-        return LayerFormat(bits, in_, True, rank, "int8", grid="normal-float", scale_rank=parity)
-    vector = _VECTORS.get(bits)
+        return LayerFormat(LevelFormat(bits, "normal-float", in_, parity_rank(out, in_, group_size)), rank, "int8")
+    vector = VECTOR_LENGTHS.get(bits)
     if vector is None:
         return None
-    columns = math.gcd(in_, 256)
     rows = max(n for n in range(1, 257) if out % n == 0)
-    return LayerFormat(bits, in_, True, rank, "int8", vector, rows, columns)
+    return LayerFormat(VectorGrid(bits, vector, rows, math.gcd(in_, 256), in_), rank, "int8")
 
 
-def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch.Generator) -> list[QuantLinear]:
+def random_layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch.Generator) -> list[QuantLinear]:
     """As many random layers as no cache holds."""
     layers = []
     for _ in range(_rotation(format.stored_bits(out, in_))):
@@ -172,11 +89,25 @@ def _layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator: torch
 
 
 @torch.no_grad()
-def _sqnr_db(layer: QuantLinear, x: Tensor, way: str) -> float:
+def sqnr_db(layer: QuantLinear, x: Tensor, way: str) -> float:
     """``20 log10(norm(y) / norm(y - y'))`` against the product with the decoded weight in float32."""
     y = x.float() @ layer.value().dense().T
     with cpu.products(way):
         return float(20 * torch.log10(y.norm() / (y - layer(x).float()).norm()))
+
+
+def calls(layers: list[QuantLinear], x: Tensor) -> list[Callable[[], Any]]:
+    """What is timed of a kind of layers."""
+    return [partial(layer, x) for layer in layers]
+
+
+def others(
+    out: int, in_: int, group_size: int, x: Tensor, generator: torch.Generator
+) -> dict[Any, list[Callable[[], Any]]]:
+    """What layers are timed against: a plain read, the dense product, and torch's int4 operator where it fits."""
+    ways: dict[Any, list[Callable[[], Any]]] = {"read": [_reader(x.device)], "dense": _dense(out, in_, x, generator)}
+    int4 = _int4(out, in_, group_size, x, generator)
+    return ways | ({"int4": int4} if int4 else {})
 
 
 def _dense(out: int, in_: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
@@ -211,12 +142,12 @@ def _rotation(layer_bits: int) -> int:
 
 
 def _reader(device: torch.device) -> Callable[[], Any]:
-    buffer = torch.ones(_READ_BYTES // 4, dtype=torch.float32, device=device)
+    buffer = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
     return lambda: buffer.sum()
 
 
 @torch.no_grad()
-def _medians(
+def medians(
     ways: dict[Any, list[Callable[[], Any]]], repeats: int, device: torch.device
 ) -> tuple[dict[Any, float], dict[Any, float]]:
     """Seconds of one call by way, the median over rounds in which all ways take turns; one round is not counted.

@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass, replace
 
+from lorq.core.codes import IntGrid
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
 
@@ -51,7 +52,7 @@ def work(out: int, in_: int, format: LayerFormat, tokens: int) -> Work:
     """Bytes and operations of a layer.
 
     Example:
-        >>> w = work(4096, 4096, LayerFormat(4, 128, True), tokens=1)
+        >>> w = work(4096, 4096, LayerFormat(IntGrid(4, 128, symmetric=True)), tokens=1)
         >>> w.bytes == 4096 * 4096 // 2 + 2 * 4096 * 32 + 2 * (4096 + 4096), w.operations == 2 * 4096 * 4096
         (True, True)
         >>> [f"{w.seconds(device) * 1e6:.2f} us, {w.bound(device)}" for device in DEVICES]
@@ -75,7 +76,8 @@ def expert_work(out: int, in_: int, format: LayerFormat, tiles: TileFormat, toke
         top_k: experts of a token.
 
     Example:
-        >>> w = expert_work(1408, 2048, LayerFormat(4, 128, True), TileFormat(8, 8, 60, 32, "int8"), tokens=1, top_k=4)
+        >>> format, tiles = LayerFormat(IntGrid(4, 128, symmetric=True)), TileFormat(8, 8, 60, 32, "int8")
+        >>> w = expert_work(1408, 2048, format, tiles, tokens=1, top_k=4)
         >>> w.operations == 2 * (4 * 1408 * 2048 + 4 * 32 * 2048 + 4 * 1408 * 32)
         True
     """
@@ -90,27 +92,32 @@ def expert_work(out: int, in_: int, format: LayerFormat, tiles: TileFormat, toke
 
 
 def expert_table() -> str:
-    """The table of experts in docs/kernels.md: 60 of 1408 x 2048, four for a token, groups of 128, a grid of 8 x 8."""
-    head = "| bits | rank | tokens | MB | GFLOP | " + " | ".join(f"{d.name}, us" for d in DEVICES) + " |"
-    lines = [head, "|" + "---|" * (5 + len(DEVICES))]
+    """docs/measured/roofline_experts.csv: 60 of 1408 x 2048, four for a token, groups of 128, a grid of 8 x 8."""
+    lines = [_line("bits", "rank", "tokens", *_HEAD)]
     for bits, rank, tokens in itertools.product((2, 4), (0, 32), (1, 16, 512)):
-        w = expert_work(1408, 2048, LayerFormat(bits, 128, True), TileFormat(8, 8, 60, rank, "int8"), tokens, 4)
-        times = (f"{w.seconds(device) * 1e6:.1f} {w.bound(device)}" for device in DEVICES)
-        cells = (bits, rank, tokens, f"{w.bytes / 1e6:.2f}", f"{w.operations / 1e9:.3f}")
-        lines.append("| " + " | ".join(map(str, (*cells, *times))) + " |")
+        tiles = TileFormat(8, 8, 60, rank, "int8")
+        w = expert_work(1408, 2048, LayerFormat(IntGrid(bits, 128, symmetric=True)), tiles, tokens, top_k=4)
+        lines.append(_line(bits, rank, tokens, *_cells(w)))
     return "\n".join(lines)
 
 
 def table() -> str:
-    """The table of docs/kernels.md: 2 to 4 bits in groups of 128, with and without 32 pairs of int8 factors."""
-    head = "| out x in | bits | rank | tokens | MB | GFLOP | " + " | ".join(f"{d.name}, us" for d in DEVICES) + " |"
-    lines = [head, "|" + "---|" * (6 + len(DEVICES))]
-    for out, in_ in ((4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096)):
-        for bits in (2, 3, 4):
-            for rank in (0, 32):
-                for tokens in (1, 512):
-                    w = work(out, in_, LayerFormat(bits, 128, True, rank, "int8"), tokens)
-                    times = (f"{w.seconds(device) * 1e6:.1f} {w.bound(device)}" for device in DEVICES)
-                    cells = (f"{out} x {in_}", bits, rank, tokens, f"{w.bytes / 1e6:.2f}", f"{w.operations / 1e9:.3f}")
-                    lines.append("| " + " | ".join(map(str, (*cells, *times))) + " |")
+    """docs/measured/roofline.csv: 2 to 4 bits in groups of 128, with and without 32 pairs of int8 factors."""
+    lines = [_line("out", "in", "bits", "rank", "tokens", *_HEAD)]
+    shapes = (4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096)
+    for (out, in_), bits, rank, tokens in itertools.product(shapes, (2, 3, 4), (0, 32), (1, 512)):
+        w = work(out, in_, LayerFormat(IntGrid(bits, 128, symmetric=True), rank, "int8"), tokens)
+        lines.append(_line(out, in_, bits, rank, tokens, *_cells(w)))
     return "\n".join(lines)
+
+
+_HEAD = "megabytes", "gflop", *(f"{device.name} {column}" for device in DEVICES for column in ("us", "bound"))
+
+
+def _cells(w: Work) -> tuple[str, ...]:
+    times = (cell for device in DEVICES for cell in (f"{w.seconds(device) * 1e6:.1f}", w.bound(device)))
+    return f"{w.bytes / 1e6:.2f}", f"{w.operations / 1e9:.3f}", *times
+
+
+def _line(*cells: object) -> str:
+    return ",".join(map(str, cells))

@@ -4,80 +4,36 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
 from lorq.adapt import Settings, train
-from lorq.adapt.adapters import lords_layers
-from lorq.adapt.train import descend, read_dataset
+from lorq.adapt.adapters import lords_format, lords_layers
+from lorq.adapt.training import descend, read_dataset
 from lorq.bench.timing import Result
-from lorq.evaluation import evaluate_model
 from lorq.models.locate import resolve_model
 from lorq.models.texts import load_text, token_windows
+from lorq.quality import evaluate_model
 from lorq.runtime.hf import load
 from lorq.runtime.linear import QuantLinear
 
-WAYS = ("peft", "lora", "qat")
 _LORA_RATE = 5e-4
-
-
-def bench_adapt(
-    model: str,
-    *,
-    ways: Iterable[str] = WAYS,
-    rates: Iterable[float] = (0.0,),
-    text: str = "python-docs-even",
-    evaluation: str = "python-docs-odd",
-    windows: int = 16,
-    reference: str | None = None,
-    **settings: Any,
-) -> Iterator[Result]:
-    """Train a folder in several ways on one text and measure each on another, every run in a process of its own.
-
-    "peft" trains LoRDS' scale factors (`lorq.adapt.train`); "lora" puts an additive adapter of the package peft onto
-    the same packed layers, with the same number of parameters in each, scaled by 1; "qat" trains weights and scales.
-    All see the same batches in the same order under the same schedule.
-
-    Args:
-        model: a lorq folder, quantized with lords.
-        ways: of ``WAYS``.
-        rates: learning rates to try with each; 0 is the way's default (for "lora" that of "peft").
-        text: to train on.
-        evaluation: to measure on.
-        windows: of the training's sequence length, evenly spread over the text that is measured on.
-        reference: the original, where "qat" starts.
-        **settings: of `lorq.adapt.Settings`.
-
-    Yields:
-        Way, rate, numbers trained, perplexity before and after, seconds a step, peak of the process's memory.
-
-    Raises:
-        ValueError: for an unknown way.
-        RuntimeError: if a run fails; its own message is on standard error.
-    """
-    if unknown := [way for way in ways if way not in WAYS]:
-        raise ValueError(f"ways must be among {', '.join(WAYS)}, got {', '.join(unknown)}")
-    for way in ways:
-        for rate in rates:
-            given = {
-                "model": model, "way": way, "rate": rate, "text": text, "evaluation": evaluation, "windows": windows,
-                "reference": reference, "settings": settings,
-            }  # fmt: skip
-            done = subprocess.run([sys.executable, "-c", _CHILD, json.dumps(given)], stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                raise RuntimeError(f"training {way} with rate {rate} ended with status {done.returncode}")
-            figures, peak = done.stdout.rstrip().splitlines()[-2:]
-            yield json.loads(figures) | {"peak_megabytes": int(peak) / 1e3}
-
-
 _CHILD = """
 import json, sys
 from lorq.bench.training import measure
 print(json.dumps(measure(**json.loads(sys.argv[1]))))
 print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
+
+
+def run(**given: Any) -> Result:
+    """`measure` in a process of its own, and the peak of its memory."""
+    done = subprocess.run([sys.executable, "-c", _CHILD, json.dumps(given)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"training {given['way']} with rate {given['rate']} ended with status {done.returncode}")
+    figures, peak = done.stdout.rstrip().splitlines()[-2:]
+    return json.loads(figures) | {"peak_megabytes": int(peak) / 1e3}
 
 
 def measure(
@@ -91,7 +47,7 @@ def measure(
     reference: str | None,
     settings: dict[str, Any],
 ) -> Result:
-    """One run of `bench_adapt`."""
+    """One run of `lorq.bench.commands.bench_adapt`."""
     from transformers import AutoTokenizer
 
     folder = resolve_model(model)
@@ -101,7 +57,7 @@ def measure(
     loaded = load(folder, device="cpu")
 
     def perplexity() -> float:
-        return evaluate_model(loaded, held_out, text=evaluation, bits_per_weight=None).perplexity
+        return evaluate_model(loaded, held_out).perplexity
 
     before = perplexity()
     began = time.perf_counter()
@@ -129,7 +85,7 @@ def add_lora(model: nn.Module) -> None:
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import Linear
 
-    ranks = {name: layer.format.scale_rank for name, layer in lords_layers(model).items()}
+    ranks = {name: lords_format(layer).scale_rank for name, layer in lords_layers(model).items()}
     config = LoraConfig(
         target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=ranks, r=1, lora_alpha=1, lora_dropout=0.0
     )

@@ -1,34 +1,54 @@
-"""Checks of settings."""
+"""Settings, checked against their own annotations."""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 
-def check_grid(bits: int, group_size: int) -> None:
-    """Refuse widths and group sizes that no grid has.
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may be, as in ``Annotated[int, Range(0, 64)]``.
+
+    Attributes:
+        low: the least.
+        high: the largest.
+        minus_one: what -1 stands for, where it stands for a number that is found later.
+    """
+
+    low: float | int
+    high: float | int = math.inf
+    minus_one: str = ""
+
+    def __contains__(self, value: float | int) -> bool:
+        return self.low <= value <= self.high or (bool(self.minus_one) and value == -1)
+
+    def __str__(self) -> str:
+        rule = f"at least {self.low}" if self.high == math.inf else f"between {self.low} and {self.high}"
+        return f"{rule}, or -1 for {self.minus_one}" if self.minus_one else rule
+
+
+def check_settings(settings: Any) -> None:
+    """Refuse what a dataclass's annotations exclude: words that are not in a `Literal`, numbers outside a `Range`.
 
     Raises:
-        ValueError: naming the setting, its range and the value.
+        ValueError: naming the setting, its rule and the value.
     """
-    if bits not in range(2, 9):
-        raise ValueError(f"bits must be 2 to 8, got {bits}")
-    if group_size < 1 and group_size != -1:
-        raise ValueError(f"group_size must be at least 1, or -1 for one group per row, got {group_size}")
+    for name, rule in _rules(settings.__class__).items():
+        value = getattr(settings, name)
+        if value not in rule:
+            known = str(rule) if isinstance(rule, Range) else f"one of {', '.join(rule)}"
+            raise ValueError(f"{name} must be {known}, got {value!r}")
 
 
-def check_choice(name: str, value: str, known: object) -> None:
-    """Refuse a name that is not in a table, and list those that are.
-
-    Raises:
-        ValueError: naming the setting, the value and the known names.
-    """
-    names = list(known)  # type: ignore[call-overload]
-    if value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
-
-
-def check_range(name: str, value: float | int, low: float | int, high: float | int) -> None:
-    """Refuse a number outside ``low .. high``.
-
-    Raises:
-        ValueError: naming the setting, its range and the value.
-    """
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value}")
+@functools.cache
+def _rules(kind: type) -> dict[str, Range | tuple[str, ...]]:
+    rules: dict[str, Range | tuple[str, ...]] = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if get_origin(hint) is Literal:
+            rules[name] = get_args(hint)
+        elif get_origin(hint) is Annotated:
+            for mark in hint.__metadata__:
+                if isinstance(mark, Range):
+                    rules[name] = mark
+    return rules

@@ -8,32 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lorq.core.problem import BlockOutput
 from lorq.core.stats import InputStats, TokenWeights
 
 # Windows on which the loss is measured: enough to rank parameters, few enough to cost little beside the steps.
 _MEASURED = 8
 # Moments at which it is measured, evenly spread over the steps, besides the start.
 _MOMENTS = 5
-
-
-@dataclass(frozen=True)
-class BlockProblem:
-    """A decoder block whose output a method is to keep.
-
-    Attributes:
-        weights: of the block's layers that are to be quantized, by name, (out, in), float32.
-        stats: of their inputs, by the same names.
-        forward: the block's output for given weights and hidden states (batch, length, width), of the same shape;
-            differentiable in the weights. It also quantizes activations if the method asks for it.
-        inputs: of the quantized stream. May be a file mapped into memory; only batches move to the weights' device.
-        targets: outputs of the original block in the original stream; likewise.
-    """
-
-    weights: Mapping[str, Tensor]
-    stats: Mapping[str, InputStats]
-    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
-    inputs: Float[Tensor, "windows length width"]
-    targets: Float[Tensor, "windows length width"]
 
 
 @dataclass(frozen=True)
@@ -145,14 +126,14 @@ def _shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
 
 
 def block_loss(
-    problem: BlockProblem, weights: Callable[[], Mapping[str, Tensor]], token_weights: TokenWeights
+    block: BlockOutput, weights: Callable[[], Mapping[str, Tensor]], token_weights: TokenWeights
 ) -> Callable[[Int[Tensor, "batch"]], Float[Tensor, ""]]:
     """How far the block's output is from its target, for `minimise`.
 
         mean over windows and channels of  sum_t d_t (y_t - y^_t)^2
 
     Args:
-        problem: the block.
+        block: what it makes of weights, and should make.
         weights: makes the quantized weights from the parameters.
         token_weights: "plain" is ``d_t = 1``; "equal" is ``d_t = 1 / mean(y_t^2)``, so that a few tokens with
             enormous activations (attention sinks) do not decide alone.
@@ -160,11 +141,12 @@ def block_loss(
     Source:
         LRQ, arXiv:2407.11534, the authors' code, which has the plain sum.
     """
-    device = next(iter(problem.weights.values())).device
 
     def loss(windows: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
-        inputs, targets = problem.inputs[windows].to(device), problem.targets[windows].to(device).float()
-        errors = (problem.forward(weights(), inputs).float() - targets).square().mean(-1)  # (batch, length)
+        made = weights()
+        device = next(iter(made.values())).device
+        inputs, targets = block.inputs[windows].to(device), block.targets[windows].to(device).float()
+        errors = (block.forward(made, inputs).float() - targets).square().mean(-1)  # (batch, length)
         if token_weights == "equal":
             # A token of zeros gets a finite weight.
             errors = errors / targets.square().mean(-1).clamp(min=1e-30)

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorq.core.half import stored_half
 from lorq.core.sketch import rank1_sketch, sketch
 
+FactorType = Literal["int8", "e4m3", "float16"]
 # Largest magnitude of a stored entry; vectors of 8-bit types are scaled to reach it. For e4m3 that keeps the
 # entries clear of its underflow: a unit vector of 4096 has entries near 2^-6, where its normal range ends.
 FACTOR_TYPES: dict[str, tuple[torch.dtype, float]] = {
@@ -69,6 +72,17 @@ def factor_bits(factor_type: str) -> int:
     return 8 * FACTOR_TYPES[factor_type][0].itemsize
 
 
+def factor_layout(out: int, in_: int, rank: int, factor_type: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor that factors of this rank and type store, by the names of `LowRank`."""
+    kind = FACTOR_TYPES[factor_type][0]
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "left": ((out, rank), kind), "right": ((rank, in_), kind),
+    }  # fmt: skip
+    if factor_bits(factor_type) == 8:
+        layout |= {"left_scale": ((rank,), torch.float16), "right_scale": ((rank,), torch.float16)}
+    return layout
+
+
 def store_factors(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"], *, type: str) -> LowRank | None:
     """Round factors to the type they are stored in.
 
@@ -91,9 +105,7 @@ def store_factors(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in
     size_left, size_right = left.abs().amax(0), right.abs().amax(1)
     balance = (size_right / size_left.clamp(min=1e-30)).clamp(1e-30, 1e30).sqrt()
     left, right = left * balance, right / balance.unsqueeze(1)
-    largest = float(torch.maximum(left.abs().max(), right.abs().max()))
-    if not largest <= torch.finfo(torch.float16).max:
-        raise ValueError(f"low-rank factors must fit float16 (at most 65504), got {largest:.4g}")
+    stored_half(torch.stack([left.abs().amax(), right.abs().amax()]), "low-rank factors")
     left_codes, left_scale = store_vectors(left.T, type)
     right_codes, right_scale = store_vectors(right, type)
     return LowRank(left_codes.T.contiguous(), right_codes, left_scale, right_scale)

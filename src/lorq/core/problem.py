@@ -37,7 +37,7 @@ class Problem:
         stats: of the layers' inputs, by the same names; layers that read one input share one object. Empty where the
             run collects none.
         seed: of the run.
-        methods: each layer's own settings, where layers with several are solved together (scope "block"); else empty.
+        methods: the settings of layers that have their own, where such are solved together (scope "block").
         projections: with scope "experts", the layers of each projection in the experts' order, of the projections that
             read the same inputs: gate and up, or down alone; else empty.
         common_input: all experts read the layer's input, so that one basis serves them all.

@@ -1,13 +1,13 @@
 """A scale for every weight, kept as the product of two thin matrices: start, fit, store."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.grids import SMALLEST_SCALE, LevelGrid, level_values
+from lorq.core.codes import LevelGrid, LowRankScale, level_values
+from lorq.core.half import SMALLEST_SCALE, stored_half
 
 # Weights in hand at once while a scale is fitted: 16 MB for each float32 temporary.
 _TILE = 1 << 22
@@ -16,27 +16,6 @@ _TILE = 1 << 22
 _HOLD = 1e-6
 # Multiples of the step to the solution for codes as they are that a sweep tries.
 _STRIDES = (2.0, 4.0, 8.0, 16.0)
-
-
-@dataclass(frozen=True)
-class LowRankScale:
-    """The scale of every weight, ``S = left right``, signs included.
-
-    Attributes:
-        left: B of the paper, float16.
-        right: A of the paper, float16.
-    """
-
-    left: Float[Tensor, "out rank"]
-    right: Float[Tensor, "rank in"]
-
-    @property
-    def rank(self) -> int:
-        return self.left.shape[1]
-
-    def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
-        """The full matrix of scales, multiplied in ``dtype``."""
-        return self.left.to(dtype) @ self.right.to(dtype)
 
 
 def parity_rank(out: int, in_: int, block: int) -> int:
@@ -52,16 +31,6 @@ def parity_rank(out: int, in_: int, block: int) -> int:
         [32, 16, 8]
     """
     return max(1, out * in_ // (block * (out + in_)))
-
-
-def start_block(in_: int, rank: int) -> int:
-    """Columns of a block before the fit: ``in // rank``, lowered until it divides the width.
-
-    Source:
-        LoRDS, arXiv:2601.22716, the authors' code. Blocks this wide have a matrix of scales of rank ``in / block``,
-        which is the rank itself wherever that divides.
-    """
-    return next(block for block in range(max(1, in_ // rank), 0, -1) if in_ % block == 0)
 
 
 def block_scales(
@@ -140,13 +109,8 @@ def store_scale(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"]
         ValueError: if a factor exceeds what float16 holds.
     """
     left, right = balanced(left, right)
-    largest = float(torch.maximum(left.abs().max(), right.abs().max()))
-    if not largest <= torch.finfo(torch.float16).max:
-        raise ValueError(
-            f"the factors of a scale must fit float16 (at most 65504), got {largest:.4g}; "
-            "the weights are too large to be stored, check the checkpoint"
-        )
-    return LowRankScale(left.to(torch.float16), right.to(torch.float16))
+    what = "the factors of a scale"
+    return LowRankScale(stored_half(left, what), stored_half(right, what))
 
 
 # ---- least squares --------------------------------------------------------------------------------------

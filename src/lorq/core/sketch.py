@@ -1,6 +1,7 @@
 """Low-rank factors of a matrix from random test vectors: the paper's R1-Sketch and a blocked form."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -143,6 +144,7 @@ def _block(a: Float[Tensor, "p q"], rank: int, iterations: int, oversample: int,
     return left.to(a.dtype), right.to(a.dtype)
 
 
+SketchForm = Literal["block", "rank1"]
 FORMS: dict[str, Callable[..., Factors]] = {"block": _block, "rank1": _rank1}
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -39,6 +39,10 @@ class InputStats:
     _prepared: dict[tuple[float, float], "PreparedHessian"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is derived is large and stays here when statistics are sent away."""
+        return vars(self) | {"_prepared": {}}
 
     @property
     def load(self) -> int:

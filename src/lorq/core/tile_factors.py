@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,11 @@ class TileFactors:
     cells: Int[Tensor, "experts 2"]
     input_scale: Float[Tensor, "experts in"] | None = None
 
+    @classmethod
+    def read(cls, tensors: Mapping[str, Tensor]) -> "TileFactors":
+        """The tile factors behind stored tensors; the inverse of `tensors`."""
+        return cls(**{field.name: tensors.get(field.name) for field in fields(cls)})  # type: ignore[arg-type]
+
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns."""
@@ -49,6 +54,10 @@ class TileFactors:
         factor_type = LowRank(self.left[0], self.right[0]).factor_type
         experts = self.cells.shape[0]
         return TileFormat(rows, columns, experts, self.rank, factor_type, self.input_scale is not None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors as they are stored, by local name (docs/format.md)."""
+        return {name: tensor.cpu().contiguous() for name, tensor in vars(self).items() if tensor is not None}
 
     def lefts(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "columns out rank"]:
         """All left factors, scales multiplied in."""
@@ -89,47 +98,28 @@ class TileFormat:
     factor_type: str
     input_scale: bool = False
 
+    def layout(self, out: int, in_: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every tensor that tile factors of this format store; the inverse is `tensors`."""
+        kind = FACTOR_TYPES[self.factor_type][0]
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "left": ((self.columns, out, self.rank), kind),
+            "right": ((self.rows, self.rank, in_), kind),
+            "cells": ((self.experts, 2), torch.int16),
+        }
+        if factor_bits(self.factor_type) == 8:
+            layout["left_scale"] = ((self.columns, self.rank), torch.float16)
+            layout["right_scale"] = ((self.rows, self.rank), torch.float16)
+        if self.input_scale:
+            layout["input_scale"] = ((self.experts, in_), torch.float16)
+        return layout
+
     def stored_bits(self, out: int, in_: int) -> int:
         """Every bit: factors, their scales, cells, input scales."""
-        width = factor_bits(self.factor_type)
-        vectors = self.rows * in_ + self.columns * out
-        scales = 16 * (self.rows + self.columns) if width == 8 else 0
-        inputs = 16 * self.experts * in_ if self.input_scale else 0
-        return self.rank * (width * vectors + scales) + 32 * self.experts + inputs
+        return sum(8 * dtype.itemsize * math.prod(shape) for shape, dtype in self.layout(out, in_).values())
 
     def share(self, out: int, in_: int) -> int:
         """Bits that fall to one expert, rounded up."""
         return -(-self.stored_bits(out, in_) // self.experts)
-
-
-_STORED = ("left", "right", "left_scale", "right_scale", "cells", "input_scale")
-
-
-def pack_tiles(factors: TileFactors) -> dict[str, Tensor]:
-    """The tensors of tile factors as they are stored, by their local names (docs/format.md)."""
-    tensors = {name: getattr(factors, name) for name in _STORED}
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
-
-
-def tile_layout(out: int, in_: int, format: TileFormat) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of every tensor that tile factors of this format store; the inverse is `pack_tiles`."""
-    kind = FACTOR_TYPES[format.factor_type][0]
-    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "left": ((format.columns, out, format.rank), kind),
-        "right": ((format.rows, format.rank, in_), kind),
-        "cells": ((format.experts, 2), torch.int16),
-    }
-    if factor_bits(format.factor_type) == 8:
-        layout["left_scale"] = ((format.columns, format.rank), torch.float16)
-        layout["right_scale"] = ((format.rows, format.rank), torch.float16)
-    if format.input_scale:
-        layout["input_scale"] = ((format.experts, in_), torch.float16)
-    return layout
-
-
-def unpack_tiles(tensors: Mapping[str, Tensor]) -> TileFactors:
-    """The tile factors behind stored tensors; the inverse of `pack_tiles`."""
-    return TileFactors(**{name: tensors.get(name) for name in _STORED})  # type: ignore[arg-type]
 
 
 def grid_of(experts: int, rows: int = -1, columns: int = -1) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from lorq.core.low_rank import LowRank
 from lorq.core.weight import LayerFormat
 from lorq.kernels.derived import Derived
-from lorq.kernels.operands import DTYPES, NAMES, Operands, declines_input, format_of
+from lorq.kernels.operands import DTYPES, NAMES, Operands, code_sizes, declines_input, format_of, known_sizes
 from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate_reference
 
 # Numbers by which the library knows types.
@@ -136,22 +136,25 @@ def _few_tokens(instructions: str, by_bytes: bool) -> int:
 
 def declines_format(f: LayerFormat, in_features: int) -> str | None:
     """`declines`, as far as the format tells it."""
-    if f.vector > 1:
-        if f.vector not in (2, 4, 8) or f.bits > 4:
-            return f"codes of {f.bits} bits for {f.vector} weights have no kernel"
-        run = {"a codebook": f.codebook_columns, "a group": f.group_size}
+    c = code_sizes(f.codes)
+    if c is None:
+        return f"codes of the kind {f.codes.kind} have no kernel"
+    if c.vector > 1:
+        if c.vector not in (2, 4, 8) or c.bits > 4:
+            return f"codes of {c.bits} bits for {c.vector} weights have no kernel"
+        run = {"a codebook": c.codebook_columns, "a group": c.group_size}
         return next((f"{what} of {n} columns is no multiple of 8" for what, n in run.items() if n % 8), None)
-    if f.bits not in _LANE or (f.bits == 8 and f.grid != "integer"):
-        return f"{f.grid} codes of {f.bits} bits have no kernel"
-    if f.scale_rank:
+    if c.bits not in _LANE or (c.bits == 8 and not c.whole_numbers):
+        return f"{c.levels} codes of {c.bits} bits have no kernel"
+    if c.scale_rank:
         return None if in_features % 8 == 0 else f"the width {in_features} is no multiple of 8"
-    if f.grid != "integer":
-        return None if f.group_size % 8 == 0 else f"a group of {f.group_size} columns is no multiple of 8"
-    if f.group_size % 8 == 0:
-        lanes, rest = divmod(f.group_size, _LANE[f.bits])
+    if not c.whole_numbers:
+        return None if c.group_size % 8 == 0 else f"a group of {c.group_size} columns is no multiple of 8"
+    if c.group_size % 8 == 0:
+        lanes, rest = divmod(c.group_size, _LANE[c.bits])
         if not rest and (lanes in (1, 2, 4) or lanes % 8 == 0):
             return None
-    return f"a group of {f.group_size} columns does not end where a register of {8 * _LANE[f.bits]} does"
+    return f"a group of {c.group_size} columns does not end where a register of {8 * _LANE[c.bits]} does"
 
 
 def multiply(x: Tensor, *arguments: Any) -> Tensor:
@@ -282,10 +285,11 @@ def _new_weight(
     if f is None or declines_format(f, in_features) is not None or not _types_fit(p):
         return None
 
+    c = known_sizes(f)
     return module.Weight(
-        p.packed.shape[0], in_features, bits, f.vector, p.packed.shape[1], f.group_size, _at(p.packed), _at(p.scale),
-        _at(p.zero_point), _at(p.levels), factor(p.scale_left), factor(p.scale_right), f.scale_rank, _at(p.codebook),
-        _at(p.codebook_scale), f.codebook_rows, f.codebook_columns, factor(p.left, p.left_scale),
+        p.packed.shape[0], in_features, bits, c.vector, p.packed.shape[1], c.group_size, _at(p.packed), _at(p.scale),
+        _at(p.zero_point), _at(p.levels), factor(p.scale_left), factor(p.scale_right), c.scale_rank, _at(p.codebook),
+        _at(p.codebook_scale), c.codebook_rows, c.codebook_columns, factor(p.left, p.left_scale),
         factor(p.right, p.right_scale), f.rank,
     )  # fmt: skip
 

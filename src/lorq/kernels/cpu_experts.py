@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorq.core.weight import LayerFormat
 from lorq.kernels import cpu
-from lorq.kernels.operands import DTYPES
+from lorq.kernels.operands import DTYPES, code_sizes
 from lorq.kernels.reference_experts import declines_experts
 
 
@@ -26,7 +26,8 @@ def declines(
     """
     if torch.compiler.is_compiling():
         return "a program is being compiled, which one call of C++ is no part of"
-    few = cpu.few_tokens(by_bytes=format.vector == 1 and format.grid == "integer")
+    sizes = code_sizes(format.codes)
+    few = cpu.few_tokens(by_bytes=sizes is not None and sizes.whole_numbers)
     if pairs > few:
         return f"an expert has {pairs:.1f} tokens, and more than {few} are faster one expert after the other"
     why = declines_experts(format)

@@ -30,6 +30,7 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from lorq.core.activations import TOP, quantize_activations
+from lorq.core.codes import IntGrid
 from lorq.core.packing import unpack, unpack_columns
 from lorq.core.weight import LayerFormat
 from lorq.kernels.derived import Derived
@@ -60,9 +61,10 @@ def declines_format(format: LayerFormat, in_features: int, device: torch.device,
     f = format
     if f.input_quantization == "none":
         return "inputs are not quantized"
-    if f.vector > 1 or f.grid != "integer":
+    codes = f.codes
+    if not isinstance(codes, IntGrid) and getattr(codes, "levels", "none") != "integer":
         return "codes do not stand for whole numbers"
-    if f.scale_rank or f.group_size != in_features:
+    if not isinstance(codes, IntGrid) or codes.group_size != in_features:
         return "a row has more than one scale"
     if f.rank or f.has_basis:
         return "it has a low-rank part" if f.rank else "its inputs are rotated"

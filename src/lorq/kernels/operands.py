@@ -1,12 +1,14 @@
 """The operator's tensors, and what they tell of their layer."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from lorq.core.codes import CodesFormat, IntGrid, LevelFormat, VectorGrid
 from lorq.core.low_rank import FACTOR_TYPES
-from lorq.core.packing import packed_width
 from lorq.core.weight import LayerFormat
 
 # What inputs may be; float64 is the reference's.
@@ -18,6 +20,53 @@ def declines_input(home: str, device: torch.device, dtype: torch.dtype) -> str |
     if device.type != home:
         return f"the device is {device.type}"
     return None if dtype in DTYPES else f"inputs are {dtype}"
+
+
+@dataclass(frozen=True)
+class CodeSizes:
+    """What the kernels of `quant_linear` are told of codes of any kind that they know.
+
+    Attributes:
+        bits: of a code, per weight.
+        group_size: columns that share a scale.
+        levels: what codes stand for, "integer" or one of `lorq.core.codes.LEVEL_KINDS`.
+        scale_rank: of a scale that is a product; 0 where it is not.
+        vector: weights that share a code.
+        codebook_rows: of the weight that share a codebook; 0 without one.
+        codebook_columns: likewise.
+    """
+
+    bits: int
+    group_size: int
+    levels: str = "integer"
+    scale_rank: int = 0
+    vector: int = 1
+    codebook_rows: int = 0
+    codebook_columns: int = 0
+
+    @property
+    def whole_numbers(self) -> bool:
+        """Whether a code is a whole number under the scale of its group."""
+        return self.vector == 1 and self.levels == "integer"
+
+
+def code_sizes(codes: CodesFormat) -> CodeSizes | None:
+    """What kernels are told of codes; None of a kind that they do not know."""
+    match codes:
+        case IntGrid():
+            return CodeSizes(codes.bits, codes.group_size)
+        case LevelFormat():
+            return CodeSizes(codes.bits, codes.group_size, codes.levels, codes.scale_rank)
+        case VectorGrid():
+            return CodeSizes(codes.bits, codes.group_size, "integer", 0, codes.vector, codes.rows, codes.columns)
+    return None
+
+
+def known_sizes(format: LayerFormat) -> CodeSizes:
+    """`code_sizes` of a layer that a kernel did not decline."""
+    sizes = code_sizes(format.codes)
+    assert sizes is not None, format.codes.kind
+    return sizes
 
 
 class Operands(SimpleNamespace):
@@ -38,6 +87,29 @@ class Operands(SimpleNamespace):
 
 
 NAMES = tuple(Operands.__annotations__)
+# The tensors' names in a checkpoint, in the operator's order; levels are not stored, the format tells them.
+STORED_NAMES = (
+    "weight_packed", "weight_scale", "weight_zero_point", "levels", "scale_left", "scale_right", "codebook",
+    "codebook_scale", "left", "right", "left_scale", "right_scale",
+)  # fmt: skip
+
+
+def codes_format(p: Operands, bits: int, in_features: int) -> IntGrid | LevelFormat | VectorGrid:
+    """The format of the operator's codes, as its tensors tell it."""
+    groups = 1 if p.scale is None else p.scale.shape[1]
+    if p.codebook is not None:
+        rows, columns, _, vector = p.codebook.shape
+        return VectorGrid(bits, vector, p.packed.shape[0] // rows, in_features // columns, in_features // groups)
+    if p.levels is not None or p.scale_left is not None:
+        rank = 0 if p.scale_left is None else p.scale_left.shape[1]
+        return LevelFormat(bits, "integer" if p.levels is None else "normal-float", in_features // groups, rank)
+    return IntGrid(bits, in_features // groups, p.zero_point is None)
+
+
+def decoded(p: Operands, bits: int, in_features: int) -> Float[Tensor, "out in"]:
+    """The values that the operator's codes stand for, float32."""
+    tensors = {stored: getattr(p, name) for stored, name in zip(STORED_NAMES, NAMES, strict=True)}
+    return codes_format(p, bits, in_features).read(tensors, len(p.packed), in_features).decode()
 
 
 def format_of(p: Operands, bits: int, in_features: int) -> LayerFormat | None:
@@ -45,27 +117,18 @@ def format_of(p: Operands, bits: int, in_features: int) -> LayerFormat | None:
 
     Kernels read what they are told, so that such tensors are left to the reference, which refuses them.
     """
-    out = p.packed.shape[0]
-    vector, tiles = 1, None
-    if p.codebook is not None and p.codebook_scale is not None:
-        vector, tiles = p.codebook.shape[-1], p.codebook_scale.shape
-    groups = p.scale.shape[1] if p.scale is not None else 1
-    rank = p.left.shape[1] if p.left is not None else 0
+    out, rank = p.packed.shape[0], p.left.shape[1] if p.left is not None else 0
     types = {dtype: name for name, (dtype, _) in FACTOR_TYPES.items()}
-    format = LayerFormat(
-        bits, in_features // groups, p.zero_point is None, rank,
-        "float16" if p.left is None else types.get(p.left.dtype, str(p.left.dtype)), vector,
-        out // tiles[0] if tiles else 0, in_features // tiles[1] if tiles else 0,
-        grid="integer" if p.levels is None else "normal-float",
-        scale_rank=0 if p.scale_left is None else p.scale_left.shape[1],
-    )  # fmt: skip
-    expected = {
-        "packed": (out, packed_width(in_features // vector, bits * vector)), "scale": (out, groups),
-        "zero_point": (packed_width(out, bits), groups), "levels": (2**bits,),
-        "scale_left": (out, format.scale_rank), "scale_right": (format.scale_rank, in_features),
-        "codebook": (*(tiles or (0, 0)), 2 ** (bits * vector), vector),
-        "left": (out, rank), "right": (rank, in_features), "left_scale": (rank,), "right_scale": (rank,),
+    parts = [p.scale.shape[1]] if p.scale is not None else []
+    parts += [] if p.codebook is None else [p.codebook.shape[1] * p.codebook.shape[-1]]
+    if any(in_features % part for part in parts) or (p.codebook is not None and out % p.codebook.shape[0]):
+        return None
+    codes = codes_format(p, bits, in_features)
+    names = dict(zip(STORED_NAMES, NAMES, strict=True))
+    expected = {names[stored]: shape for stored, (shape, _) in codes.layout(out, in_features).items()} | {
+        "levels": (2**bits,), "left": (out, rank), "right": (rank, in_features), "left_scale": (rank,),
+        "right_scale": (rank,),
     }  # fmt: skip
-    found = {name: tensor.shape for name in expected if (tensor := getattr(p, name)) is not None}
-    whole = in_features % (groups * vector) == 0 and (not tiles or not (out % tiles[0] or in_features % tiles[1]))
-    return format if whole and all(shape == expected[name] for name, shape in found.items()) else None
+    if any((tensor := getattr(p, name)) is not None and tensor.shape != expected.get(name) for name in NAMES):
+        return None
+    return LayerFormat(codes, rank, "float16" if p.left is None else types.get(p.left.dtype, str(p.left.dtype)))

@@ -5,48 +5,27 @@ from torch import Tensor
 
 from lorq.core.activations import TOP, quantize_activations
 from lorq.core.basis import Basis
-from lorq.core.grids import Codebook, decode_vectors, dequantize
+from lorq.core.codes import level_values
 from lorq.core.low_rank import LowRank
-from lorq.core.packing import unpack, unpack_columns
+from lorq.core.packing import unpack
+from lorq.kernels.operands import NAMES, Operands, decoded
 
 # Entries of the weight's gradient that are in memory at once, 16 MB.
 _STRIP_ENTRIES = 1 << 22
 
 
-def dense_weight(
-    packed: Tensor,
-    scale: Tensor | None,
-    zero_point: Tensor | None,
-    levels: Tensor | None,
-    scale_left: Tensor | None,
-    scale_right: Tensor | None,
-    codebook: Tensor | None,
-    codebook_scale: Tensor | None,
-    *,
-    bits: int,
-    in_features: int,
-) -> Tensor:
-    """``decode(codes, scale)`` of packed tensors, (out, in), float32."""
-    if codebook is not None and codebook_scale is not None and scale is not None:
-        vector = codebook.shape[-1]
-        codes = unpack(packed, bits * vector, in_features // vector)
-        return decode_vectors(codes, Codebook(codebook, codebook_scale), scale)
-    if scale_left is not None and scale_right is not None:
-        return _unscaled(packed, levels, bits, in_features) * (scale_left.float() @ scale_right.float())
-    assert scale is not None
-    if levels is not None:
-        values = _unscaled(packed, levels, bits, in_features).unflatten(1, (scale.shape[1], -1))
-        return (values * scale.float().unsqueeze(-1)).flatten(1)
-    zero = 2 ** (bits - 1) if zero_point is None else unpack_columns(zero_point, bits, packed.shape[0])
-    return dequantize(unpack(packed, bits, in_features), scale, zero)
+def dense_weight(*operands: Tensor | None, bits: int, in_features: int) -> Tensor:
+    """``decode(codes, scale)`` of the operator's tensors that tell of codes, (out, in), float32."""
+    return decoded(Operands(**dict.fromkeys(NAMES) | dict(zip(NAMES, operands))), bits, in_features)  # noqa: B905
 
 
-def _unscaled(packed: Tensor, levels: Tensor | None, bits: int, in_features: int) -> Tensor:
-    """The values of codes on a symmetric grid before their scale, float32."""
-    codes = unpack(packed, bits, in_features)
-    if levels is None:
-        return codes.float() - 2 ** (bits - 1)
-    return levels.index_select(0, codes.flatten().int()).view(codes.shape)
+def decoded_linear(x: Tensor, codes: Tensor, low_rank: LowRank | None) -> Tensor:
+    """``y = x codes^T + (x right^T) left^T`` for what codes stand for, rounded once to the dtype of ``x``."""
+    y = torch.nn.functional.linear(x, codes.to(x.dtype))
+    if low_rank is not None:
+        l, r = low_rank.factors(x.dtype)
+        y += (x @ r.T) @ l.T
+    return y
 
 
 def quant_linear_reference(
@@ -91,11 +70,8 @@ def quant_linear_reference(
         packed, scale, zero_point, levels, scale_left, scale_right, codebook, codebook_scale,
         bits=bits, in_features=x.shape[-1],
     )  # fmt: skip
-    y = torch.nn.functional.linear(x, weight.to(x.dtype))
-    if left is not None and right is not None:
-        l, r = LowRank(left, right, left_scale, right_scale).factors(x.dtype)
-        y += (x @ r.T) @ l.T
-    return y
+    factors = None if left is None or right is None else LowRank(left, right, left_scale, right_scale)
+    return decoded_linear(x, weight, factors)
 
 
 # The function keeps its name: kernels for some devices call it for what they do not cover.
@@ -138,12 +114,13 @@ def _scale_gradients(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``dB = (G o V) A^T`` and ``dA = B^T (G o V)``, with ``G = dy^T x`` made a strip of rows at a time."""
     x, dy = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    l, r = scale_left.float(), scale_right.float()
+    l, r, kind = scale_left.float(), scale_right.float(), "integer" if levels is None else "normal-float"
     d_left, d_right = torch.empty_like(l), torch.zeros_like(r)
     rows = max(1, _STRIP_ENTRIES // x.shape[1])
     for start in range(0, len(l), rows):
         strip = slice(start, start + rows)
-        g = (dy[:, strip].T @ x).float().mul_(_unscaled(packed[strip], levels, bits, x.shape[1]))
+        values = level_values(unpack(packed[strip], bits, x.shape[1]), kind, bits, table=levels)
+        g = (dy[:, strip].T @ x).float().mul_(values)
         d_left[strip] = g @ r.T
         d_right += l[strip].T @ g
     return d_left.to(scale_left.dtype), d_right.to(scale_right.dtype)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lorq.core.weight import LayerFormat
+from lorq.kernels.operands import code_sizes
 from lorq.kernels.reference import dense_weight
 
 
@@ -63,8 +64,11 @@ def _fake(x, expert, packed, *rest):  # type: ignore[no-untyped-def]
 
 def declines_experts(format: LayerFormat) -> str | None:
     """Why no kernel runs all experts of a format in one call; None where one may."""
-    if format.scale_rank:
-        return f"experts have scales of rank {format.scale_rank}"
+    sizes = code_sizes(format.codes)
+    if sizes is None:
+        return f"codes of the kind {format.codes.kind} have no kernel"
+    if sizes.scale_rank:
+        return f"experts have scales of rank {sizes.scale_rank}"
     if format.rank:
         return f"experts have low-rank factors of their own, of rank {format.rank}"
     if (format.input_quantization, format.output_quantization) != ("none", "none"):

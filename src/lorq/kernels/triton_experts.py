@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorq.core.weight import LayerFormat
 from lorq.kernels import triton_linear
-from lorq.kernels.operands import NAMES, Operands, format_of
+from lorq.kernels.operands import NAMES, Operands, format_of, known_sizes
 from lorq.kernels.reference_experts import declines_experts, expert_linear, expert_linear_reference
 from lorq.kernels.triton_linear import Tile, choose_tile
 
@@ -37,7 +37,7 @@ def tile_of(pairs: int, experts: int, dtype: torch.dtype, format: LayerFormat, i
     tile = choose_tile(size, dtype, format, in_features)
     # Wider tiles of float32 spill on sm_90, and those of codebooks with 64 rows on sm_100 (triton 3.9).
     narrow = dtype == torch.float32 and tile.tokens > 16
-    rows = 32 if narrow and format.vector > 1 else 64
+    rows = 32 if narrow and known_sizes(format).vector > 1 else 64
     return replace(tile, rows=min(tile.rows, rows), columns=32 if narrow else tile.columns)
 
 
@@ -85,19 +85,20 @@ def linear(
         return y
     format = _format(packed, scale, zero_point, levels, codebook, codebook_scale, bits, in_features)
     assert format is not None
+    codes = known_sizes(format)
     tile = tile_of(pairs, count, x.dtype, format, in_features)
     order, plan = (None, None) if tile.tokens == 1 else plan_tiles(expert, count, tile.tokens)
     tiles = pairs if plan is None else plan.shape[1]
     weight = [packed, scale, zero_point, levels, codebook, codebook_scale]
-    weight[4] = None if codebook is None else codebook.contiguous().view(triton_linear._ENTRIES[format.vector])
+    weight[4] = None if codebook is None else codebook.contiguous().view(triton_linear._ENTRIES[codes.vector])
     factor, e4m3 = (None, False) if left is None else triton_linear._stored(left)
     arrays = [t if t is None else t.contiguous() for t in (*weight, factor, left_scale, projected, cells)]
     grid_rows, rank = (1, 1) if projected is None else projected.shape[1:]
     triton_expert_tile.experts[tiles, -(-out // tile.rows)](
         x.contiguous(), y, expert.contiguous(), order, plan, *arrays, pairs // len(x), tiles, count, out, in_features,
-        words, 0 if zero_point is None else zero_point[0].numel(), grid_rows, rank, BITS=format.bits,
-        VECTOR=format.vector, GROUP=format.group_size, BOOK_ROWS=format.codebook_rows,
-        BOOK_COLUMNS=format.codebook_columns, E4M3=e4m3, T=tile.tokens, N=tile.rows, K=tile.columns, R=32,
+        words, 0 if zero_point is None else zero_point[0].numel(), grid_rows, rank, BITS=codes.bits,
+        VECTOR=codes.vector, GROUP=codes.group_size, BOOK_ROWS=codes.codebook_rows,
+        BOOK_COLUMNS=codes.codebook_columns, E4M3=e4m3, T=tile.tokens, N=tile.rows, K=tile.columns, R=32,
         STAGES=tile.stages, **triton_linear._options(tile.warps, tile.stages),
     )  # fmt: skip
     return y

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.weight import LayerFormat
-from lorq.kernels.operands import DTYPES, NAMES, Operands, declines_input, format_of
+from lorq.kernels.operands import DTYPES, NAMES, Operands, code_sizes, declines_input, format_of, known_sizes
 from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate, rotate_reference
 
 _CODE_BITS = (1, 2, 3, 4, 6, 8)  # whole codes in a word, or in 24 bits
@@ -97,10 +97,13 @@ def few_tokens(dtype: torch.dtype) -> int:
 
 def declines_format(f: LayerFormat) -> str | None:
     """`declines`, as far as the format tells it."""
-    if f.code_bits not in _CODE_BITS or f.vector not in _ENTRIES:
-        return f"codes take {f.code_bits} bits for {f.vector} weights"
-    if f.scale_rank > _LARGEST_SCALE_RANK:
-        return f"the scale has rank {f.scale_rank}, more than {_LARGEST_SCALE_RANK}"
+    c = code_sizes(f.codes)
+    if c is None:
+        return f"codes of the kind {f.codes.kind} have no kernel"
+    if c.bits * c.vector not in _CODE_BITS or c.vector not in _ENTRIES:
+        return f"codes take {c.bits * c.vector} bits for {c.vector} weights"
+    if c.scale_rank > _LARGEST_SCALE_RANK:
+        return f"the scale has rank {c.scale_rank}, more than {_LARGEST_SCALE_RANK}"
     if f.rank and f.factor_type not in FACTOR_TYPES:
         return f"low-rank factors are {f.factor_type}"
     return None
@@ -182,6 +185,7 @@ def _by_tiles(format: LayerFormat, tile: Tile, span: int, p: Operands, x: Tensor
     from lorq.kernels import triton_tile
 
     (tokens, in_features), out, words = x.shape, y.shape[1], p.packed.shape[1]
+    scale_rank = known_sizes(format).scale_rank
     weight, sizes = _weight_arguments(p, format)
     left, e4m3 = (None, False) if p.left is None else _stored(p.left)
     rows, splits = -(-out // tile.rows), -(-in_features // span)
@@ -191,13 +195,13 @@ def _by_tiles(format: LayerFormat, tile: Tile, span: int, p: Operands, x: Tensor
     z = _projected(x, p, x.dtype if splits == 1 and tile.tokens > 1 else torch.float32)
     if splits == 1:
         triton_tile.whole_rows[(rows * -(-tokens // tile.tokens),)](
-            x, y, z, left, p.left_scale, *weight, tokens, out, in_features, words, format.scale_rank, format.rank,
+            x, y, z, left, p.left_scale, *weight, tokens, out, in_features, words, scale_rank, format.rank,
             **sizes, E4M3=e4m3, R=32, **options,
         )  # fmt: skip
         return
     partial = torch.empty(splits, tokens, out, dtype=torch.float32, device=x.device)
     triton_tile.spans[rows, splits](
-        x, partial, *weight, tokens, out, in_features, words, format.scale_rank, span, **sizes, **options
+        x, partial, *weight, tokens, out, in_features, words, scale_rank, span, **sizes, **options
     )
     triton_tile.finish[-(-out // 128), tokens](
         partial, y, z, left, p.left_scale, tokens, out, splits, format.rank, E4M3=e4m3, N=128, R=32, **_options()
@@ -209,6 +213,7 @@ def _by_decoding(format: LayerFormat, p: Operands, x: Tensor, y: Tensor) -> None
     from lorq.kernels import triton_tile
 
     in_features, out, words = x.shape[1], y.shape[1], p.packed.shape[1]
+    scale_rank = known_sizes(format).scale_rank
     weight, sizes = _weight_arguments(p, format)
     left, right, e4m3 = None, None, False
     if p.left is not None and p.right is not None:
@@ -221,7 +226,7 @@ def _by_decoding(format: LayerFormat, p: Operands, x: Tensor, y: Tensor) -> None
         last = min(first + rows, out)
         triton_tile.decode[-(-(last - first) // tile.rows), -(-in_features // columns)](
             strip, *weight, left, p.left_scale, right, p.right_scale, first, last, in_features, words,
-            format.scale_rank, format.rank, **sizes, E4M3=e4m3, N=tile.rows, K=columns, R=32, **_options(tile.warps),
+            scale_rank, format.rank, **sizes, E4M3=e4m3, N=tile.rows, K=columns, R=32, **_options(tile.warps),
         )  # fmt: skip
         torch.mm(x, strip[: last - first].T, out=y[:, first:last])
 
@@ -235,14 +240,15 @@ def choose_tile(tokens: int, dtype: torch.dtype, format: LayerFormat, in_feature
     """The default tile for so many tokens, in columns that fit the groups and the width."""
     tiles = TILES[dtype.itemsize]
     tile = tiles[next((most for most in tiles if tokens <= most), max(tiles))]
+    codes = known_sizes(format)
     if tokens == 1:
-        if format.scale_rank:
+        if codes.scale_rank:
             tile = _ONE_SCALED
-        elif format.vector > 1 or format.grid != "integer":
+        elif not codes.whole_numbers:
             tile = _ONE_DECODED
-        elif format.bits <= 3:
-            tile = replace(tile, rows=4 if format.bits == 3 else tile.rows, stages=1)
-    elif tokens > 32 and (format.scale_rank or format.vector > 1):
+        elif codes.bits <= 3:
+            tile = replace(tile, rows=4 if codes.bits == 3 else tile.rows, stages=1)
+    elif tokens > 32 and (codes.scale_rank or codes.vector > 1):
         tile = replace(tile, columns=64)  # wider ones spill on sm_80
     return replace(tile, columns=_columns(tile.columns, format, in_features))
 
@@ -250,7 +256,8 @@ def choose_tile(tokens: int, dtype: torch.dtype, format: LayerFormat, in_feature
 def _columns(most: int, format: LayerFormat, in_features: int) -> int:
     """Columns of a tile: narrower until tiles are whole groups or groups whole tiles, down to 32."""
     most = min(most, 1 << max(5, (in_features - 1).bit_length()))
-    return most if most % format.group_size == 0 else max(32, gcd(most, format.group_size))
+    group = known_sizes(format).group_size
+    return most if most % group == 0 else max(32, gcd(most, group))
 
 
 def span_of(out_features: int, in_features: int, tile: Tile) -> int:
@@ -262,15 +269,16 @@ def span_of(out_features: int, in_features: int, tile: Tile) -> int:
 
 def _weight_arguments(p: Operands, format: LayerFormat) -> tuple[list[Tensor | None], dict[str, int]]:
     """The kernels' arguments that tell of the weight: tensors, and what they are compiled for."""
-    book = None if p.codebook is None else p.codebook.contiguous().view(_ENTRIES[format.vector])
+    codes = known_sizes(format)
+    book = None if p.codebook is None else p.codebook.contiguous().view(_ENTRIES[codes.vector])
     factors = [t if t is None or t.dtype in DTYPES else t.float() for t in (p.scale_left, p.scale_right)]
     if factors[0] is not None and factors[1] is not None and factors[0].dtype != factors[1].dtype:
         factors = [t if t is None else t.float() for t in factors]
     tensors = [p.packed, p.scale, p.zero_point, p.levels, *factors, book, p.codebook_scale]
     sizes = {
-        "BITS": format.bits, "VECTOR": format.vector, "GROUP": format.group_size,
-        "BOOK_ROWS": format.codebook_rows, "BOOK_COLUMNS": format.codebook_columns,
-        "S": max(16, 1 << (format.scale_rank - 1).bit_length()) if format.scale_rank else 0,
+        "BITS": codes.bits, "VECTOR": codes.vector, "GROUP": codes.group_size,
+        "BOOK_ROWS": codes.codebook_rows, "BOOK_COLUMNS": codes.codebook_columns,
+        "S": max(16, 1 << (codes.scale_rank - 1).bit_length()) if codes.scale_rank else 0,
     }  # fmt: skip
     return [t if t is None else t.contiguous() for t in tensors], sizes
 

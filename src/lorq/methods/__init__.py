@@ -1,11 +1,9 @@
 """The methods: each a frozen dataclass of settings with a pure `solve`."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor
-
-from lorq.core.stats import InputStats
+from lorq.core.problem import Problem
+from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.flrq import FLRQ, FLRQPaper
 from lorq.methods.gptq import GPTQ
@@ -21,13 +19,13 @@ class Method(Protocol):
     """What a method must have. Its dataclass fields are the settings: options, JSON keys and help at once.
 
     Attributes:
-        scope: what is solved in one call: "layer", one weight, by `solve`; "input", all weights that read one input, by
-            `solve_together(weights, stats, *, generators)`; "experts", as "input", and all experts of a layer by
-            `solve_experts`, with `largest_experts` for their formats (see `lorq.methods.tileq.TileQ`); "block", all
-            layers of a block against its output, by `solve_block(problem, *, methods, generators)` with a
-            `lorq.core.descent.BlockProblem`, and ``block_settings``, the names of those that all its layers share.
+        scope: what one call of `solve` must cover: "layer", nothing but the layer; "input", all layers that read one
+            input; "experts", as "input", and all experts of a layer (`SharesFactors`); "block", all layers of a block
+            against its output, with ``block_settings``, the names of the settings that they share.
         needs_stats: whether `solve` reads the input statistics, so that calibration is run.
     """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def scope(self) -> str: ...
@@ -38,11 +36,9 @@ class Method(Protocol):
 
     @property
     def group_size(self) -> int: ...
-    @property
-    def symmetric(self) -> bool: ...
 
-    def solve(self, weight: Tensor, stats: InputStats | None, *, generator: torch.Generator) -> QuantizedWeight:
-        """Quantize one weight (out, in), float32."""
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """Quantize the weights of a problem, by their names."""
         ...
 
     def largest(self, out: int, in_: int) -> LayerFormat:
@@ -50,7 +46,16 @@ class Method(Protocol):
         ...
 
 
-METHODS: dict[str, type[Any]] = {
+@runtime_checkable
+class SharesFactors(Method, Protocol):
+    """What a method of scope "experts" has besides."""
+
+    def largest_experts(self, out: int, in_: int, experts: int) -> tuple[LayerFormat, TileFormat]:
+        """The largest formats of an expert's weight, and of the factors that a projection's experts share."""
+        ...
+
+
+METHODS: dict[str, type[Method]] = {
     "flrq": FLRQ,
     "flrq-paper": FLRQPaper,
     "lopro": LoPRo,
@@ -63,7 +68,3 @@ METHODS: dict[str, type[Any]] = {
     "gptq": GPTQ,
     "nearest": Nearest,
 }
-__all__ = [
-    "FLRQ", "GPTQ", "LRQ", "METHODS", "FLRQPaper", "LRQPaper", "LoPRo", "LoPRoPaper", "LoRDS", "LoRDSPaper", "Method",
-    "Nearest", "TileQ",
-]  # fmt: skip

@@ -1,24 +1,49 @@
-"""What the methods share: checks of settings, the grid of a layer, and the record of a result."""
+"""What the methods share: their settings' ranges, the grid of a layer, and the record of a result."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, TypeVar, get_type_hints
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.basis import Basis
-from lorq.core.grids import IntGrid
+from lorq.core.checks import Range
+from lorq.core.codes import Codes, IntGrid
 from lorq.core.low_rank import LowRank
-from lorq.core.rounding import LevelRounded, RangeSearch, Rounded, VectorRounded, nearest
+from lorq.core.rounding import RangeSearch, nearest
 from lorq.core.stats import InputStats, output_energy
 from lorq.core.weight import QuantizedWeight, Record, Tile
 
-SEARCHES = {
+Bits = Annotated[int, Range(2, 8)]
+GroupSize = Annotated[int, Range(1, minus_one="one group per row")]
+Share = Annotated[float, Range(0, 1)]
+Damping = Annotated[float, Range(0, 10)]
+Search = Literal["none", "saturate", "scale"]
+SEARCHES: dict[Search, RangeSearch | None] = {
     "none": None,
     "saturate": RangeSearch(steps=20, depth=0.5, mode="saturate"),
     "scale": RangeSearch(steps=20, depth=0.5, mode="scale"),
 }
+
+M = TypeVar("M")
+
+
+def preset(kind: type[M]) -> type[M]:
+    """Make a subclass of a method whose body only names other defaults a method of its own.
+
+    A class and not an instance: reports and configs tell a method's name by the type of its settings.
+
+    Raises:
+        TypeError: if the body names what is no setting.
+    """
+    inherited = get_type_hints(kind.__base__, include_extras=True)
+    given = [name for name in vars(kind) if not name.startswith("__")]
+    if unknown := sorted(set(given) - set(inherited)):
+        raise TypeError(f"a preset must name settings of {kind.__base__}, got {', '.join(unknown)}")
+    kind.__annotations__ = {name: inherited[name] for name in given}
+    return dataclass(frozen=True)(kind)
 
 
 def layer_group(width: int, group_size: int) -> int:
@@ -64,13 +89,12 @@ def activation_scale(stats: InputStats, exponent: float) -> Float[Tensor, "in"]:
 
 def assemble(
     weight: Float[Tensor, "out in"],
-    rounded: Rounded | VectorRounded | LevelRounded,
-    low_rank: LowRank | None,
+    codes: Codes,
+    low_rank: LowRank | Tile | None,
     *,
     stop: str,
     hessian: Float[Tensor, "in in"] | None,
     basis: Basis | None = None,
-    tile: Tile | None = None,
 ) -> QuantizedWeight:
     """Put a result together and measure it against plain rounding to nearest in as many bits and groups.
 
@@ -78,7 +102,7 @@ def assemble(
     """
     h = torch.eye(weight.shape[1], device=weight.device) if hessian is None else hessian
     total = float(output_energy(weight, h).clamp(min=1e-30))
-    plain = float(output_energy(weight - nearest(weight, None, rounded.plain_grid).dense(), h)) / total
-    result = QuantizedWeight(**rounded.stored(), low_rank=low_rank, basis=basis, tile=tile)
+    plain = float(output_energy(weight - nearest(weight, None, codes.format.plain()).decode(), h)) / total
+    result = QuantizedWeight(codes, low_rank, basis)
     after = float(output_energy(weight - result.dense(), h)) / total
     return replace(result, record=Record(stop=stop, error_before=plain, error_after=after))

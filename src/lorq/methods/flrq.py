@@ -1,32 +1,37 @@
 """FLRQ: flexible low rank by sketches, clipping, and alternation between the two (arXiv:2601.05684)."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.checks import check_choice, check_grid, check_range
-from lorq.core.low_rank import FACTOR_TYPES, LowRank, factor_bits, store_factors
-from lorq.core.rank_choice import MEASURES, choose_rank, rank_cap
-from lorq.core.rounding import ROUNDINGS, RangeSearch, Rounded
-from lorq.core.sketch import FORMS, sketch
+from lorq.core.checks import Range, check_settings
+from lorq.core.codes import IntCodes, IntGrid
+from lorq.core.low_rank import FactorType, LowRank, factor_bits, store_factors
+from lorq.core.problem import Problem
+from lorq.core.rank_choice import choose_rank, rank_cap
+from lorq.core.rounding import ROUNDINGS, RangeSearch
+from lorq.core.sketch import SketchForm, sketch
 from lorq.core.stats import InputStats, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import activation_scale, assemble, layer_grid, layer_group, needed
+from lorq.methods.common import (
+    SEARCHES,
+    Bits,
+    Damping,
+    GroupSize,
+    Share,
+    activation_scale,
+    assemble,
+    layer_grid,
+    layer_group,
+    needed,
+    preset,
+)  # fmt: skip
 
-# Range searches of the authors' code: a wide one on the first residual, a narrow one when alternating.
-_WIDE = {
-    "clip": RangeSearch(steps=40, depth=0.8, mode="saturate"),
-    "gptq": RangeSearch(steps=20, depth=0.5, mode="scale"),
-    "nearest": None,
-}
-_NARROW = {
-    "clip": RangeSearch(steps=20, depth=0.5, mode="saturate"),
-    "gptq": RangeSearch(steps=20, depth=0.5, mode="scale"),
-    "nearest": None,
-}
+# The authors' code's range searches: a wide one on the first residual, a narrow one when alternating.
+_SEARCHES = {"clip": (RangeSearch(steps=40, depth=0.8, mode="saturate"), SEARCHES["saturate"])}
 
 
 @dataclass(frozen=True)
@@ -56,48 +61,40 @@ class FLRQ:
         damping: share of the mean diagonal added to the diagonal, where the Hessian is factorised.
     """
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Bits = 4
+    group_size: GroupSize = 128
     symmetric: bool = False
     rounding: Literal["clip", "nearest", "gptq"] = "gptq"
     order: Literal["low-rank-then-codes", "codes-then-low-rank"] = "codes-then-low-rank"
     metric: Literal["activation", "hessian"] = "hessian"
-    exponent: float = 2.5
-    sketch: Literal["block", "rank1"] = "block"
-    iterations: int = 2
-    budget: float = 0.2
+    exponent: Annotated[float, Range(0, 8)] = 2.5
+    sketch: SketchForm = "block"
+    iterations: Annotated[int, Range(0, 64)] = 2
+    budget: Annotated[float, Range(0, 8)] = 0.2
     range_measure: Literal["amax", "group"] = "amax"
-    slope_window: int = 8
-    slope_threshold: float = 0.0
-    min_gain: float = 0.0
-    epochs: int = 1
-    factor_type: Literal["int8", "e4m3", "float16"] = "int8"
-    shrinkage: float = 0.2
-    damping: float = 0.01
+    slope_window: Annotated[int, Range(1, 1024)] = 8
+    slope_threshold: Share = 0.0
+    min_gain: Share = 0.0
+    epochs: Annotated[int, Range(0, 1000, "20 at 2 bits and 1 above")] = 1
+    factor_type: FactorType = "int8"
+    shrinkage: Share = 0.2
+    damping: Damping = 0.01
 
     scope: ClassVar[str] = "layer"
     needs_stats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size)
-        check_choice("rounding", self.rounding, ROUNDINGS)
-        check_choice("order", self.order, ("low-rank-then-codes", "codes-then-low-rank"))
-        check_choice("metric", self.metric, ("activation", "hessian"))
-        check_choice("sketch", self.sketch, FORMS)
-        check_choice("range_measure", self.range_measure, MEASURES)
-        check_range("exponent", self.exponent, 0.0, 8.0)
-        check_range("iterations", self.iterations, 0, 64)
-        check_range("budget", self.budget, 0.0, 8.0)
-        check_range("slope_window", self.slope_window, 1, 1024)
-        check_range("slope_threshold", self.slope_threshold, 0.0, 1.0)
-        check_range("min_gain", self.min_gain, 0.0, 1.0)
-        check_range("epochs", self.epochs, -1, 1000)
-        check_range("shrinkage", self.shrinkage, 0.0, 1.0)
-        check_range("damping", self.damping, 0.0, 10.0)
-        check_choice("factor_type", self.factor_type, FACTOR_TYPES)
+        check_settings(self)
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """Each weight by itself: its low rank, its codes, in turns."""
+        return {
+            name: self._solve(weight, problem.stats.get(name), problem.generator(name))
+            for name, weight in problem.weights.items()
+        }
+
+    def _solve(
+        self, weight: Float[Tensor, "out in"], stats: InputStats | None, generator: torch.Generator
     ) -> QuantizedWeight:
         """BLC: fit the low rank to what the codes miss, the codes to what the low rank misses; keep the best.
 
@@ -117,20 +114,18 @@ class FLRQ:
         stats = needed(stats)
         hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping)
         scaling = hessian.factor if self.metric == "hessian" else activation_scale(stats, self.exponent)
-        given = {"upper": hessian.inverse_factor} if self.rounding == "gptq" else {}
         grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
-        best: tuple[float, Rounded, LowRank | None, str] | None = None
-        for search in [_WIDE[self.rounding]] + self._epochs() * [_NARROW[self.rounding]]:
+        best: tuple[float, IntCodes, LowRank | None, str] | None = None
+        wide, narrow = _SEARCHES.get(self.rounding, (SEARCHES["scale"], SEARCHES["scale"]))
+        for search in [wide] + self._epochs() * [narrow]:
             for step in self.order.split("-then-"):
                 if step == "low-rank":
                     low_rank, stop = self._fit_low_rank(weight - codes_part, scaling, generator)
                     low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(weight)
                 else:
-                    rounded = ROUNDINGS[self.rounding](
-                        weight - low_rank_part, hessian.matrix, grid, search=search, **given
-                    )
-                    codes_part = rounded.dense()
+                    rounded = ROUNDINGS[self.rounding](weight - low_rank_part, hessian, grid, search)
+                    codes_part = rounded.decode()
             error = float(output_energy(weight - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:
                 best = (error, rounded, low_rank, stop)
@@ -170,10 +165,10 @@ class FLRQ:
         """The format at the rank where the budget ends."""
         rank = rank_cap(out, in_, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget)
         group = layer_group(in_, self.group_size)
-        return LayerFormat(self.bits, group, self.symmetric, rank, self.factor_type)
+        return LayerFormat(IntGrid(self.bits, group, self.symmetric), rank, self.factor_type)
 
 
-@dataclass(frozen=True)
+@preset
 class FLRQPaper(FLRQ):
     """FLRQ with the settings of its paper and its authors' code; see FLRQ for what each one does.
 
@@ -181,10 +176,10 @@ class FLRQPaper(FLRQ):
     nearest.
     """
 
-    rounding: Literal["clip", "nearest", "gptq"] = "clip"
-    order: Literal["low-rank-then-codes", "codes-then-low-rank"] = "low-rank-then-codes"
-    metric: Literal["activation", "hessian"] = "activation"
-    slope_threshold: float = 0.1
-    min_gain: float = 0.1
-    epochs: int = -1
-    factor_type: Literal["int8", "e4m3", "float16"] = "float16"
+    rounding = "clip"
+    order = "low-rank-then-codes"
+    metric = "activation"
+    slope_threshold = 0.1
+    min_gain = 0.1
+    epochs = -1
+    factor_type = "float16"

@@ -1,17 +1,29 @@
 """GPTQ: error feedback with token-weighted, shrunk Hessians and range search; the calibrated baseline."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core import rounding
-from lorq.core.checks import check_choice, check_grid, check_range
+from lorq.core.checks import check_settings
+from lorq.core.codes import IntGrid
+from lorq.core.problem import Problem
 from lorq.core.stats import InputStats
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import SEARCHES, assemble, layer_grid, layer_group, needed
+from lorq.methods.common import (
+    SEARCHES,
+    Bits,
+    Damping,
+    GroupSize,
+    Search,
+    Share,
+    assemble,
+    layer_grid,
+    layer_group,
+    needed,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,34 +39,30 @@ class GPTQ:
         damping: share of the mean diagonal added to the diagonal.
     """
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Bits = 4
+    group_size: GroupSize = 128
     symmetric: bool = False
-    range_search: Literal["none", "saturate", "scale"] = "scale"
-    shrinkage: float = 0.2
-    damping: float = 0.01
+    range_search: Search = "scale"
+    shrinkage: Share = 0.2
+    damping: Damping = 0.01
 
     scope: ClassVar[str] = "layer"
     needs_stats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size)
-        check_choice("range_search", self.range_search, SEARCHES)
-        check_range("shrinkage", self.shrinkage, 0.0, 1.0)
-        check_range("damping", self.damping, 0.0, 10.0)
+        check_settings(self)
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
-    ) -> QuantizedWeight:
-        """Round ``weight`` under its inputs' Hessian."""
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """Round each weight under its inputs' Hessian."""
+        return {name: self._solve(weight, problem.stats.get(name)) for name, weight in problem.weights.items()}
+
+    def _solve(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> QuantizedWeight:
         grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         stats = needed(stats)
         hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping)
-        rounded = rounding.gptq(
-            weight, hessian.matrix, grid, search=SEARCHES[self.range_search], upper=hessian.inverse_factor
-        )
+        rounded = rounding.gptq(weight, hessian, grid, SEARCHES[self.range_search])
         return assemble(weight, rounded, None, stop="none", hessian=stats.hessian)
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer gets this format."""
-        return LayerFormat(self.bits, layer_group(in_, self.group_size), self.symmetric)
+        return LayerFormat(IntGrid(self.bits, layer_group(in_, self.group_size), self.symmetric))

@@ -1,27 +1,40 @@
 """LoPRo: permuted block rotation of the residual, error-passing rounding or vector codebooks, low-rank factors."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.basis import Basis, check_block, largest_block
-from lorq.core.checks import check_choice, check_grid, check_range
-from lorq.core.grids import VectorGrid
+from lorq.core.checks import Range, check_settings
+from lorq.core.codes import Codes, CodesFormat, IntGrid, VectorGrid
+from lorq.core.codes.vectors import VECTOR_LENGTHS
 from lorq.core.linalg import shrink
-from lorq.core.low_rank import FACTOR_TYPES, LowRank, Metric, r1svd
-from lorq.core.rounding import ROUNDINGS, Rounded, VectorRounded, gptvq
-from lorq.core.sketch import FORMS
+from lorq.core.low_rank import FactorType, LowRank, Metric, r1svd
+from lorq.core.problem import Problem
+from lorq.core.rounding import ROUNDINGS, gptvq
+from lorq.core.sketch import SketchForm
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import SEARCHES, activation_scale, assemble, layer_grid, layer_group, needed
+from lorq.methods.common import (
+    SEARCHES,
+    Bits,
+    Damping,
+    GroupSize,
+    Search,
+    Share,
+    activation_scale,
+    assemble,
+    layer_grid,
+    layer_group,
+    needed,
+    preset,
+)  # fmt: skip
 
-# GPTVQ's sizes: weights of a vector, and of one codebook.
-_VECTOR = {2: 4, 3: 2, 4: 2}
+# GPTVQ's sizes of one codebook.
 _CODEBOOK_WEIGHTS = {2: 65536, 3: 32768, 4: 65536}
 _CODEBOOK_COLUMNS = 256
 
@@ -63,107 +76,69 @@ class LoPRo:
         damping: share of the mean diagonal added to the diagonal, where the Hessian is factorised.
     """
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Bits = 4
+    group_size: GroupSize = 128
     symmetric: bool = False
     codebook: Literal["scalar", "vector"] = "scalar"
     rounding: Literal["gptq", "clip", "nearest"] = "gptq"
     rotation: Literal["full", "partial", "none"] = "full"
-    block: int = -1
-    skip: int = -1
+    block: Annotated[int, Range(1, 1 << 16, "the largest that fits, up to 256")] = -1
+    skip: Annotated[int, Range(0, 1 << 20, "one block")] = -1
     importance: Literal["log", "ratio", "hessian", "residual", "none"] = "none"
     order: Literal["codes-then-low-rank", "low-rank-then-codes"] = "codes-then-low-rank"
     metric: Literal["hessian", "activation"] = "hessian"
-    exponent: float = 2.4
-    rank: int = 16
-    sketch: Literal["block", "rank1"] = "block"
-    iterations: int = 2
-    factor_type: Literal["int8", "e4m3", "float16"] = "int8"
-    epochs: int = 1
-    range_search: Literal["none", "saturate", "scale"] = "scale"
-    vector: int = -1
-    codebook_columns: int = -1
-    codebook_rows: int = -1
-    kmeans_iterations: int = 10
-    shrinkage: float = 0.2
-    damping: float = 0.01
+    exponent: Annotated[float, Range(0, 8)] = 2.4
+    rank: Annotated[int, Range(0, 1 << 16)] = 16
+    sketch: SketchForm = "block"
+    iterations: Annotated[int, Range(0, 64)] = 2
+    factor_type: FactorType = "int8"
+    epochs: Annotated[int, Range(0, 1000)] = 1
+    range_search: Search = "scale"
+    vector: Annotated[int, Range(2, 8, "4 at 2 bits and 2 above")] = -1
+    codebook_columns: Annotated[int, Range(1, 1 << 20, "the most that fit, up to 256")] = -1
+    codebook_rows: Annotated[int, Range(1, 1 << 20, "what makes 65536 weights")] = -1
+    kmeans_iterations: Annotated[int, Range(0, 1000)] = 10
+    shrinkage: Share = 0.2
+    damping: Damping = 0.01
 
     scope: ClassVar[str] = "input"
     needs_stats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size)
-        check_choice("codebook", self.codebook, ("scalar", "vector"))
-        check_choice("rounding", self.rounding, ROUNDINGS)
-        check_choice("rotation", self.rotation, ("full", "partial", "none"))
-        check_choice("importance", self.importance, ("log", "ratio", "hessian", "residual", "none"))
-        check_choice("order", self.order, ("codes-then-low-rank", "low-rank-then-codes"))
-        check_choice("metric", self.metric, ("hessian", "activation"))
-        check_choice("sketch", self.sketch, FORMS)
-        check_choice("factor_type", self.factor_type, FACTOR_TYPES)
-        check_choice("range_search", self.range_search, SEARCHES)
-        check_range("block", self.block, -1, 1 << 16)
-        check_range("skip", self.skip, -1, 1 << 20)
-        check_range("exponent", self.exponent, 0.0, 8.0)
-        check_range("rank", self.rank, 0, 1 << 16)
-        check_range("iterations", self.iterations, 0, 64)
-        check_range("epochs", self.epochs, 0, 1000)
-        check_range("vector", self.vector, -1, 8)
-        check_range("codebook_columns", self.codebook_columns, -1, 1 << 20)
-        check_range("codebook_rows", self.codebook_rows, -1, 1 << 20)
-        check_range("kmeans_iterations", self.kmeans_iterations, 0, 1000)
-        check_range("shrinkage", self.shrinkage, 0.0, 1.0)
-        check_range("damping", self.damping, 0.0, 10.0)
-        for name, least in (("vector", 2), ("codebook_columns", 1), ("codebook_rows", 1)):
-            if -1 < getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, or -1 for what fits, got {getattr(self, name)}")
+        check_settings(self)
         if self.codebook == "vector" and (self.rounding == "clip" or self.symmetric):
             raise ValueError(
                 "vector codebooks have no ranges to clip and no zero points, got "
                 f"rounding {self.rounding!r}, symmetric {self.symmetric}; leave symmetric away and take gptq or nearest"
             )
-        if self.codebook == "vector" and self.bits not in _VECTOR:
-            raise ValueError(f"bits must be {', '.join(map(str, _VECTOR))} with vector codebooks, got {self.bits}")
+        if self.codebook == "vector" and self.bits not in VECTOR_LENGTHS:
+            raise ValueError(
+                f"bits must be {', '.join(map(str, VECTOR_LENGTHS))} with vector codebooks, got {self.bits}"
+            )
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
-    ) -> QuantizedWeight:
-        """One weight with an input of its own; see `solve_together`."""
-        return self.solve_together([weight], stats, generators=[generator])[0]
-
-    def solve_together(
-        self, weights: Sequence[Tensor], stats: InputStats | None, *, generators: Sequence[torch.Generator]
-    ) -> list[QuantizedWeight]:
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """The weights of the layers that read one input, in one basis, so that it is rotated once for all.
-
-        Args:
-            weights: (out, in) each, float32.
-            stats: of their input.
-            generators: one for each weight, on its device.
 
         Source:
             The paper permutes each matrix for itself; ``mean|R|`` is the sum over the matrices here.
         """
-        stats = needed(stats)
+        weights = problem.weights
+        stats = needed(problem.stats.get(next(iter(weights))))
         residuals = [
-            weight - self._low_rank_first(weight, stats, generator)
-            for weight, generator in zip(weights, generators, strict=True)
+            weight - self._low_rank_first(weight, stats, problem.generator(name)) for name, weight in weights.items()
         ]
         basis = self._basis(sum((r.abs().sum(0) for r in residuals), torch.zeros_like(stats.mean_abs)), stats)
         hessian = PreparedHessian(basis.rotate_hessian(shrink(stats.hessian, self.shrinkage)), self.damping)
-        return [
-            self._solve_in(basis, hessian, weight, stats, generator)
-            for weight, generator in zip(weights, generators, strict=True)
-        ]
+        return {
+            name: self._solve_in(basis, hessian, weight, stats, problem.generator(name))
+            for name, weight in weights.items()
+        }
 
     def _low_rank_first(self, weight: Tensor, stats: InputStats, generator: torch.Generator) -> Tensor | float:
         """What the paper takes out of the weight before it orders the columns."""
         if self.order == "codes-then-low-rank" or self.importance in ("hessian", "none"):
             return 0.0
-        # A copy, so that the same factors are found again in the basis.
-        copy = torch.Generator(generator.device)
-        copy.set_state(generator.get_state())
-        low_rank = self._fit(weight, Metric.activation(activation_scale(stats, self.exponent)), copy)
+        low_rank = self._fit(weight, Metric.activation(activation_scale(stats, self.exponent)), generator)
         return low_rank.dense() if low_rank else 0.0
 
     def _basis(self, magnitude: Float[Tensor, "in"], stats: InputStats) -> Basis:
@@ -201,7 +176,7 @@ class LoPRo:
         target = basis.rotate(weight)
         metric = self._metric(basis, hessian, stats)
         codes_part, low_rank_part = torch.zeros_like(target), torch.zeros_like(target)
-        best: tuple[float, Rounded | VectorRounded, LowRank | None] | None = None
+        best: tuple[float, Codes, LowRank | None] | None = None
         for _ in range(1 + self.epochs):
             for step in self.order.split("-then-"):
                 if step == "low-rank":
@@ -209,7 +184,7 @@ class LoPRo:
                     low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(target)
                 else:
                     rounded = self._round(target - low_rank_part, hessian)
-                    codes_part = rounded.dense()
+                    codes_part = rounded.decode()
             error = float(output_energy(target - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:
                 best = (error, rounded, low_rank)
@@ -236,21 +211,19 @@ class LoPRo:
             iterations=self.iterations, generator=generator,
         )  # fmt: skip
 
-    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian) -> Rounded | VectorRounded:
+    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian) -> Codes:
         if self.codebook == "vector":
             # Without passing errors on, only the diagonal of the metric is left.
             passing = self.rounding == "gptq"
             upper = hessian.inverse_factor if passing else hessian.matrix.diagonal().clamp(min=1e-12).rsqrt().diag()
             grid = self._vector_grid(*target.shape)
-            return gptvq(target, hessian.matrix, grid, upper=upper, iterations=self.kmeans_iterations)
+            return gptvq(target, grid, upper=upper, iterations=self.kmeans_iterations)
         scalar = layer_grid(target.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
-        given = {"upper": hessian.inverse_factor} if self.rounding == "gptq" else {}
-        search = SEARCHES[self.range_search]
-        return ROUNDINGS[self.rounding](target, hessian.matrix, scalar, search=search, **given)
+        return ROUNDINGS[self.rounding](target, hessian, scalar, SEARCHES[self.range_search])
 
     def _vector_grid(self, out: int, in_: int) -> VectorGrid:
         """The sizes of vectors and codebooks for a weight of this shape."""
-        vector = _VECTOR[self.bits] if self.vector == -1 else self.vector
+        vector = VECTOR_LENGTHS[self.bits] if self.vector == -1 else self.vector
         columns, rows = self.codebook_columns, self.codebook_rows
         if columns == -1:
             columns = max(
@@ -270,19 +243,16 @@ class LoPRo:
             ValueError: if a block, codebook or group does not fit.
         """
         rank = min(self.rank, out, in_)
-        block, skip = self._rotation(in_)
+        codes: CodesFormat
         if self.codebook == "vector":
-            grid = self._vector_grid(out, in_)
-            group, symmetric, books = in_, True, (grid.vector, grid.rows, grid.columns)
+            codes = self._vector_grid(out, in_)
         else:
-            group, symmetric, books = layer_group(in_, self.group_size), self.symmetric, (1, 0, 0)
+            codes = IntGrid(self.bits, layer_group(in_, self.group_size), self.symmetric)
         factor_type = self.factor_type if rank else "float16"
-        return LayerFormat(
-            self.bits, group, symmetric, rank, factor_type, *books, self.importance != "none", block, skip
-        )  # fmt: skip
+        return LayerFormat(codes, rank, factor_type, self.importance != "none", *self._rotation(in_))
 
 
-@dataclass(frozen=True)
+@preset
 class LoPRoPaper(LoPRo):
     """LoPRo with the settings of its paper and its authors' code; see LoPRo for what each one does.
 
@@ -291,12 +261,12 @@ class LoPRoPaper(LoPRo):
     method), scaled e4m3 in place of e5m2, and the range search, which has fewer steps and the Hessian's norm.
     """
 
-    rotation: Literal["full", "partial", "none"] = "partial"
-    importance: Literal["log", "ratio", "hessian", "residual", "none"] = "log"
-    order: Literal["codes-then-low-rank", "low-rank-then-codes"] = "low-rank-then-codes"
-    metric: Literal["hessian", "activation"] = "activation"
-    sketch: Literal["block", "rank1"] = "rank1"
-    iterations: int = 8
-    factor_type: Literal["int8", "e4m3", "float16"] = "e4m3"
-    epochs: int = 0
-    shrinkage: float = 0.0
+    rotation = "partial"
+    importance = "log"
+    order = "low-rank-then-codes"
+    metric = "activation"
+    sketch = "rank1"
+    iterations = 8
+    factor_type = "e4m3"
+    epochs = 0
+    shrinkage = 0.0

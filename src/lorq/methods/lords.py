@@ -1,31 +1,36 @@
 """LoRDS: a scale for every weight, low rank as a matrix, fitted to the weight and then to the block's output."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.checks import check_choice, check_grid, check_range
-from lorq.core.descent import BlockProblem, Descent, block_loss, cpu_generator, minimise
-from lorq.core.grids import LEVEL_KINDS, LevelGrid, level_values
-from lorq.core.rounding import LevelRounded, gptq_levels
-from lorq.core.scale_factors import (
+from lorq.core.checks import Range, check_settings
+from lorq.core.codes import (
+    LevelCodes,
+    LevelFormat,
+    LevelGrid,
     LowRankScale,
+    level_values,
+    start_block,
+)
+from lorq.core.descent import Descent, block_loss, cpu_generator, minimise
+from lorq.core.problem import BlockOutput, Problem
+from lorq.core.rounding import gptq_levels
+from lorq.core.scale_factors import (
     block_scales,
     fit_gradient,
     fit_least_squares,
     parity_rank,
-    start_block,
     store_scale,
     truncated,
 )
 from lorq.core.stats import InputStats, TokenWeights
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import assemble, needed
+from lorq.methods.common import Bits, Damping, GroupSize, Share, assemble, needed, preset
 
 # What is tried of a block's covering scale before the fit: 1, 0.95, ... 0.3. Two bits want about half.
 _SHARES = tuple(1 - i / 20 for i in range(15))
@@ -66,35 +71,34 @@ class Refined:
         left: B / unit, a leaf.
         right: A / unit, a leaf. With the unit taken out, one learning rate serves layers of all sizes.
         unit: the power of two.
-        codes: of the layer.
-        start: the layer before the first step.
+        start: the layer's codes before the first step.
     """
 
     left: Float[Tensor, "out rank"]
     right: Float[Tensor, "rank in"]
     unit: float
-    codes: UInt8[Tensor, "out in"]
-    start: LevelRounded
+    start: LevelCodes
 
     @classmethod
-    def of(cls, rounded: LevelRounded) -> "Refined":
-        """Parameters with which `weight` is what ``rounded`` stores, exactly."""
-        scale = rounded.scale
+    def of(cls, start: LevelCodes) -> "Refined":
+        """Parameters with which `weight` is what ``start`` stores, exactly."""
+        scale = start.scale
         assert isinstance(scale, LowRankScale)
         left, right = scale.left.float(), scale.right.float()
         size = float((left.square().mean() * right.square().mean()).sqrt().sqrt())
         unit = 2.0 ** round(math.log2(max(size, 2.0**-24)))
         left, right = ((part / unit).requires_grad_(True) for part in (left, right))
-        return cls(left, right, unit, rounded.codes.to(torch.uint8), rounded)
+        return cls(left, right, unit, start)
 
     def weight(self) -> Float[Tensor, "out in"]:
         """W^, differentiable in the factors."""
-        weight = ScaledLevels.apply(self.left * self.unit, self.right * self.unit, self.codes, self.start.grid)
+        left, right = self.left * self.unit, self.right * self.unit
+        weight = ScaledLevels.apply(left, right, self.start.codes, self.start.format.grid)
         assert isinstance(weight, Tensor)
         return weight
 
     @torch.no_grad()
-    def rounded(self) -> LevelRounded:
+    def rounded(self) -> LevelCodes:
         """The codes, under the factors that `weight` computes with."""
         left, right = ((part * self.unit).to(torch.float16) for part in (self.left, self.right))
         return replace(self.start, scale=LowRankScale(left, right))
@@ -121,47 +125,30 @@ class LoRDS:
         refine_steps: gradient steps on the scales of a whole block against its output, codes fixed; 0 leaves that out.
         refine_rate: of the first of these, relative to the factors' size; it falls to 0.
         batch: calibration windows of such a step, at most all.
-        token_weights: "equal" lets each token of the block's output count the same there, "plain" sums squares.
+        loss_weights: "equal" lets each token of the block's output count the same there, "plain" sums squares.
     """
 
-    bits: int = 4
-    group_size: int = 128
-    rank: int = -1
+    bits: Bits = 4
+    group_size: GroupSize = 128
+    rank: Annotated[int, Range(1, 1 << 16, "the one of group_size")] = -1
     grid: Literal["normal-float", "integer"] = "normal-float"
     range_search: Literal["none", "scale"] = "scale"
     weighting: Literal["none", "diagonal"] = "diagonal"
     solver: Literal["least-squares", "gradient"] = "least-squares"
-    steps: int = 10
-    learning_rate: float = 1e-3
+    steps: Annotated[int, Range(0, 1_000_000)] = 10
+    learning_rate: Annotated[float, Range(0, 1)] = 1e-3
     rounding: Literal["nearest", "gptq"] = "gptq"
-    shrinkage: float = 0.2
-    damping: float = 0.01
-    refine_steps: int = 0
-    refine_rate: float = 1e-2
-    batch: int = 2
-    token_weights: TokenWeights = "equal"
+    shrinkage: Share = 0.2
+    damping: Damping = 0.01
+    refine_steps: Annotated[int, Range(0, 1_000_000)] = 0
+    refine_rate: Annotated[float, Range(0, 1)] = 1e-2
+    batch: Annotated[int, Range(1, 1 << 16)] = 2
+    loss_weights: TokenWeights = "equal"
 
-    symmetric: ClassVar[bool] = True
-    block_settings: ClassVar[tuple[str, ...]] = ("refine_steps", "refine_rate", "batch", "token_weights")
+    block_settings: ClassVar[tuple[str, ...]] = ("refine_steps", "refine_rate", "batch", "loss_weights")
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size)
-        check_range("rank", self.rank, -1, 1 << 16)
-        if self.rank == 0:
-            raise ValueError("rank of the scales must be at least 1, or -1 for the one of group_size, got 0")
-        check_choice("grid", self.grid, LEVEL_KINDS)
-        check_choice("range_search", self.range_search, ("none", "scale"))
-        check_choice("weighting", self.weighting, ("none", "diagonal"))
-        check_choice("solver", self.solver, ("least-squares", "gradient"))
-        check_choice("rounding", self.rounding, ("nearest", "gptq"))
-        check_choice("token_weights", self.token_weights, ("equal", "plain"))
-        check_range("steps", self.steps, 0, 1_000_000)
-        check_range("learning_rate", self.learning_rate, 0.0, 1.0)
-        check_range("shrinkage", self.shrinkage, 0.0, 1.0)
-        check_range("damping", self.damping, 0.0, 10.0)
-        check_range("refine_steps", self.refine_steps, 0, 1_000_000)
-        check_range("refine_rate", self.refine_rate, 0.0, 1.0)
-        check_range("batch", self.batch, 1, 1 << 16)
+        check_settings(self)
 
     @property
     def scope(self) -> str:
@@ -173,22 +160,18 @@ class LoRDS:
         """Only a plain fit with nearest codes does without."""
         return self.weighting != "none" or self.rounding == "gptq" or self.refine_steps > 0
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
-    ) -> QuantizedWeight:
-        """One layer alone: fit the scale, choose the codes."""
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """Of each layer, fit the scale, choose the codes; in a block, then refine the scales of all together."""
+        if problem.block is not None:
+            return self._refine(problem, problem.block)
+        return {name: self._solve_alone(w, problem.stats.get(name)) for name, w in problem.weights.items()}
+
+    def _solve_alone(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> QuantizedWeight:
         rounded = self._rounded(weight, stats)
         return assemble(weight, rounded, None, stop="given", hessian=None if stats is None else stats.hessian)
 
-    def solve_block(
-        self, problem: BlockProblem, *, methods: Mapping[str, "LoRDS"], generators: Mapping[str, torch.Generator]
-    ) -> dict[str, QuantizedWeight]:
-        """Each layer as `solve` does it, then the scales of all together against the block's output.
-
-        Args:
-            problem: the block.
-            methods: settings of each layer; those of the refinement are this object's.
-            generators: one for each layer; the first draws the order of the windows.
+    def _refine(self, problem: Problem, block: BlockOutput) -> dict[str, QuantizedWeight]:
+        """Each layer with its own settings, but for those of the refinement, which are this object's.
 
         Raises:
             ArithmeticError: if the loss is not finite.
@@ -197,14 +180,14 @@ class LoRDS:
             Ours: the loop of LRQ, arXiv:2407.11534, on the scales of LoRDS.
         """
         layers = {
-            name: Refined.of(methods[name]._rounded(weight, problem.stats[name]))
+            name: Refined.of(problem.methods.get(name, self)._rounded(weight, problem.stats.get(name)))
             for name, weight in problem.weights.items()
         }
-        loss = block_loss(problem, lambda: {name: layer.weight() for name, layer in layers.items()}, self.token_weights)
+        loss = block_loss(block, lambda: {name: layer.weight() for name, layer in layers.items()}, self.loss_weights)
         parameters = [part for layer in layers.values() for part in (layer.left, layer.right)]
         descent = Descent(self.refine_steps, self.refine_rate, self.batch)
-        order = cpu_generator(generators[next(iter(layers))])
-        outcome = minimise(parameters, loss, len(problem.inputs), descent, generator=order)
+        order = cpu_generator(problem.generator(next(iter(layers))))
+        outcome = minimise(parameters, loss, len(block.inputs), descent, generator=order)
         results = {}
         for name, layer in layers.items():
             hessian = problem.stats[name].hessian
@@ -212,7 +195,7 @@ class LoRDS:
             results[name] = replace(result, record=replace(result.record, note=f"block: {outcome}"))
         return results
 
-    def _rounded(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> LevelRounded:
+    def _rounded(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> LevelCodes:
         """Codes under a fitted scale. The codes are chosen under the factors as they are stored."""
         out, in_ = weight.shape
         grid, rank = LevelGrid(self.bits, self.grid), self._rank(out, in_)
@@ -237,7 +220,7 @@ class LoRDS:
             codes = gptq_levels(weight, scale.dense(), grid, upper=prepared.inverse_factor)
         else:
             codes = grid.encode(weight, scale.dense())
-        return LevelRounded(codes, scale, grid, block)
+        return LevelCodes(codes.to(torch.uint8), scale, self._format(out, in_))
 
     def _rank(self, out: int, in_: int) -> int:
         """The rank of the scales of a layer of this shape.
@@ -256,19 +239,22 @@ class LoRDS:
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer of this shape gets this format."""
-        return LayerFormat(self.bits, in_, True, grid=self.grid, scale_rank=self._rank(out, in_))
+        return LayerFormat(self._format(out, in_))
+
+    def _format(self, out: int, in_: int) -> LevelFormat:
+        return LevelFormat(self.bits, self.grid, in_, self._rank(out, in_))
 
 
-@dataclass(frozen=True)
+@preset
 class LoRDSPaper(LoRDS):
     """LoRDS with the settings of its paper and its authors' code; see LoRDS for what each one does.
 
     Looks at weights only. What is not the paper's: the best factors of the fit are kept, and scales may change sign.
     """
 
-    range_search: Literal["none", "scale"] = "none"
-    weighting: Literal["none", "diagonal"] = "none"
-    solver: Literal["least-squares", "gradient"] = "gradient"
-    steps: int = 500
-    rounding: Literal["nearest", "gptq"] = "nearest"
-    refine_steps: int = 0
+    range_search = "none"
+    weighting = "none"
+    solver = "gradient"
+    steps = 500
+    rounding = "nearest"
+    refine_steps = 0

@@ -1,23 +1,22 @@
 """LRQ: what each weight is divided by before it is rounded, learned against the output of a whole decoder block."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.checks import check_choice, check_grid, check_range
-from lorq.core.descent import BlockProblem, Descent, block_loss, cpu_generator, layer_loss, minimise
-from lorq.core.grids import SMALLEST_SCALE, IntGrid
-from lorq.core.rounding import Rounded, clip, nearest
-from lorq.core.stats import InputStats, TokenWeights
+from lorq.core.checks import Range, check_settings
+from lorq.core.codes import IntCodes, IntGrid
+from lorq.core.descent import Descent, block_loss, cpu_generator, layer_loss, minimise
+from lorq.core.half import LARGEST_HALF, SMALLEST_SCALE
+from lorq.core.problem import BlockOutput, Problem
+from lorq.core.rounding import clip, nearest
+from lorq.core.stats import InputStats, PreparedHessian, TokenWeights
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import SEARCHES, assemble, layer_grid, layer_group, needed
-
-_HALF_MAX = torch.finfo(torch.float16).max
+from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_grid, layer_group, needed, preset
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -62,7 +61,7 @@ class FakeQuantize(torch.autograd.Function):
 
 def stored_scale(log_scale: Tensor) -> Tensor:
     """``exp`` of the logarithms, as float16 has it; never zero, never infinite."""
-    return log_scale.exp().clamp(SMALLEST_SCALE, _HALF_MAX).to(torch.float16).to(log_scale.dtype)
+    return log_scale.exp().clamp(SMALLEST_SCALE, LARGEST_HALF).to(torch.float16).to(log_scale.dtype)
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Scaling:
 
     @classmethod
     def start(
-        cls, weight: Float[Tensor, "out in"], initial: Rounded, *, rank: int | None, generator: torch.Generator
+        cls, weight: Float[Tensor, "out in"], initial: IntCodes, *, rank: int | None, generator: torch.Generator
     ) -> "Scaling":
         """Parameters with which `quantized` is ``initial``, exactly: E is 0.
 
@@ -110,7 +109,8 @@ class Scaling:
             left, columns = zeros(out, rank), zeros(1, in_)
             right = torch.rand(rank, in_, generator=generator, device=weight.device, dtype=weight.dtype)
             right = right.mul_(2 * bound).sub_(bound)
-        found = cls(weight, initial.scale.log(), initial.zero_point, initial.grid, zeros(out, 1), columns, left, right)
+        log_scale, zero_point = initial.scale.to(weight.dtype).log(), initial.zero_points(weight.dtype)
+        found = cls(weight, log_scale, zero_point, initial.format, zeros(out, 1), columns, left, right)
         for parameter in found.parameters():
             parameter.requires_grad_(True)
         return found
@@ -134,12 +134,12 @@ class Scaling:
         return weight
 
     @torch.no_grad()
-    def rounded(self) -> Rounded:
+    def rounded(self) -> IntCodes:
         """The codes and scales that `quantized` decodes."""
         scale = stored_scale(self.log_scale)
         scaled = self.grid.grouped(torch.exp(-self.exponent()).mul_(self.weight))
         codes = self.grid.encode(scaled, scale.unsqueeze(-1), self.zero_point.unsqueeze(-1)).flatten(1)
-        return Rounded(codes, scale, self.zero_point, self.grid)
+        return IntCodes.of(codes, scale, self.zero_point, self.grid)
 
 
 def _result(scaling: Scaling, stats: InputStats, note: str) -> QuantizedWeight:
@@ -162,59 +162,48 @@ class LRQ:
         steps: gradient steps for each block.
         learning_rate: of the first step; it falls to 0.
         batch: calibration windows of a step, at most all.
-        token_weights: "equal" lets each token of the block's output count the same; "plain" is the paper's sum.
+        loss_weights: "equal" lets each token of the block's output count the same; "plain" is the paper's sum.
     """
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Bits = 4
+    group_size: GroupSize = 128
     symmetric: bool = False
-    rank: int = -1
+    rank: Annotated[int, Range(1, 1 << 16, "a quarter of the smaller side")] = -1
     scaling: Literal["low-rank", "full"] = "low-rank"
-    range_search: Literal["none", "saturate", "scale"] = "scale"
-    steps: int = 100
-    learning_rate: float = 1e-2
-    batch: int = 2
-    token_weights: TokenWeights = "equal"
+    range_search: Search = "scale"
+    steps: Annotated[int, Range(0, 1_000_000)] = 100
+    learning_rate: Annotated[float, Range(0, 1)] = 1e-2
+    batch: Annotated[int, Range(1, 1 << 16)] = 2
+    loss_weights: TokenWeights = "equal"
 
     scope: ClassVar[str] = "block"
-    block_settings: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "batch", "token_weights")
+    block_settings: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "batch", "loss_weights")
     needs_stats: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size)
-        check_choice("scaling", self.scaling, ("low-rank", "full"))
-        check_choice("range_search", self.range_search, SEARCHES)
-        check_choice("token_weights", self.token_weights, ("equal", "plain"))
-        check_range("rank", self.rank, -1, 1 << 16)
-        if self.rank == 0:
-            raise ValueError(f"rank must be at least 1, or -1 for a quarter of the smaller side, got {self.rank}")
-        check_range("steps", self.steps, 0, 1_000_000)
-        check_range("learning_rate", self.learning_rate, 0.0, 1.0)
-        check_range("batch", self.batch, 1, 1 << 16)
+        check_settings(self)
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """All layers of a block together, against the block's output; without a block, each against its own output."""
+        if problem.block is not None:
+            return self._solve_block(problem, problem.block)
+        return {
+            name: self._solve_alone(weight, problem.stats.get(name), problem.generator(name))
+            for name, weight in problem.weights.items()
+        }
+
+    def _solve_alone(
+        self, weight: Float[Tensor, "out in"], stats: InputStats | None, generator: torch.Generator
     ) -> QuantizedWeight:
-        """One layer alone, against its own output: the same parameters, ``tr[(W - W^) H (W - W^)^T]`` the loss."""
+        """The same parameters, ``tr[(W - W^) H (W - W^)^T]`` the loss."""
         stats = needed(stats)
         scaling = self._start(weight, stats, generator)
         loss = layer_loss(weight, stats, scaling.quantized)
         outcome = minimise(scaling.parameters(), loss, 1, self._descent, generator=cpu_generator(generator))
         return _result(scaling, stats, f"layer alone: {outcome}")
 
-    def solve_block(
-        self,
-        problem: BlockProblem,
-        *,
-        methods: Mapping[str, "LRQ"],
-        generators: Mapping[str, torch.Generator],
-    ) -> dict[str, QuantizedWeight]:
-        """All layers of a block together, against the block's output.
-
-        Args:
-            problem: the block.
-            methods: settings of each layer; those of the steps, batches and tokens are this object's.
-            generators: one for each layer, on its weight's device. The first also draws the order of the windows.
+    def _solve_block(self, problem: Problem, block: BlockOutput) -> dict[str, QuantizedWeight]:
+        """Each layer with its own settings, but for those of the steps, batches and tokens, which are this object's.
 
         Raises:
             ArithmeticError: if the loss is not finite.
@@ -223,8 +212,9 @@ class LRQ:
             LRQ, arXiv:2407.11534. Deviations: groups within a row, rank and range search as the class has them, token
             weights, the best parameters kept (`lorq.core.descent.minimise`).
         """
+        generators = {name: problem.generator(name) for name in problem.weights}
         scalings = {
-            name: methods[name]._start(weight, problem.stats[name], generators[name])
+            name: problem.methods.get(name, self)._start(weight, needed(problem.stats.get(name)), generators[name])
             for name, weight in problem.weights.items()
         }
 
@@ -232,9 +222,9 @@ class LRQ:
             return {name: scaling.quantized() for name, scaling in scalings.items()}
 
         parameters = [parameter for scaling in scalings.values() for parameter in scaling.parameters()]
-        loss = block_loss(problem, weights, self.token_weights)
-        order = cpu_generator(generators[next(iter(problem.weights))])
-        outcome = minimise(parameters, loss, len(problem.inputs), self._descent, generator=order)
+        loss = block_loss(block, weights, self.loss_weights)
+        order = cpu_generator(generators[next(iter(generators))])  # where the first layer's has got to
+        outcome = minimise(parameters, loss, len(block.inputs), self._descent, generator=order)
         return {name: _result(s, problem.stats[name], f"block: {outcome}") for name, s in scalings.items()}
 
     @property
@@ -248,7 +238,7 @@ class LRQ:
         if search is None:
             initial = nearest(weight, None, grid)
         else:
-            initial = clip(weight, stats.hessian, grid, search=search)
+            initial = clip(weight, PreparedHessian(stats.hessian, damping=0.0), grid, search)
         rank = None if self.scaling == "full" else self._rank(*weight.shape)
         return Scaling.start(weight, initial, rank=rank, generator=generator)
 
@@ -276,10 +266,10 @@ class LRQ:
         """
         if self.scaling == "low-rank":
             self._rank(out, in_)
-        return LayerFormat(self.bits, layer_group(in_, self.group_size), self.symmetric)
+        return LayerFormat(IntGrid(self.bits, layer_group(in_, self.group_size), self.symmetric))
 
 
-@dataclass(frozen=True)
+@preset
 class LRQPaper(LRQ):
     """LRQ with the settings of its paper and its authors' code; see LRQ for what each one does.
 
@@ -287,8 +277,8 @@ class LRQPaper(LRQ):
     What is not the paper's: the rank below 4096 columns, and that the best parameters are kept, not the last.
     """
 
-    group_size: int = -1
-    range_search: Literal["none", "saturate", "scale"] = "none"
-    steps: int = 5000
-    learning_rate: float = 9e-4
-    token_weights: TokenWeights = "plain"
+    group_size = -1
+    range_search = "none"
+    steps = 5000
+    learning_rate = 9e-4
+    loss_weights = "plain"

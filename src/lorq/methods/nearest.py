@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.checks import check_choice, check_grid
-from lorq.core.grids import LEVEL_KINDS, IntGrid, LevelGrid
-from lorq.core.rounding import LevelRounded, Rounded, clip, nearest, nearest_levels
-from lorq.core.stats import InputStats
+from lorq.core.checks import check_settings
+from lorq.core.codes import Codes, CodesFormat, IntGrid, LevelFormat, LevelGrid
+from lorq.core.problem import Problem
+from lorq.core.rounding import clip, nearest, nearest_levels
+from lorq.core.stats import InputStats, PreparedHessian
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import SEARCHES, assemble, layer_group
+from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_group
 
 
 @dataclass(frozen=True)
@@ -28,37 +29,37 @@ class Nearest:
         grid: "integer", equally spaced values; "normal-float", quantiles of the normal distribution.
     """
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Bits = 4
+    group_size: GroupSize = 128
     symmetric: bool = False
-    range_search: Literal["none", "saturate", "scale"] = "none"
+    range_search: Search = "none"
     grid: Literal["integer", "normal-float"] = "integer"
 
     scope: ClassVar[str] = "layer"
     needs_stats: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_grid(self.bits, self.group_size)
-        check_choice("range_search", self.range_search, SEARCHES)
-        check_choice("grid", self.grid, LEVEL_KINDS)
+        check_settings(self)
 
-    def solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, *, generator: torch.Generator
-    ) -> QuantizedWeight:
-        """Round ``weight``; ``stats`` only serve the record."""
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """Round each weight; statistics only serve the record."""
+        return {name: self._solve(weight, problem.stats.get(name)) for name, weight in problem.weights.items()}
+
+    def _solve(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> QuantizedWeight:
         size, search = layer_group(weight.shape[1], self.group_size), SEARCHES[self.range_search]
-        rounded: Rounded | LevelRounded
+        rounded: Codes
         if self.grid != "integer":
             shares = search.shares() if search else [1.0]
             rounded = nearest_levels(weight, LevelGrid(self.bits, self.grid), size, shares=tuple(shares))
         elif search is None:
             rounded = nearest(weight, None, IntGrid(self.bits, size, self.symmetric))
         else:
-            white = torch.eye(weight.shape[1], device=weight.device)
-            rounded = clip(weight, white, IntGrid(self.bits, size, self.symmetric), search=search)
+            white = PreparedHessian(torch.eye(weight.shape[1], device=weight.device), damping=0.0)
+            rounded = clip(weight, white, IntGrid(self.bits, size, self.symmetric), search)
         return assemble(weight, rounded, None, stop="none", hessian=None if stats is None else stats.hessian)
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer gets this format."""
-        symmetric = self.symmetric or self.grid != "integer"
-        return LayerFormat(self.bits, layer_group(in_, self.group_size), symmetric, grid=self.grid)
+        group = layer_group(in_, self.group_size)
+        codes: CodesFormat = IntGrid(self.bits, group, self.symmetric)
+        return LayerFormat(codes if self.grid == "integer" else LevelFormat(self.bits, self.grid, group))

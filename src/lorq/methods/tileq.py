@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.basis import Basis
-from lorq.core.checks import check_choice, check_range
+from lorq.core.checks import Range
 from lorq.core.linalg import shrink
 from lorq.core.low_rank import Metric
+from lorq.core.problem import Problem
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.tile_factors import TileFactors, TileFormat, fit_tiles, grid_of, place_experts
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
@@ -37,66 +38,47 @@ class TileQ(LoPRo):
             "expert"'s own by a stored input scale (the paper's; needs metric "activation").
     """
 
-    rank: int = 32
-    grid_rows: int = -1
-    grid_columns: int = -1
+    rank: Annotated[int, Range(1, 1 << 16)] = 32
+    grid_rows: Annotated[int, Range(1, 1 << 12, "a near-square grid")] = -1
+    grid_columns: Annotated[int, Range(1, 1 << 12, "as many as are needed")] = -1
     sharing: Literal["row", "layer", "expert"] = "row"
 
     scope: ClassVar[str] = "experts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("rank", self.rank, 1, 1 << 16)
-        check_range("grid_rows", self.grid_rows, -1, 1 << 12)
-        check_range("grid_columns", self.grid_columns, -1, 1 << 12)
-        check_choice("sharing", self.sharing, ("row", "layer", "expert"))
-        if 0 in (self.grid_rows, self.grid_columns):
-            raise ValueError(
-                f"a grid must have rows and columns, got {self.grid_rows} x {self.grid_columns}; -1 chooses"
-            )
         if self.sharing == "expert" and self.metric != "activation":
             raise ValueError(
                 f"sharing 'expert' stores an activation scale for each expert: metric must be activation, "
                 f"got {self.metric!r}"
             )
 
-    def solve_experts(
-        self,
-        projections: Sequence[Sequence[Tensor]],
-        stats: Sequence[InputStats | None],
-        *,
-        common_input: bool,
-        generators: Sequence[Sequence[torch.Generator]],
-    ) -> list[list[QuantizedWeight]]:
-        """All experts of the projections that read the same inputs.
+    def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
+        """All experts of the projections that read the same inputs; other layers as LoPRo does them.
 
-        Args:
-            projections: for gate and up together, or for down alone, each expert's weight (out, in), float32.
-            stats: of each expert's input.
-            common_input: all experts read the layer's input, so that one basis serves them all; if not, each has
-                an input and a basis of its own.
-            generators: one for each weight.
-
-        Returns:
-            The solved weights in the order of ``projections``; those of one projection share their tile factors.
+        The results of one projection share their tile factors.
         """
-        known = [needed(s) for s in stats]
-        mean = _mean_stats(known)
+        if not problem.projections:
+            return super().solve(problem)
+        projections = [[problem.weights[name] for name in names] for names in problem.projections]
+        stats = [needed(problem.stats.get(name)) for name in problem.projections[0]]
+        mean = _mean_stats(stats)
         magnitudes = [
-            torch.stack([weights[e].abs().sum(0) for weights in projections]).sum(0) for e in range(len(known))
+            torch.stack([weights[e].abs().sum(0) for weights in projections]).sum(0) for e in range(len(stats))
         ]
-        if common_input:
-            bases = [self._basis(torch.stack(magnitudes).sum(0), mean)] * len(known)
+        if problem.common_input:
+            bases = [self._basis(torch.stack(magnitudes).sum(0), mean)] * len(stats)
         else:
-            bases = [self._basis(m, s) for m, s in zip(magnitudes, known, strict=True)]
+            bases = [self._basis(m, s) for m, s in zip(magnitudes, stats, strict=True)]
         hessians = [
             PreparedHessian(basis.rotate_hessian(shrink(s.hessian, self.shrinkage)), self.damping)
-            for basis, s in zip(bases, known, strict=True)
+            for basis, s in zip(bases, stats, strict=True)
         ]
-        return [
-            self._solve_tiles(weights, known, bases, hessians, given[0])
-            for weights, given in zip(projections, generators, strict=True)
-        ]
+        results: dict[str, QuantizedWeight] = {}
+        for names, weights in zip(problem.projections, projections, strict=True):
+            solved = self._solve_tiles(weights, stats, bases, hessians, problem.generator(names[0]))
+            results |= dict(zip(names, solved, strict=True))
+        return results
 
     def _solve_tiles(
         self,
@@ -124,7 +106,7 @@ class TileQ(LoPRo):
                     tile_part = torch.stack(parts)
                 else:
                     rounded = [self._round(t, h) for t, h in zip(targets - tile_part, hessians, strict=True)]
-                    codes_part = torch.stack([r.dense() for r in rounded])
+                    codes_part = torch.stack([r.decode() for r in rounded])
             rest = targets - codes_part - tile_part
             errors = torch.stack([output_energy(e, h.matrix) for e, h in zip(rest, hessians, strict=True)])
             error = float((errors * tokens).sum())
@@ -134,11 +116,10 @@ class TileQ(LoPRo):
         _, rounded, tiles = best
         return [
             assemble(
-                weight, rounded[e], None, stop="given", hessian=stats[e].hessian, basis=self._stored(bases[e]),
-                tile=Tile(tiles, e),
+                weight, rounded[e], Tile(tiles, e), stop="given", hessian=stats[e].hessian, basis=self._stored(bases[e])
             )
             for e, weight in enumerate(weights)
-        ]  # fmt: skip
+        ]
 
     def _metrics(
         self,

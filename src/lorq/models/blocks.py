@@ -1,5 +1,6 @@
-"""Walk a causal language model one decoder block at a time, the rest of it without memory."""
+"""A causal language model of which one part at a time has memory: the embeddings, a decoder block, or the head."""
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -26,28 +27,38 @@ class Target:
         out_features: rows of its weight in our orientation.
         in_features: columns.
         transposed: the checkpoint keeps ``(in, out)``, as GPT-2's Conv1D does.
-        has_bias: there is a bias, which stays as it is.
     """
 
     name: str
     out_features: int
     in_features: int
     transposed: bool
-    has_bias: bool
 
 
 @dataclass(frozen=True)
-class Calls:
-    """What the model hands to each block besides the hidden states: masks, rotary angles and the like."""
+class Part:
+    """A stretch of the model: the embeddings, a decoder block, or the head.
 
-    of_block: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...]
+    Attributes:
+        name: that of the block's module, such as ``model.layers.0``; "embeddings", or "head" for what is left.
+        tensors: names of its parameters and stored buffers. Tied ones outside the blocks are named once.
+        targets: its layers that can be quantized, in the order of the architecture; outside the blocks none.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    targets: tuple[Target, ...] = ()
+
+
+# What the model hands to each block besides the hidden states, by the block's name: masks, rotary angles and the like.
+Calls = Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class StreamedModel:
     """A model skeleton whose parameters are read when they are needed and given back afterwards.
 
     Blocks are found by what transformers declares (``_no_split_modules``), so that an architecture needs no
-    code here.
+    code here. ``parts`` are in the order of data: embeddings, blocks, head.
 
     Args:
         model: on the meta device, but for the buffers that are computed (`skeleton`).
@@ -74,25 +85,38 @@ class StreamedModel:
             for name, buffer in module._buffers.items():
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
-        self.blocks = find_blocks(model)
         self._parameters = {name for name, _ in model.named_parameters()}
-        self._names = list(model.state_dict(keep_vars=True))
+        self._resident: set[str] = set()
+        blocks = find_blocks(model)
+        self._refuse_fused(blocks)
         self._sources = self._match_names()
+        tied = dict(getattr(model, "all_tied_weights_keys", {}) or {})
+        self._tied = {name for name, origin in tied.items() if self._sources.get(name) == self._sources.get(origin)}
+        self.parts = self._find_parts(blocks)
 
     @classmethod
     def open(cls, folder: Path, **where: Any) -> "StreamedModel":
         """The model of a Hugging Face folder; options as of the class."""
         return cls(skeleton(read_config(folder)), SourceCheckpoint.open(folder), **where)
 
+    @property
+    def blocks(self) -> tuple[Part, ...]:
+        return self.parts[1:-1]
+
+    @property
+    def outside(self) -> tuple[Part, Part]:
+        """What comes before and after the blocks."""
+        return self.parts[0], self.parts[-1]
+
     # -- names ------------------------------------------------------------------------------------------
 
     def _match_names(self) -> dict[str, Source]:
         """Where every parameter and stored buffer lies, by its name in the model."""
-        self._refuse_fused()
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
         stored = find_sources(self.model, self.checkpoint)
         tied = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
-        found = {name: stored[name] for name in self._names if name in stored}
-        missing = [name for name in self._names if name not in found and name not in tied]
+        found = {name: stored[name] for name in shapes if name in stored}
+        missing = [name for name in shapes if name not in found and name not in tied]
         for name, origin in tied.items():
             if name not in found and origin in found:
                 found[name] = found[origin]
@@ -101,7 +125,6 @@ class StreamedModel:
                 f"{self.checkpoint.folder} lacks {len(missing)} tensors that {type(self.model).__name__} needs, "
                 f"such as {', '.join(missing[:3])}; the checkpoint is incomplete or of another architecture"
             )
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
         wrong = [
             f"{name} is {source.shape(self.checkpoint)}, not {shapes[name]}"
             for name, source in found.items()
@@ -114,9 +137,9 @@ class StreamedModel:
             )
         return found
 
-    def _refuse_fused(self) -> None:
+    def _refuse_fused(self, blocks: list[str]) -> None:
         """`split_experts` takes apart what it knows; what is left would stay as it is without a word."""
-        for block in self.blocks:
+        for block in blocks:
             for name, parameter in self.model.get_submodule(block).named_parameters(prefix=block):
                 if parameter.ndim >= 3:
                     path, _, local = name.rpartition(".")
@@ -126,47 +149,48 @@ class StreamedModel:
                         f"{local} of shape {tuple(parameter.shape)}, and not as transformers' fused experts do"
                     )
 
-    def stored_tensor(self, name: str) -> Tensor:
-        """A tensor as the checkpoint keeps it, by its name in the model."""
-        return self._sources[name].read(self.checkpoint)
+    def _find_parts(self, blocks: list[str]) -> tuple[Part, ...]:
+        names = list(self.model.state_dict(keep_vars=True))
+        inside = tuple(block + "." for block in blocks)
+        outside = [name for name in names if not name.startswith(inside) and name not in self._tied]
+        tables = {name for name, module in self.model.named_modules() if isinstance(module, nn.Embedding)}
+        embedding = [name for name in outside if name.rpartition(".")[0] in tables]
+        return (
+            Part("embeddings", tuple(embedding)),
+            *(Part(b, tuple(n for n in names if n.startswith(b + ".")), self._targets(b)) for b in blocks),
+            Part("head", tuple(name for name in outside if name not in embedding)),
+        )
+
+    def _targets(self, block: str) -> tuple[Target, ...]:
+        """The linear layers of a block."""
+        from transformers.pytorch_utils import Conv1D
+
+        found = []
+        for name, module in self.model.get_submodule(block).named_modules(prefix=block):
+            if isinstance(module, nn.Linear | Conv1D):
+                transposed = isinstance(module, Conv1D)
+                out, in_ = reversed(module.weight.shape) if transposed else module.weight.shape
+                found.append(Target(name, out, in_, transposed))
+        return tuple(found)
 
     @property
     def unused_tensors(self) -> list[str]:
         """Tensors of the checkpoint that the architecture has no place for."""
         return sorted(set(self.checkpoint.names) - {source.name for source in self._sources.values()})
 
-    @property
-    def tied_names(self) -> set[str]:
-        """Parameters that share the tensor of another name and are not stored a second time."""
-        tied = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
-        return {name for name, origin in tied.items() if self._sources.get(name) == self._sources.get(origin)}
+    # -- what is stored ---------------------------------------------------------------------------------
 
-    def names_under(self, block: str) -> list[str]:
-        """Parameters and stored buffers of one block."""
-        return [name for name in self._names if name.startswith(block + ".")]
+    def stored_tensor(self, name: str) -> Tensor:
+        """A tensor as the checkpoint keeps it, by its name in the model."""
+        return self._sources[name].read(self.checkpoint)
 
-    def names_outside(self) -> list[str]:
-        """Parameters and stored buffers outside all blocks, tied ones once."""
-        prefixes = tuple(block + "." for block in self.blocks)
-        tied = self.tied_names
-        return [name for name in self._names if not name.startswith(prefixes) and name not in tied]
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Its type, from the header."""
+        return self.checkpoint.dtype(self._sources[name].name)
 
-    def targets(self, block: str) -> list[Target]:
-        """The linear layers of a block, in the order of the architecture."""
-        from transformers.pytorch_utils import Conv1D
-
-        found = []
-        for name, module in self.model.get_submodule(block).named_modules(prefix=block):
-            if isinstance(module, nn.Linear | Conv1D):
-                out, in_ = module.weight.shape
-                transposed = isinstance(module, Conv1D)
-                found.append(
-                    Target(
-                        name, in_ if transposed else out, out if transposed else in_, transposed,
-                        module.bias is not None,
-                    )
-                )  # fmt: skip
-        return found
+    def stored_bytes(self, name: str) -> int:
+        """Its size, from the header."""
+        return math.prod(self._sources[name].shape(self.checkpoint)) * self.stored_dtype(name).itemsize
 
     def weight(self, target: Target) -> Float[Tensor, "out in"]:
         """The stored weight of a linear layer, (out, in), in its stored dtype."""
@@ -176,39 +200,50 @@ class StreamedModel:
     # -- memory -----------------------------------------------------------------------------------------
 
     @contextmanager
-    def resident(self, names: list[str]) -> Iterator[None]:
-        """Keep these parameters in memory for the duration, in the model's compute dtype."""
+    def resident(self, *parts: Part, stored: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """Keep parts in memory for the duration, in the model's compute dtype; what is there already is left alone.
+
+        Args:
+            parts: whose tensors; those tied to them come along.
+            stored: tensors of them that the caller has read, by name; emptied, so that none is held twice.
+        """
+        given = {} if stored is None else stored
+        names = [name for part in parts for name in part.tensors]
+        read = {self._sources[name] for name in names}
+        names += [name for name in sorted(self._tied) if self._sources.get(name) in read]
+        names = [name for name in names if name not in self._resident]
         loaded: dict[Source, Tensor] = {}  # tied parameters share one tensor
         for name in names:
             source = self._sources[name]
             if source not in loaded:
-                tensor = source.read(self.checkpoint)
+                tensor = given.pop(name) if name in given else self.stored_tensor(name)
                 # Buffers keep their type: a mask or a count is no activation.
                 keep = not tensor.is_floating_point() or name not in self._parameters
                 loaded[source] = tensor.to(self.device, tensor.dtype if keep else self.dtype)
             put_tensor(self.model, name, loaded[source])
+        del loaded
+        self._resident.update(names)
         try:
             yield
         finally:
+            self._resident.difference_update(names)
             for name in names:
                 put_tensor(self.model, name, get_tensor(self.model, name).to("meta"))
 
-    @contextmanager
-    def resident_block(self, index: int) -> Iterator[nn.Module]:
-        """One decoder block in memory."""
-        block = self.blocks[index]
-        with self.resident(self.names_under(block)):
-            yield self.model.get_submodule(block)
+    def resident_weight(self, target: Target) -> Float[Tensor, "out in"]:
+        """A resident layer's weight, a view (out, in)."""
+        weight = get_tensor(self.model, target.name + ".weight").data
+        return weight.T if target.transposed else weight
 
     # -- running ----------------------------------------------------------------------------------------
 
     @contextmanager
     def _stand_ins(self, stand_in: Callable[..., Tensor]) -> Iterator[None]:
-        """Let ``stand_in(index, hidden, *args, **kwargs)`` answer for every block."""
-        modules = [self.model.get_submodule(block) for block in self.blocks]
-        for index, module in enumerate(modules):
+        """Let ``stand_in(block, hidden, *args, **kwargs)`` answer for every block."""
+        modules = [self.model.get_submodule(block.name) for block in self.blocks]
+        for block, module in zip(self.blocks, modules, strict=True):
             # On the instance, so that what the model reads off its blocks stays what it is.
-            module.forward = lambda *args, _index=index, **kwargs: stand_in(_index, *args, **kwargs)
+            module.forward = lambda *args, _block=block, **kwargs: stand_in(_block, *args, **kwargs)
         try:
             yield
         finally:
@@ -222,40 +257,38 @@ class StreamedModel:
         The model's own forward runs with a stand-in for every block, so masks and rotary angles come out as
         the architecture makes them. They are the same for all windows, which have one length and no padding.
         """
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         seen: list[Tensor] = []
 
-        def note(index: int, *args: Any, **kwargs: Any) -> Tensor:
+        def note(block: Part, *args: Any, **kwargs: Any) -> Tensor:
             first, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            if len(calls) == index:
-                calls.append((rest, kwargs))
-            if index == 0:
+            calls.setdefault(block.name, (rest, kwargs))
+            if block is self.blocks[0]:
                 seen[:] = [first]
             return first
 
-        with self.resident(self._outside_with_ties()), self._stand_ins(note):
+        with self.resident(*self.outside), self._stand_ins(note):
             for i, window in enumerate(windows):
                 self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
                 hidden[i] = seen[0][0].to(hidden.device, hidden.dtype)
-        return Calls(tuple(calls))
+        return calls
 
     @torch.no_grad()
-    def run(self, index: int, hidden: Float[Tensor, "length width"], calls: Calls) -> Float[Tensor, "length width"]:
+    def run(self, block: Part, hidden: Float[Tensor, "length width"], calls: Calls) -> Float[Tensor, "length width"]:
         """The output of a resident block for one window."""
-        return self.differentiable_run(index, hidden, calls, {})
+        return self.differentiable_run(block, hidden, calls, {})
 
     def differentiable_run(
-        self, index: int, hidden: Float[Tensor, "length width"], calls: Calls, weights: Mapping[Target, Tensor]
+        self, block: Part, hidden: Float[Tensor, "length width"], calls: Calls, weights: Mapping[Target, Tensor]
     ) -> Float[Tensor, "length width"]:
         """The same with other weights (out, in) for some of its layers; gradients flow into them."""
-        args, kwargs = calls.of_block[index]
-        name = self.blocks[index]
+        args, kwargs = calls[block.name]
         given = {
-            f"{target.name.removeprefix(name + '.')}.weight": weight.T if target.transposed else weight
+            f"{target.name.removeprefix(block.name + '.')}.weight": weight.T if target.transposed else weight
             for target, weight in weights.items()
         }
         inputs = (hidden[None].to(self.device, self.dtype), *args)
-        out = torch.func.functional_call(self.model.get_submodule(name), given, inputs, kwargs)
+        out = torch.func.functional_call(self.model.get_submodule(block.name), given, inputs, kwargs)
         return (out[0] if isinstance(out, tuple) else out)[0]
 
     @torch.no_grad()
@@ -263,17 +296,13 @@ class StreamedModel:
         self, window: Int[Tensor, "length"], hidden: Float[Tensor, "length width"]
     ) -> Float[Tensor, "length vocabulary"]:
         """Logits from the last block's output: final norm, head and whatever else the architecture has there."""
-        last = len(self.blocks) - 1
 
-        def answer(index: int, *args: Any, **kwargs: Any) -> Tensor:
+        def answer(block: Part, *args: Any, **kwargs: Any) -> Tensor:
             first = args[0] if args else kwargs["hidden_states"]
-            return hidden[None].to(first.device, first.dtype) if index == last else first
+            return hidden[None].to(first.device, first.dtype) if block is self.blocks[-1] else first
 
-        with self.resident(self._outside_with_ties()), self._stand_ins(answer):
+        with self.resident(*self.outside), self._stand_ins(answer):
             return self.model(input_ids=window[None].to(self.device), use_cache=False).logits[0].float()
-
-    def _outside_with_ties(self) -> list[str]:
-        return self.names_outside() + sorted(self.tied_names)
 
 
 def hidden_states(

@@ -18,7 +18,7 @@ _DECLARED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "i
 
 
 @dataclass(frozen=True)
-class Part:
+class FusedPart:
     """One projection of one expert as a part of a fused tensor.
 
     Attributes:
@@ -37,7 +37,7 @@ class Part:
         """This part of the expert's own slice of the fused tensor: a weight (out, in), or a bias.
 
         Example:
-            >>> Part(0, 1, interleaved=True, transposed=True).of(torch.arange(8).view(2, 4))
+            >>> FusedPart(0, 1, interleaved=True, transposed=True).of(torch.arange(8).view(2, 4))
             tensor([[1, 5],
                     [3, 7]])
         """
@@ -101,14 +101,14 @@ class Experts(nn.ModuleList):
         """Others in the place of the same module."""
         return Experts(self._fused[0], experts)
 
-    def parts(self) -> Iterator[tuple[str, str, Part]]:
+    def parts(self) -> Iterator[tuple[str, str, FusedPart]]:
         """Of every parameter the name here, such as "3.gate_proj.weight", the fused tensor's, and the part of it."""
         fused = self._fused[0]
         for expert in range(len(self)):
             for projection, tensor, half in (
                 ("gate_proj", "gate_up_proj", 0), ("up_proj", "gate_up_proj", 1), ("down_proj", "down_proj", None),
             ):  # fmt: skip
-                part = Part(expert, half, not fused.is_concatenated, fused.is_transposed)
+                part = FusedPart(expert, half, not fused.is_concatenated, fused.is_transposed)
                 yield f"{expert}.{projection}.weight", tensor, part
                 if fused.has_bias:
                     yield f"{expert}.{projection}.bias", tensor + "_bias", part

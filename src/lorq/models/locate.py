@@ -8,12 +8,12 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from lorq.storage.names import JOURNAL
 
+if TYPE_CHECKING:  # a wrong path is refused before torch is there
+    import torch
 logger = logging.getLogger(__name__)
 
 
@@ -34,20 +34,30 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
         FileNotFoundError: if it is none of the three.
         ValueError: if a GGUF file cannot be decoded.
     """
+    check_model(model)
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(_without_config(path))
         return path
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ValueError(f"MODEL must be a folder, a hub id or a .gguf file, got the file {path}")
-        return _decoded_gguf(path)
+    return _decoded_gguf(path) if path.is_file() else _downloaded(str(model))
+
+
+def check_model(model: str | os.PathLike[str]) -> None:
+    """Refuse what a look at the path shows to be no model; what may be a hub id passes.
+
+    Raises:
+        FileNotFoundError: for a folder without a config, and for a path where nothing is.
+        ValueError: for a file of another kind.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise FileNotFoundError(_without_config(path))
+    if path.is_file() and path.suffix.lower() != ".gguf":
+        raise ValueError(f"MODEL must be a folder, a hub id or a .gguf file, got the file {path}")
     # A hub id is one or two plain names; anything else was meant as a path.
     parts = str(model).split("/")
-    if len(parts) > 2 or path.is_absolute() or not all(part.strip(".") for part in parts) or path.suffix == ".gguf":
+    named = len(parts) <= 2 and not path.is_absolute() and all(part.strip(".") for part in parts)
+    if not path.exists() and (not named or path.suffix == ".gguf"):
         raise FileNotFoundError(f"no such model: {model} is neither a folder, nor a .gguf file, nor a hub id")
-    return _downloaded(str(model))
 
 
 def _without_config(path: Path) -> str:
@@ -117,7 +127,7 @@ def _decode_gguf(path: Path, folder: Path) -> None:
     name, parent = path.name, str(path.parent)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            parent, gguf_file=name, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True)
+            parent, gguf_file=name, dtype="float16", quantization_config=GgufConfig(dequantize=True)
         )
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path} could not be read as a GGUF language model: {error}") from error
@@ -125,7 +135,7 @@ def _decode_gguf(path: Path, folder: Path) -> None:
     AutoTokenizer.from_pretrained(parent, gguf_file=name).save_pretrained(folder)
 
 
-def load_dense(folder: Path, dtype: torch.dtype) -> Any:
+def load_dense(folder: Path, dtype: "torch.dtype") -> Any:
     """The whole original model."""
     from transformers import AutoModelForCausalLM
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorq.models.experts import Part, find_experts, split_experts
+from lorq.models.experts import FusedPart, find_experts, split_experts
 from lorq.storage.reader import SourceCheckpoint
 
 
@@ -88,7 +88,7 @@ class Source:
     """
 
     name: str
-    part: Part | None = None
+    part: FusedPart | None = None
 
     def shape(self, checkpoint: SourceCheckpoint) -> tuple[int, ...]:
         """Shape of the parameter, from the header."""
@@ -118,7 +118,7 @@ def find_sources(model: Any, checkpoint: SourceCheckpoint) -> dict[str, Source]:
     changes = get_model_conversion_mapping(model)
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     own, experts = set(model.state_dict(keep_vars=True)), find_experts(model)
-    fused: dict[str, list[tuple[str, Part]]] = {}  # fused tensor -> the parameters that are parts of it
+    fused: dict[str, list[tuple[str, FusedPart]]] = {}  # fused tensor -> the parameters that are parts of it
     for path, module in experts.items():
         for local, tensor, part in module.parts():
             fused.setdefault(f"{path}.{tensor}", []).append((f"{path}.{local}", part))

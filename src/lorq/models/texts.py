@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -17,11 +16,9 @@ from torch import Tensor
 if TYPE_CHECKING:  # importing a model class takes seconds; here it is only named
     import transformers
 Split = Literal["calibration", "evaluation"]
-Progress = Callable[[int, int], None]
 SELF = "self"
 # c4 is 360 million documents; the first 2,000 hold about a million tokens, 400 windows of 2048.
 C4_DOCUMENTS = 2000
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

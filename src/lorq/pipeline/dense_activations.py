@@ -79,12 +79,10 @@ class Smoothed:
     """What smoothing changed in a block.
 
     Attributes:
-        scales: by layer, what its weight's columns were multiplied by.
         tensors: the norms' parameters as they are to be stored, by name.
         notes: by layer, why it was left alone.
     """
 
-    scales: dict[str, Float[Tensor, "in"]] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
 
@@ -145,7 +143,6 @@ def smooth_block(
                 weights[name].copy_(originals[name] * scale)
             delta = run() - expected
             if bool(delta.square().sum() <= _SAME * expected.square().sum()):
-                smoothed.scales |= dict.fromkeys(names, scale)
                 smoothed.tensors |= {f"{prefix}.{path}.{key}": p.detach() for key, p in norm.named_parameters()}
                 changed = {id(stats[name]): stats[name].smoothed(scale) for name in names}
                 stats |= {name: changed[id(stats[name])] for name in names}

@@ -1,136 +1,89 @@
-"""Solve one block: which layers a method takes in one call, with which statistics and which randomness."""
+"""The work at one block: smooth it, choose its activations, solve its layers."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lorq.core.descent import BlockProblem
-from lorq.core.problem import layer_generator
-from lorq.core.stats import InputStats
+from lorq.core.problem import BlockOutput
 from lorq.core.weight import QuantizedWeight
-from lorq.methods import Method
-from lorq.models.blocks import Target
-from lorq.pipeline.together import _together, expert_groups
+from lorq.models.blocks import StreamedModel, Target
+from lorq.models.experts import expert_name, find_experts
+from lorq.pipeline.dense_activations import Smoothed, layer_activations, quantized_activations, smooth_block
+from lorq.pipeline.observe import same_inputs
+from lorq.pipeline.plan import Plan
+from lorq.pipeline.tasks import SameProcess, block_tasks, solve_task
+from lorq.pipeline.verify import Probe
+from lorq.pipeline.walk import Visit
 
 
-def solve_block(
-    plan: Mapping[Target, Method],
-    stats: dict[str, InputStats],
-    modules: Mapping[str, Any],
-    *,
-    weight: Callable[[Target], Tensor],
-    seed: int,
-    device: torch.device,
-) -> dict[Target, QuantizedWeight]:
-    """Quantize the layers of one block.
+@dataclass(frozen=True)
+class Solved:
+    """A block's weights, and what else goes into its file and report.
 
-    Args:
-        plan: the layers and their methods.
-        stats: by layer name; layers that read one input share one object. Emptied as layers are solved, since
-            what is derived from statistics is large.
-        modules: the block's experts modules by name.
-        weight: reads a layer's weight, (out, in), float32, on ``device``.
-        seed: of the run.
-        device: where the work is done.
+    Attributes:
+        weights: of the quantized layers.
+        notes: what a layer's report should tell, by layer.
+        changed: parameters outside the layers that smoothing changed, by name.
+        inputs: names of the layers that read one input, those of experts aside, for each input of several.
     """
-    solved: dict[Target, QuantizedWeight] = {}
-    for group in expert_groups(plan, modules):
-        solved |= _solve_experts(plan, group, stats, weight=weight, seed=seed, device=device)
-    for targets in _together({t: m for t, m in plan.items() if t not in solved}, stats):
-        method: Any = plan[targets[0]]
-        own = [stats.pop(target.name, None) for target in targets].pop()
-        generators = [layer_generator(seed, target.name, device) for target in targets]
-        weights = [weight(target) for target in targets]
-        with _Note(", ".join(target.name for target in targets)):
-            if method.scope == "layer":
-                results = [method.solve(weights[0], own, generator=generators[0])]
-            else:
-                results = method.solve_together(weights, own, generators=generators)
-        solved |= dict(zip(targets, results, strict=True))
-    for target, result in solved.items():
-        with _Note(target.name):
-            check_finite(result)
-    return {target: solved[target] for target in plan}
+
+    weights: dict[Target, QuantizedWeight]
+    notes: dict[str, str]
+    changed: dict[str, Tensor]
+    inputs: list[list[str]]
 
 
-def solve_whole_block(
-    plan: Mapping[Target, Method], problem: BlockProblem, *, seed: int, device: torch.device
-) -> dict[Target, QuantizedWeight]:
-    """Quantize the layers of one block by a method of scope "block", all in one call."""
-    method: Any = next(iter(plan.values()))
-    names = [target.name for target in plan]
-    with _Note(f"{names[0]} and the other layers of its block"):
-        results = method.solve_block(
-            problem,
-            methods={target.name: m for target, m in plan.items()},
-            generators={name: layer_generator(seed, name, device) for name in names},
+def solve_block(model: StreamedModel, plan: Plan, visit: Visit, probe: Probe, executor: Executor) -> Solved:
+    """Solve the layers of the block where a walk is. Smoothing changes the resident block, solving does not."""
+    part, found, layers = visit.part, visit.observed, plan.of(visit.part)
+    smoothed = Smoothed()
+    if plan.options.smoothing:
+        smoothed = smooth_block(
+            model.model.get_submodule(part.name),
+            {target.name: model.model.get_submodule(target.name) for target in layers},
+            lambda: probe.run(model, part),
+            found.stats,
+            prefix=part.name,
+            exponent=plan.options.smoothing,
         )
-    for name, result in results.items():
-        with _Note(name):
-            check_finite(result)
-    return {target: results[target.name] for target in plan}
-
-
-def _solve_experts(
-    plan: Mapping[Target, Method],
-    group: dict[str, list[Target]],
-    stats: dict[str, InputStats],
-    *,
-    weight: Callable[[Target], Tensor],
-    seed: int,
-    device: torch.device,
-) -> dict[Target, QuantizedWeight]:
-    """The experts of the projections that read the same inputs."""
-    projections = list(group.values())
-    method: Any = plan[projections[0][0]]
-    known = [stats[target.name] for target in projections[0]]
-    with _Note(f"{projections[0][0].name} and the other experts"):
-        results = method.solve_experts(
-            [[weight(target) for target in targets] for targets in projections],
-            known,
-            common_input="down_proj" not in group,
-            generators=[[layer_generator(seed, t.name, device) for t in targets] for targets in projections],
+    activations = {
+        t.name: layer_activations(
+            t.name, found.stats.get(t.name), inputs=plan.options.activations, cache=plan.options.kv_cache
         )
-    for targets in projections:
-        for target in targets:
-            stats.pop(target.name)
-    pairs = zip(projections, results, strict=True)
-    return {t: w for targets, weights in pairs for t, w in zip(targets, weights, strict=True)}
+        for t in layers
+    }  # fmt: skip
+    block = _block_output(model, visit, layers) if plan.blockwise else None
+    tasks = block_tasks(
+        layers, found.stats, find_experts(model.model, part.name),
+        weight=lambda target: model.resident_weight(target).contiguous(), seed=plan.options.seed, block=block,
+    )  # fmt: skip
+    where = executor if block is None else SameProcess()
+    with quantized_activations(model.model, {name: (own, None) for name, own in activations.items()}):
+        calls = [where.submit(solve_task, task) for task in tasks]
+        solved = {name: weight for call in calls for name, weight in call.result().items()}
+    weights = {t: replace(solved[t.name], activations=activations[t.name]) for t in layers}
+    notes: dict[str, list[str]] = {}
+    recorded = {target.name: weight.record.note for target, weight in weights.items()}
+    for name, note in (*found.notes.items(), *smoothed.notes.items(), *recorded.items()):
+        if note:
+            notes.setdefault(name, []).append(note)
+    experts = find_experts(model.model, part.name)
+    plain = {t.name: model.model.get_submodule(t.name) for t in layers if expert_name(t.name, experts) is None}
+    inputs = same_inputs(lambda: probe.run(model, part), plain)
+    return Solved(weights, {name: "; ".join(own) for name, own in notes.items()}, smoothed.tensors, inputs)
 
 
-class _Note:
-    """Say on an error which layer it was."""
+def _block_output(model: StreamedModel, visit: Visit, layers: Mapping[Target, object]) -> BlockOutput:
+    """The resident block as methods of scope "block" take it."""
+    targets, streams = {target.name: target for target in layers}, visit.streams
 
-    def __init__(self, name: str):
-        self.name = name
+    def forward(given: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+        own = {targets[name]: weight for name, weight in given.items()}
+        # One window at a time: masks and rotary angles are those of one.
+        return torch.stack([model.differentiable_run(visit.part, h, streams.calls, own) for h in hidden])
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError | ArithmeticError | RuntimeError):
-            error.add_note(f"while solving {self.name}")
-
-
-def check_finite(weight: QuantizedWeight) -> None:
-    """Nothing that is not a number is ever written.
-
-    Raises:
-        ArithmeticError: if a stored part is not finite.
-    """
-    parts = [] if weight.scale is None else [weight.scale]
-    if weight.scale_factors is not None:
-        parts += [weight.scale_factors.left, weight.scale_factors.right]
-    if weight.activations.scale is not None:
-        parts.append(weight.activations.scale)
-    if weight.low_rank is not None:
-        parts += weight.low_rank.factors()
-    if weight.codebook is not None:
-        parts.append(weight.codebook.scale)
-    if weight.tile is not None:
-        factors = weight.tile.factors
-        parts += [factors.lefts(), factors.rights(), *([] if factors.input_scale is None else [factors.input_scale])]
-    if not all(bool(torch.isfinite(part).all()) for part in parts):
-        raise ArithmeticError("scales and factors must be finite, got NaN or infinite values; raise the damping")
+    assert streams.original is not None
+    return BlockOutput(forward, streams.inputs, streams.original)

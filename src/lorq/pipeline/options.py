@@ -1,8 +1,10 @@
 """What is asked of a run, whatever the method."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal
 
+from lorq.core.checks import Range, check_settings
+from lorq.core.stats import TokenWeights
 from lorq.methods import METHODS, Method
 
 
@@ -12,7 +14,8 @@ class Options:
 
     Attributes:
         calibration: text that the inputs are measured on: "self" (the model writes it, kept for the next run),
-            "python-docs", "wikitext2", "c4", or a text or JSONL file.
+            "python-docs" (or its halves, "python-docs-even" and "python-docs-odd"), "wikitext2", "c4", or a text or
+            JSONL file.
         samples: calibration windows.
         seq_len: tokens of a window.
         seed: of every random choice; the same seed gives the same bytes.
@@ -22,7 +25,7 @@ class Options:
         expert_tokens: an expert that sees fewer calibration tokens than this gets the statistics of all tokens of
             its layer; the report names it.
         stream: whose outputs calibrate the next block: the "original" model's or the "quantized" one's; "auto" is the
-            quantized one's for methods that fit a whole block (lrq), else the original's.
+            quantized one's for methods that fit a whole block (lrq, lords with refine_steps), else the original's.
         activations: inputs of the quantized layers in 8 bits: "token", on each token's own range, or "tensor", on one
             range from calibration.
         smoothing: how much of the inputs' range is moved into the weights where inputs come from a norm, 0 to 1
@@ -41,23 +44,23 @@ class Options:
     """
 
     calibration: str = "self"
-    samples: int = 128
-    seq_len: int = 2048
-    seed: int = 0
+    samples: Annotated[int, Range(1)] = 128
+    seq_len: Annotated[int, Range(2)] = 2048
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"
-    token_weights: Literal["equal", "plain"] = "equal"
+    token_weights: TokenWeights = "equal"
     router_weights: bool = False
-    expert_tokens: int = 128
+    expert_tokens: Annotated[int, Range(1)] = 128
     stream: Literal["auto", "original", "quantized"] = "auto"
     activations: Literal["none", "token", "tensor"] = "none"
-    smoothing: float = 0.0
+    smoothing: Annotated[float, Range(0, 1)] = 0.0
     kv_cache: Literal["none", "token"] = "none"
     exclude: tuple[str, ...] = ()
     override: tuple[str, ...] = ()
     average_bits: float = 0.0
     wide_bits: int = 4
     wide_layers: Literal["first", "last"] = "first"
-    spill_bytes: int = 2 << 30
+    spill_bytes: Annotated[int, Range(0)] = 2 << 30
     dry_run: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -74,18 +77,7 @@ def read_options(options: dict[str, Any]) -> Options:
         elif key in options:
             options[key] = tuple(options[key])
     chosen = Options(**options)
-    for name, least in (("samples", 1), ("seq_len", 2), ("expert_tokens", 1), ("spill_bytes", 0)):
-        if getattr(chosen, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(chosen, name)}")
-    if not 0 <= chosen.seed < 2**63:
-        raise ValueError(f"seed must be between 0 and 2^63 - 1, got {chosen.seed}")
-    hints = get_type_hints(Options)
-    for name in ("token_weights", "stream", "activations", "kv_cache", "wide_layers"):
-        values = get_args(hints[name])
-        if getattr(chosen, name) not in values:
-            raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(chosen, name)!r}")
-    if not 0 <= chosen.smoothing <= 1:
-        raise ValueError(f"smoothing must be between 0 and 1, got {chosen.smoothing}")
+    check_settings(chosen)
     if chosen.smoothing and chosen.activations == "none":
         raise ValueError(
             f"smoothing serves activations in 8 bits, got smoothing {chosen.smoothing} and activations 'none'; "
@@ -100,3 +92,9 @@ def read_method(method: str | Method) -> Method:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     return METHODS[method]()
+
+
+def method_name(method: Method) -> str:
+    """By which `read_method` knows a method; that of its class, where it does not."""
+    kind = type(method)
+    return next((name for name, known in METHODS.items() if known is kind), kind.__name__.lower())

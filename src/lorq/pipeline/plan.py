@@ -1,9 +1,8 @@
-"""What a run will do: its options, which layer is quantized how, and every refusal before the work starts."""
+"""Plan: which layer is quantized how; and every refusal before the work starts."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -11,27 +10,40 @@ import torch
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import layer_bytes
 from lorq.methods import Method
-from lorq.models.blocks import StreamedModel, Target
+from lorq.models.blocks import Part, StreamedModel, Target
 from lorq.models.experts import find_experts, routing_layers
 from lorq.pipeline.dense_activations import KEYS_AND_VALUES
-from lorq.pipeline.options import Options
-from lorq.pipeline.together import expert_formats
+from lorq.pipeline.options import Options, method_name, read_method, read_options
+from lorq.pipeline.tasks import expert_formats
 from lorq.progress import Progress
 from lorq.storage.report import LayerReport, Report
 
 
 @dataclass(frozen=True)
-class Run:
-    """What the stages of one run share."""
+class Plan:
+    """What a run will do: a value that can be printed, stored and compared.
 
-    model: StreamedModel
-    folder: Path
-    plan: dict[str, dict[Target, Method]]  # block -> layer -> method, quantized layers only
-    excluded: dict[str, str]
+    Attributes:
+        layers: by part, the layers that are quantized and their methods.
+        excluded: why a layer is left as it is, by name.
+        method: before overrides.
+        options: of the run.
+    """
+
+    layers: Mapping[str, Mapping[Target, Method]]
+    excluded: Mapping[str, str]
     method: Method
-    name: str
     options: Options
-    progress: Progress
+
+    @property
+    def name(self) -> str:
+        """The method's."""
+        return method_name(self.method)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method's, as JSON values."""
+        return asdict(self.method)
 
     @property
     def blockwise(self) -> bool:
@@ -44,82 +56,144 @@ class Run:
         chosen = self.options.stream
         return chosen if chosen != "auto" else "quantized" if self.blockwise else "original"
 
-    @property
-    def needs_ranges(self) -> bool:
-        """Statistics are needed for the activations, whatever the method."""
-        return self.options.activations == "tensor" or self.options.smoothing > 0
-
     def jobs(self) -> Iterator[tuple[Target, Method]]:
-        for layers in self.plan.values():
+        for layers in self.layers.values():
             yield from layers.items()
 
+    def of(self, part: Part) -> Mapping[Target, Method]:
+        """The part's layers that are quantized."""
+        return self.layers.get(part.name, {})
 
-def plan_layers(
-    model: StreamedModel, method: Method, *, exclude: tuple[str, ...] = (), override: tuple[str, ...] = ()
-) -> tuple[dict[str, dict[Target, Method]], dict[str, str]]:
-    """Which layer is quantized by which settings: ``({block: {layer: method}}, {excluded layer: reason})``.
+    def kept(self, *parts: Part) -> list[str]:
+        """The tensors of parts that are stored as they are."""
+        quantized = {target.name + ".weight" for part in parts for target in self.of(part)}
+        return [name for part in parts for name in part.tensors if name not in quantized]
+
+    def observes(self, method: Method) -> bool:
+        """Whether the inputs of a layer with this method are looked at."""
+        return method.needs_stats or self.options.activations == "tensor" or self.options.smoothing > 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values; `from_dict` makes an equal plan of them."""
+        return {
+            "method": self.name,
+            "settings": self.settings,
+            "options": asdict(self.options),
+            "layers": {
+                part: [
+                    asdict(target) | {"settings": {k: v for k, v in vars(method).items() if v != self.settings[k]}}
+                    for target, method in layers.items()
+                ]
+                for part, layers in self.layers.items()
+            },
+            "excluded": dict(self.excluded),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
+        """The plan that `as_dict` has described.
+
+        Raises:
+            ValueError, TypeError: for names, settings and options that do not exist.
+        """
+        method = replace(read_method(values["method"]), **values["settings"])
+        layers: dict[str, dict[Target, Method]] = {}
+        for part, entries in values["layers"].items():
+            layers[part] = {}
+            for entry in entries:
+                target = Target(**{key: value for key, value in entry.items() if key != "settings"})
+                layers[part][target] = replace(method, **entry["settings"])
+        return cls(layers, dict(values["excluded"]), method, read_options(dict(values["options"])))
+
+
+def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
+    """Which layer is quantized by which settings.
 
     Raises:
         ValueError: for patterns that are no regular expressions or match nothing, settings that do not exist,
             for settings that do not fit a layer, all at once, and for experts that cannot share factors as asked.
     """
-    patterns = [_pattern(text, "exclude") for text in exclude]
-    changes = [_override(text, method) for text in override]
-    used: set[tuple[str, str]] = set()
-    plan: dict[str, dict[Target, Method]] = {}
-    excluded: dict[str, str] = {}
-    unfit: dict[str, list[str]] = {}  # by what is wrong
-    routing = routing_layers(model.model)
-    if method.scope == "experts" and not find_experts(model.model):
+    exclude = [_pattern(text, "exclude") for text in options.exclude]
+    changes = [_override(text, method) for text in options.override]
+    experts = find_experts(model.model)
+    if method.scope == "experts" and not experts:
         raise ValueError(
             f"{type(method).__name__} shares factors between experts, {type(model.model).__name__} has none; "
             "use --method lopro"
         )
-    for block in model.blocks:
-        plan[block] = {}
-        for target in model.targets(block):
-            hit = next((p for p in patterns if p.search(target.name)), None)
-            if hit:
-                used.add(("exclude", hit.pattern))
-                excluded[target.name] = f"excluded by {hit.pattern}"
-                continue
-            if target.name in routing:
-                excluded[target.name] = routing[target.name]
-                continue
-            chosen = method
-            for pattern, change in changes:
-                if pattern.search(target.name):
-                    used.add(("override", pattern.pattern))
-                    chosen = replace(chosen, **change)  # type: ignore[type-var]
-            try:
-                chosen.largest(target.out_features, target.in_features)
-            except ValueError as error:
-                unfit.setdefault(str(error), []).append(target.name)
-            _check_alike(chosen, method, target.name)
-            plan[block][target] = chosen
-    given = {("exclude", p.pattern) for p in patterns} | {("override", p.pattern) for p, _ in changes}
-    if given - used:
-        names = ", ".join(f"{kind} {pattern!r}" for kind, pattern in sorted(given - used))
-        raise ValueError(f"patterns must match a layer that is not excluded, these match none: {names}")
-    if unfit:
-        shown = "\n".join(f"  {_some(names)}: {error}" for error, names in unfit.items())
-        widths = {t.in_features for layers in plan.values() for t, m in layers.items() if m.group_size != -1}
-        hint = ""
-        fits = [g for g in (256, 128, 96, 64, 48, 32, 16) if all(w % g == 0 for w in widths)]
-        if any(error.startswith("group_size") for error in unfit):
-            sizes = ", ".join(map(str, fits)) or "none"
-            hint = f" (group sizes that divide all widths: {sizes}; -1 is one group per row)"
-        raise ValueError(
-            f"settings must fit the layers; they do not for {sum(map(len, unfit.values()))} of them:\n{shown}\n"
-            f"choose others{hint}, or --override or --exclude those layers"
-        )
-    if not any(plan.values()):
+    selected, excluded = select(model, exclude)
+    names = [target.name for targets in selected.values() for target in targets]
+    unused = {("exclude", p.pattern) for p in exclude if f"excluded by {p.pattern}" not in excluded.values()}
+    unused |= {("override", p.pattern) for p, _ in changes if not any(p.search(name) for name in names)}
+    layers = {part: {t: choose(t, method, changes) for t in targets} for part, targets in selected.items()}
+    plan = Plan(layers, excluded, method, options)
+    if unused:
+        listed = ", ".join(f"{kind} {pattern!r}" for kind, pattern in sorted(unused))
+        raise ValueError(f"patterns must match a layer that is not excluded, these match none: {listed}")
+    refuse_unfit(dict(plan.jobs()))
+    if not names:
         raise ValueError("there must be at least one layer to quantize, got 0: everything is excluded")
-    _check_experts(model, plan)
-    return plan, excluded
+    for own in layers.values():
+        list(expert_formats(own, experts))  # refuses grids that are too small, and experts left out
+    return plan
 
 
-def _check_alike(chosen: Any, method: Any, name: str) -> None:
+def select(model: StreamedModel, exclude: Iterable[re.Pattern[str]]) -> tuple[dict[str, list[Target]], dict[str, str]]:
+    """The layers to quantize, by part, and the others' names, each with the reason."""
+    routing = routing_layers(model.model)
+    selected: dict[str, list[Target]] = {}
+    excluded: dict[str, str] = {}
+    for part in model.blocks:
+        selected[part.name] = []
+        for target in part.targets:
+            hit = next((pattern.pattern for pattern in exclude if pattern.search(target.name)), None)
+            if hit:
+                excluded[target.name] = f"excluded by {hit}"
+            elif target.name in routing:
+                excluded[target.name] = routing[target.name]
+            else:
+                selected[part.name].append(target)
+    return selected, excluded
+
+
+def choose(target: Target, method: Method, changes: Iterable[tuple[re.Pattern[str], dict[str, Any]]]) -> Method:
+    """The method of one layer, with the settings that are overridden there."""
+    chosen = method
+    for pattern, change in changes:
+        if pattern.search(target.name):
+            chosen = replace(chosen, **change)
+    _check_alike(chosen, method, target.name)
+    return chosen
+
+
+def refuse_unfit(layers: Mapping[Target, Method]) -> None:
+    """Refuse settings that do not fit their layers.
+
+    Raises:
+        ValueError: all those layers at once, by what is wrong.
+    """
+    unfit: dict[str, list[str]] = {}
+    for target, method in layers.items():
+        try:
+            method.largest(target.out_features, target.in_features)
+        except ValueError as error:
+            unfit.setdefault(str(error), []).append(target.name)
+    if not unfit:
+        return
+    shown = "\n".join(f"  {_some(names)}: {error}" for error, names in unfit.items())
+    hint = ""
+    if any(error.startswith("group_size") for error in unfit):
+        widths = {target.in_features for target, method in layers.items() if method.group_size != -1}
+        fits = [g for g in (256, 128, 96, 64, 48, 32, 16) if all(width % g == 0 for width in widths)]
+        sizes = ", ".join(map(str, fits)) or "none"
+        hint = f" (group sizes that divide all widths: {sizes}; -1 is one group per row)"
+    raise ValueError(
+        f"settings must fit the layers; they do not for {sum(map(len, unfit.values()))} of them:\n{shown}\n"
+        f"choose others{hint}, or --override or --exclude those layers"
+    )
+
+
+def _check_alike(chosen: Method, method: Method, name: str) -> None:
     """What is solved together cannot differ from layer to layer.
 
     Raises:
@@ -138,14 +212,6 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _check_experts(model: StreamedModel, plan: dict[str, dict[Target, Method]]) -> None:
-    """Methods that solve experts together need all of them, and a grid with room."""
-    modules = find_experts(model.model)
-    for layers in plan.values():
-        for _ in expert_formats(layers, modules):
-            pass  # refuses grids that are too small, and experts left out
-
-
 def _pattern(text: str, what: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
@@ -159,7 +225,7 @@ def _override(text: str, method: Method) -> tuple[re.Pattern[str], dict[str, Any
     key, equals, value = change.partition("=")
     if not (colon and equals):
         raise ValueError(f"an override must read 'REGEX:key=value', got {text!r}")
-    hints = {f.name: get_type_hints(type(method))[f.name] for f in fields(method)}  # type: ignore[arg-type]
+    hints = {f.name: get_type_hints(type(method))[f.name] for f in fields(method)}
     if key not in hints:
         raise ValueError(f"{text!r} names an unknown setting {key!r}; known are {', '.join(hints)}")
     kind = hints[key] if hints[key] in (int, float, bool) else str
@@ -167,32 +233,32 @@ def _override(text: str, method: Method) -> tuple[re.Pattern[str], dict[str, Any
         parsed = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
     except (ValueError, KeyError):
         raise ValueError(f"{text!r}: {key} must be of type {kind.__name__}, got {value!r}") from None
-    replace(method, **{key: parsed})  # type: ignore[type-var]  # the settings check themselves
+    replace(method, **{key: parsed})  # the settings check themselves
     return _pattern(pattern, "override"), {key: parsed}
 
 
-def check_activations(run: Run) -> None:
+def check_activations(plan: Plan) -> None:
     """Refuse to round activations where that is not possible as asked.
 
     Raises:
         ValueError: naming the options and what does not fit.
     """
-    options = run.options
-    if options.activations != "none" and run.method.scope == "experts":
+    options = plan.options
+    if options.activations != "none" and plan.method.scope == "experts":
         raise ValueError(
-            f"activations must be none where experts share factors, got {options.activations!r} with {run.name}; "
+            f"activations must be none where experts share factors, got {options.activations!r} with {plan.name}; "
             "use --method lopro"
         )
-    turned = [t.name for t, m in run.jobs() if m.largest(t.out_features, t.in_features).has_basis]
+    turned = [t.name for t, m in plan.jobs() if m.largest(t.out_features, t.in_features).has_basis]
     if options.activations == "tensor" and turned:
         raise ValueError(
-            f"activations 'tensor' need inputs in the model's own channels, {run.name} rotates those of "
+            f"activations 'tensor' need inputs in the model's own channels, {plan.name} rotates those of "
             f"{_some(turned)}; use activations token, or a method without rotation"
         )
     if options.kv_cache != "none":
         lacking = [
-            block
-            for block, layers in run.plan.items()
+            part
+            for part, layers in plan.layers.items()
             if not all(any(t.name.endswith(kind) for t in layers) for kind in KEYS_AND_VALUES)
         ]
         if lacking:
@@ -202,18 +268,25 @@ def check_activations(run: Run) -> None:
             )
 
 
-def check_weights(run: Run) -> None:
-    """Refuse weights that are not finite numbers, all layers named at once."""
-    jobs = list(run.jobs())
-    bad = []
+def check_weights(plan: Plan, model: StreamedModel, progress: Progress) -> None:
+    """Refuse weights that are not finite numbers, all layers named at once.
+
+    Reads every weight, which the work will read again: once more in seconds or minutes, so that what would stop a run
+    in its last block, after hours, stops it before the first. No other stage sees all weights before the work.
+
+    Raises:
+        ValueError: naming the layers.
+    """
+    jobs, bad = list(plan.jobs()), []
+    kinds = {target.name: model.stored_dtype(target.name + ".weight") for target, _ in jobs}
+    if whole := [f"{name} is {kind}" for name, kind in kinds.items() if not kind.is_floating_point]:
+        raise ValueError(f"weights must be floating point, {_some(whole)}; give the original")
     for done, (target, _) in enumerate(jobs):
-        weight = run.model.weight(target)
-        if not weight.is_floating_point():
-            raise ValueError(f"weights must be floating point, {target.name} is {weight.dtype}; give the original")
+        weight = model.stored_tensor(target.name + ".weight")
         wrong = int((~torch.isfinite(weight)).sum())
         if wrong:
             bad.append(f"{target.name} ({wrong} of {weight.numel()})")
-        run.progress("check weights", done + 1, len(jobs))
+        progress("check weights", done + 1, len(jobs))
     if bad:
         raise ValueError(
             f"weights must be finite, NaN or infinite values are in {', '.join(bad)}; "
@@ -221,52 +294,44 @@ def check_weights(run: Run) -> None:
         )
 
 
-def estimate(run: Run) -> Report:
-    """The largest sizes that can come out, in the shape of a report."""
+def estimate(plan: Plan, model: StreamedModel) -> Report:
+    """The largest sizes that can come out, in the shape of a report; from headers alone."""
     layers = []
     tiles: dict[Target, TileFormat] = {}
-    for plan in run.plan.values():
-        for targets, tile in expert_formats(plan, find_experts(run.model.model)):
+    experts = find_experts(model.model)
+    for own in plan.layers.values():
+        for targets, tile in expert_formats(own, experts):
             tiles |= dict.fromkeys(targets, tile)
-    for target, method in run.jobs():
+    for target, method in plan.jobs():
         shape = (target.out_features, target.in_features)
-        format = replace(method.largest(*shape), input_quantization=run.options.activations)
+        format = replace(method.largest(*shape), input_quantization=plan.options.activations)
         shared = tiles.get(target)
         if shared is not None:
             format = replace(format, rank=0)
         bits = format.stored_bits(*shape) + (shared.share(*shape) if shared else 0)
         rank = shared.rank if shared else format.rank
         layers.append(LayerReport(target.name, shape, format.bits, rank, "largest", 0.0, 0.0, layer_bytes(bits)))
-    return make_report(run, layers, kept_bytes=kept_bytes(run), run_info={}, checksums={})
-
-
-def kept_names(run: Run, block: str | None) -> list[str]:
-    """What is copied: everything outside the blocks (None), or what a block has besides quantized weights."""
-    if block is None:
-        return run.model.names_outside()
-    quantized = {target.name + ".weight" for target in run.plan[block]}
-    return [name for name in run.model.names_under(block) if name not in quantized]
-
-
-def kept_bytes(run: Run) -> int:
-    total = 0
-    for block in (None, *run.model.blocks):
-        for name in kept_names(run, block):
-            tensor = run.model.stored_tensor(name)
-            total += tensor.numel() * tensor.element_size()
-    return total
+    stored = sum(layer.bytes for layer in layers) + sum(model.stored_bytes(name) for name in plan.kept(*model.parts))
+    return make_report(plan, model, layers, stored=stored, run_info={}, checksums={})
 
 
 def make_report(
-    run: Run, layers: list[LayerReport], *, kept_bytes: int, run_info: dict[str, Any], checksums: dict[str, str]
+    plan: Plan,
+    model: StreamedModel,
+    layers: list[LayerReport],
+    *,
+    stored: int,
+    run_info: dict[str, Any],
+    checksums: dict[str, str],
 ) -> Report:
-    unused = {name: "in the checkpoint, but the architecture has no place for it" for name in run.model.unused_tensors}
+    """The report of a plan that has been carried out, or will be, with ``stored`` bytes in all."""
+    unused = {name: "in the checkpoint, but the architecture has no place for it" for name in model.unused_tensors}
     return Report(
-        method=run.name,
-        settings=asdict(run.method),  # type: ignore[call-overload]
+        method=plan.name,
+        settings=plan.settings,
         layers=tuple(layers),
-        bytes=sum(layer.bytes for layer in layers) + kept_bytes,
-        kept=run.excluded | unused,
+        bytes=stored,
+        kept=dict(plan.excluded) | unused,
         run=run_info,
         checksums=checksums,
     )

@@ -2,28 +2,35 @@
 
 import os
 import time
-from dataclasses import asdict, replace
+from concurrent.futures import Executor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorq.methods import METHODS, Method
+from lorq.methods import Method
 from lorq.models.blocks import StreamedModel
 from lorq.models.locate import load_dense, resolve_model
 from lorq.models.self_text import cached_self_windows
 from lorq.models.skeleton import read_config
 from lorq.models.texts import SELF, Windows, calibration_windows
-from lorq.pipeline.all_blocks import Solver
+from lorq.pipeline.commit import Commit
+from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
-from lorq.pipeline.plan import Run, check_activations, check_weights, estimate, make_report, plan_layers
+from lorq.pipeline.plan import Plan, check_activations, check_weights, estimate, make_plan, make_report
+from lorq.pipeline.tasks import SameProcess
+from lorq.pipeline.verify import Probe, probe_tokens, verify
+from lorq.pipeline.walk import Streams, walk
 from lorq.pipeline.widths import mix_widths
 from lorq.progress import Progress
 from lorq.runtime.device import read_device
 from lorq.storage.atomic import require_space
 from lorq.storage.config import FORMAT_VERSION
-from lorq.storage.names import COMPANIONS, REPORT_NAME, SENTINEL
+from lorq.storage.folder import LorqFolder
+from lorq.storage.names import COMPANIONS, JOURNAL, REPORT_NAME, SENTINEL
+from lorq.storage.out_folder import check_out
 from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter, check_begun
 from lorq.version import __version__
@@ -35,6 +42,7 @@ def quantize(
     method: str | Method = "flrq",
     *,
     progress: Progress | None = None,
+    executor: Executor | None = None,
     **options: Any,
 ) -> Report:
     """Quantize ``model`` into the folder ``out``.
@@ -48,6 +56,8 @@ def quantize(
         out: the new folder.
         method: a name of `lorq.METHODS`, or an instance with its settings, such as ``lorq.FLRQ(bits=3)``.
         progress: called as ``progress(stage, done, total)``.
+        executor: where layers are solved, such as a process pool; if left out, here and at once. Methods that fit a
+            whole block run in the model and are always solved here.
         **options: fields of `Options`.
 
     Returns:
@@ -62,48 +72,78 @@ def quantize(
     source, out = resolve_model(model), Path(out)
     if out.resolve() == source.resolve():
         raise FileExistsError(f"the output folder must not be the model's own, got {out} for both")
-    CheckpointWriter.check(out, overwrite=chosen.overwrite, resume=chosen.resume)
-    device = read_device(chosen.device)
-    streamed = StreamedModel.open(source, device=device)
-    plan, excluded = plan_layers(streamed, solver, exclude=chosen.exclude, override=chosen.override)
-    plan = mix_widths(plan, solver, chosen)
-    name = next((key for key, kind in METHODS.items() if type(solver) is kind), type(solver).__name__.lower())
-    run = Run(streamed, source, plan, excluded, solver, name, chosen, progress or (lambda *_: None))
-    if chosen.resume:  # the text is compared when it is read
-        settings = _identity(run, None)
-        check_begun(out, {key: settings[key] for key in ("format_version", "lorq_version", "method", "settings")})
-    check_activations(run)
-    check_weights(run)
-    largest = estimate(run)
+    check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
+    progress = progress or (lambda *_: None)
+    streamed = StreamedModel.open(source, device=read_device(chosen.device))
+    plan = mix_widths(make_plan(streamed, solver, chosen))
+    begun = chosen.resume and (out / JOURNAL).is_file()
+    if begun:  # the text is compared when it is read
+        of_text = ("calibration", "calibration_tokens", "samples", "seq_len")
+        check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in of_text})
+    check_activations(plan)
+    largest = estimate(plan, streamed)
     # What is finished is on the disk already; the head room is for index, report and journal.
     finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if chosen.resume else 0
     require_space(out, max(0, largest.bytes - finished) + (1 << 20))
+    if not begun:  # a run that was begun has checked these weights
+        check_weights(plan, streamed, progress)
     if chosen.dry_run:
         if chosen.calibration != SELF:
-            _windows(run)
+            _windows(plan, streamed, progress)
         return replace(largest, seconds=time.monotonic() - started)
     began = time.monotonic()
-    windows = _windows(run)
+    windows = _windows(plan, streamed, progress)
     text_seconds = time.monotonic() - began
-    writer = CheckpointWriter.create(out, _identity(run, windows), overwrite=chosen.overwrite, resume=chosen.resume)
-    work = Solver(run, writer, windows)
-    work.solve_blocks()
-    report = _finish(run, writer, windows)
-    stages = {"calibration": text_seconds + work.calibrating, "solving": work.solving}
+    identity = _identity(plan, streamed, windows)
+    writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
+    stages = _solve(plan, streamed, windows, writer, executor or SameProcess(), progress)
+    stages["calibration"] += text_seconds
+    report = _finish(plan, streamed, writer, windows)
     return replace(report, seconds=time.monotonic() - started, stages=stages)
+
+
+def _solve(
+    plan: Plan, model: StreamedModel, windows: Windows | None, writer: CheckpointWriter, executor: Executor,
+    progress: Progress,
+) -> dict[str, float]:  # fmt: skip
+    """Walk through the model, solve and commit each block, and read it all back; the seconds that stages took.
+
+    Every tensor of a block is read once. What is outside is read twice, before the blocks and after them: to keep it in
+    memory meanwhile would take gigabytes from large vocabularies, all the time.
+    """
+    commit, seconds = Commit(model, plan, writer), {"calibration": 0.0, "solving": 0.0}
+    stored = {name: model.stored_tensor(name) for name in plan.kept(*model.outside)}
+    commit.outside(stored)
+    with model.resident(*model.outside, stored=stored):
+        tokens = torch.empty(0, 1, dtype=torch.int64) if windows is None else windows.tokens
+        streams = Streams.begin(model, plan, tokens, writer.folder)
+        probe = Probe.begin(model, probe_tokens(model.model.config.get_text_config(), plan.options.seed))
+    finished = commit.finished
+    for number, visit in enumerate(walk(model, plan, streams, finished=finished), 1):
+        began = time.monotonic()
+        if visit.part.name in finished:
+            solved = commit.read(visit.part)
+        else:
+            solved = solve_block(model, plan, visit, probe, executor)
+            seconds["calibration"] += visit.seconds
+            seconds["solving"] += time.monotonic() - began
+        commit.block(visit, solved, probe)
+        progress("quantize", number, len(model.blocks))
+    verify(model, probe, LorqFolder.of_shards(writer.folder, writer.completed), progress)
+    return seconds
 
 
 # -- calibration text ---------------------------------------------------------------------------------------
 
 
-def _windows(run: Run) -> Windows | None:
+def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | None:
     """Calibration windows, if anything looks at inputs."""
-    if not (run.needs_ranges or any(method.needs_stats for _, method in run.jobs())):
+    if not any(plan.observes(method) for _, method in plan.jobs()):
         return None
     from transformers import AutoTokenizer
 
-    options, folder = run.options, run.folder
-    limit = getattr(run.model.model.config, "max_position_embeddings", None)
+    options, folder, config = plan.options, model.checkpoint.folder, model.model.config
+    limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and options.seq_len > limit:
         raise ValueError(f"seq_len must be at most the model's {limit} positions, got {options.seq_len}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -111,17 +151,17 @@ def _windows(run: Run) -> Windows | None:
     dtype = torch.float32
 
     def write() -> Tensor:
-        _require_memory(run)
+        _require_memory(model)
         return cached_self_windows(
             lambda: load_dense(folder, dtype),
             tokenizer,
-            run.model.model.config,
-            fingerprint=run.model.checkpoint.fingerprint(),
+            config,
+            fingerprint=model.checkpoint.fingerprint(),
             dtype=dtype,
             windows=options.samples,
             length=options.seq_len,
             seed=options.seed,
-            progress=lambda done, total: run.progress("write calibration text", done, total),
+            progress=lambda done, total: progress("write calibration text", done, total),
         )
 
     return calibration_windows(
@@ -129,9 +169,9 @@ def _windows(run: Run) -> Windows | None:
     )  # fmt: skip
 
 
-def _require_memory(run: Run) -> None:
+def _require_memory(model: StreamedModel) -> None:
     """The model writes text only if it fits in memory with room to spare."""
-    parameters = sum(p.numel() for p in run.model.model.parameters())
+    parameters = sum(p.numel() for p in model.model.parameters())
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 4 * parameters > 0.7 * available:
         raise ValueError(
@@ -140,49 +180,60 @@ def _require_memory(run: Run) -> None:
         )
 
 
-def _identity(run: Run, windows: Windows | None) -> dict[str, Any]:
-    """Everything that decides the bytes of the folder; resuming with another one is refused."""
-    options = run.options if windows else replace(run.options, samples=0, seq_len=0)
-    keep = (
-        "samples", "seq_len", "seed", "token_weights", "router_weights", "expert_tokens", "exclude", "override",
-        "activations", "kv_cache", "smoothing", "average_bits", "wide_bits", "wide_layers",
-    )  # fmt: skip
+# Options that say how a run is done and leave the bytes as they are.
+_HOW = ("device", "spill_bytes", "dry_run", "resume", "overwrite")
+
+
+def _run_info(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict[str, Any]:
+    """Everything that was asked for and decides the bytes of the folder, for its report."""
+    options = plan.options if windows else replace(plan.options, samples=0, seq_len=0)
     return {
+        **{key: value for key, value in vars(options).items() if key not in _HOW},
         "format_version": FORMAT_VERSION,
         "lorq_version": __version__,
-        "model": run.model.checkpoint.fingerprint(),
-        "method": run.name,
-        "settings": asdict(run.method),  # type: ignore[call-overload]
+        "model": model.checkpoint.fingerprint(),
         "calibration": None if windows is None else windows.source,
         "calibration_tokens": None if windows is None else windows.sha256,
-        **{key: getattr(options, key) for key in keep},
-        "stream": run.stream,
-        "device_type": run.model.device.type,
+        "stream": plan.stream,
+        "device_type": model.device.type,
+    }
+
+
+def _identity(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict[str, Any]:
+    """Everything that decides the bytes of the folder; resuming with another one is refused.
+
+    Sums come out otherwise with other threads and another torch. That is for the journal alone: the folder does not
+    tell on what machine it was made.
+    """
+    return {
+        **_run_info(plan, model, windows),
+        "method": plan.name,
+        "settings": plan.settings,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
     }
 
 
 # -- after the work -----------------------------------------------------------------------------------------
 
 
-def _finish(run: Run, writer: CheckpointWriter, windows: Windows | None) -> Report:
-    records = list(writer.completed.values())
+def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows: Windows | None) -> Report:
+    records, folder = list(writer.completed.values()), model.checkpoint.folder
     layers = [LayerReport(**{**l, "shape": tuple(l["shape"])}) for record in records for l in record["layers"]]
-    identity = _identity(run, windows)
-    run_info = {key: value for key, value in identity.items() if key not in ("method", "settings")}
-    stored = sum(record["bytes"] for record in records)
-    report = make_report(run, layers, kept_bytes=0, run_info=run_info, checksums=writer.shard_checksums())
-    report = replace(report, bytes=stored)
-    files: dict[str, bytes | Path] = {name: run.folder / name for name in COMPANIONS if (run.folder / name).is_file()}
+    report = make_report(
+        plan, model, layers, stored=sum(record["bytes"] for record in records),
+        run_info=_run_info(plan, model, windows), checksums=writer.shard_checksums(),
+    )  # fmt: skip
+    files: dict[str, bytes | Path] = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
     files[REPORT_NAME] = report.to_bytes()
-    formats = {name: format for record in records for name, format in record["formats"].items()}
-    tiles = {name: format for record in records for name, format in record["tiles"].items()}
-    inputs = [names for record in records for names in record["inputs"]]
-    config = read_config(run.folder).to_dict() | {
+    config = read_config(folder).to_dict() | {
         "transformers_weights": SENTINEL,
         "quantization_config": {
             "quant_method": "lorq", "format_version": FORMAT_VERSION, "lorq_version": __version__,
-            "method": run.name, "settings": asdict(run.method), "layers": formats,  # type: ignore[call-overload]
-            "tiles": tiles, "inputs": inputs,
+            "method": plan.name, "settings": plan.settings,
+            "layers": {name: format for record in records for name, format in record["formats"].items()},
+            "tiles": {name: format for record in records for name, format in record["tiles"].items()},
+            "inputs": [names for record in records for names in record["inputs"]],
         },
     }  # fmt: skip
     # Where the model was read from is nobody's business and would differ from machine to machine.

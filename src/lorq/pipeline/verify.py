@@ -1,25 +1,20 @@
 """Read a written folder back and compare: what is on the disk must compute what was solved."""
 
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorq.core.tile_factors import TileFormat
-from lorq.core.weight import LayerFormat
-from lorq.models.blocks import StreamedModel
+from lorq.models.blocks import Calls, Part, StreamedModel
 from lorq.models.experts import find_experts
 from lorq.models.skeleton import read_config, skeleton
 from lorq.pipeline.observe import routed_alike
-from lorq.pipeline.plan import Run
+from lorq.progress import Progress
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.swap import swap_experts, swap_layers
-from lorq.storage.reader import SourceCheckpoint
-from lorq.storage.safetensors_file import read_header
+from lorq.storage.folder import LorqFolder
 
 # Tokens of the window that is followed through the quantized model in memory and again from disk.
 _PROBE_TOKENS = 64  # fewer if the model has fewer positions
@@ -27,8 +22,40 @@ _PROBE_TOKENS = 64  # fewer if the model has fewer positions
 _PROBE_SQNR_DB = 60.0
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A short window that goes through the quantized blocks in memory, and again as they are on disk.
+
+    Attributes:
+        tokens: random ones; any text would do.
+        hidden: with which the window enters a block.
+        calls: what else the blocks are called with.
+        routes: where the tokens are routed, by experts module; filled the first time.
+    """
+
+    tokens: Int[Tensor, "length"]
+    hidden: Float[Tensor, "length width"]
+    calls: Calls
+    routes: dict[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def begin(cls, model: StreamedModel, tokens: Int[Tensor, "length"]) -> "Probe":
+        """At a model's first block."""
+        hidden = torch.empty(1, len(tokens), int(model.model.config.get_text_config().hidden_size))
+        return cls(tokens, hidden[0], model.embed(tokens[None], hidden), {})
+
+    def run(self, model: StreamedModel, block: Part) -> Float[Tensor, "length width"]:
+        """The resident block's output."""
+        return model.run(block, self.hidden, self.calls)
+
+    def advance(self, model: StreamedModel, block: Part) -> None:
+        """Go on to the next block."""
+        with routed_alike(find_experts(model.model, block.name), self.routes):
+            self.hidden.copy_(self.run(model, block))
+
+
 def probe_tokens(config: Any, seed: int) -> Int[Tensor, "length"]:
-    """Random tokens for comparing logits; any text would do."""
+    """Random tokens for comparing logits."""
     length = min(_PROBE_TOKENS, getattr(config, "max_position_embeddings", _PROBE_TOKENS))
     return torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
 
@@ -44,43 +71,37 @@ def _leave_activations(model: nn.Module) -> None:
             module.format = replace(module.format, input_quantization="none", output_quantization="none")
 
 
-def verify(
-    run: Run,
-    folder: Path,
-    completed: Mapping[str, Any],
-    probe: Int[Tensor, "length"],
-    expected: Float[Tensor, "length vocabulary"],
-    routes: dict[str, tuple[Tensor, Tensor]],
-) -> None:
+def verify(model: StreamedModel, probe: Probe, folder: LorqFolder, progress: Progress) -> None:
     """Read the written shards back into packed layers, block by block, and compare the probe's logits.
 
     Activations are in full precision on both sides.
 
+    Args:
+        model: the original, whose head makes the logits to be expected.
+        probe: behind the last solved block.
+        folder: what was written.
+        progress: told after each block.
+
     Raises:
         ArithmeticError: if they differ, or are not finite, or tokens take another way (`routed_alike`).
     """
-    formats = {n: LayerFormat(**f) for r in completed.values() for n, f in r["formats"].items()}
-    empty = skeleton(read_config(run.folder))
-    swap_layers(empty, formats)
+    empty = skeleton(read_config(model.checkpoint.folder))
+    swap_layers(empty, folder.formats)
     _leave_activations(empty)
-    swap_experts(empty, {n: TileFormat(**f) for r in completed.values() for n, f in r["tiles"].items()})
-    headers = {name: read_header(folder / name) for name in completed}
-    files = {tensor: name for name, header in headers.items() for tensor in header.tensors}
-    model = StreamedModel(empty, SourceCheckpoint(folder, headers, files), device=run.model.device)
-    hidden = torch.empty(1, len(probe), run.model.model.config.get_text_config().hidden_size)
-    calls = model.embed(probe[None], hidden)
-    for index in range(len(model.blocks)):
-        experts = find_experts(empty, model.blocks[index])
-        with model.resident_block(index), routed_alike(experts, routes):
-            hidden[0] = model.run(index, hidden[0], calls).cpu()
-        run.progress("verify", index + 1, len(model.blocks))
-    logits = model.logits(probe, hidden[0]).cpu()
-    expected = expected.cpu()
+    swap_experts(empty, folder.tiles)
+    written = StreamedModel(empty, folder.reader, device=model.device)
+    again = replace(Probe.begin(written, probe.tokens), routes=probe.routes)
+    for number, block in enumerate(written.blocks, 1):
+        with written.resident(block):
+            again.advance(written, block)
+        progress("verify", number, len(written.blocks))
+    logits = written.logits(again.tokens, again.hidden).cpu()
+    expected = model.logits(probe.tokens, probe.hidden).cpu()
     if not bool(torch.isfinite(logits).all()):
-        raise ArithmeticError(f"{folder} read back gives logits that are not finite; keep it for a bug report")
+        raise ArithmeticError(f"{folder.path} read back gives logits that are not finite; keep it for a bug report")
     sqnr = 10 * torch.log10(expected.square().sum() / (expected - logits).square().sum().clamp(min=1e-30))
     if float(sqnr) < _PROBE_SQNR_DB:
         raise ArithmeticError(
-            f"{folder} read back must give the solved model's logits to {_PROBE_SQNR_DB:.0f} dB, got "
+            f"{folder.path} read back must give the solved model's logits to {_PROBE_SQNR_DB:.0f} dB, got "
             f"{float(sqnr):.1f} dB; the disk or memory is faulty, or this is a bug: run again with --overwrite"
         )

@@ -2,14 +2,10 @@
 
 from dataclasses import replace
 
-from lorq.methods import Method
-from lorq.models.blocks import Target
-from lorq.pipeline.options import Options
+from lorq.pipeline.plan import Plan
 
 
-def mix_widths(
-    plan: dict[str, dict[Target, Method]], method: Method, options: Options
-) -> dict[str, dict[Target, Method]]:
+def mix_widths(plan: Plan) -> Plan:
     """The plan with some layers' codes made wider, so that the average is as asked, and never above.
 
     Raises:
@@ -18,7 +14,7 @@ def mix_widths(
     Source:
         LoftQ (arXiv:2310.08659) and LoRDS reach 2.25, 2.5 and 3 bits with 4 bits in the first layers and 2 in the rest.
     """
-    average, low, wide = options.average_bits, method.bits, options.wide_bits
+    average, low, wide = plan.options.average_bits, plan.method.bits, plan.options.wide_bits
     if not average:
         return plan
     if not low < average <= wide:
@@ -26,14 +22,14 @@ def mix_widths(
             f"average_bits must be above the method's bits and at most wide_bits, got {average} with bits {low} and "
             f"wide_bits {wide}; lower bits or raise wide_bits"
         )
-    sizes = {t: t.out_features * t.in_features for layers in plan.values() for t, m in layers.items() if m.bits == low}
+    sizes = {target: target.out_features * target.in_features for target, method in plan.jobs() if method.bits == low}
     room = (average - low) / (wide - low) * sum(sizes.values())
-    mixed = {block: dict(layers) for block, layers in plan.items()}
-    for block in mixed if options.wide_layers == "first" else reversed(list(mixed)):
-        for target in plan[block]:
+    mixed = {part: dict(layers) for part, layers in plan.layers.items()}
+    for part in mixed if plan.options.wide_layers == "first" else reversed(list(mixed)):
+        for target, method in plan.layers[part].items():
             if target in sizes and sizes[target] <= room:
-                mixed[block][target] = replace(plan[block][target], bits=wide)  # type: ignore[type-var]
+                mixed[part][target] = replace(method, bits=wide)
                 room -= sizes[target]
-    if mixed == plan:
+    if mixed == plan.layers:
         raise ValueError(f"average_bits {average} leaves no room for a single layer of {wide} bits; give more")
-    return mixed
+    return replace(plan, layers=mixed)

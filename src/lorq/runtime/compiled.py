@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorq.core.grids import levels
+from lorq.core.codes import levels
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.same_input import Together
 
@@ -77,9 +77,9 @@ def compile_steps(model: Any) -> None:
     Raises:
         ValueError: at the second token, if the model cannot be compiled; later, if its dtype is another.
     """
-    # What codes stand for is a constant of the program, not computed by it. That it is kept is no news to users.
+    # What codes stand for is a constant of the program, not computed by it. That it is kept is no news to users: the
+    # filter below.
     torch.compiler.assume_constant_result(levels)
-    warnings.filterwarnings("ignore", "Dynamo detected a call to a", UserWarning)
     # To see at every token whether any of some hundred modules was changed takes an eighth of the time.
     skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)  # from torch 2.8 on
     options: dict[str, Any] = {} if skip is None else {"guard_filter_fn": skip}
@@ -105,7 +105,9 @@ def compile_steps(model: Any) -> None:
         if model.dtype != dtype:
             raise ValueError(f"the model was compiled in {dtype} and is {model.dtype} now; load and compile it again")
         try:
-            return compiled(input_ids=input_ids, past_key_values=past_key_values, **others)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Dynamo detected a call to a", UserWarning)
+                return compiled(input_ids=input_ids, past_key_values=past_key_values, **others)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(

@@ -1,16 +1,19 @@
 """QuantExperts: packed experts whose shared low-rank part is computed for all of them at once."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorq.core.tile_factors import _STORED, TileFactors, TileFormat, tile_layout
+from lorq.core.tile_factors import TileFactors, TileFormat
 from lorq.models.experts import Expert, Experts
 from lorq.runtime.experts_at_once import declines_at_once, layers_of, run_grouped
 from lorq.runtime.linear import QuantLinear
+
+_PARTS = tuple(field.name for field in fields(TileFactors))
 
 
 class Tiles(nn.Module):
@@ -30,14 +33,14 @@ class Tiles(nn.Module):
     ):
         super().__init__()
         self.out_features, self.in_features, self.format = out_features, in_features, format
-        layout = tile_layout(out_features, in_features, format)
-        for name in _STORED:
+        layout = format.layout(out_features, in_features)
+        for name in _PARTS:
             tensor = torch.zeros(layout[name][0], dtype=layout[name][1], device=device) if name in layout else None
             self.register_buffer(name, tensor)
 
     def factors(self) -> TileFactors:
         """The tensors as a value."""
-        return TileFactors(**{name: getattr(self, name) for name in _STORED})
+        return TileFactors(**{name: getattr(self, name) for name in _PARTS})
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         def keep_dtype(tensor: Tensor) -> Tensor:

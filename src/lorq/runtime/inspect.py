@@ -1,47 +1,38 @@
 """What multiplies the layers of a folder on this machine."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from lorq.kernels import Implementation, declines_experts, implementation
 from lorq.runtime.experts_at_once import declines_stored
-from lorq.storage.json_files import read_json, some_of
-from lorq.storage.names import INDEX
-from lorq.storage.reader import SourceCheckpoint
-from lorq.storage.report import read_report
+from lorq.storage.folder import LorqFolder
+from lorq.storage.json_files import some_of
 
 
-def layer_implementations(folder: Path) -> dict[str, Implementation]:
+def layer_implementations(folder: LorqFolder) -> dict[str, Implementation]:
     """What multiplies each layer of a folder on this machine: on its accelerator, or the CPU with float32 inputs."""
-    formats, place = _config(folder).formats(), _place()
-    widths = {layer.name: layer.shape[1] for layer in read_report(folder).layers}
-    return {name: implementation(format, widths[name], *place) for name, format in formats.items()}
+    place, widths = _place(), _widths(folder)
+    return {name: implementation(format, widths[name], *place) for name, format in folder.formats.items()}
 
 
-def expert_lines(folder: Path) -> Iterator[str]:
+def expert_lines(folder: LorqFolder) -> Iterator[str]:
     """A line for each way in which experts that share factors run on this machine; nothing where there are none."""
-    config = _config(folder)
-    formats, tiles, place = config.formats(), config.tile_formats(), _place()
-    widths = {layer.name: layer.shape[1] for layer in read_report(folder).layers}
-    stored = set(SourceCheckpoint.open(folder, index_name=INDEX).names) if tiles else set()
+    place, widths, stored = _place(), _widths(folder), set(folder.reader.names)
     alike: dict[str | None, list[str]] = {}
-    for path in dict.fromkeys(name.partition(".tiles.")[0] for name in tiles):
-        tiled = {name.rpartition(".")[2]: format for name, format in tiles.items() if name.startswith(f"{path}.tiles.")}
-        why = declines_stored(path, formats, tiled, stored)
-        for name in formats if why is None else ():
+    for path in dict.fromkeys(name.partition(".tiles.")[0] for name in folder.tiles):
+        tiled = {n.rpartition(".")[2]: format for n, format in folder.tiles.items() if n.startswith(f"{path}.tiles.")}
+        why = declines_stored(path, folder.formats, tiled, stored)
+        for name, format in folder.formats.items() if why is None else ():
             if name.startswith(f"{path}."):
-                why = why or declines_experts(formats[name], widths[name], *place, 0.0)
+                why = why or declines_experts(format, widths[name], *place, 0.0)
         alike.setdefault(why, []).append(path)
     for why, paths in alike.items():
         way = "one call for all those of few tokens" if why is None else f"one after the other: {why}"
         yield f"experts of {some_of(paths)}: {way}"
 
 
-def _config(folder: Path) -> Any:
-    from lorq.storage.config import LorqConfig
-
-    return LorqConfig(**read_json(folder / "config.json")["quantization_config"])
+def _widths(folder: LorqFolder) -> dict[str, int]:
+    return {layer.name: layer.shape[1] for layer in folder.report.layers}
 
 
 def _place() -> tuple[Any, Any]:

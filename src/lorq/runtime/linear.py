@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorq.core.grids import levels
-from lorq.core.layout import _STORED, OPERANDS, pack_weight, stored_layout, unpack_weight
+from lorq.core.codes import levels
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
 from lorq.kernels import fake_quantize, int8_linear, multiply, turn
 from lorq.kernels.int8 import declines_format
+from lorq.kernels.operands import STORED_NAMES
+from lorq.kernels.reference import decoded_linear
+
+# What layers of the operator's kinds of codes may store; those of other kinds name their own.
+STORED = (
+    *(name for name in STORED_NAMES if name != "levels"), "weight_shape", "permutation", "input_scale",
+    "input_zero_point",
+)  # fmt: skip
 
 
 def one_memory(tensors: Sequence[Tensor]) -> Tensor:
@@ -51,8 +58,8 @@ class QuantLinear(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.format = in_features, out_features, format
-        layout = stored_layout(out_features, in_features, format)
-        for name in _STORED:
+        layout = format.layout(out_features, in_features)
+        for name in dict.fromkeys((*STORED, *layout)):
             tensor = torch.zeros(layout[name][0], dtype=layout[name][1], device=device) if name in layout else None
             self.register_buffer(name, tensor)
         parameter = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
@@ -68,7 +75,7 @@ class QuantLinear(nn.Module):
         """Wrap a solved weight."""
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, weight.format, bias=bias is not None)
-        layer.load_state_dict(pack_weight(weight) | ({} if bias is None else {"bias": bias}))
+        layer.load_state_dict(weight.tensors() | ({} if bias is None else {"bias": bias}))
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,27 +111,30 @@ class QuantLinear(nn.Module):
                 codes = self.weight_packed, self.weight_scale, self.weight_zero_point
                 return int8_linear(z, *codes, *grid, self.format.bits)
             z = fake_quantize(z, *grid)
+        if self.format.codes.operator is None:
+            weight = self.format.read(self.stored())
+            return decoded_linear(z, weight.codes.decode(), weight.low_rank)  # type: ignore[arg-type]
         return multiply(z, *self.operands(), self.format.bits)
 
     def operands(self) -> list[Tensor | None]:
         """The operator's tensors."""
         # From torch's own dicts: a module's __getattr__, twelve times, takes as long as a small product.
         tensors = {**self._buffers, **self._parameters, "levels": self.levels}
-        return [tensors[name] for name in OPERANDS]
+        return [tensors[name] for name in STORED_NAMES]
 
     @property
     def levels(self) -> Tensor | None:
         """What codes stand for where that is not whole numbers, on the layer's device."""
-        f = self.format
-        return None if f.grid == "integer" else levels(f.grid, f.bits, self.weight_packed.device)
+        name = getattr(self.format.codes, "levels", "integer")
+        return None if name == "integer" else levels(name, self.format.bits, self.weight_packed.device)
 
     def value(self) -> QuantizedWeight:
         """What is stored, an expert's part of shared factors included, as a value without its record."""
-        weight = unpack_weight(self.stored(), self.format)
+        weight = self.format.read(self.stored())
         if self.shared is None:
             return weight
         tiles, expert = self.shared
-        return replace(weight, tile=Tile(tiles.factors(), expert))
+        return replace(weight, low_rank=Tile(tiles.factors(), expert))
 
     @property
     def weight(self) -> Tensor:
@@ -134,7 +144,8 @@ class QuantLinear(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors that this layer has, by local name."""
-        return {name: tensor for name in _STORED if (tensor := getattr(self, name)) is not None}
+        names = self.format.layout(self.out_features, self.in_features)
+        return {name: getattr(self, name) for name in names}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A plain linear layer with the dense weight."""
@@ -163,8 +174,6 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         f = self.format
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bits={f.bits}, "
-            f"group_size={f.group_size}, rank={f.rank}, vector={f.vector}, rotation={f.rotation_block}, "
-            f"grid={f.grid}, scale_rank={f.scale_rank}, input={f.input_quantization}, "
-            f"bias={self.bias is not None}"
+            f"in_features={self.in_features}, out_features={self.out_features}, codes={f.codes}, rank={f.rank}, "
+            f"rotation={f.rotation_block}, input={f.input_quantization}, bias={self.bias is not None}"
         )

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorq.core.layout import OPERANDS
+from lorq.core.codes import IntGrid
 from lorq.core.weight import LayerFormat
 from lorq.kernels import few_tokens, multiply, turn
 from lorq.kernels.derived import Derived
-from lorq.kernels.operands import DTYPES
+from lorq.kernels.operands import DTYPES, STORED_NAMES, code_sizes
 from lorq.models.experts import Expert
 from lorq.runtime.linear import QuantLinear, one_memory
 
@@ -169,7 +169,7 @@ def _join(known: Sequence[Callable[[], QuantLinear | None]], _: Sequence[Tensor 
     if any(isinstance(t, nn.Parameter) or t.is_inference() for t in given) or len({t.device for t in given}) > 1:
         return None
     joined: list[Tensor | None] = []
-    for name, own in zip(OPERANDS, zip(*tensors, strict=True), strict=True):
+    for name, own in zip(STORED_NAMES, zip(*tensors, strict=True), strict=True):
         parts = [tensor for tensor in own if tensor is not None]
         if name == "levels" or not parts:
             joined.append(own[0])
@@ -197,14 +197,15 @@ def fit(layers: Sequence[QuantLinear]) -> bool:
     """Whether layers of one input and basis can be one: their formats fit together, and joining costs little."""
     first = layers[0].format
 
-    def kind(f: LayerFormat) -> tuple[Any, ...]:
-        return (f.bits, f.group_size, f.symmetric, f.vector, f.codebook_rows, f.codebook_columns, f.grid)
-
+    sizes = code_sizes(first.codes)
+    if sizes is None or sizes.scale_rank:
+        return False
+    zero_points = isinstance(first.codes, IntGrid) and not first.codes.symmetric
     for layer in layers:
         f = layer.format
-        if kind(f) != kind(first) or f.scale_rank or f.input_quantization != "none" or layer.shared is not None:
+        if f.codes != first.codes or f.input_quantization != "none" or layer.shared is not None:
             return False
-        if not f.symmetric and layer is not layers[-1] and layer.out_features * f.bits % 32:
+        if zero_points and layer is not layers[-1] and layer.out_features * f.bits % 32:
             return False  # zero points of two layers would meet in a word
     ranked = [layer for layer in layers if layer.format.rank]
     if len({layer.format.factor_type for layer in ranked}) > 1:

@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorq.core.basis import check_block
-from lorq.core.grids import VectorGrid
-from lorq.core.layout import stored_layout
-from lorq.core.tile_factors import TileFormat, tile_layout
+from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
 from lorq.models.experts import Experts
 from lorq.runtime.experts import QuantExperts, Tiles
@@ -99,14 +96,8 @@ def check_cells(name: str, tiles: Tiles) -> None:
 
 
 def _check_fit(name: str, out: int, in_: int, format: LayerFormat) -> None:
-    if in_ % format.group_size:
-        raise ValueError(f"group_size {format.group_size} must divide the width {in_} of {name}")
     try:
-        if format.vector > 1:
-            rows, columns = format.codebook_rows, format.codebook_columns
-            VectorGrid(format.bits, format.vector, rows, columns, format.group_size).check(out, in_)
-        if format.rotation_block:
-            check_block(in_, format.rotation_block, format.rotation_skip)
+        format.check(out, in_)
     except ValueError as error:
         raise ValueError(f"{name}: {error}; the config belongs to another model") from None
 
@@ -131,9 +122,7 @@ def check_tensors(model: Any, files: list[Path]) -> None:
             wrong.append(f"{name} is {tuple(stored[name].shape)}, not {tuple(tensor.shape)}")
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear | Tiles):
-            layout_of = stored_layout if isinstance(module, QuantLinear) else tile_layout
-            layout = layout_of(module.out_features, module.in_features, module.format)  # type: ignore[arg-type]
-            for local, (_, dtype) in layout.items():
+            for local, (_, dtype) in module.format.layout(module.out_features, module.in_features).items():
                 entry = stored.get(f"{name}.{local}")
                 if entry is not None and entry.dtype != dtype:
                     wrong.append(f"{name}.{local} is {entry.dtype}, not {dtype}")

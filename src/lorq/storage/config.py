@@ -1,13 +1,14 @@
 """quantization_config: what a lorq folder's config.json says of its packed layers."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorq.core.activations import INPUTS, OUTPUTS
-from lorq.core.grids import LEVEL_KINDS
+from lorq.core.codes import CODES, LEVEL_KINDS, IntGrid, LevelFormat, VectorGrid
 from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
@@ -23,7 +24,7 @@ class LorqConfig(QuantizationConfigMixin):
         lorq_version: that wrote it.
         method: name of the method.
         settings: the method's settings.
-        layers: for each quantized layer the fields of `lorq.core.weight.LayerFormat`.
+        layers: for each quantized layer its format (`write_format`).
         tiles: for each projection whose experts share factors the fields of `lorq.core.tile_factors.TileFormat`.
         inputs: names of the layers that read one input, for each input of several.
 
@@ -71,7 +72,7 @@ class LorqConfig(QuantizationConfigMixin):
 
     def formats(self) -> dict[str, LayerFormat]:
         """The layers' formats by name."""
-        return {name: _layer_format(name, entry) for name, entry in self.layers.items()}
+        return {name: read_format(name, entry) for name, entry in self.layers.items()}
 
     def tile_formats(self) -> dict[str, TileFormat]:
         """The formats of the factors that experts share, by name."""
@@ -123,10 +124,9 @@ def _entry_from_version_1(entry: Any) -> Any:
     old = (
         "vector", "codebook_rows", "codebook_columns", "permuted", "rotation_block", "rotation_skip",
     )  # fmt: skip
-    defaults = asdict(LayerFormat(4, 1, True))
     return (
         rest
-        | {key: defaults[key] for key in old}
+        | {key: _FLAT[key][1] for key in old}
         | {"factor_type": {8: "int8", 16: "float16"}.get(entry["factor_bits"], entry["factor_bits"])}
     )
 
@@ -135,49 +135,107 @@ def _entry_from_version_2(entry: Any) -> Any:
     new = ("grid", "scale_rank", "input_quantization", "output_quantization")
     if not isinstance(entry, dict) or not set(entry).isdisjoint(new):
         return entry  # refused with the keys it has
-    defaults = asdict(LayerFormat(4, 1, True))
-    return entry | {key: defaults[key] for key in new}
+    return entry | {key: _FLAT[key][1] for key in new}
 
 
 def _read_fields(where: str, entry: Any, kind: type[Any]) -> Any:
     """A dataclass from a JSON object that must have exactly its fields, of their types."""
-    known = {field.name: field.type for field in fields(kind)}
+    _check_keys(where, entry, {field.name: field.type for field in fields(kind)})
+    return kind(**entry)
+
+
+def _check_keys(where: str, entry: Any, known: Mapping[str, Any]) -> None:
+    """Refuse what is no object with exactly these keys, of their types."""
     if not isinstance(entry, dict) or set(entry) != set(known):
         got = sorted(entry) if isinstance(entry, dict) else entry
         raise ValueError(f"quantization_config.{where} must have the keys {sorted(known)}, got {got}")
     for key, type_ in known.items():
         if type(entry[key]) is not type_:
             raise ValueError(f"quantization_config.{where}.{key} must be {type_}, got {entry[key]!r}")
-    return kind(**entry)
 
 
-def _layer_format(name: str, entry: Any) -> LayerFormat:
-    format = _read_fields(f"layers[{name!r}]", entry, LayerFormat)
-    books = (format.codebook_rows, format.codebook_columns)
-    if format.vector < 1 or (min(books) < 1 if format.vector > 1 else books != (0, 0)):
+# Keys of a layer's entry: type, and the value in folders of versions that did not have it.
+_FLAT: dict[str, tuple[type, Any]] = {
+    "bits": (int, None), "group_size": (int, None), "symmetric": (bool, None), "rank": (int, 0),
+    "factor_type": (str, "float16"), "vector": (int, 1), "codebook_rows": (int, 0), "codebook_columns": (int, 0),
+    "permuted": (bool, False), "rotation_block": (int, 0), "rotation_skip": (int, 0), "grid": (str, "integer"),
+    "scale_rank": (int, 0), "input_quantization": (str, "none"), "output_quantization": (str, "none"),
+}  # fmt: skip
+# Those that tell of the codes, where these are of the kinds that version 3 knew.
+_OF_CODES = (
+    "bits", "group_size", "symmetric", "vector", "codebook_rows", "codebook_columns", "grid", "scale_rank",
+)  # fmt: skip
+
+
+def write_format(format: LayerFormat) -> dict[str, Any]:
+    """A layer's format as a JSON object: flat where version 3 knew the kind of codes, else ``codes`` by itself."""
+    rest = {key: value for key, value in vars(format).items() if key != "codes"}
+    codes: Any = format.codes
+    own: dict[str, Any]
+    if isinstance(codes, IntGrid):
+        own = {"bits": codes.bits, "group_size": codes.group_size, "symmetric": codes.symmetric}
+    elif isinstance(codes, LevelFormat):
+        own = {"bits": codes.bits, "group_size": codes.group_size, "symmetric": True, "grid": codes.levels}
+        own["scale_rank"] = codes.scale_rank
+    elif isinstance(codes, VectorGrid):
+        own = {"bits": codes.bits, "group_size": codes.group_size, "symmetric": True, "vector": codes.vector}
+        own |= {"codebook_rows": codes.rows, "codebook_columns": codes.columns}
+    else:
+        return rest | {"codes": {"kind": codes.kind} | asdict(codes)}
+    return {key: _FLAT[key][1] for key in _OF_CODES} | own | rest
+
+
+def read_format(name: str, entry: Any) -> LayerFormat:
+    """The format behind `write_format`'s object.
+
+    Raises:
+        ValueError: for an unknown or missing key, a value of another type or out of range.
+    """
+    where = f"layers[{name!r}]"
+    if isinstance(entry, dict) and "codes" in entry:
+        rest = {key: kind for key, (kind, _) in _FLAT.items() if key not in _OF_CODES}
+        _check_keys(where, {key: value for key, value in entry.items() if key != "codes"}, rest)
+        given = entry["codes"]
+        known = CODES.get(str(given.get("kind"))) if isinstance(given, dict) else None
+        if known is None:
+            raise ValueError(f"quantization_config.{where}.codes must have a kind of {', '.join(CODES)}, got {given!r}")
+        codes = _read_fields(f"{where}.codes", {key: v for key, v in given.items() if key != "kind"}, known)
+    else:
+        _check_keys(where, entry, {key: kind for key, (kind, _) in _FLAT.items()})
+        codes = _codes(where, entry)
+    format = LayerFormat(codes, **{key: value for key, value in entry.items() if key not in (*_OF_CODES, "codes")})
+    if format.rank < 0 or format.factor_type not in FACTOR_TYPES or not 1 <= format.bits <= 8:
         raise ValueError(
-            f"quantization_config.layers[{name!r}] must have vector >= 1, and codebook_rows and codebook_columns just "
-            f"where vector is above 1, got {asdict(format)}"
+            f"quantization_config.{where} must have bits 1..8, group_size >= 1, rank >= 0 and factor_type "
+            f"{', '.join(FACTOR_TYPES)}, got {entry}"
         )
-    in_range = 1 <= format.bits <= 8 and format.group_size >= 1 and format.rank >= 0
-    if not in_range or format.factor_type not in FACTOR_TYPES:
-        raise ValueError(
-            f"quantization_config.layers[{name!r}] must have bits 1..8, group_size >= 1, rank >= 0 and factor_type "
-            f"{', '.join(FACTOR_TYPES)}, got {asdict(format)}"
-        )
-    names = (
-        ("grid", LEVEL_KINDS), ("input_quantization", INPUTS), ("output_quantization", OUTPUTS),
-    )  # fmt: skip
-    for key, known in names:
-        if getattr(format, key) not in known:
-            raise ValueError(
-                f"quantization_config.layers[{name!r}].{key} must be one of {', '.join(known)}, "
-                f"got {getattr(format, key)!r}"
-            )
-    plain = format.vector == 1 and format.symmetric
-    if format.scale_rank < 0 or ((format.scale_rank or format.grid != "integer") and not plain):
-        raise ValueError(
-            f"quantization_config.layers[{name!r}] must have scale_rank >= 0, and be symmetric without codebooks where "
-            f"that is above 0 or the grid is not integer, got {asdict(format)}"
-        )
+    for key, words in (("input_quantization", INPUTS), ("output_quantization", OUTPUTS)):
+        if entry[key] not in words:
+            raise ValueError(f"quantization_config.{where}.{key} must be one of {', '.join(words)}, got {entry[key]!r}")
     return format
+
+
+def _codes(where: str, entry: dict[str, Any]) -> IntGrid | LevelFormat | VectorGrid:
+    """The kind of codes that the flat keys tell of."""
+    bits, group, vector, rank = (entry[key] for key in ("bits", "group_size", "vector", "scale_rank"))
+    books = entry["codebook_rows"], entry["codebook_columns"]
+    if vector < 1 or (min(books) < 1 if vector > 1 else books != (0, 0)):
+        raise ValueError(
+            f"quantization_config.{where} must have vector >= 1, and codebook_rows and codebook_columns just "
+            f"where vector is above 1, got {entry}"
+        )
+    if entry["grid"] not in LEVEL_KINDS:
+        raise ValueError(
+            f"quantization_config.{where}.grid must be one of {', '.join(LEVEL_KINDS)}, got {entry['grid']!r}"
+        )
+    if group < 1:
+        raise ValueError(f"quantization_config.{where} must have group_size >= 1, got {entry}")
+    of_levels = rank or entry["grid"] != "integer"
+    if rank < 0 or (of_levels and not (vector == 1 and entry["symmetric"])):
+        raise ValueError(
+            f"quantization_config.{where} must have scale_rank >= 0, and be symmetric without codebooks where "
+            f"that is above 0 or the grid is not integer, got {entry}"
+        )
+    if of_levels:
+        return LevelFormat(bits, entry["grid"], group, rank)
+    return VectorGrid(bits, vector, *books, group) if vector > 1 else IntGrid(bits, group, entry["symmetric"])

@@ -1,6 +1,5 @@
 """The report of a quantized folder: one record per layer, and the totals."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,7 @@ class Report:
         return {module if len(names) > 1 else names[0]: note for (module, note), names in modules.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """What `lorq inspect --json` prints and the folder keeps."""
+        """What the folder keeps; `lorq inspect --json` prints it with `runs` beside it."""
         head = {"bits_per_weight": self.bits_per_weight, "bytes": self.bytes}
         rest = {k: v for k, v in asdict(self).items() if k not in ("seconds", "stages", "bytes")}
         return head | rest
@@ -107,11 +106,6 @@ def read_report(folder: Path) -> Report:
         return Report(layers=layers, **content)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy the folder again") from error
-
-
-def record_of(layer: LayerReport) -> dict[str, Any]:
-    """A layer's report as the journal keeps it."""
-    return json.loads(json.dumps(asdict(layer)))
 
 
 def html_page(report: Report, *, title: str) -> str:

@@ -23,7 +23,8 @@ from lorq.storage.atomic import TEMPORARY, rename_synced, room_for, sync_folder,
 from lorq.storage.journal import FinishedShard, append_line, differences, read_journal, write_journal
 from lorq.storage.json_files import json_bytes, plain_name, read_json, some_of
 from lorq.storage.names import INDEX, JOURNAL
-from lorq.storage.safetensors_file import read_header, read_tensor
+from lorq.storage.out_folder import check_out, quant_method
+from lorq.storage.safetensors_file import read_header
 
 
 class CheckpointWriter:
@@ -52,7 +53,7 @@ class CheckpointWriter:
             FileExistsError: if the folder has content and no flag allows to use it.
             ValueError: if both flags are given, the identity differs, or the journal is damaged.
         """
-        cls.check(folder, overwrite=overwrite, resume=resume)
+        check_out(folder, overwrite=overwrite, resume=resume)
         identity = json.loads(json_bytes(identity))  # as the journal will give it back: tuples are lists
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"*{TEMPORARY}"):
@@ -63,20 +64,6 @@ class CheckpointWriter:
         write_journal(folder / JOURNAL, identity, shards)
         return cls(folder, shards)
 
-    @staticmethod
-    def check(folder: Path, *, overwrite: bool = False, resume: bool = False) -> None:
-        """Refuse what ``create`` refuses by the flags and what is in the folder; changes nothing."""
-        if overwrite and resume:
-            raise ValueError("--overwrite and --resume exclude each other, got both; give one")
-        if folder.exists() and not folder.is_dir():
-            raise NotADirectoryError(f"{folder} must be a folder, it is a file; choose another name")
-        present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-        present = [name for name in present if not name.endswith(TEMPORARY)]
-        state = "unfinished" if JOURNAL in present else "finished" if _is_lorq(folder) else "foreign"
-        allowed = (resume and state == "unfinished") or (overwrite and state != "foreign")
-        if present and not allowed:
-            raise FileExistsError(_refusal(folder, present, state, resume=resume))
-
     @property
     def completed(self) -> dict[str, Any]:
         """The record of every finished shard, by name, in the order of writing."""
@@ -85,13 +72,6 @@ class CheckpointWriter:
     def shard_checksums(self) -> dict[str, str]:
         """sha256 (hex) of every finished shard, by name; for the report and ``verify_shards``."""
         return {name: shard.sha256 for name, shard in self._shards.items()}
-
-    def read_shard(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a finished shard; KeyError if there is no such shard."""
-        if name not in self._shards:
-            raise KeyError(f"{self.folder} has no finished shard {name!r}, only: {some_of(self._shards)}")
-        header = read_header(self.folder / name)
-        return {key: read_tensor(self.folder / name, header, key) for key in header.tensors}
 
     def write_shard(self, name: str, tensors: dict[str, Tensor], record: Any) -> None:
         """Write one shard; it is whole and on the disk on return.
@@ -135,7 +115,7 @@ class CheckpointWriter:
             ValueError: if a name is not plain or taken, or ``config`` is not of lorq, or no shard is written.
             OSError: if the disk is full; the finished shards are kept.
         """
-        if (method := _quant_method(config)) != "lorq":
+        if (method := quant_method(config)) != "lorq":
             raise ValueError(f'config needs quantization_config.quant_method "lorq", got {method!r}')
         if not self._shards:
             raise ValueError(f"{self.folder} needs at least 1 shard to finish, got 0; call write_shard first")
@@ -207,29 +187,3 @@ def _remove_own_files(folder: Path) -> None:
     for name in own:
         (folder / name).unlink(missing_ok=True)
     sync_folder(folder)
-
-
-def _is_lorq(folder: Path) -> bool:
-    """Whether the folder holds a checkpoint that lorq has finished."""
-    try:
-        config = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return False
-    return _quant_method(config) == "lorq"
-
-
-def _quant_method(config: dict[str, Any]) -> Any:
-    quantization = config.get("quantization_config")
-    return quantization.get("quant_method") if isinstance(quantization, dict) else None
-
-
-def _refusal(folder: Path, present: list[str], state: str, *, resume: bool) -> str:
-    """Why a folder with content is not used as asked, by its state."""
-    if state == "finished" and resume:
-        return f"{folder} is already complete, nothing to resume; quantize it again with --overwrite"
-    what = {
-        "unfinished": "it is an unfinished lorq run; continue with --resume, or begin again with --overwrite",
-        "finished": "it is a complete lorq checkpoint; replace it with --overwrite",
-        "foreign": "lorq did not write it; choose an empty folder (--resume and --overwrite refuse it)",
-    }
-    return f"{folder} is not empty ({some_of(present)}): {what[state]}"

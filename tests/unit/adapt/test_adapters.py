@@ -20,9 +20,8 @@ from lorq.adapt.adapters import (
     save_adapter,
     use_adapter,
 )
-from lorq.adapt.save import merge
-from lorq.core.grids import levels
-from lorq.core.scale_factors import LowRankScale
+from lorq.adapt.saving import merge
+from lorq.core.codes import IntCodes, IntGrid, LevelCodes, LevelFormat, LowRankScale, levels
 from lorq.core.weight import QuantizedWeight
 from lorq.runtime.linear import QuantLinear
 
@@ -35,7 +34,7 @@ def packed(out, in_, rank, *, seed=0, grid="normal-float", bits=4, bias=None):
     generator = torch.Generator().manual_seed(seed)
     factors = [torch.randn(*shape, generator=generator).half() for shape in ((out, rank), (rank, in_))]
     codes = torch.randint(0, 2**bits, (out, in_), generator=generator).to(torch.uint8)
-    weight = QuantizedWeight(codes, None, None, bits, grid=grid, scale_factors=LowRankScale(*factors))
+    weight = QuantizedWeight(LevelCodes(codes, LowRankScale(*factors), LevelFormat(bits, grid, in_, rank)))
     return QuantLinear.from_weight(weight, bias).requires_grad_(False)
 
 
@@ -78,7 +77,7 @@ def test_a_new_adapter_computes_what_the_base_does_to_the_last_bit(net, x, rank)
     parameters = attach(net, rank=rank)
     assert torch.equal(net(x), expected)
     ranks = {"up": 2, "down": 3} if rank == -1 else dict.fromkeys(LAYERS, rank)
-    assert {name: layer.format.scale_rank for name, layer in net.named_children() if name in LAYERS} == ranks
+    assert {name: layer.format.codes.scale_rank for name, layer in net.named_children() if name in LAYERS} == ranks
     assert sum(p.numel() for p in parameters) == sum(ranks[name] * (16 + 24) for name in LAYERS)
     assert all(p.dtype == torch.float32 for p in parameters)
 
@@ -113,7 +112,7 @@ def test_gradients_are_those_of_the_dense_formula(grid, x):
     stir(net, "default")
 
     def dense(layer, left, right):
-        return levels(grid, 4).double()[layer.value().codes.long()] * (left @ right)
+        return levels(grid, 4).double()[layer.value().codes.codes.long()] * (left @ right)
 
     copies = [p.detach().double().requires_grad_() for n, p in net.named_parameters() if "scale" in n]
     x64 = x.double().requires_grad_()
@@ -457,7 +456,9 @@ def test_an_adapter_that_is_not_there_is_refused(net, tmp_path):
 
 
 def test_models_without_scale_factors_are_refused():
-    weight = QuantizedWeight(torch.zeros(8, 8, dtype=torch.uint8), torch.ones(8, 1).half(), None, 4)
+    weight = QuantizedWeight(
+        IntCodes(torch.zeros(8, 8).byte(), torch.ones(8, 1).half(), None, IntGrid(4, 8, symmetric=True))
+    )
     grouped = nn.Sequential(QuantLinear.from_weight(weight))
     for model, what in ((nn.Sequential(nn.Linear(4, 4)), "no packed layers"), (grouped, "1 packed layers, none of")):
         with pytest.raises(ValueError, match=f"only models quantized with lords .*{what}"):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorq.core.descent import BlockProblem, Descent, block_loss, cpu_generator, layer_loss, minimise
+from lorq.core.descent import Descent, block_loss, cpu_generator, layer_loss, minimise
+from lorq.core.problem import BlockOutput
 from lorq.core.stats import StatsAccumulator, output_energy
 
 
@@ -157,36 +158,39 @@ def test_a_loss_that_ceases_to_be_finite_blames_the_rate():
 
 
 @pytest.fixture
-def problem(generator):
+def block(generator):
     """A block that is one matrix product, with a token of enormous activations and one of zeros."""
     inputs = torch.randn(3, 5, 4, generator=generator)
     inputs[:, 0] *= 100.0
     weight = torch.randn(4, 4, generator=generator)
     targets = inputs @ weight.T
     targets[1, 3] = 0.0
-    return BlockProblem({"w": weight}, {}, lambda weights, hidden: hidden @ weights["w"].T, inputs, targets)
+    return weight, BlockOutput(lambda weights, hidden: hidden @ weights["w"].T, inputs, targets)
 
 
 @pytest.mark.parametrize("token_weights", ["equal", "plain"])
-def test_the_blocks_loss_is_the_sum_over_tokens_of_the_mean_over_channels(token_weights, problem, generator):
-    changed = problem.weights["w"] + 0.1 * torch.randn(4, 4, generator=generator)
+def test_the_blocks_loss_is_the_sum_over_tokens_of_the_mean_over_channels(token_weights, block, generator):
+    weight, output = block
+    changed = weight + 0.1 * torch.randn(4, 4, generator=generator)
     total = 0.0
     for window in (2, 0):
-        for x, y in zip(problem.inputs[window].double(), problem.targets[window].double(), strict=True):
-            weight = 1.0 if token_weights == "plain" else 1.0 / float(y.square().mean())
-            total += weight * float((changed.double() @ x - y).square().mean()) / 2
-    loss = block_loss(problem, lambda: {"w": changed}, token_weights)
+        for x, y in zip(output.inputs[window].double(), output.targets[window].double(), strict=True):
+            importance = 1.0 if token_weights == "plain" else 1.0 / float(y.square().mean())
+            total += importance * float((changed.double() @ x - y).square().mean()) / 2
+    loss = block_loss(output, lambda: {"w": changed}, token_weights)
     assert float(loss(torch.tensor([2, 0]))) == pytest.approx(total, rel=1e-5)
 
 
 @pytest.mark.parametrize("token_weights", ["equal", "plain"])
-def test_the_original_weights_lose_nothing(token_weights, problem):
-    loss = block_loss(problem, lambda: dict(problem.weights), token_weights)
+def test_the_original_weights_lose_nothing(token_weights, block):
+    weight, output = block
+    loss = block_loss(output, lambda: {"w": weight}, token_weights)
     assert float(loss(torch.tensor([0, 2]))) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_target_of_zeros_keeps_the_loss_finite(problem):
-    assert math.isfinite(float(block_loss(problem, lambda: dict(problem.weights), "equal")(torch.tensor([1]))))
+def test_a_target_of_zeros_keeps_the_loss_finite(block):
+    weight, output = block
+    assert math.isfinite(float(block_loss(output, lambda: {"w": weight}, "equal")(torch.tensor([1]))))
 
 
 def test_a_layers_loss_is_its_output_error(correlated, generator):

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorq.core.grids import LevelGrid, level_values, levels
+from lorq.core.codes import LevelGrid, LowRankScale, level_values, levels, start_block
 from lorq.core.scale_factors import (
-    LowRankScale,
     _normal,
     _solved,
     assigned_loss,
@@ -17,7 +16,6 @@ from lorq.core.scale_factors import (
     fit_gradient,
     fit_least_squares,
     parity_rank,
-    start_block,
     store_scale,
     truncated,
 )

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from lorq.bench.sketch import bench_sketch, known_spectrum
+from lorq.bench.commands import bench_sketch
+from lorq.bench.sketch import known_spectrum
 from lorq.core import sketch as module
 from lorq.core.sketch import FORMS, rank1_sketch, sketch
 
@@ -266,7 +267,6 @@ def test_the_benchmark_measures_every_way_against_the_optimum():
     assert result["svd_residual_ratio"] == pytest.approx(1, abs=1e-5)
     for way in ("block", "rank1", "svd_lowrank"):
         assert 1 - 1e-5 <= result[f"{way}_residual_ratio"] <= 1.06
-        assert result[f"{way}_seconds"] > 0
     assert result["residual_ratio"] == result["block_residual_ratio"]
     assert result["speedup_vs_svd"] == result["svd_seconds"] / result["block_seconds"]
     without = bench_sketch(size=64, rank=4, repeats=1, svd=False)

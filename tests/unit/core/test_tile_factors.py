@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from lorq.core.linalg import cholesky, damp
 from lorq.core.low_rank import FACTOR_TYPES, Metric
-from lorq.core.tile_factors import TileFormat, cluster, fit_tiles, grid_of, pack_tiles, place_experts, tile_layout
+from lorq.core.tile_factors import TileFormat, cluster, fit_tiles, grid_of, place_experts
 
 types = pytest.mark.parametrize("type", FACTOR_TYPES)
 grids = pytest.mark.parametrize("grid", [(2, 2), (3, 2), (1, 4), (4, 1), (2, 3)], ids=lambda g: f"{g[0]}x{g[1]}")
@@ -346,7 +346,7 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_targets_alone(generato
     before = targets.clone(), cells.clone()
     for type in FACTOR_TYPES:
         first, again, other = (
-            pack_tiles(fit(targets, cells, grid, rank=4, type=type, iterations=0, seed=seed)) for seed in (0, 0, 1)
+            fit(targets, cells, grid, rank=4, type=type, iterations=0, seed=seed).tensors() for seed in (0, 0, 1)
         )
         assert all(torch.equal(again[name].double(), tensor.double()) for name, tensor in first.items())
         assert not torch.equal(other["right"].double(), first["right"].double())
@@ -389,12 +389,12 @@ def test_an_experts_part_is_the_formula_entry_by_entry(type, input_scale, random
 def test_the_stored_bits_are_those_of_the_stored_tensors(type, grid, input_scale, random_tiles):
     experts = grid[0] * grid[1] - (grid[0] > 1 < grid[1])
     tiles = random_tiles(OUT, IN, grid, type, experts, input_scale=input_scale)
-    tensors = pack_tiles(tiles)
+    tensors = tiles.tensors()
     counted = 8 * sum(tensor.nbytes for tensor in tensors.values())
     assert tiles.format.stored_bits(OUT, IN) == counted
     assert counted <= experts * tiles.format.share(OUT, IN) < counted + experts
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    assert layout == tile_layout(OUT, IN, tiles.format)
+    assert layout == tiles.format.layout(OUT, IN)
 
 
 def test_sharing_costs_what_the_paper_counts():

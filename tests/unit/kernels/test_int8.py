@@ -1,24 +1,23 @@
 """The product of bytes against sums in Python's own integers, the machine's traps, and when a layer takes it."""
 
 import copy
-import dataclasses
 import itertools
 import math
 import pickle
 
 import pytest
 import torch
+from helpers import layer_format, with_codes
 from torch.testing import assert_close
 
 from lorq.core.activations import quantize_activations
 from lorq.core.packing import pack, pack_columns
-from lorq.core.weight import LayerFormat
 from lorq.kernels import fake_quantize, int8, int8_linear, quant_linear
 from lorq.runtime.linear import QuantLinear
 
 # Decibels that are kept at least: sums below 2^24 are exact, scales and the output round once each.
 SQNR_DB = {torch.float32: 125, torch.float16: 60, torch.bfloat16: 42}
-TOKEN = LayerFormat(4, 48, False, input_quantization="token")
+TOKEN = layer_format(4, 48, False, input_quantization="token")
 CPU = torch.device("cpu")
 
 
@@ -167,15 +166,16 @@ def test_this_machine_has_a_product_that_can_be_relied_upon():
     ids=str,
 )
 def test_a_format_is_covered_or_it_is_said_why_not(change, why):
-    assert int8.declines(dataclasses.replace(TOKEN, **change), 48, CPU, torch.bfloat16) == why
+    flat = {"bits": 4, "group_size": 48, "symmetric": False, "input_quantization": "token"} | change
+    assert int8.declines(layer_format(**flat), 48, CPU, torch.bfloat16) == why
 
 
 def test_other_devices_types_and_sums_that_do_not_fit_are_not_covered():
     assert int8.declines(TOKEN, 48, torch.device("cuda"), torch.float32) == "the device is cuda"
     assert int8.declines(TOKEN, 48, CPU, torch.float64) == "inputs are torch.float64"
-    wide = dataclasses.replace(TOKEN, bits=8, group_size=65794)
+    wide = with_codes(TOKEN, bits=8, group_size=65794)
     assert int8.declines(wide, 65794, CPU, torch.float32) == "sums of 65794 products of 8 by 8 bits do not fit 32"
-    assert int8.declines(dataclasses.replace(wide, group_size=65793), 65793, CPU, torch.float32) is None
+    assert int8.declines(with_codes(wide, group_size=65793), 65793, CPU, torch.float32) is None
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def calls(monkeypatch):
 def test_a_covered_layer_takes_the_product_of_bytes_and_agrees_with_the_reference(
     kind, bits, symmetric, calls, random_weight, generator, monkeypatch
 ):
-    format = LayerFormat(bits, 48, symmetric, input_quantization=kind)
+    format = layer_format(bits, 48, symmetric, input_quantization=kind)
     layer = QuantLinear.from_weight(random_weight(33, 48, format), torch.randn(33, generator=generator))
     x = torch.randn(2, 5, 48, generator=generator)
     y = layer(x)
@@ -210,7 +210,7 @@ def test_a_covered_layer_takes_the_product_of_bytes_and_agrees_with_the_referenc
 
 def test_a_layer_that_is_not_covered_or_whose_input_learns_takes_the_reference(calls, random_weight, generator):
     x = torch.randn(5, 48, generator=generator)
-    QuantLinear.from_weight(random_weight(7, 48, dataclasses.replace(TOKEN, group_size=16)))(x)
+    QuantLinear.from_weight(random_weight(7, 48, with_codes(TOKEN, group_size=16)))(x)
     layer = QuantLinear.from_weight(random_weight(7, 48, TOKEN))
     layer(x.double())
     start = x.clone().requires_grad_()

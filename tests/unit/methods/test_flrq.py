@@ -5,11 +5,13 @@ import itertools
 
 import pytest
 import torch
+from helpers import prepared, same_codes, solve_one
 from torch.testing import assert_close
 
-from lorq.core.grids import IntGrid
+from lorq.core.codes import IntGrid
 from lorq.core.linalg import shrink
 from lorq.core.low_rank import store_factors
+from lorq.core.problem import layer_generator
 from lorq.core.rank_choice import choose_rank, rank_cap
 from lorq.core.rounding import RangeSearch, clip, nearest
 from lorq.core.sketch import sketch
@@ -20,8 +22,9 @@ from lorq.methods import FLRQ, FLRQPaper, Nearest
 EAGER = {"group_size": 32, "budget": 1.0, "slope_window": 2, "slope_threshold": 0.01, "range_measure": "group"}
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+def seeded():
+    """What `solve_one` draws from."""
+    return layer_generator(0, "layer")
 
 
 @pytest.fixture
@@ -42,10 +45,10 @@ def layer(correlated, generator):
 def same(a, b):
     if (a.low_rank is None) != (b.low_rank is None):
         return False
-    pairs = [(a.codes, b.codes), (a.scale, b.scale)]
+    pairs = []
     if a.low_rank is not None:
-        pairs += [(a.low_rank.left, b.low_rank.left), (a.low_rank.right, b.low_rank.right)]
-    return all(torch.equal(*pair) for pair in pairs)
+        pairs = [(a.low_rank.left, b.low_rank.left), (a.low_rank.right, b.low_rank.right)]
+    return same_codes(a.codes, b.codes) and all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.mark.parametrize("metric", ["activation", "hessian"])
@@ -60,7 +63,7 @@ def test_a_low_rank_matrix_on_top_of_the_grid_is_nearly_exact(metric, form, corr
     sums.add(correlated(400, 96))
     stats = sums.finish()
     method = FLRQPaper(bits=3, metric=metric, sketch=form, shrinkage=1.0, epochs=4, **EAGER)
-    result = method.solve(strong + on_grid, stats, generator=seeded())
+    result = solve_one(method, strong + on_grid, stats)
     assert result.format.rank >= 2
     # Of what rounding to nearest misses only noise of the grid's size is left: 50 times less amplitude.
     assert result.record.error_after < result.record.error_before / 2500
@@ -71,7 +74,7 @@ def test_a_matrix_of_low_rank_needs_no_codes(layer, generator):
     _, stats = layer()
     weight = torch.randn(64, 2, generator=generator) @ torch.randn(2, 96, generator=generator)
     # Two tests that would refuse the last rank are off: the curve falls to zero there.
-    result = FLRQPaper(bits=4, **EAGER).solve(weight, stats, generator=seeded())
+    result = solve_one(FLRQPaper(bits=4, **EAGER), weight, stats)
     assert result.format.rank >= 2
     # float16 factors: 2^-11 each, and the codes take up part of what these miss.
     assert result.record.error_after < 2.0**-20
@@ -82,7 +85,7 @@ def test_a_constant_on_the_magnitudes_changes_no_bit(exponent, constant, layer):
     weight, stats = layer()
     louder = dataclasses.replace(stats, mean_abs=stats.mean_abs * constant)  # exact: a power of two, or unused
     method = FLRQPaper(bits=3, exponent=exponent, **EAGER)
-    results = [method.solve(weight, s, generator=seeded()) for s in (stats, louder)]
+    results = [solve_one(method, weight, s) for s in (stats, louder)]
     assert results[0].format.rank > 0
     assert same(*results)
 
@@ -91,16 +94,16 @@ def test_a_constant_on_the_magnitudes_changes_nothing_but_rounding(layer):
     weight, stats = layer()
     louder = dataclasses.replace(stats, mean_abs=stats.mean_abs * 7.3)
     method = FLRQPaper(bits=3, **EAGER)
-    a, b = (method.solve(weight, s, generator=seeded()) for s in (stats, louder))
+    a, b = (solve_one(method, weight, s) for s in (stats, louder))
     assert a.format == b.format and a.format.rank > 0
     assert_close(a.low_rank.dense(), b.low_rank.dense(), rtol=0, atol=2e-3 * float(a.low_rank.dense().abs().max()))
     # A weight between two codes may fall either way.
-    assert int((a.codes != b.codes).sum()) < 0.01 * a.codes.numel()
+    assert int((a.codes.codes != b.codes.codes).sum()) < 0.01 * weight.numel()
 
 
 def test_no_epochs_are_one_shot_of_sketch_rank_and_clip(layer):
     weight, stats = layer()
-    result = FLRQPaper(bits=3, epochs=0, **EAGER).solve(weight, stats, generator=seeded())
+    result = solve_one(FLRQPaper(bits=3, epochs=0, **EAGER), weight, stats)
 
     alpha = stats.mean_abs**2.5
     alpha = alpha / (alpha.max() * alpha.min()).sqrt()
@@ -112,13 +115,18 @@ def test_no_epochs_are_one_shot_of_sketch_rank_and_clip(layer):
     )  # fmt: skip
     low_rank = store_factors(left[:, : choice.rank], right[: choice.rank] / alpha, type="float16")
     rounded = clip(
-        weight - low_rank.dense(), shrink(stats.hessian, 0.2), IntGrid(3, 32), search=RangeSearch(40, 0.8, "saturate")
+        weight - low_rank.dense(),
+        prepared(shrink(stats.hessian, 0.2)),
+        IntGrid(3, 32),
+        RangeSearch(40, 0.8, "saturate"),
     )
     assert result.format.rank == choice.rank > 0 and result.record.stop == choice.stop
     # The constant of alpha is computed in another order; factors may differ in the last float16 digit.
     assert_close(result.low_rank.dense(), low_rank.dense(), rtol=0, atol=1e-3 * float(low_rank.dense().abs().max()))
-    assert int((result.codes != rounded.codes).sum()) < 0.01 * weight.numel()
-    assert_close(result.dense(), rounded.dense() + low_rank.dense(), rtol=0, atol=1.1 * float(result.scale.max()))
+    assert int((result.codes.codes != rounded.codes).sum()) < 0.01 * weight.numel()
+    assert_close(
+        result.dense(), rounded.decode() + low_rank.dense(), rtol=0, atol=1.1 * float(result.codes.scale.max())
+    )
 
 
 def test_codes_first_without_epochs_fit_the_low_rank_to_what_rounding_misses(layer):
@@ -127,14 +135,16 @@ def test_codes_first_without_epochs_fit_the_low_rank_to_what_rounding_misses(lay
     method = FLRQPaper(
         bits=2, epochs=0, exponent=0.0, rounding="nearest", order="codes-then-low-rank", min_gain=0.0, **EAGER
     )
-    result = method.solve(weight, stats, generator=seeded())
+    result = solve_one(method, weight, stats)
     rounded = nearest(weight, None, IntGrid(2, 32))
     left, right = sketch(
-        weight - rounded.dense(), rank=rank_cap(64, 96, bits=2, factor_bits=16, budget=1.0) + 1, generator=seeded()
+        weight - rounded.decode(),
+        rank=rank_cap(64, 96, bits=2, factor_bits=16, budget=1.0) + 1,
+        generator=seeded(),
     )
     rank = result.format.rank
     assert rank > 0
-    assert torch.equal(result.codes, rounded.codes.to(torch.uint8))
+    assert same_codes(result.codes, rounded)
     assert torch.equal(result.low_rank.dense(), store_factors(left[:, :rank], right[:rank], type="float16").dense())
 
 
@@ -146,7 +156,7 @@ def test_the_kept_error_never_rises_with_epochs(rounding, order, layer):
     errors = []
     for epochs in (0, 1, 4):
         method = FLRQ(bits=2, rounding=rounding, order=order, epochs=epochs, **EAGER)
-        result = method.solve(weight, stats, generator=seeded())
+        result = solve_one(method, weight, stats)
         errors.append(float(output_energy((weight - result.dense()).double(), hessian.double())))
     for before, after in itertools.pairwise(errors):
         assert after <= before * (1 + 1e-5)  # float32 decides between near equals
@@ -157,9 +167,9 @@ def test_a_pass_that_makes_things_worse_is_thrown_away(layer):
     weight, stats = layer()
     hessian = shrink(stats.hessian, 0.2).double()
     results = [
-        FLRQPaper(
+        solve_one(FLRQPaper(
             bits=2, rounding="nearest", order="codes-then-low-rank", epochs=epochs, **EAGER
-        ).solve(weight, stats, generator=seeded())
+        ), weight, stats)
         for epochs in range(7)
     ]  # fmt: skip
     errors = [float(output_energy((weight - result.dense()).double(), hessian)) for result in results]
@@ -171,9 +181,7 @@ def test_a_pass_that_makes_things_worse_is_thrown_away(layer):
 def test_two_bits_have_twenty_epochs_unless_told_otherwise(layer):
     weight, stats = layer(32, 64)
     for bits, epochs in ((2, 20), (3, 1), (4, 1)):
-        found, told = (
-            FLRQPaper(bits=bits, epochs=e, **EAGER).solve(weight, stats, generator=seeded()) for e in (-1, epochs)
-        )
+        found, told = (solve_one(FLRQPaper(bits=bits, epochs=e, **EAGER), weight, stats) for e in (-1, epochs))
         assert same(found, told)
 
 
@@ -182,7 +190,7 @@ def test_two_bits_have_twenty_epochs_unless_told_otherwise(layer):
 def test_the_rank_stays_within_the_budget(factor_type, factor_bits, budget, layer):
     weight, stats = layer()
     method = FLRQ(bits=3, factor_type=factor_type, **EAGER | {"budget": budget})
-    result = method.solve(weight, stats, generator=seeded())
+    result = solve_one(method, weight, stats)
     assert result.format.rank <= rank_cap(64, 96, bits=3, factor_bits=factor_bits, budget=budget)
     if result.low_rank:
         entries = result.low_rank.left.numel() + result.low_rank.right.numel()
@@ -192,18 +200,15 @@ def test_the_rank_stays_within_the_budget(factor_type, factor_bits, budget, laye
 @pytest.mark.parametrize("rounding", ["clip", "nearest", "gptq"])
 def test_without_a_budget_only_the_rounding_is_left(rounding, layer):
     weight, stats = layer()
-    result = FLRQ(bits=3, rounding=rounding, epochs=0, **EAGER | {"budget": 0.0}).solve(
-        weight, stats, generator=seeded()
-    )
+    result = solve_one(FLRQ(bits=3, rounding=rounding, epochs=0, **EAGER | {"budget": 0.0}), weight, stats)
     assert result.low_rank is None and result.format.rank == 0 and result.record.stop == "budget"
     if rounding == "nearest":
-        plain = Nearest(bits=3, group_size=32).solve(weight, stats, generator=seeded())
+        plain = solve_one(Nearest(bits=3, group_size=32), weight, stats)
         assert same(result, plain)
         assert result.record.error_after == result.record.error_before
     elif rounding == "clip":
-        rounded = clip(weight, shrink(stats.hessian, 0.2), IntGrid(3, 32), search=RangeSearch(40, 0.8, "saturate"))
-        assert torch.equal(result.codes, rounded.codes.to(torch.uint8))
-        assert torch.equal(result.scale, rounded.scale.to(torch.float16))
+        rounded = clip(weight, prepared(shrink(stats.hessian, 0.2)), IntGrid(3, 32), RangeSearch(40, 0.8, "saturate"))
+        assert same_codes(result.codes, rounded)
     assert result.record.error_after <= result.record.error_before
 
 
@@ -211,7 +216,7 @@ def test_fewer_bits_gain_more_over_rounding_to_nearest(layer):
     weight, stats = layer(96, 128)
     gain = {}
     for bits in (2, 3, 4):
-        record = FLRQ(bits=bits, **EAGER | {"budget": 0.5}).solve(weight, stats, generator=seeded()).record
+        record = solve_one(FLRQ(bits=bits, **EAGER | {"budget": 0.5}), weight, stats).record
         gain[bits] = record.error_before - record.error_after
         assert gain[bits] > 0
     assert gain[2] > gain[3] > gain[4]
@@ -222,16 +227,14 @@ def test_channels_that_are_always_zero_do_not_break_a_layer(metric, layer):
     weight, stats = layer()
     hessian, mean_abs = stats.hessian.clone(), stats.mean_abs.clone()
     hessian[7], hessian[:, 7], mean_abs[7] = 0, 0, 0
-    result = FLRQ(bits=3, metric=metric, **EAGER).solve(
-        weight, InputStats(hessian, mean_abs, stats.tokens), generator=seeded()
-    )
+    result = solve_one(FLRQ(bits=3, metric=metric, **EAGER), weight, InputStats(hessian, mean_abs, stats.tokens))
     assert torch.isfinite(result.dense()).all()
     assert result.record.error_after < result.record.error_before
 
 
 def test_a_weight_of_zeros_has_no_low_rank_part_and_stays_zero(layer):
     _, stats = layer()
-    result = FLRQ(bits=3, **EAGER).solve(torch.zeros(64, 96), stats, generator=seeded())
+    result = solve_one(FLRQ(bits=3, **EAGER), torch.zeros(64, 96), stats)
     assert result.low_rank is None
     assert not result.dense().any()
 
@@ -239,6 +242,6 @@ def test_a_weight_of_zeros_has_no_low_rank_part_and_stays_zero(layer):
 def test_another_seed_is_another_sketch_of_equal_quality(layer):
     weight, stats = layer()
     method = FLRQ(bits=3, sketch="rank1", iterations=1, **EAGER)
-    a, b = (method.solve(weight, stats, generator=seeded(seed)) for seed in (0, 1))
+    a, b = (solve_one(method, weight, stats, seed=seed) for seed in (0, 1))
     assert not same(a, b)
     assert a.record.error_after == pytest.approx(b.record.error_after, rel=0.05)

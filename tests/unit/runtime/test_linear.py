@@ -8,41 +8,40 @@ import weakref
 
 import pytest
 import torch
+from helpers import layer_format, same_codes
 from torch.testing import assert_close
 
-from lorq.core.layout import pack_weight, stored_layout, unpack_weight
-from lorq.core.weight import LayerFormat
 from lorq.kernels import rotate
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.same_input import join
 
 FORMATS = {
-    "asymmetric": LayerFormat(3, 16, False),
-    "symmetric": LayerFormat(4, 16, True),
-    "one group": LayerFormat(2, 48, False),
-    "16-bit factors": LayerFormat(3, 16, True, 5, "float16"),
-    "8-bit factors": LayerFormat(3, 16, False, 5, "int8"),
-    "e4m3 factors": LayerFormat(3, 16, False, 5, "e4m3"),
-    "vectors of 4": LayerFormat(2, 48, True, vector=4, codebook_rows=1, codebook_columns=24),
-    "vectors of 2": LayerFormat(3, 48, True, 4, "int8", vector=2, codebook_rows=1, codebook_columns=48),
-    "permuted": LayerFormat(4, 16, True, permuted=True),
-    "rotated": LayerFormat(3, 16, False, rotation_block=16),
-    "all": LayerFormat(2, 48, True, 3, "e4m3", 4, 1, 16, permuted=True, rotation_block=8, rotation_skip=24),
-    "normal floats": LayerFormat(4, 16, True, grid="normal-float"),
-    "a scale for each": LayerFormat(3, 48, True, 2, "int8", scale_rank=3),
-    "normal floats, a scale for each": LayerFormat(2, 48, True, grid="normal-float", scale_rank=2),
+    "asymmetric": layer_format(3, 16, False),
+    "symmetric": layer_format(4, 16, True),
+    "one group": layer_format(2, 48, False),
+    "16-bit factors": layer_format(3, 16, True, 5, "float16"),
+    "8-bit factors": layer_format(3, 16, False, 5, "int8"),
+    "e4m3 factors": layer_format(3, 16, False, 5, "e4m3"),
+    "vectors of 4": layer_format(2, 48, True, vector=4, codebook_rows=1, codebook_columns=24),
+    "vectors of 2": layer_format(3, 48, True, 4, "int8", vector=2, codebook_rows=1, codebook_columns=48),
+    "permuted": layer_format(4, 16, True, permuted=True),
+    "rotated": layer_format(3, 16, False, rotation_block=16),
+    "all": layer_format(2, 48, True, 3, "e4m3", 4, 1, 16, permuted=True, rotation_block=8, rotation_skip=24),
+    "normal floats": layer_format(4, 16, True, grid="normal-float"),
+    "a scale for each": layer_format(3, 48, True, 2, "int8", scale_rank=3),
+    "normal floats, a scale for each": layer_format(2, 48, True, grid="normal-float", scale_rank=2),
 }
 # Those that round inputs or outputs besides.
 ROUNDING = {
-    "inputs by token": LayerFormat(4, 48, False, input_quantization="token"),
-    "inputs by tensor": LayerFormat(8, 48, True, input_quantization="tensor"),
-    "outputs": LayerFormat(4, 16, False, output_quantization="token"),
-    "inputs in groups": LayerFormat(3, 16, False, 2, "int8", input_quantization="token", output_quantization="token"),
-    "rotated inputs": LayerFormat(4, 48, True, rotation_block=16, input_quantization="token"),
-    "inputs, normal floats": LayerFormat(2, 48, True, grid="normal-float", scale_rank=2, input_quantization="tensor"),
+    "inputs by token": layer_format(4, 48, False, input_quantization="token"),
+    "inputs by tensor": layer_format(8, 48, True, input_quantization="tensor"),
+    "outputs": layer_format(4, 16, False, output_quantization="token"),
+    "inputs in groups": layer_format(3, 16, False, 2, "int8", input_quantization="token", output_quantization="token"),
+    "rotated inputs": layer_format(4, 48, True, rotation_block=16, input_quantization="token"),
+    "inputs, normal floats": layer_format(2, 48, True, grid="normal-float", scale_rank=2, input_quantization="tensor"),
 }
 SCALAR = [
-    LayerFormat(bits, group_size, symmetric, rank, factor_type)
+    layer_format(bits, group_size, symmetric, rank, factor_type)
     for bits, group_size, symmetric, (rank, factor_type) in itertools.product(
         range(1, 9), (8, 48), (False, True), ((0, "float16"), (1, "float16"), (4, "int8"), (4, "e4m3"))
     )
@@ -56,13 +55,13 @@ BASES = [
 def every_format(out):
     """All kinds of codes and factors; and codebooks of all kinds of tiles in all bases, for 48 columns."""
     books = [
-        LayerFormat(bits, group_size, True, rank, type, vector, rows, columns)
+        layer_format(bits, group_size, True, rank, type, vector, rows, columns)
         for (bits, vector), (group_size, columns), rows, (rank, type) in itertools.product(
             ((2, 4), (3, 2), (4, 2)), ((48, 48), (48, 16), (24, 24)), (1, out), ((0, "float16"), (2, "int8"))
         )
     ]
     levels = [
-        LayerFormat(bits, 16 if rank == 0 else 48, True, grid=grid, scale_rank=rank)
+        layer_format(bits, 16 if rank == 0 else 48, True, grid=grid, scale_rank=rank)
         for bits, grid, rank in itertools.product((2, 3, 4, 8), ("integer", "normal-float"), (0, 1, 5))
     ]
     bases = [dataclasses.replace(f, **basis) for f in (*books, SCALAR[0], SCALAR[-1]) for basis in BASES]
@@ -76,25 +75,7 @@ widths = pytest.mark.parametrize("out", [7, 32])
 
 def same(a, b):
     """Whether two quantized weights hold the same bits."""
-
-    def parts(weight):
-        pieces = {"codes": weight.codes, "scale": weight.scale, "zero_point": weight.zero_point}
-        pieces |= {"grid": weight.grid}
-        for part in (weight.low_rank, weight.codebook, weight.basis, weight.scale_factors, weight.activations):
-            pieces |= {f"{type(part).__name__} {name}": value for name, value in vars(part).items()} if part else {}
-        return pieces
-
-    def equal(x, y):
-        if not isinstance(x, torch.Tensor):
-            return x == y
-        return x.dtype == y.dtype and torch.equal(x.double(), y.double())
-
-    a_parts, b_parts = parts(a), parts(b)
-    return (
-        a.bits == b.bits
-        and a_parts.keys() == b_parts.keys()
-        and all(equal(x, b_parts[name]) for name, x in a_parts.items())
-    )
+    return a.format == b.format and same_codes(a, b)
 
 
 @formats
@@ -164,7 +145,7 @@ def test_the_gradient_of_a_rounding_layer_passes_straight_through(random_weight,
 def test_stored_tensors_come_back_bit_for_bit(out, random_weight):
     for format in every_format(out):
         weight = random_weight(out, 48, format)
-        back = unpack_weight(pack_weight(weight), format)
+        back = format.read(weight.tensors())
         assert same(back, weight), format
         assert back.format == format
         assert torch.equal(back.dense(), weight.dense())
@@ -173,9 +154,9 @@ def test_stored_tensors_come_back_bit_for_bit(out, random_weight):
 @widths
 def test_the_layout_and_the_stored_bits_are_those_of_the_packed_tensors(out, random_weight):
     for format in every_format(out):
-        tensors = pack_weight(random_weight(out, 48, format))
+        tensors = random_weight(out, 48, format).tensors()
         stored = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        assert stored == stored_layout(out, 48, format), format
+        assert stored == format.layout(out, 48), format
         counted = 8 * sum(tensor.nbytes for name, tensor in tensors.items() if name != "weight_shape")
         assert format.stored_bits(out, 48) == counted, format
 
@@ -183,13 +164,13 @@ def test_the_layout_and_the_stored_bits_are_those_of_the_packed_tensors(out, ran
 @all_formats
 def test_a_layer_stores_exactly_the_packed_tensors(format, random_weight):
     weight = random_weight(7, 48, format)
-    tensors, layer = pack_weight(weight), QuantLinear.from_weight(weight)
+    tensors, layer = weight.tensors(), QuantLinear.from_weight(weight)
     for found in (layer.stored(), layer.state_dict()):
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[name], tensors[name]) for name in tensors)
     assert not list(layer.parameters())
     assert "bias=False" in repr(layer) and f"bits={format.bits}" in repr(layer)
-    assert f"vector={format.vector}" in repr(layer) and f"rotation={format.rotation_block}" in repr(layer)
+    assert f"codes={format.codes}" in repr(layer) and f"rotation={format.rotation_block}" in repr(layer)
 
 
 @all_formats
@@ -236,7 +217,7 @@ def test_a_bias_of_another_dtype_does_not_change_the_outputs_dtype(random_weight
 @all_formats
 def test_a_meta_layer_has_room_for_every_tensor_and_can_be_filled(format, random_weight, generator):
     layer = QuantLinear(48, 7, format, bias=True, dtype=torch.float16, device="meta")
-    for name, (shape, dtype) in stored_layout(7, 48, format).items():
+    for name, (shape, dtype) in format.layout(7, 48).items():
         tensor = layer.stored()[name]
         assert tensor.is_meta and tensor.shape == shape and tensor.dtype == dtype
     assert layer.bias.is_meta and layer.bias.dtype == torch.float16
@@ -278,7 +259,7 @@ def test_the_weight_attribute_is_the_dense_weight_in_the_biass_dtype(format, ran
 
 # ---- rotations shared by layers ---------------------------------------------------------------------------
 
-TURNED = LayerFormat(4, 16, True, 2, "int8", permuted=True, rotation_block=16, rotation_skip=16)
+TURNED = layer_format(4, 16, True, 2, "int8", permuted=True, rotation_block=16, rotation_skip=16)
 
 
 class Attention(torch.nn.Module):

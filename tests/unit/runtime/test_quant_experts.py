@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from helpers import layer_format, with_codes
 from torch import nn
 from torch.testing import assert_close
 from transformers import GptOssConfig, MixtralConfig
@@ -16,10 +17,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 import lorq.runtime.experts
 import lorq.runtime.experts_at_once
 from lorq.core.basis import Basis
-from lorq.core.layout import pack_weight
 from lorq.core.low_rank import FACTOR_TYPES
-from lorq.core.tile_factors import pack_tiles, tile_layout, unpack_tiles
-from lorq.core.weight import LayerFormat
+from lorq.core.tile_factors import TileFactors
 from lorq.kernels import cpu_experts
 from lorq.kernels.reference_experts import declines_experts
 from lorq.models.experts import Experts
@@ -30,7 +29,7 @@ from lorq.runtime.same_input import join
 
 HIDDEN, WIDTH, EXPERTS = 32, 48, 6
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-FORMAT = LayerFormat(3, 16, False, permuted=True, rotation_block=16)
+FORMAT = layer_format(3, 16, False, permuted=True, rotation_block=16)
 types = pytest.mark.parametrize("type", FACTOR_TYPES)
 families = pytest.mark.parametrize("family", ["mixtral", "gpt-oss"])
 # Every grid once, every type of factors twice.
@@ -58,8 +57,8 @@ def packed(random_weight, random_tiles, generator):
         bases = {}
         for expert, name in itertools.product(range(EXPERTS), PROJECTIONS):
             old = getattr(experts[expert], name)
-            size = old.in_features if format.group_size == -1 else format.group_size
-            own = dataclasses.replace(format, group_size=size)
+            size = old.in_features if format.codes.group_size == -1 else format.codes.group_size
+            own = with_codes(format, group_size=size)
             weight = random_weight(old.out_features, old.in_features, own)
             # What has tiles and reads the layer's input has one basis; the others have any.
             if name in tiles and name != "down_proj":
@@ -71,7 +70,7 @@ def packed(random_weight, random_tiles, generator):
             out, in_ = (HIDDEN, WIDTH) if name == "down_proj" else (WIDTH, HIDDEN)
             factors = random_tiles(out, in_, grid, type, EXPERTS, input_scale=input_scale)
             modules[name] = Tiles(out, in_, factors.format)
-            modules[name].load_state_dict(pack_tiles(factors))
+            modules[name].load_state_dict(factors.tensors())
         whole = QuantExperts(experts, modules)
         join(whole, [])
         return whole.requires_grad_(False).eval()
@@ -182,14 +181,14 @@ def test_gate_and_up_may_have_bases_of_their_own(packed, generator):
     experts = packed()
     other = Basis(torch.randperm(HIDDEN, generator=generator), 8, 8)
     for expert in experts.plain:
-        weight = dataclasses.replace(expert.up_proj.value(), basis=other, tile=None)
+        weight = dataclasses.replace(expert.up_proj.value(), basis=other, low_rank=None)
         layer = QuantLinear.from_weight(weight)
         layer.shared, expert.up_proj = expert.up_proj.shared, layer
     check(experts, tokens_for(EXPERTS, 2, generator))
 
 
 @types
-@pytest.mark.parametrize("format", [FORMAT, LayerFormat(3, 16, True)], ids=["basis", "no basis"])
+@pytest.mark.parametrize("format", [FORMAT, layer_format(3, 16, True)], ids=["basis", "no basis"])
 def test_input_scales_stand_outside_the_basis(type, format, packed, generator):
     check(packed(type=type, input_scale=True, format=format), tokens_for(EXPERTS, 2, generator, masked=True))
 
@@ -197,9 +196,9 @@ def test_input_scales_stand_outside_the_basis(type, format, packed, generator):
 @pytest.mark.parametrize(
     "format",
     [
-        LayerFormat(4, 16, True),
-        LayerFormat(2, 16, False, rotation_block=8, rotation_skip=8),
-        LayerFormat(2, -1, True, vector=4, codebook_rows=8, codebook_columns=16, permuted=True, rotation_block=4),
+        layer_format(4, 16, True),
+        layer_format(2, 16, False, rotation_block=8, rotation_skip=8),
+        layer_format(2, -1, True, vector=4, codebook_rows=8, codebook_columns=16, permuted=True, rotation_block=4),
     ],
     ids=["plain", "partly rotated", "vectors"],
 )
@@ -275,11 +274,11 @@ def test_in_one_product_they_compute_what_dense_experts_do(grid, type, masked, p
 @pytest.mark.parametrize(
     "format",
     [
-        LayerFormat(4, 16, True),
-        LayerFormat(2, 16, False, rotation_block=8, rotation_skip=8),
-        LayerFormat(3, 16, False, permuted=True),
-        LayerFormat(4, 16, True, grid="normal-float"),
-        LayerFormat(2, -1, True, vector=4, codebook_rows=8, codebook_columns=16, permuted=True, rotation_block=4),
+        layer_format(4, 16, True),
+        layer_format(2, 16, False, rotation_block=8, rotation_skip=8),
+        layer_format(3, 16, False, permuted=True),
+        layer_format(4, 16, True, grid="normal-float"),
+        layer_format(2, -1, True, vector=4, codebook_rows=8, codebook_columns=16, permuted=True, rotation_block=4),
     ],
     ids=["plain", "partly rotated", "permuted", "normal floats", "vectors"],
 )
@@ -296,7 +295,7 @@ def test_in_one_product_every_kind_of_codes_carries_tiles(format, packed, genera
 
 @pytest.mark.parametrize("tiles", [(), ("gate_proj",), ("up_proj", "down_proj")], ids=str)
 def test_in_one_product_projections_may_be_without_shared_factors(tiles, packed, generator, grouped):
-    check(packed(tiles=tiles, format=LayerFormat(3, 16, False, rotation_block=16)), tokens_for(EXPERTS, 3, generator))
+    check(packed(tiles=tiles, format=layer_format(3, 16, False, rotation_block=16)), tokens_for(EXPERTS, 3, generator))
     assert len(grouped) == 1
 
 
@@ -334,7 +333,7 @@ def test_why_experts_do_not_run_in_one_product_is_said(packed, generator, monkey
     with monkeypatch.context() as compiling:
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
         assert why(packed()) == "a program is being compiled, which one call of C++ is no part of"
-    books = packed(format=LayerFormat(2, -1, True, vector=4, codebook_rows=8, codebook_columns=16))
+    books = packed(format=layer_format(2, -1, True, vector=4, codebook_rows=8, codebook_columns=16))
     assert why(books) == "an expert has 3.7 tokens, and more than 1 are faster one expert after the other"
     monkeypatch.setattr(lorq.runtime.experts_at_once, "declines_experts", lambda format, *_: declines_experts(format))
     assert why(packed()) is None
@@ -345,13 +344,13 @@ def test_why_experts_do_not_run_in_one_product_is_said(packed, generator, monkey
     assert why(dense) is None
     dense.plain[1].down_proj = dense.plain[1].down_proj.dequantize()
     assert why(dense) == "down_proj has no shared factors"
-    assert why(packed(tiles=(), format=LayerFormat(3, 16, False, rotation_block=16))) is None
-    assert why(packed(format=LayerFormat(3, 16, False, 2))) == "experts have low-rank factors of their own, of rank 2"
-    assert why(packed(format=LayerFormat(3, -1, True, scale_rank=2))) == "experts have scales of rank 2"
-    quantized = packed(format=LayerFormat(3, 16, True, input_quantization="token"))
+    assert why(packed(tiles=(), format=layer_format(3, 16, False, rotation_block=16))) is None
+    assert why(packed(format=layer_format(3, 16, False, 2))) == "experts have low-rank factors of their own, of rank 2"
+    assert why(packed(format=layer_format(3, -1, True, scale_rank=2))) == "experts have scales of rank 2"
+    quantized = packed(format=layer_format(3, 16, True, input_quantization="token"))
     assert why(quantized) == "experts quantize their inputs or outputs"
     mixed = packed()
-    mixed.plain[2].up_proj = packed(format=LayerFormat(4, 16, True)).plain[2].up_proj
+    mixed.plain[2].up_proj = packed(format=layer_format(4, 16, True)).plain[2].up_proj
     assert why(mixed) == "up_proj has experts of several formats"
     biased = packed()
     biased.plain[0].gate_proj.bias = nn.Parameter(torch.zeros(WIDTH))
@@ -377,10 +376,10 @@ def test_a_weight_has_its_part_of_the_shared_factors(type, packed):
         if type != "float16":
             left, right = left * f.left_scale[j].double(), right * f.right_scale[i].double()[:, None]
         value = layer.value()
-        expected = value.basis.unrotate(value.decoded(torch.float64) + left @ right)
+        expected = value.basis.unrotate(value.codes.decode(torch.float64) + left @ right)
         assert_close(layer.weight.double(), expected, rtol=1e-5, atol=1e-6)
         assert_close(layer.dequantize().weight.double(), expected, rtol=1e-5, atol=1e-6)
-        alone = dataclasses.replace(value, tile=None).dense(torch.float64)
+        alone = dataclasses.replace(value, low_rank=None).dense(torch.float64)
         assert float((alone - expected).norm()) > 0.5 * float(expected.norm())
 
 
@@ -445,19 +444,19 @@ def test_tiles_for_layers_that_are_not_packed_are_refused(packed, generator):
 def test_stored_tiles_come_back_bit_for_bit(type, input_scale, random_tiles):
     for grid, experts in (((2, 3), 6), ((3, 3), 7), ((1, 5), 5)):
         tiles = random_tiles(HIDDEN, WIDTH, grid, type, experts, input_scale=input_scale)
-        tensors = pack_tiles(tiles)
-        back = unpack_tiles(tensors)
+        tensors = tiles.tensors()
+        back = TileFactors.read(tensors)
         for field in dataclasses.fields(tiles):
             one, other = getattr(tiles, field.name), getattr(back, field.name)
             assert (one is None) == (other is None)
             assert one is None or (one.dtype == other.dtype and torch.equal(one.double(), other.double()))
         module = Tiles(HIDDEN, WIDTH, tiles.format)
-        layout = tile_layout(HIDDEN, WIDTH, tiles.format)
+        layout = tiles.format.layout(HIDDEN, WIDTH)
         assert {name: (tuple(t.shape), t.dtype) for name, t in module.state_dict().items()} == layout
         assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == layout
         assert all(tensor.is_contiguous() for tensor in tensors.values())
         module.load_state_dict(tensors)
-        again = pack_tiles(module.factors())
+        again = module.factors().tensors()
         assert all(torch.equal(again[name].double(), tensor.double()) for name, tensor in tensors.items())
         assert module.factors().format == tiles.format
 
@@ -473,7 +472,7 @@ def test_room_on_meta_takes_no_memory_and_has_the_layout(packed):
 def test_the_state_is_the_layers_and_the_tiles(packed):
     experts = packed((3, 3))
     names = set(experts.state_dict())
-    weight = pack_weight(experts.plain[0].gate_proj.value())
+    weight = experts.plain[0].gate_proj.value().tensors()
     layers = itertools.product(range(EXPERTS), PROJECTIONS)
     expected = {f"{expert}.{name}.{local}" for expert, name in layers for local in weight}
     tiles = ("left", "right", "left_scale", "right_scale", "cells")

@@ -8,25 +8,25 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import layer_format
 from torch import nn
 
 import lorq.runtime.compiled
 import lorq.runtime.same_input
-from lorq.core.weight import LayerFormat
 from lorq.models.experts import Expert
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.same_input import fit, join
 
 SIZES = {"q": 32, "k": 16, "v": 16, "o": 48}
 FORMATS = {
-    "4 bits": LayerFormat(4, 16, False),
-    "3 bits, symmetric": LayerFormat(3, 16, True),
-    "factors": LayerFormat(4, 16, False, 3, "int8"),
-    "factors of 16 bits": LayerFormat(2, 16, True, 2, "float16"),
-    "codebooks": LayerFormat(2, 48, True, 0, "float16", 4, 8, 16),
-    "levels": LayerFormat(4, 16, True, grid="normal-float"),
-    "rotated": LayerFormat(4, 16, True, 2, "int8", rotation_block=16),
-    "permuted": LayerFormat(4, 16, True, permuted=True),
+    "4 bits": layer_format(4, 16, False),
+    "3 bits, symmetric": layer_format(3, 16, True),
+    "factors": layer_format(4, 16, False, 3, "int8"),
+    "factors of 16 bits": layer_format(2, 16, True, 2, "float16"),
+    "codebooks": layer_format(2, 48, True, 0, "float16", 4, 8, 16),
+    "levels": layer_format(4, 16, True, grid="normal-float"),
+    "rotated": layer_format(4, 16, True, 2, "int8", rotation_block=16),
+    "permuted": layer_format(4, 16, True, permuted=True),
 }
 
 
@@ -104,8 +104,8 @@ def test_layers_of_one_input_answer_as_by_themselves(format, bias, attention, pr
 
 @torch.no_grad()
 def test_layers_of_other_ranks_join(attention, products, generator):
-    own = {"q": LayerFormat(4, 16, False, 5, "int8"), "v": LayerFormat(4, 16, False, 1, "int8")}
-    module = attention(LayerFormat(4, 16, False), own)
+    own = {"q": layer_format(4, 16, False, 5, "int8"), "v": layer_format(4, 16, False, 1, "int8")}
+    module = attention(layer_format(4, 16, False), own)
     for _ in range(2):
         check(module, torch.randn(1, 48, generator=generator))
     assert products == [64] * 2
@@ -113,7 +113,7 @@ def test_layers_of_other_ranks_join(attention, products, generator):
 
 @torch.no_grad()
 def test_what_changes_is_seen(attention, products, generator):
-    module = attention(LayerFormat(4, 16, False, 2, "int8"))
+    module = attention(layer_format(4, 16, False, 2, "int8"))
     x = torch.randn(1, 48, generator=generator)
     check(module, x)
     # An input that is written to between two calls.
@@ -128,7 +128,7 @@ def test_what_changes_is_seen(attention, products, generator):
         torch.testing.assert_close(module.k(x), alone(module, x)[1], rtol=1e-5, atol=1e-4)
         check(module, x, name)
     # What is written to: codes and factors, all at once and one by one.
-    other = attention(LayerFormat(4, 16, False, 2, "int8"))
+    other = attention(layer_format(4, 16, False, 2, "int8"))
     module.load_state_dict(other.state_dict())
     check(module, x)
     assert all(a.equal(b) for a, b in zip(alone(module, x), alone(other, x), strict=True))
@@ -150,7 +150,7 @@ def test_what_changes_is_seen(attention, products, generator):
     "make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
 def test_copies_join_among_themselves_once_all_were_called(make, attention, products, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
     expected = module(x + 0)
     other = make(module)
@@ -166,7 +166,7 @@ def test_copies_join_among_themselves_once_all_were_called(make, attention, prod
 
 
 def test_gradients_inference_and_many_tokens_go_by_layers(attention, products, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
     learning = x.clone().requires_grad_()
     module(learning)[0].sum().backward()
@@ -186,7 +186,7 @@ def test_gradients_inference_and_many_tokens_go_by_layers(attention, products, g
 
 @torch.no_grad()
 def test_replicas_of_data_parallel_have_their_own_tensors(attention, products, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
     check(module, x)
     replica = module.q._replicate_for_data_parallel()
@@ -200,7 +200,7 @@ def test_replicas_of_data_parallel_have_their_own_tensors(attention, products, g
 
 @torch.no_grad()
 def test_a_layer_that_is_called_alone_multiplies_and_keeps_nothing(attention, products, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
     for _ in range(2):  # twice the same layer, and others that never come
         torch.testing.assert_close(module.k(x), alone(module, x)[1])
@@ -211,31 +211,31 @@ def test_what_does_not_fit_is_left_alone(random_weight):
     def layers(*formats, sizes=(32, 16)):
         return [QuantLinear.from_weight(random_weight(n, 48, f)) for n, f in zip(sizes, formats, strict=True)]
 
-    one = LayerFormat(4, 16, False)
+    one = layer_format(4, 16, False)
     assert fit(layers(one, one))
-    assert not fit(layers(one, LayerFormat(3, 16, False)))
-    assert not fit(layers(one, LayerFormat(4, 16, True)))
+    assert not fit(layers(one, layer_format(3, 16, False)))
+    assert not fit(layers(one, layer_format(4, 16, True)))
     assert not fit(layers(one, one, sizes=(31, 16)))  # 124 bits of zero points: two layers would meet in a word
     assert fit(layers(one, one, sizes=(32, 15)))
-    scaled = LayerFormat(4, 48, True, scale_rank=2)
+    scaled = layer_format(4, 48, True, scale_rank=2)
     assert not fit(layers(scaled, scaled))
-    ranks = LayerFormat(4, 16, False, 2, "int8"), LayerFormat(4, 16, False, 2, "float16")
+    ranks = layer_format(4, 16, False, 2, "int8"), layer_format(4, 16, False, 2, "float16")
     assert not fit(layers(*ranks))
 
 
 def test_factors_of_large_layers_join_only_where_zeros_cost_little():
     def layers(rank, out=4096):
-        format = LayerFormat(4, 128, False, rank, "int8")
+        format = layer_format(4, 128, False, rank, "int8")
         return [QuantLinear(4096, out, format, device="meta") for _ in range(2)]
 
     assert fit(layers(0)) and fit(layers(8)) and not fit(layers(64))
-    assert fit([QuantLinear(512, 512, LayerFormat(4, 128, False, 64, "int8"), device="meta") for _ in range(2)])
+    assert fit([QuantLinear(512, 512, layer_format(4, 128, False, 64, "int8"), device="meta") for _ in range(2)])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("learns", [False, True], ids=["elsewhere", "learns"])
 def test_what_lies_elsewhere_or_learns_is_left_alone_and_joins_again(learns, attention, products, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     x = torch.randn(1, 48, generator=generator)
     before = module.k.weight_scale
     if learns:
@@ -260,7 +260,7 @@ def alone_of(layer):
 @torch.no_grad()
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_what_a_layer_returns_may_be_written_to(tokens, attention, generator):
-    module = attention(LayerFormat(4, 16, False))
+    module = attention(layer_format(4, 16, False))
     x = torch.randn(tokens, 48, generator=generator)
     expected = alone(module, x)
     with torch.enable_grad():
@@ -276,7 +276,7 @@ def test_what_a_layer_returns_may_be_written_to(tokens, attention, generator):
 
 
 def test_a_model_is_gone_when_nobody_has_it_and_a_product_when_its_input_is(attention, monkeypatch):
-    module, made = attention(LayerFormat(4, 16, False, 2, "int8")), []
+    module, made = attention(layer_format(4, 16, False, 2, "int8")), []
     split = torch.unsafe_split_with_sizes
 
     def noted(*given):
@@ -316,7 +316,7 @@ def test_several_equal_calls_become_one_in_a_graph():
 
 @torch.no_grad()
 def test_joining_takes_no_second_memory(attention):
-    module = attention(LayerFormat(4, 16, False, 2, "int8"))
+    module = attention(layer_format(4, 16, False, 2, "int8"))
     module(torch.ones(1, 48))
     for name in ("weight_packed", "weight_scale", "weight_zero_point", "right", "left_scale"):
         storages = {getattr(layer, name).untyped_storage().data_ptr() for layer in (module.q, module.k, module.v)}
@@ -324,7 +324,7 @@ def test_joining_takes_no_second_memory(attention):
 
 
 def test_only_packed_layers_that_are_in_memory_join(random_weight):
-    format = LayerFormat(4, 16, False)
+    format = layer_format(4, 16, False)
     packed = [QuantLinear.from_weight(random_weight(32, 48, format)) for _ in range(2)]
     away = [QuantLinear(48, 32, format, device="meta"), nn.Linear(48, 32)]
     for other in away:
@@ -338,6 +338,6 @@ def test_only_packed_layers_that_are_in_memory_join(random_weight):
 def test_gate_and_up_of_an_expert_join_without_being_named(random_weight):
     expert = Expert()
     for name in ("gate_proj", "up_proj", "down_proj"):
-        setattr(expert, name, QuantLinear.from_weight(random_weight(32, 48, LayerFormat(4, 16, False))))
+        setattr(expert, name, QuantLinear.from_weight(random_weight(32, 48, layer_format(4, 16, False))))
     join(nn.ModuleList([expert]), [])
     assert expert.gate_proj.together[0] is expert.up_proj.together[0] and expert.down_proj.together is None

@@ -2,20 +2,22 @@
 
 from collections.abc import Callable
 
+from torch import Tensor
+
+from lorq.core.codes import IntCodes, IntGrid
 from lorq.core.rounding.clip import RangeSearch, clip, search_range
 from lorq.core.rounding.gptq import gptq, gptq_levels
-from lorq.core.rounding.gptvq import VectorRounded, gptvq
-from lorq.core.rounding.nearest import LevelRounded, Rounded, nearest, nearest_levels
+from lorq.core.rounding.gptvq import gptvq
+from lorq.core.rounding.nearest import nearest, nearest_levels
+from lorq.core.stats import PreparedHessian
 
-# Each takes (target, hessian, grid, *, search, damping) and returns Rounded.
-ROUNDINGS: dict[str, Callable[..., Rounded]] = {"nearest": nearest, "clip": clip, "gptq": gptq}
+# Of a target, its inputs' Hessian, a grid and the ranges to try; a rounding leaves what it has no use for.
+Rounding = Callable[[Tensor, PreparedHessian, IntGrid, RangeSearch | None], IntCodes]
+ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "clip": clip, "gptq": gptq}
 
 __all__ = [
     "ROUNDINGS",
-    "LevelRounded",
     "RangeSearch",
-    "Rounded",
-    "VectorRounded",
     "clip",
     "gptq",
     "gptq_levels",

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.grids import IntGrid
-from lorq.core.rounding.nearest import Rounded, encode_on
+from lorq.core.codes import IntCodes, IntGrid
+from lorq.core.rounding.nearest import encode_on
+from lorq.core.stats import PreparedHessian
 
 # Rows are searched in slices of about this many trial weights: few operations, small temporaries.
 _SLICE = 1 << 20
@@ -97,16 +98,14 @@ def _search_rows(
 
 def clip(
     target: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
+    hessian: PreparedHessian,
     grid: IntGrid,
-    *,
     search: RangeSearch | None = None,
-    damping: float = 0.0,
-) -> Rounded:
+) -> IntCodes:
     """Saturating clip search (`search_range`), then rounding to nearest: the paper's quantizer.
 
     Source:
         FLRQ, arXiv:2601.05684, algorithm 2. Its text says that the largest magnitudes are zeroed, its figure
         and the authors' code saturate them; this saturates.
     """
-    return encode_on(target, *search_range(target, hessian, grid, search or RangeSearch()), grid)
+    return encode_on(target, *search_range(target, hessian.matrix, grid, search or RangeSearch()), grid)

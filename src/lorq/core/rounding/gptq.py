@@ -6,10 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.grids import IntGrid, LevelGrid
-from lorq.core.linalg import damp, inverse_factor
+from lorq.core.codes import IntCodes, IntGrid, LevelGrid
 from lorq.core.rounding.clip import RangeSearch, search_range
-from lorq.core.rounding.nearest import Rounded
+from lorq.core.stats import PreparedHessian
 
 # Columns whose mutual updates are done one by one; all later columns are updated once per block, as one
 # matrix product.
@@ -18,13 +17,10 @@ _BLOCK = 128
 
 def gptq(
     target: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
+    hessian: PreparedHessian,
     grid: IntGrid,
-    *,
     search: RangeSearch | None = None,
-    damping: float = 0.01,
-    upper: Float[Tensor, "in in"] | None = None,
-) -> Rounded:
+) -> IntCodes:
     """Codes that keep ``tr[(T - Q) H (T - Q)^T]`` small by passing errors on.
 
     With ``H^-1 = U^T U``, ``U`` upper triangular, column ``i`` is rounded to ``q_i`` and every later column
@@ -33,11 +29,9 @@ def gptq(
 
     Args:
         target: what is to be rounded; unchanged.
-        hessian: of the inputs.
+        hessian: of the inputs; damped in ``U``, as it is for the range search.
         grid: the kind of grid.
         search: range search for each group; None takes the full range.
-        damping: share of the mean diagonal added to the diagonal.
-        upper: ``U``, where it is at hand already.
 
     Returns:
         The codes and their grid.
@@ -51,8 +45,6 @@ def gptq(
     """
     width, size = target.shape[1], grid.group_size
     grid.grouped(target)  # refuses a group size that does not divide
-    if upper is None:
-        upper = inverse_factor(damp(hessian, damping))
     columns = target.T.contiguous()  # (in, out): a column of the weight is contiguous
     codes = torch.empty_like(columns)
     scale = columns.new_empty(width // size, columns.shape[1])
@@ -62,15 +54,15 @@ def gptq(
         group = i // size
         if i % size == 0:
             part = columns[i : i + size].T
-            inner = hessian[i : i + size, i : i + size]
+            inner = hessian.matrix[i : i + size, i : i + size]
             s, z = search_range(part, inner, grid, search) if search else grid.fit(part)
             scale[group], zero[group] = s[:, 0], z[:, 0]
         s, z = scale[group], zero[group]
         code = grid.encode(column, s, z)
         return code, grid.decode(code, s, z)
 
-    _feed_back(columns, codes, upper, _blocks(width, size), encode)
-    return Rounded(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
+    _feed_back(columns, codes, hessian.inverse_factor, _blocks(width, size), encode)
+    return IntCodes.of(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
 
 
 def gptq_levels(

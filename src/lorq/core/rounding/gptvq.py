@@ -1,64 +1,23 @@
 """GPTVQ: round a few neighbouring weights at once to a codebook's entries, passing errors on."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from lorq.core.grids import SMALLEST_SCALE, Codebook, IntGrid, VectorGrid, decode_vectors
-from lorq.core.linalg import damp, inverse_factor
+from lorq.core.codes import Codebook, VectorCodes, VectorGrid
+from lorq.core.half import SMALLEST_SCALE, stored_half
 
 # Distances that k-means has in hand at once: 16 MB, so that they stay near the cache.
 _DISTANCES = 1 << 22
 
 
-@dataclass(frozen=True)
-class VectorRounded:
-    """Vector codes and the codebooks they point into.
-
-    Attributes:
-        codes: (out, in / vector).
-        scale: (out, groups), exactly representable in float16.
-        codebook: as stored.
-        grid: bits, vector length, tile and group sizes.
-    """
-
-    codes: UInt8[Tensor, "out vectors"]
-    scale: Float[Tensor, "out groups"]
-    codebook: Codebook
-    grid: VectorGrid
-
-    def dense(self) -> Float[Tensor, "out in"]:
-        """What the codes stand for."""
-        return decode_vectors(self.codes, self.codebook, self.scale, dtype=self.scale.dtype)
-
-    @property
-    def plain_grid(self) -> IntGrid:
-        """What plain rounding to nearest would use: single weights of as many bits, a range for each group."""
-        return IntGrid(self.grid.bits, self.grid.group_size)
-
-    def stored(self) -> dict[str, Any]:
-        """The fields of `lorq.core.weight.QuantizedWeight` that this fills."""
-        return {
-            "codes": self.codes,
-            "scale": self.scale.to(torch.float16),
-            "zero_point": None,
-            "bits": self.grid.bits,
-            "codebook": self.codebook,
-        }
-
-
 def gptvq(
     target: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
     grid: VectorGrid,
     *,
-    damping: float = 0.01,
-    upper: Float[Tensor, "in in"] | None = None,
+    upper: Float[Tensor, "in in"],
     iterations: int = 10,
-) -> VectorRounded:
+) -> VectorCodes:
     """Vector codes that keep ``tr[(T - Q) H (T - Q)^T]`` small by passing errors on.
 
     With ``H^-1 = U^T U`` and ``b`` the columns of one vector, a row's ``t_b`` becomes the codebook entry ``c`` with
@@ -68,14 +27,12 @@ def gptvq(
 
     Args:
         target: what is to be rounded; unchanged.
-        hessian: of the inputs.
         grid: sizes of vectors, codebooks and groups.
-        damping: share of the mean diagonal added to the diagonal.
-        upper: ``U``, where it is at hand already; the identity gives nearest vectors.
+        upper: ``U``, that is `lorq.core.stats.PreparedHessian.inverse_factor`; the identity gives nearest vectors.
         iterations: of k-means.
 
     Raises:
-        ValueError: if the sizes do not divide the shape, or the damped Hessian is not positive definite.
+        ValueError: if the sizes do not divide the shape.
 
     Source:
         GPTVQ, arXiv:2402.15319, algorithm 1, without its normalisation of blocks and its later gradient steps on
@@ -84,8 +41,6 @@ def gptvq(
     """
     (out, width), size = target.shape, grid.columns
     grid.check(out, width)
-    if upper is None:
-        upper = inverse_factor(damp(hessian, damping))
     columns = target.T.contiguous()  # (in, out): a column of the weight is contiguous
     codes = torch.empty(width // grid.vector, out, dtype=torch.uint8, device=target.device)
     scales, books = [], []
@@ -99,18 +54,12 @@ def gptvq(
         errors = _round_tile(columns, upper, start, scale, book.values(target.dtype)[:, 0], codes, grid)
         columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     codebook = Codebook(torch.cat([b.entries for b in books], 1), torch.cat([b.scale for b in books], 1))
-    return VectorRounded(codes.T.contiguous(), torch.stack(scales, 1), codebook, grid)
+    return VectorCodes(codes.T.contiguous(), torch.stack(scales, 1).to(torch.float16), codebook, grid)
 
 
 def _row_scale(columns: Float[Tensor, "columns out"]) -> Float[Tensor, "out"]:
     """Root mean square of each row's weights, as float16 holds it."""
-    scale = columns.square().mean(0).sqrt().clamp(min=SMALLEST_SCALE)
-    if not float(scale.max()) <= torch.finfo(torch.float16).max:
-        raise ValueError(
-            f"a scale must fit float16 (at most 65504), got {float(scale.max()):.4g}; "
-            "the weights are too large to be stored, check the checkpoint"
-        )
-    return scale.to(torch.float16).to(columns.dtype)
+    return stored_half(columns.square().mean(0).sqrt().clamp(min=SMALLEST_SCALE)).to(columns.dtype)
 
 
 def _fit_tiles(

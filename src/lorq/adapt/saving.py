@@ -1,7 +1,7 @@
 """Merge: an adapter becomes the model's own factors, and a changed model an ordinary lorq folder."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from lorq.adapt.adapters import BASE, adapters_of, base_hash, half_factors, lords_layers, use_adapter
-from lorq.core.layout import pack_weight
 from lorq.core.weight import layer_bytes
 from lorq.models.locate import resolve_model
 from lorq.runtime.linear import QuantLinear
-from lorq.storage.json_files import read_json, some_of
-from lorq.storage.names import COMPANIONS, INDEX, REPORT_NAME
+from lorq.storage.config import write_format
+from lorq.storage.folder import LorqFolder
+from lorq.storage.json_files import some_of
+from lorq.storage.names import COMPANIONS, REPORT_NAME
 from lorq.storage.reader import SourceCheckpoint
-from lorq.storage.report import read_report
 from lorq.storage.writer import CheckpointWriter
 
 
@@ -49,11 +49,10 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
         ValueError: if the base is no folder of this model.
         ArithmeticError: if a factor is not finite in float16.
     """
-    folder, out, layers = resolve_model(base or model.name_or_path), Path(out), lords_layers(model)
-    report, source = read_report(folder), SourceCheckpoint.open(folder, index_name=INDEX)
+    folder, out, layers = LorqFolder.open(resolve_model(base or model.name_or_path)), Path(out), lords_layers(model)
+    report, source, config = folder.report, folder.reader, folder.config
     _check_own_folder(model, layers, source)
     halves = {name: half_factors(layer) for name, layer in layers.items()}
-    config = read_json(folder / "config.json")
     formats = config["quantization_config"]["layers"]
     identity = {"trained_from": source.fingerprint(), "note": note, "base": base_hash(model)}
     writer = CheckpointWriter.create(out, identity)
@@ -61,10 +60,12 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
     for file, header in sorted(source.headers.items()):
         tensors = {name: source.tensor(name) for name in header.tensors}
         for name in sorted(layers.keys() & {tensor.rpartition(".")[0] for tensor in tensors}):
-            weight = replace(layers[name].value(), scale_factors=halves[name])
+            before = layers[name].value()
+            codes: Any = before.codes
+            weight = replace(before, codes=replace(codes, scale=halves[name]))
             tensors = {key: t for key, t in tensors.items() if key.rpartition(".")[0] != name or key.endswith(".bias")}
-            tensors |= {f"{name}.{local}": tensor for local, tensor in pack_weight(weight).items()}
-            formats[name] = asdict(weight.format)
+            tensors |= {f"{name}.{local}": tensor for local, tensor in weight.tensors().items()}
+            formats[name] = write_format(weight.format)
             reports[name] = replace(
                 reports[name], rank=weight.rank, bytes=layer_bytes(weight.stored_bits()),
                 note="; ".join(part for part in (reports[name].note, note, "errors are those before") if part),
@@ -72,7 +73,7 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
         writer.write_shard(file, tensors, {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())})
     stored = sum(record["bytes"] for record in writer.completed.values())
     new = replace(report, layers=tuple(reports.values()), bytes=stored, checksums=writer.shard_checksums())
-    files: dict[str, bytes | Path] = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
+    files: dict[str, bytes | Path] = {name: folder.path / name for name in COMPANIONS if (folder.path / name).is_file()}
     writer.finish(config=config, files=files | {REPORT_NAME: new.to_bytes()})
 
 

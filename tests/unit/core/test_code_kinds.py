@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorq.core.grids import (
+from lorq.core.codes import (
     LEVEL_KINDS,
-    SMALLEST_SCALE,
     Codebook,
+    IntCodes,
     IntGrid,
     LevelGrid,
+    VectorCodes,
     VectorGrid,
-    decode_vectors,
-    dequantize,
     level_values,
     levels,
 )
+from lorq.core.half import SMALLEST_SCALE
 
 every_grid = pytest.mark.parametrize(
     "grid",
@@ -121,28 +121,30 @@ def test_groups_are_consecutive_columns_and_a_view():
     assert groups.data_ptr() == weight.data_ptr()
 
 
-@pytest.mark.parametrize("kind", [torch.uint8, int], ids=["a zero point per group", "one zero point"])
-def test_dequantize_is_the_formula_element_by_element(kind, generator):
+@pytest.mark.parametrize("symmetric", [False, True], ids=["a zero point per group", "one zero point"])
+def test_integer_codes_decode_by_the_formula_element_by_element(symmetric, generator):
     codes = torch.randint(0, 16, (5, 12), generator=generator, dtype=torch.uint8)
     scale = torch.rand(5, 3, generator=generator).to(torch.float16)
-    zero = torch.randint(0, 16, (5, 3), generator=generator, dtype=torch.uint8) if kind is torch.uint8 else 8
+    zero = None if symmetric else torch.randint(0, 16, (5, 3), generator=generator, dtype=torch.uint8)
     expected = torch.empty(5, 12, dtype=torch.float64)
     for i in range(5):
         for j in range(12):
-            middle = zero if isinstance(zero, int) else int(zero[i, j // 4])
+            middle = 8 if zero is None else int(zero[i, j // 4])
             expected[i, j] = (int(codes[i, j]) - middle) * float(scale[i, j // 4])
     # Five bits times a float16 fit float32: no rounding at all.
-    assert torch.equal(dequantize(codes, scale, zero).double(), expected)
-    assert torch.equal(dequantize(codes, scale, zero, dtype=torch.float64), expected)
-    assert_close(dequantize(codes, scale, zero, dtype=torch.bfloat16).double(), expected, rtol=2**-7, atol=0)
+    stored = IntCodes(codes, scale, zero, IntGrid(4, 4, symmetric))
+    assert torch.equal(stored.decode().double(), expected)
+    assert torch.equal(stored.decode(torch.float64), expected)
+    assert_close(stored.decode(torch.bfloat16).double(), expected, rtol=2**-7, atol=0)
 
 
-def test_dequantize_and_decode_agree(generator):
-    grid = IntGrid(bits=3, group_size=4)
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_is_stored_of_a_grid_decodes_to_what_the_grid_says(symmetric, generator):
+    grid = IntGrid(3, 4, symmetric)
     weight = torch.randn(3, 8, generator=generator)
     codes, dense = rounded(weight, grid)
     scale, zero_point = grid.fit(weight)
-    assert torch.equal(dequantize(codes.to(torch.uint8), scale, zero_point.to(torch.uint8)), dense)
+    assert torch.equal(IntCodes.of(codes, scale, zero_point, grid).decode(), dense)
 
 
 def test_a_group_size_that_does_not_divide_is_refused_with_both_numbers():
@@ -188,7 +190,7 @@ def test_codebooks_that_do_not_tile_a_weight_are_refused_with_the_sizes(sizes, m
 
 
 @pytest.mark.parametrize("tiles, groups", [((1, 1), 1), ((2, 3), 1), ((3, 2), 2), ((6, 6), 6)], ids=str)
-def test_decode_vectors_is_the_table_element_by_element(tiles, groups, generator):
+def test_vector_codes_decode_by_the_table_element_by_element(tiles, groups, generator):
     out, in_, vector, entries = 6, 24, 2, 16
     book = Codebook(
         torch.randint(-127, 128, (*tiles, entries, vector), generator=generator).to(torch.int8),
@@ -202,10 +204,11 @@ def test_decode_vectors_is_the_table_element_by_element(tiles, groups, generator
             tile = i // (out // tiles[0]), j // (in_ // tiles[1])
             entry = book.entries[(*tile, int(codes[i, j // vector]), j % vector)]
             expected[i, j] = float(entry) * float(book.scale[tile]) * float(scale[i, j // (in_ // groups)])
-    assert torch.equal(decode_vectors(codes, book, scale, dtype=torch.float64), expected)
+    stored = VectorCodes(codes, scale, book, VectorGrid(2, 2, out // tiles[0], in_ // tiles[1], in_ // groups))
+    assert torch.equal(stored.decode(torch.float64), expected)
     # 8 bits times 11 fit float32, times 11 more are rounded once.
-    assert torch.equal(decode_vectors(codes, book, scale), expected.float())
-    assert decode_vectors(codes, book, scale, dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(stored.decode(), expected.float())
+    assert stored.decode(torch.bfloat16).dtype == torch.bfloat16
 
 
 # ---- fixed levels -----------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorq import evaluation
-from lorq.evaluation import Evaluation, divergence, evaluate_model, token_nll, top1_agreement
+from lorq import quality
+from lorq.evaluation import Evaluation
+from lorq.quality import divergence, evaluate_model, token_nll, top1_agreement
 
 VOCABULARY = 40
 
@@ -95,14 +96,14 @@ def test_chunks_do_not_change_a_result(generator, monkeypatch, logits):
     p, q = torch.randn(2, 9, 30, generator=generator)
     targets = torch.randint(30, (9,), generator=generator)
     whole = divergence(p, q), token_nll(p, targets)
-    monkeypatch.setattr(evaluation, "CHUNK_LOGITS", logits)
+    monkeypatch.setattr(quality, "CHUNK_LOGITS", logits)
     torch.testing.assert_close(divergence(p, q), whole[0])
     torch.testing.assert_close(token_nll(p, targets), whole[1])
 
 
 def test_a_chunk_of_a_large_vocabulary_is_bounded():
     logits = torch.zeros(1, 1).expand(512, 49_152)  # one number in memory
-    sizes = [chunk.numel() for chunk in evaluation._chunks(logits)]
+    sizes = [chunk.numel() for chunk in quality._chunks(logits)]
     assert sum(sizes) == 512 * 49_152
     assert max(sizes) * 4 * 6 <= 200 * 10**6  # six float32 temporaries alive
 
@@ -140,16 +141,14 @@ def uniform_model():
 
 
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(windows):
-    result = evaluate_model(uniform_model(), windows, text="noise", bits_per_weight=4.25)
+    result = evaluate_model(uniform_model(), windows)
     assert result.perplexity == pytest.approx(VOCABULARY, rel=1e-6)
     assert (result.kl_mean, result.kl_p99, result.top1) == (None, None, None)
-    assert (result.tokens, result.text, result.window, result.windows) == (5 * 11, "noise", 12, 5)
-    assert result.bits_per_weight == 4.25
 
 
 def test_a_model_evaluated_against_itself_agrees_everywhere(windows):
     model = tiny_model()
-    result = evaluate_model(model, windows, reference=model, text="noise", bits_per_weight=None)
+    result = evaluate_model(model, windows, reference=model)
     assert (result.kl_mean, result.kl_p99, result.top1) == (0.0, 0.0, 1.0)
 
 
@@ -157,7 +156,7 @@ def test_every_number_is_that_of_a_float64_loop_over_all_windows_at_once(windows
     model, reference = tiny_model(1), tiny_model(1)
     with torch.no_grad():  # close enough for about half of the predictions to agree
         model.lm_head.weight += 0.3 * torch.randn(VOCABULARY, 16, generator=generator)
-    result = evaluate_model(model, windows, reference=reference, text="noise", bits_per_weight=None)
+    result = evaluate_model(model, windows, reference=reference)
     with torch.no_grad():
         logits = model(input_ids=windows).logits[:, :-1].reshape(-1, VOCABULARY).double()
         original = reference(input_ids=windows).logits[:, :-1].reshape(-1, VOCABULARY).double()
@@ -182,27 +181,24 @@ def test_a_reference_may_be_a_function_of_the_window(windows):
         seen.append(window.tolist())
         return reference(input_ids=window[None]).logits[0]
 
-    options = {"text": "noise", "bits_per_weight": None}
-    by_function = evaluate_model(model, windows, reference=stored, **options)
-    assert by_function == evaluate_model(model, windows, reference=reference, **options)
+    by_function = evaluate_model(model, windows, reference=stored)
+    assert by_function == evaluate_model(model, windows, reference=reference)
     assert seen == windows.tolist()
 
 
 def test_windows_do_not_see_each_other(windows):
     model = tiny_model()
-    options = {"text": "noise", "bits_per_weight": None}
-    alone = [evaluate_model(model, windows[i : i + 1], **options).perplexity for i in range(5)]
-    together = evaluate_model(model, windows, **options).perplexity
+    alone = [evaluate_model(model, windows[i : i + 1]).perplexity for i in range(5)]
+    together = evaluate_model(model, windows).perplexity
     assert math.log(together) == pytest.approx(sum(map(math.log, alone)) / 5, rel=1e-6)
 
 
 def test_dropout_is_off_and_both_models_modes_come_back(windows):
     model, reference = tiny_model(1, attention_dropout=0.5), tiny_model(2, attention_dropout=0.5)
-    options = {"text": "noise", "bits_per_weight": None}
-    quiet = evaluate_model(model, windows, reference=reference, **options)
+    quiet = evaluate_model(model, windows, reference=reference)
     model.train()
     reference.train()
-    assert evaluate_model(model, windows, reference=reference, **options) == quiet
+    assert evaluate_model(model, windows, reference=reference) == quiet
     assert model.training and reference.training
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -212,8 +208,6 @@ def test_progress_counts_windows(windows):
     evaluate_model(
         uniform_model(),
         windows,
-        text="noise",
-        bits_per_weight=None,
         progress=lambda *step: steps.append(step),
     )
     assert steps == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
@@ -253,13 +247,13 @@ def test_logits_that_are_not_finite_name_the_model_and_the_window(windows, broke
     with torch.no_grad():
         models[broken].table[7, 5] = float("nan")
     with pytest.raises(FloatingPointError, match=f"{broken}, window 3: .* got 1 NaN or infinite values of 480"):
-        evaluate_model(**models, windows=windows, text="noise", bits_per_weight=None)
+        evaluate_model(**models, windows=windows)
 
 
 def test_models_of_different_vocabularies_are_refused_with_both_sizes(windows):
     reference = tiny_model(vocab_size=48)
     with pytest.raises(ValueError, match="share a vocabulary, got 40 and 48 tokens"):
-        evaluate_model(tiny_model(), windows, reference=reference, text="noise", bits_per_weight=None)
+        evaluate_model(tiny_model(), windows, reference=reference)
 
 
 def test_a_reference_function_of_another_length_is_refused(windows):
@@ -267,11 +261,11 @@ def test_a_reference_function_of_another_length_is_refused(windows):
         return torch.zeros(11, VOCABULARY)
 
     with pytest.raises(ValueError, match=r"reference, window 0: .* length 12, got \(11, 40\)"):
-        evaluate_model(tiny_model(), windows, reference=stored, text="noise", bits_per_weight=None)
+        evaluate_model(tiny_model(), windows, reference=stored)
 
 
 @pytest.mark.parametrize("shape", [(0, 12), (5, 1)])
 def test_nothing_to_predict_is_refused(shape):
     windows = torch.zeros(shape, dtype=torch.int64)
     with pytest.raises(ValueError, match=f"got {shape[0]} windows of {shape[1]}"):
-        evaluate_model(tiny_model(), windows, text="noise", bits_per_weight=None)
+        evaluate_model(tiny_model(), windows)

@@ -6,14 +6,14 @@ from typing import ClassVar
 
 import pytest
 import torch
+from helpers import same_codes, solve_one
 
 import lorq
 from lorq.core.problem import layer_generator
 from lorq.core.stats import InputStats
 from lorq.models.blocks import Target
 from lorq.models.experts import ExpertName, expert_name
-from lorq.pipeline.one_block import check_finite, solve_block
-from lorq.pipeline.together import expert_formats, expert_groups
+from lorq.pipeline.tasks import block_tasks, check_finite, expert_formats, expert_groups, solve_task
 
 BLOCK = "model.layers.0"
 EXPERTS = f"{BLOCK}.mlp.experts"
@@ -25,7 +25,7 @@ LOPRO = lorq.LoPRo(bits=4, group_size=16, rank=2, range_search="none", importanc
 
 
 def target(name):
-    return Target(name, OUT, IN, transposed=False, has_bias=False)
+    return Target(name, OUT, IN, transposed=False)
 
 
 def expert_targets(experts=range(4), projections=("gate_proj", "up_proj", "down_proj")):
@@ -42,29 +42,26 @@ def weight_of(layer):
 
 
 def solve(plan, known, *, modules=MODULES, seed=0, weight=weight_of):
-    return solve_block(plan, dict(known), modules, weight=weight, seed=seed, device=CPU)
+    tasks = block_tasks(plan, dict(known), modules, weight=weight, seed=seed)
+    solved = {name: result for task in tasks for name, result in solve_task(task).items()}
+    return {layer: solved[layer.name] for layer in plan}
 
 
 def same(a, b):
-    return torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale) and torch.equal(a.dense(), b.dense())
+    return same_codes(a.codes, b.codes) and torch.equal(a.dense(), b.dense())
 
 
 @pytest.fixture
 def recorder():
-    """A method that writes down each call: its kind, how many weights and statistics, and the randomness."""
+    """A method that writes down each problem that it is given."""
 
     @dataclass(frozen=True)
     class Recorder(lorq.TileQ):
         calls: ClassVar = []
 
-        def solve_together(self, weights, stats, *, generators):
-            self.calls.append(("together", len(weights), id(stats), [g.initial_seed() for g in generators]))
-            return super().solve_together(weights, stats, generators=generators)
-
-        def solve_experts(self, projections, stats, *, common_input, generators):
-            seeds = [[g.initial_seed() for g in own] for own in generators]
-            self.calls.append(("experts", [len(p) for p in projections], list(map(id, stats)), common_input, seeds))
-            return super().solve_experts(projections, stats, common_input=common_input, generators=generators)
+        def solve(self, problem):
+            self.calls.append(problem)
+            return super().solve(problem)
 
     return Recorder(bits=4, group_size=16, rank=2, range_search="none", epochs=0)
 
@@ -96,8 +93,9 @@ def test_layers_of_one_input_and_method_are_solved_in_one_call(recorder):
     q, k, v, o = map(target, names)
     common, own = stats(), stats(1)
     solved = solve(dict.fromkeys((q, k, v, o), recorder), dict(zip(names, (common, common, common, own), strict=True)))
-    seeds = [layer_generator(0, name).initial_seed() for name in names]
-    assert recorder.calls == [("together", 3, id(common), seeds[:3]), ("together", 1, id(own), seeds[3:])]
+    first, second = recorder.calls
+    assert list(first.weights) == names[:3] and all(s is common for s in first.stats.values())
+    assert list(second.weights) == names[3:] and all(s is own for s in second.stats.values())
     assert list(solved) == [q, k, v, o]
 
 
@@ -111,14 +109,14 @@ def test_layers_of_one_input_have_the_basis_of_all_their_magnitudes():
     score = (magnitude / ((h / h.min()).log2() + 1))[solved[q].basis.permutation.long()]
     assert (score.diff() >= -1e-5 * score.max()).all()
     assert torch.equal(solved[q].basis.permutation, solved[k].basis.permutation)
-    alone = LOPRO.solve(weight_of(o), own, generator=layer_generator(0, o.name))
+    alone = solve_one(LOPRO, weight_of(o), own, name=o.name)
     assert same(solved[o], alone)
 
 
 def test_equal_statistics_of_two_inputs_are_not_one_input(recorder):
     a, b = target("a"), target("b")
     solve(dict.fromkeys((a, b), recorder), {"a": stats(), "b": stats()})
-    assert [call[:2] for call in recorder.calls] == [("together", 1), ("together", 1)]
+    assert [list(problem.weights) for problem in recorder.calls] == [["a"], ["b"]]
 
 
 def test_layers_of_one_input_with_other_settings_are_solved_apart(recorder):
@@ -126,10 +124,10 @@ def test_layers_of_one_input_with_other_settings_are_solved_apart(recorder):
     common = stats()
     other = replace(LOPRO, bits=3)
     solved = solve({q: LOPRO, k: other, v: LOPRO}, dict.fromkeys("qkv", common))
-    assert [solved[t].bits for t in (q, k, v)] == [4, 3, 4]
+    assert [solved[t].format.bits for t in (q, k, v)] == [4, 3, 4]
     assert torch.equal(solved[q].basis.permutation, solved[v].basis.permutation)
     assert not torch.equal(solved[q].basis.permutation, solved[k].basis.permutation)
-    assert same(solved[k], other.solve(weight_of(k), common, generator=layer_generator(0, "k")))
+    assert same(solved[k], solve_one(other, weight_of(k), common, name="k"))
 
 
 def test_methods_of_one_layer_are_given_one_layer():
@@ -137,17 +135,20 @@ def test_methods_of_one_layer_are_given_one_layer():
     common, method = stats(), lorq.GPTQ(bits=4, group_size=16)
     solved = solve(dict.fromkeys((a, b), method), dict.fromkeys("ab", common))
     for t in (a, b):
-        assert same(solved[t], method.solve(weight_of(t), common, generator=layer_generator(0, t.name)))
+        assert same(solved[t], solve_one(method, weight_of(t), common, name=t.name))
     nearest = lorq.Nearest(bits=4, group_size=16)
     solved = solve(dict.fromkeys((a, b), nearest), {})
-    assert same(solved[b], nearest.solve(weight_of(b), None, generator=layer_generator(0, "b")))
+    assert same(solved[b], solve_one(nearest, weight_of(b), None, name="b"))
 
 
 def test_statistics_are_let_go_as_layers_are_solved():
     layers = [target("a"), *expert_targets()]
     known = {t.name: stats() for t in layers}
-    solve_block(dict.fromkeys(layers, TILEQ), known, MODULES, weight=weight_of, seed=0, device=CPU)
-    assert not known
+    left = []
+    for task in block_tasks(dict.fromkeys(layers, TILEQ), known, MODULES, weight=weight_of, seed=0):
+        assert not set(task.problem.weights) & set(known)
+        left.append(len(known))
+    assert left == [5, 1, 0]
 
 
 # ---- experts ----------------------------------------------------------------------------------------------
@@ -164,13 +165,13 @@ def test_experts_are_solved_together_gate_and_up_in_one_basis(recorder):
     known = shared_stats(layers)
     solved = solve(dict.fromkeys(layers, recorder), known)
     names = {p: [f"{EXPERTS}.{e}.{p}_proj" for e in range(4)] for p in ("gate", "up", "down")}
-    seeds = {p: [layer_generator(0, name).initial_seed() for name in own] for p, own in names.items()}
-    of_experts, rest = recorder.calls[:2], recorder.calls[2:]
-    assert of_experts == [
-        ("experts", [4, 4], [id(known[n]) for n in names["gate"]], True, [seeds["gate"], seeds["up"]]),
-        ("experts", [4], [id(known[n]) for n in names["down"]], False, [seeds["down"]]),
-    ]
-    assert [call[:2] for call in rest] == [("together", 1)] and list(solved) == layers
+    inputs_of_experts, outputs_of_experts, rest = recorder.calls
+    assert inputs_of_experts.projections == (tuple(names["gate"]), tuple(names["up"]))
+    assert outputs_of_experts.projections == (tuple(names["down"]),)
+    assert inputs_of_experts.common_input and not outputs_of_experts.common_input
+    for problem in recorder.calls:
+        assert all(problem.stats[name] is known[name] for name in problem.weights)
+    assert list(rest.weights) == [f"{BLOCK}.o"] and not rest.projections and list(solved) == layers
     for projection in names.values():
         tiles = [solved[target(name)].tile for name in projection]
         assert [tile.expert for tile in tiles] == [0, 1, 2, 3]
@@ -193,9 +194,7 @@ def test_experts_of_methods_that_share_nothing_are_ordinary_layers():
     solved = solve(dict.fromkeys(layers, LOPRO), known)
     gate, up, down = (solved[t] for t in layers[:3])
     assert torch.equal(gate.basis.permutation, up.basis.permutation)
-    assert same(
-        down, LOPRO.solve(weight_of(layers[2]), known[layers[2].name], generator=layer_generator(0, layers[2].name))
-    )
+    assert same(down, solve_one(LOPRO, weight_of(layers[2]), known[layers[2].name], name=layers[2].name))
 
 
 def test_experts_of_two_modules_share_nothing():
@@ -223,7 +222,7 @@ def test_a_projection_may_have_settings_of_its_own(projection):
     solved = solve(plan, shared_stats(plan))
     for t, weight in solved.items():
         bits, tile = (2, (1, (4, 1))) if t.name.endswith(projection) else (4, (2, (2, 2)))
-        assert weight.bits == bits and (weight.rank, weight.tile.factors.grid) == tile, t.name
+        assert weight.format.bits == bits and (weight.rank, weight.tile.factors.grid) == tile, t.name
     formats = {targets[0].name.rpartition(".")[2]: (len(targets), f) for targets, f in expert_formats(plan, MODULES)}
     assert set(formats) == {"gate_proj", "up_proj", "down_proj"}
     for t, weight in solved.items():
@@ -285,11 +284,11 @@ def test_what_is_not_finite_is_never_handed_on(part):
     weight = solve(dict.fromkeys(layers, TILEQ), shared_stats(layers))[layers[0]]
     check_finite(weight)
     if part == "scale":
-        bad = replace(weight, scale=weight.scale.clone().fill_(torch.inf))
+        bad = replace(weight, codes=replace(weight.codes, scale=weight.codes.scale.clone().fill_(torch.inf)))
     else:
         factors = weight.tile.factors
         scale = getattr(factors, f"{part}_scale").clone()
         scale[1, 0] = torch.nan
-        bad = replace(weight, tile=replace(weight.tile, factors=replace(factors, **{f"{part}_scale": scale})))
+        bad = replace(weight, low_rank=replace(weight.low_rank, factors=replace(factors, **{f"{part}_scale": scale})))
     with pytest.raises(ArithmeticError, match="must be finite"):
         check_finite(bad)

@@ -1,20 +1,20 @@
 """Let a model continue a text, piece by piece."""
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
-import torch
+from lorq.adapt.folder import read_adapter_config
+from lorq.models.locate import resolve_model
 
-from lorq.kernels import cpu
-from lorq.runtime.compiled import STEPS, check_compiler, compile_steps
+_log = logging.getLogger(__name__)
 
 
-def stream_text(
-    model: str,
+def generate(
+    model: str | Path,
     prompt: str,
     *,
     adapter: str | Path | None = None,
@@ -27,29 +27,36 @@ def stream_text(
     products: str = "exact",
     compile: bool = False,
 ) -> Iterator[str]:
-    """Yield the model's answer as it is written.
+    """Let a model answer a prompt.
 
     Args:
-        model: a lorq folder, or anything that `lorq.quantize` takes.
-        prompt: the text to answer, or to continue.
-        adapter: folder of an adapter to use on the model (`lorq.adapt`).
-        tokens: at most this many new tokens, at least 1.
-        chat: put the prompt into the tokenizer's chat template, if it has one.
-        temperature: 0 is greedy.
-        seed: of the sampling; torch's global generator is seeded, as `generate` reads no other.
-        device: "auto" takes an accelerator if there is one.
-        dtype: of the activations.
-        products: how inputs meet integer codes on a CPU: "exact", or "bytes", see `lorq.kernels.cpu.products`.
-        compile: have torch.compile make one program of what a token takes, after the first token. Takes a minute or
-            more, which a line on stderr tells; needs a C++ compiler on a CPU.
+        model: a lorq folder, or anything that quantize takes.
+        prompt: the text to answer or continue.
+        adapter: a folder that `lorq adapt` wrote, to be used on the model.
+        tokens: at most this many new tokens.
+        chat: use the model's chat template if it has one; else the text is continued as it stands.
+        temperature: 0 always takes the likeliest token.
+        seed: for temperatures above 0; of torch's global generator.
+        device: auto, which takes an accelerator if there is one, cpu, cuda and so on.
+        dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
+        products: how inputs meet integer codes on a CPU (in the whole process, while the answer is written): exact, or
+            bytes, which rounds them to 8 bits on the fly.
+        compile: have torch.compile make one program of what a token takes; up to a minute before the second token.
+            Needs a C++ compiler on a CPU.
+
+    Returns:
+        Pieces of the answer, which is written from the first ``next`` on; what can be refused is refused before.
 
     Raises:
-        ValueError: if the prompt is empty, a number is out of range, or the model cannot be compiled.
+        FileNotFoundError, ValueError: as `lorq.load` does, if the prompt is empty, if a number is out of range, and if
+            the model cannot be compiled.
     """
+    # Here, so that the command line has its flags before torch is there.
     from transformers import AutoConfig, AutoTokenizer
 
-    from lorq.adapt.adapters import load_adapter, read_adapter_config
-    from lorq.models.locate import resolve_model
+    from lorq.adapt.adapters import load_adapter
+    from lorq.kernels.cpu import check_products
+    from lorq.runtime.compiled import STEPS, check_compiler, compile_steps
     from lorq.runtime.device import read_device
     from lorq.runtime.hf import load
 
@@ -57,7 +64,7 @@ def stream_text(
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    cpu.check_products(products)
+    check_products(products)
     if compile:
         check_compiler(read_device(device))
     folder = resolve_model(model)
@@ -79,31 +86,45 @@ def stream_text(
     if compile:
         compile_steps(loaded)
         options |= STEPS
-        print("compiling: up to a minute before the second token", file=sys.stderr, flush=True)
-    torch.manual_seed(seed)
-    yield from _written(loaded, tokenizer, options, inference=compile)
+        _log.info("compiling: up to a minute before the second token")
+    return _written(loaded, tokenizer, options, seed, products, inference=compile)
 
 
-def _written(model: Any, tokenizer: Any, options: dict[str, Any], *, inference: bool) -> Iterator[str]:
-    """What `generate` writes with these options, as it comes."""
+def _written(
+    model: Any, tokenizer: Any, options: dict[str, Any], seed: int, products: str, *, inference: bool
+) -> Iterator[str]:
+    """What ``model.generate`` writes with these options, as it comes; what is not read to its end, ends."""
+    import torch
     from transformers import TextIteratorStreamer
+
+    from lorq.kernels import cpu
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
+    unread = Event()
+
+    def ended(tokens: Any, scores: Any, **_: Any) -> Any:
+        return torch.full((len(tokens),), unread.is_set(), device=tokens.device)
 
     def write() -> None:
         try:
             # Compiled, inference mode spares every operator a look at gradients; else layers that share a rotated
             # input would lose it (`lorq.runtime.same_input.Together`).
-            with torch.inference_mode() if inference else nullcontext():
-                model.generate(streamer=streamer, **options)
+            with cpu.products(products), torch.inference_mode() if inference else nullcontext():
+                model.generate(streamer=streamer, stopping_criteria=[ended], **options)
         except BaseException as error:
             failure.append(error)
             streamer.end()
 
+    torch.manual_seed(seed)  # `model.generate` reads no other generator
     writer = Thread(target=write, daemon=True)
     writer.start()
-    yield from streamer
+    try:
+        yield from streamer
+    except GeneratorExit:
+        unread.set()
+        writer.join()  # at most a token later; only then `products` are what they were
+        raise
     writer.join()
     if failure:
         raise failure[0]

@@ -1,0 +1,37 @@
+"""How a model is trained."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from lorq.core.checks import Range, check_settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is trained.
+
+    Attributes:
+        steps: optimizer steps.
+        batch: sequences of a step; all of them where the data set has fewer.
+        seq_len: tokens of a sequence, where the data set is a text.
+        learning_rate: of AdamW after the warm-up, falling to a tenth along half a cosine; 0 takes 5e-4 for "peft" and
+            5e-5 for "qat".
+        scale_rate: the scale factors' learning rate over the weights', with "qat".
+        warmup: share of the steps in which the rate rises.
+        rank: of the adapter, the same in every layer; -1 keeps each layer's own ("peft" only).
+        gradient_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
+        seed: of the order of the data, of what an adapter starts with, and of the model's own dropout.
+    """
+
+    steps: Annotated[int, Range(1)] = 200
+    batch: Annotated[int, Range(1)] = 4
+    seq_len: Annotated[int, Range(2)] = 512
+    learning_rate: Annotated[float, Range(0, 1)] = 0.0
+    scale_rate: Annotated[float, Range(0, 1000)] = 4.0
+    warmup: Annotated[float, Range(0, 1)] = 0.05
+    rank: Annotated[int, Range(1, minus_one="each layer's own")] = -1
+    gradient_checkpointing: bool = False
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self)

@@ -1,0 +1,96 @@
+"""Commit: what is solved is written, and put into the resident block, so that the walk goes on in it."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lorq.core.weight import layer_bytes
+from lorq.models.blocks import Part, StreamedModel
+from lorq.models.experts import expert_name, find_experts
+from lorq.models.skeleton import get_tensor
+from lorq.pipeline.one_block import Solved
+from lorq.pipeline.plan import Plan
+from lorq.pipeline.verify import Probe
+from lorq.pipeline.walk import Visit
+from lorq.storage.config import write_format
+from lorq.storage.folder import LorqFolder
+from lorq.storage.names import shard_name
+from lorq.storage.report import LayerReport
+from lorq.storage.writer import CheckpointWriter
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Where solved blocks go.
+
+    Attributes:
+        model: whose blocks are resident when they are committed.
+        plan: what was solved.
+        writer: of the folder; has the blocks of an earlier run already.
+    """
+
+    model: StreamedModel
+    plan: Plan
+    writer: CheckpointWriter
+
+    @property
+    def finished(self) -> set[str]:
+        """Names of the blocks that are written."""
+        return {part.name for part in self.model.blocks if self._shard_of(part) in self.writer.completed}
+
+    def _shard_of(self, block: Part) -> str:
+        return shard_name(self.model.blocks.index(block) + 1, len(self.model.blocks))
+
+    def outside(self, stored: dict[str, Tensor]) -> None:
+        """Write what lies outside the blocks, unless it is written."""
+        shard = shard_name(0, len(self.model.blocks))
+        if shard not in self.writer.completed:
+            self._write(shard, stored, {"layers": [], "formats": {}, "tiles": {}, "inputs": []})
+
+    def block(self, visit: Visit, solved: Solved, probe: Probe) -> None:
+        """Write a block, unless it is written, and re-enter it with the solved weights; the probe goes through it."""
+        shard = self._shard_of(visit.part)
+        if shard not in self.writer.completed:
+            self._write(shard, *self._pack(visit, solved))
+        for name, tensor in solved.changed.items():
+            get_tensor(self.model.model, name).data.copy_(tensor)
+        for target, weight in solved.weights.items():
+            self.model.resident_weight(target).copy_(weight.dense())
+        probe.advance(self.model, visit.part)
+        visit.rounding.update({t.name: (weight.activations, weight.basis) for t, weight in solved.weights.items()})
+
+    def read(self, block: Part) -> Solved:
+        """A block that an earlier run has written."""
+        shard = self._shard_of(block)
+        folder = LorqFolder.of_shards(self.writer.folder, {shard: self.writer.completed[shard]})
+        weights = {target: folder.weight(target.name) for target in self.plan.of(block)}
+        kept = self.plan.kept(block) if self.plan.options.smoothing else []
+        changed = {name: folder.reader.tensor(name) for name in kept}
+        return Solved(weights, {}, changed, self.writer.completed[shard]["inputs"])
+
+    def _pack(self, visit: Visit, solved: Solved) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A block's tensors, and what the journal keeps of its layers."""
+        modules = find_experts(self.model.model, visit.part.name)
+        tensors = visit.kept | solved.changed
+        record: dict[str, Any] = {"layers": [], "formats": {}, "tiles": {}, "inputs": solved.inputs}
+        for target, weight in solved.weights.items():
+            tensors |= {f"{target.name}.{local}": t for local, t in weight.tensors().items()}
+            record["formats"][target.name] = write_format(weight.format)
+            place = expert_name(target.name, modules)
+            if weight.tile is not None and place is not None and place.tiles not in record["tiles"]:
+                factors = weight.tile.factors
+                tensors |= {f"{place.tiles}.{local}": t for local, t in factors.tensors().items()}
+                record["tiles"][place.tiles] = asdict(factors.format)
+            report = LayerReport(
+                name=target.name, shape=weight.shape, bits=weight.format.bits, rank=weight.rank,
+                stop=weight.record.stop, error_before=weight.record.error_before,
+                error_after=weight.record.error_after, bytes=layer_bytes(weight.stored_bits()),
+                note=solved.notes.get(target.name, ""),
+            )  # fmt: skip
+            record["layers"].append(asdict(report))
+        return tensors, record
+
+    def _write(self, shard: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self.writer.write_shard(shard, tensors, record | {"bytes": size})

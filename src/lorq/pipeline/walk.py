@@ -1,0 +1,142 @@
+"""Walk: all calibration windows go through the model, block by block, and what the layers are given is looked at."""
+
+import ctypes
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lorq.core.activations import Activations
+from lorq.core.basis import Basis
+from lorq.models.blocks import Calls, Part, StreamedModel, hidden_states
+from lorq.models.experts import find_experts
+from lorq.pipeline.dense_activations import quantized_activations
+from lorq.pipeline.observe import Observed, Observer, observed
+from lorq.pipeline.plan import Plan
+
+# A window's hidden states before and after the resident block.
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The hidden states with which the windows enter a block.
+
+    Attributes:
+        inputs: what the block's layers are calibrated on.
+        original: the original model's: ``inputs`` themselves where these are it; a stream of its own for methods that
+            fit a block to the original's output; None where nobody needs it.
+        quantized: whether ``inputs`` leave each block as it is when the walk goes on, not as it was.
+        calls: what else the blocks are called with.
+    """
+
+    inputs: Float[Tensor, "windows length width"]
+    original: Float[Tensor, "windows length width"] | None
+    quantized: bool
+    calls: Calls
+
+    @classmethod
+    def begin(cls, model: StreamedModel, plan: Plan, windows: Int[Tensor, "windows length"], folder: Path) -> "Streams":
+        """At the first block. What is too large for memory goes to a file in ``folder``."""
+        shape = (*windows.shape, int(model.model.config.get_text_config().hidden_size))
+        limit, quantized = plan.options.spill_bytes, plan.stream == "quantized"
+        inputs = hidden_states(shape, limit_bytes=limit, folder=folder)
+        calls = model.embed(windows, inputs)
+        original = None if quantized else inputs
+        if plan.blockwise:
+            original = hidden_states(shape, limit_bytes=limit, folder=folder).copy_(inputs)
+        return cls(inputs, original, quantized, calls)
+
+    def look(self, run: Run) -> None:
+        """Run the block, as it was, on the inputs; these leave it if they are the original's."""
+        for window in self.inputs:
+            out = run(window)
+            if self.original is self.inputs:
+                window.copy_(out)
+
+    def leave(self, run: Run) -> None:
+        """Go on to the next block, out of the resident one as it is now."""
+        if self.quantized:
+            advance(self.inputs, run)
+        elif self.original is not None and self.original is not self.inputs:
+            self.inputs.copy_(self.original)
+
+
+def advance(stream: Float[Tensor, "windows length width"], run: Run) -> None:
+    """Replace every window's hidden states by the resident block's outputs."""
+    for window in stream:
+        window.copy_(run(window))
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A walk at a block, which is resident, its weights the original's.
+
+    Attributes:
+        part: the block.
+        kept: its tensors that are stored as they are, as the checkpoint has them.
+        streams: ``original`` has left the block already.
+        observed: what its layers are given; nothing where the block is finished.
+        seconds: that this took.
+        rounding: activations and basis of layers, by name, with which ``inputs`` leave the block; filled by who puts
+            quantized weights into it.
+    """
+
+    part: Part
+    kept: dict[str, Tensor]
+    streams: Streams
+    observed: Observed
+    seconds: float
+    rounding: dict[str, tuple[Activations, Basis | None]] = field(default_factory=dict)
+
+
+def walk(model: StreamedModel, plan: Plan, streams: Streams, *, finished: Collection[str] = ()) -> Iterator[Visit]:
+    """Go through the blocks, each in memory while the walk is there; nothing outside the streams is changed.
+
+    Args:
+        model: of which blocks become resident.
+        plan: which layers are observed, and how.
+        streams: at the first block; behind the last at the end.
+        finished: names of blocks that need not be observed.
+    """
+    for part in model.blocks:
+        kept = {name: model.stored_tensor(name) for name in plan.kept(part)}
+        with model.resident(part, stored=dict(kept)):
+            run, began = partial(model.run, part, calls=streams.calls), time.monotonic()
+            if streams.original is not None and (streams.original is not streams.inputs or part.name in finished):
+                advance(streams.original, run)
+            found = Observed() if part.name in finished else _observe(model, plan, part, streams, run)
+            visit = Visit(part, kept, streams, found, time.monotonic() - began)
+            del kept, found
+            yield visit
+            with quantized_activations(model.model, visit.rounding):
+                streams.leave(run)
+            del visit
+        _give_memory_back()
+
+
+def _observe(model: StreamedModel, plan: Plan, part: Part, streams: Streams, run: Run) -> Observed:
+    if not len(streams.inputs):
+        return Observed()
+    options = plan.options
+    layers = {t.name: model.model.get_submodule(t.name) for t, m in plan.of(part).items() if plan.observes(m)}
+    observer = Observer(options.token_weights, options.router_weights, options.expert_tokens, model.device)
+    experts = find_experts(model.model, part.name)
+    with observed(layers, experts, lambda: run(streams.inputs[0]), observer) as found:
+        streams.look(run)
+    return found
+
+
+def _give_memory_back() -> None:
+    """Hand the last block's memory back to the system.
+
+    glibc keeps what is freed between longer-lived tensors: resident memory rose by 6 MB a block of 10 MB.
+    """
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # not glibc

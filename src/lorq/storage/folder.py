@@ -1,0 +1,99 @@
+"""A finished lorq folder, opened: what it says of itself, and its weights one by one."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorq.core.tile_factors import TileFactors, TileFormat
+from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
+from lorq.storage.config import LorqConfig, read_format
+from lorq.storage.json_files import damaged, read_json
+from lorq.storage.names import INDEX
+from lorq.storage.reader import SourceCheckpoint
+from lorq.storage.report import Report, read_report
+from lorq.storage.safetensors_file import read_header
+
+
+@dataclass(frozen=True)
+class LorqFolder:
+    """The one way into a folder that lorq has written.
+
+    Attributes:
+        path: of the folder.
+        reader: of its tensors.
+        formats: of the quantized layers, by name.
+        tiles: of the factors that experts share, by the names that they are stored under.
+    """
+
+    path: Path
+    reader: SourceCheckpoint
+    formats: dict[str, LayerFormat]
+    tiles: dict[str, TileFormat]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "LorqFolder":
+        """Read and check config and headers; no weight is read.
+
+        Raises:
+            FileNotFoundError: if it is no finished lorq folder, or a file is missing.
+            ValueError: if a file is damaged, or of a newer format than this lorq reads.
+        """
+        path = Path(path)
+        read_report(path)  # tells best what is missing of folders that are not lorq's, or unfinished
+        own = read_json(path / "config.json").get("quantization_config")
+        if not isinstance(own, dict) or own.get("quant_method") != "lorq":
+            raise damaged(path / "config.json", "quantization_config.quant_method must be 'lorq'")
+        config = LorqConfig(**own)
+        return cls(path, SourceCheckpoint.open(path, index_name=INDEX), config.formats(), config.tile_formats())
+
+    @classmethod
+    def of_shards(cls, path: Path, records: Mapping[str, Any]) -> "LorqFolder":
+        """The shards that are written of a folder that need not be finished; it has no report yet.
+
+        Args:
+            path: of the folder.
+            records: of the shards by name, with the ``formats`` of their layers and ``tiles`` as config.json has them.
+        """
+        headers = {name: read_header(path / name) for name in records}
+        files = {tensor: name for name, header in headers.items() for tensor in header.tensors}
+        formats = {n: read_format(n, entry) for record in records.values() for n, entry in record["formats"].items()}
+        tiles = {n: TileFormat(**entry) for record in records.values() for n, entry in record["tiles"].items()}
+        return cls(path, SourceCheckpoint(path, headers, files), formats, tiles)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        return read_json(self.path / "config.json")
+
+    @cached_property
+    def report(self) -> Report:
+        """What was done, layer by layer."""
+        return read_report(self.path)
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The stored tensors of a quantized layer, or of shared factors, by local name, its bias left out."""
+        within = [stored for stored in self.reader.names if stored.startswith(f"{name}.")]
+        return {s.removeprefix(f"{name}."): self.reader.tensor(s) for s in within if not s.endswith(".bias")}
+
+    def weight(self, name: str) -> QuantizedWeight:
+        """A quantized layer's weight, an expert's part of shared factors included, without its record.
+
+        Raises:
+            KeyError: if there is no such layer.
+        """
+        weight = self.formats[name].read(self.tensors(name))
+        experts, _, own = name.rpartition(".")
+        module, _, number = experts.rpartition(".")
+        shared = f"{module}.tiles.{own}"
+        if shared not in self.tiles:
+            return weight
+        return replace(weight, low_rank=Tile(TileFactors.read(self.tensors(shared)), int(number)))
+
+    def layers(self) -> Iterator[tuple[str, QuantizedWeight]]:
+        """All quantized layers, in the order of the model; one at a time is in memory."""
+        for layer in self.report.layers:
+            yield layer.name, self.weight(layer.name)

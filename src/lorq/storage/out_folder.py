@@ -1,0 +1,54 @@
+"""Whether a folder can be written to."""
+
+from pathlib import Path
+from typing import Any
+
+from lorq.storage.atomic import TEMPORARY
+from lorq.storage.json_files import read_json, some_of
+from lorq.storage.names import JOURNAL
+
+
+def check_out(folder: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse what `lorq.storage.writer.CheckpointWriter.create` refuses by the flags and what is in the folder.
+
+    Raises:
+        ValueError: if both flags are given.
+        FileExistsError, NotADirectoryError: if the folder has content and no flag allows to use it, or is none.
+    """
+    if overwrite and resume:
+        raise ValueError("--overwrite and --resume exclude each other, got both; give one")
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} must be a folder, it is a file; choose another name")
+    present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+    present = [name for name in present if not name.endswith(TEMPORARY)]
+    state = "unfinished" if JOURNAL in present else "finished" if _is_lorq(folder) else "foreign"
+    allowed = (resume and state == "unfinished") or (overwrite and state != "foreign")
+    if present and not allowed:
+        raise FileExistsError(_refusal(folder, present, state, resume=resume))
+
+
+def _is_lorq(folder: Path) -> bool:
+    """Whether the folder holds a checkpoint that lorq has finished."""
+    try:
+        config = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False
+    return quant_method(config) == "lorq"
+
+
+def quant_method(config: dict[str, Any]) -> Any:
+    """Who has quantized a model of this config; None for nobody."""
+    quantization = config.get("quantization_config")
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
+
+
+def _refusal(folder: Path, present: list[str], state: str, *, resume: bool) -> str:
+    """Why a folder with content is not used as asked, by its state."""
+    if state == "finished" and resume:
+        return f"{folder} is already complete, nothing to resume; quantize it again with --overwrite"
+    what = {
+        "unfinished": "it is an unfinished lorq run; continue with --resume, or begin again with --overwrite",
+        "finished": "it is a complete lorq checkpoint; replace it with --overwrite",
+        "foreign": "lorq did not write it; choose an empty folder (--resume and --overwrite refuse it)",
+    }
+    return f"{folder} is not empty ({some_of(present)}): {what[state]}"

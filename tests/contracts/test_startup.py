@@ -1,0 +1,75 @@
+"""Help and wrong input are answered before torch and transformers are there."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+SCRIPT = """
+import sys
+from lorq.cli import main
+status = main(sys.argv[1:])
+print("loaded:", *{"torch", "transformers", "numpy"} & set(sys.modules))
+sys.exit(status)
+"""
+BENCH = ("sketch", "experts", "decode", "adapt", "quantize")
+HELP = ["", "evaluate", "inspect", "generate", "adapt", "merge", "demo", "bench", *(f"bench {name}" for name in BENCH)]
+MISTAKES = {
+    "quantise {model} {out}": 'Unknown command "quantise"',
+    "evaluate {model} --nope": "Unknown option: --nope",
+    "evaluate {missing}": "no such model: {missing}",
+    "evaluate {empty}": "{empty} does not",
+    "evaluate {model} --reference {missing}": "no such model: {missing}",
+    "generate {missing} Hi": "no such model: {missing}",
+    "generate {empty} Hi": "{empty} does not",
+    "inspect {missing}": "{missing} has no lorq_report.json",
+    "inspect {model}": "{model} has no lorq_report.json",
+    "adapt {missing} {out} --text python-docs": "no such model: {missing}",
+    "adapt {model} {out} --text python-docs": "{model} has no packed layers",
+    "adapt {other} {out} --text python-docs": "{other} has 2 packed layers, none of them with scale factors",
+    "adapt {model} {used} --text python-docs": "{used} must be a new folder",
+    "merge {missing} {empty} {out}": "no such model: {missing}",
+    "merge {model} {empty} {out}": "{empty} has no lorq_adapter.json",
+    "merge {model} {empty} {used}": "{used} must be a new folder",
+    "quantize {missing} {out}": "no such model: {missing}",
+    "quantize {missing} {out} --method lopro --bits=3": "no such model: {missing}",
+    "quantize {empty} {out}": "{empty} does not",
+    "quantize {model} {used}": "{used} is not empty (thesis.txt)",
+    "bench adapt {missing}": "no such model: {missing}",
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    home = tmp_path_factory.mktemp("startup")
+    for name in ("model", "other", "empty", "used"):
+        (home / name).mkdir()
+    (home / "model/config.json").write_text('{"model_type": "llama"}')
+    layers = '{"a": {"bits": 4}, "b": {"bits": 4, "scale_rank": 0}}'
+    (home / "other/config.json").write_text(
+        f'{{"quantization_config": {{"quant_method": "lorq", "layers": {layers}}}}}'
+    )
+    (home / "used/thesis.txt").write_text("years of work")
+    return {name: str(home / name) for name in ("model", "other", "empty", "used", "missing", "out")}
+
+
+def answer(*arguments):
+    """Status and standard error of a command that must load nothing heavy, and take no time that a user notices."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
+    # A quarter of a second; the bound is for machines that are busy.
+    assert time.perf_counter() - start < 5
+    assert done.stdout.splitlines()[-1] == "loaded:", done.stdout
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_loads_nothing_heavy(command):
+    assert answer(*command.split(), "--help") == (0, "")
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_mistakes_are_found_before_anything_heavy_is_loaded(command, places):
+    status, message = answer(*(word.format(**places) for word in command.split()))
+    assert status == 1 and MISTAKES[command].format(**places) in message and message.count("\n") == 1

@@ -1,0 +1,55 @@
+"""Settings against their annotations."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import pytest
+
+from lorq.core.checks import Range, check_settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    word: Literal["one", "two"] = "one"
+    share: Annotated[float, Range(0, 1)] = 0.5
+    count: Annotated[int, Range(2)] = 2
+    found: Annotated[int, Range(3, 8, "what fits")] = -1
+    free: str = "anything"
+    fixed: ClassVar[str] = "nothing to check"
+
+    def __post_init__(self):
+        check_settings(self)
+
+
+class Inherits(Settings):
+    pass
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"word": "two"}, {"share": 0}, {"share": 1.0}, {"count": 10**12}, {"found": 3}, {"found": 8}, {"free": ""}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [Settings, Inherits])
+def test_the_ends_of_a_range_are_in_it(kind, settings):
+    kind(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"word": "three"}, "word must be one of one, two, got 'three'"),
+        ({"share": -0.1}, "share must be between 0 and 1, got -0.1"),
+        ({"share": 1.1}, "share must be between 0 and 1, got 1.1"),
+        ({"share": math.nan}, "share must be between 0 and 1, got nan"),
+        ({"count": 1}, "count must be at least 2, got 1"),
+        ({"found": 0}, "found must be between 3 and 8, or -1 for what fits, got 0"),
+        ({"found": -2}, "found must be between 3 and 8, or -1 for what fits, got -2"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", [Settings, Inherits])
+def test_what_an_annotation_excludes_is_refused_with_its_rule_and_the_value(kind, settings, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        kind(**settings)
