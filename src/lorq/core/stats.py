@@ -26,8 +26,7 @@ class InputStats:
         tokens: calibration tokens seen.
         routed: how many of them the layer gets in use, where that is fewer: an expert that saw too few tokens has the
             statistics of all.
-        low: smallest value of each channel, unweighted; None where nobody looked.
-        high: largest.
+        low, high: smallest and largest value of each channel, unweighted; None where nobody looked.
     """
 
     hessian: Float[Tensor, "in in"]
@@ -109,11 +108,7 @@ class StatsAccumulator:
         self.weight = 0.0  # sum of v_t
 
     def add(self, inputs: Float[Tensor, "*batch in"], weights: Float[Tensor, "*batch"] | None = None) -> None:
-        """Count ``inputs``; leading dimensions are tokens.
-
-        Args:
-            inputs: of the layer.
-            weights: ``v_t``, at least 0; 1 for all tokens if left out.
+        """Count ``inputs``; leading dimensions are tokens, of weights ``v_t``, 1 if left out.
 
         Raises:
             FloatingPointError: if an input is not finite.

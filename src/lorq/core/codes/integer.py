@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lorq.core.half import SMALLEST_SCALE, stored_half
-from lorq.core.packing import pack, pack_columns, packed_width, unpack, unpack_columns
+from lorq.core.packing import Layout, pack, pack_columns, packed_width, unpack, unpack_columns
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class IntGrid:
 
     @property
     def top(self) -> int:
-        """The largest code, ``2^bits - 1``."""
+        """The largest code."""
         return 2**self.bits - 1
 
     @property
@@ -85,19 +85,13 @@ class IntGrid:
         return scale, (-low / scale).round().clamp(0, self.top)
 
     def encode(
-        self,
-        weight: Float[Tensor, "..."],
-        scale: Float[Tensor, "..."],
-        zero_point: Float[Tensor, "..."],
+        self, weight: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero_point: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
         """Nearest codes, ``clamp(round(weight / scale + zero_point), 0, 2^bits - 1)``, as floats; shapes broadcast."""
         return (weight / scale + zero_point).round_().clamp_(0, self.top)
 
     def decode(
-        self,
-        codes: Float[Tensor, "..."],
-        scale: Float[Tensor, "..."],
-        zero_point: Float[Tensor, "..."],
+        self, codes: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero_point: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
         """The values behind codes, ``(codes - zero_point) * scale``; shapes broadcast."""
         return (codes - zero_point) * scale
@@ -121,10 +115,9 @@ class IntGrid:
                 "choose a divisor of the width, or -1 for one group per row"
             )
 
-    def layout(self, out: int, in_: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor that is stored of a weight's codes, by local name."""
+    def layout(self, out: int, in_: int) -> Layout:
         groups = in_ // self.group_size
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        layout: Layout = {
             "weight_packed": ((out, packed_width(in_, self.bits)), torch.int32),
             "weight_scale": ((out, groups), torch.float16),
         }
@@ -133,13 +126,11 @@ class IntGrid:
         return layout
 
     def read(self, tensors: Mapping[str, Tensor], out: int, in_: int) -> "IntCodes":
-        """The codes behind stored tensors; the inverse of `IntCodes.tensors`."""
         zero = None if self.symmetric else unpack_columns(tensors["weight_zero_point"], self.bits, out)
         codes = unpack(tensors["weight_packed"], self.bits, in_)
         return IntCodes(codes, tensors["weight_scale"], zero, self)
 
     def plain(self) -> "IntGrid":
-        """What plain rounding to nearest would use."""
         return self
 
 
@@ -148,10 +139,8 @@ class IntCodes:
     """Codes on a grid of equally spaced values.
 
     Attributes:
-        codes: ``0 .. 2^bits - 1``.
         scale: float16, in weight units.
         zero_point: the code of 0.0 for each group; None on symmetric grids.
-        format: bits, group size, symmetry.
     """
 
     codes: UInt8[Tensor, "out in"]
@@ -173,7 +162,6 @@ class IntCodes:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight, (out, in)."""
         return self.codes.shape[0], self.codes.shape[1]
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
@@ -195,7 +183,6 @@ class IntCodes:
         return self.zero_point.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, by local name (docs/format.md)."""
         tensors = {"weight_packed": pack(self.codes, self.format.bits), "weight_scale": self.scale}
         if self.zero_point is not None:
             tensors["weight_zero_point"] = pack_columns(self.zero_point, self.format.bits)

@@ -27,7 +27,6 @@ def gptvq(
 
     Args:
         target: what is to be rounded; unchanged.
-        grid: sizes of vectors, codebooks and groups.
         upper: ``U``, that is `lorq.core.stats.PreparedHessian.inverse_factor`; the identity gives nearest vectors.
         iterations: of k-means.
 
@@ -47,7 +46,9 @@ def gptvq(
     for start in range(0, width, size):
         end = start + size
         if start % grid.group_size == 0:
-            scales.append(_row_scale(columns[start : start + grid.group_size]))
+            # Root mean square of each row's weights, as float16 holds it.
+            size_of_rows = columns[start : start + grid.group_size].square().mean(0).sqrt()
+            scales.append(stored_half(size_of_rows.clamp(min=SMALLEST_SCALE)).to(target.dtype))
         scale = scales[-1]
         book = _fit_tiles(columns[start:end], upper.diagonal()[start:end], scale, grid, iterations)
         books.append(book)
@@ -55,11 +56,6 @@ def gptvq(
         columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     codebook = Codebook(torch.cat([b.entries for b in books], 1), torch.cat([b.scale for b in books], 1))
     return VectorCodes(codes.T.contiguous(), torch.stack(scales, 1).to(torch.float16), codebook, grid)
-
-
-def _row_scale(columns: Float[Tensor, "columns out"]) -> Float[Tensor, "out"]:
-    """Root mean square of each row's weights, as float16 holds it."""
-    return stored_half(columns.square().mean(0).sqrt().clamp(min=SMALLEST_SCALE)).to(columns.dtype)
 
 
 def _fit_tiles(
