@@ -92,9 +92,8 @@ class SourceCheckpoint:
     def fingerprint(self) -> str:
         """sha256 (hex) that tells this model from another or an edited one without reading it all.
 
-        Covers ``config.json``; of every weight file the name, size and header; and of its content 32
-        stretches of 64 KiB, evenly spaced with the first and the last included. Files of up to 2 MiB are
-        covered whole.
+        Covers ``config.json``; of every weight file the name, size and header; and of its content 32 evenly spaced
+        stretches of 64 KiB, the first and the last included.
 
         Raises:
             FileNotFoundError: if ``config.json`` is missing.

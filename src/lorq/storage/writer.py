@@ -42,12 +42,10 @@ class CheckpointWriter:
         """Begin a folder, or with ``resume`` go on with one.
 
         Args:
-            folder: made if missing.
             identity: everything that the bytes depend on (model fingerprint, method, settings, format
                 version ...), as JSON values. A resumed run must have the same.
             overwrite: first remove what an earlier lorq run wrote here; any other file stays.
-            resume: keep the shards that are whole, drop the first broken one and all after it. An empty
-                folder is begun.
+            resume: keep the shards that are whole, drop the first broken one and all after it.
 
         Raises:
             FileExistsError: if the folder has content and no flag allows to use it.
