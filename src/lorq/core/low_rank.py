@@ -166,9 +166,8 @@ def r1svd(
         ValueError: if an option is out of range or ``target`` is not finite.
 
     Source:
-        LoPRo, eq. 10-12 (R1SVD). Deviations: the left vector is fitted again to the rounded right one; the
-        singular value lives in the vectors' scales; e4m3 is scaled to its range, the authors' code stores
-        unit vectors in e5m2; any metric, where the paper has the activation scale.
+        LoPRo, eq. 10-12 (R1SVD). Deviations: the left vector is fitted again to the rounded right one; the singular
+        value lives in the vectors' scales; e4m3 on its range for unit vectors in e5m2; any metric.
     """
     factor_bits(type)  # refuses unknown types
     if not 0 <= rank <= min(target.shape):

@@ -159,8 +159,7 @@ def place_experts(
         generator: for the sketches.
 
     Source:
-        TileQ's authors' code, step 3-4; its k-means on flattened singular vectors takes ``u`` and ``-u`` for
-        different directions.
+        TileQ's authors' code, step 3-4, whose k-means on singular vectors takes ``u`` and ``-u`` for two directions.
     """
     experts = scaled.shape[0]
     rank = min(rank, *scaled.shape[1:])
@@ -254,8 +253,8 @@ def fit_tiles(
         iterations, generator: of the subspace iteration and its test vectors.
 
     Source:
-        TileQ's authors' code, step 5. Deviations as in `lorq.core.low_rank.r1svd`; each block has a scale of its
-        own, and empty cells are left out of the fit, where the code fits zeros there.
+        TileQ's authors' code, step 5, which fits zeros in empty cells. Deviations as in `lorq.core.low_rank.r1svd`;
+        each block has a scale of its own.
     """
     cells = cells.to(targets.device, torch.int16)
     rows, columns = cells[:, 0].long(), cells[:, 1].long()

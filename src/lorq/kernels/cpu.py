@@ -113,7 +113,7 @@ def few_tokens(*, by_bytes: bool) -> int:
 
     Args:
         by_bytes: codes are whole numbers under group scales, or what a codebook has for them is looked up as bytes.
-            Others are decoded once a token where they are multiplied directly, and once for all where they are not.
+            Others are decoded once a token.
     """
     return _few_tokens(library()[1], by_bytes)
 
@@ -239,11 +239,7 @@ def _product_type(dtype: torch.dtype) -> torch.dtype:
 def weight_of(operands: Sequence[Tensor | None], bits: int, in_features: int, *, experts: bool = False) -> Any:
     """A weight as the library sees it, or None where it is not covered.
 
-    Args:
-        operands: the operator's.
-        bits: stored bits of a code per weight.
-        in_features: width.
-        experts: all but the levels are those of several experts, experts first; the result is the first one's.
+    With ``experts`` all operands but the levels are those of several experts; the result is the first one's.
     """
     return _WEIGHTS.of(operands, bits, in_features, experts)[0]
 

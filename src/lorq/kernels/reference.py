@@ -173,9 +173,7 @@ def rotate_reference(x: Tensor, permutation: Tensor | None, block: int, skip: in
 
     Args:
         x: (..., in), floating point.
-        permutation: (in,) integers; None leaves the channels in order.
-        block: size of the Walsh-Hadamard blocks; 0 for none.
-        skip: columns before the first block.
+        permutation, block, skip: of the basis.
         inverse: back into the model's own channels.
 
     Returns:

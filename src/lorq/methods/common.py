@@ -64,11 +64,7 @@ def layer_grid(width: int, bits: int, group_size: int, symmetric: bool) -> IntGr
 
 
 def needed(stats: InputStats | None) -> InputStats:
-    """The statistics, for methods that need them.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """The statistics, for methods that need them; a ValueError if there are none."""
     if stats is None:
         raise ValueError("this method needs input statistics, got None; calibrate first")
     return stats

@@ -43,9 +43,7 @@ class SourceCheckpoint:
 
         Like transformers, prefers ``model.safetensors`` where both are present.
 
-        Args:
-            folder: a Hugging Face model folder; its files may be links, as in the hub's cache.
-            index_name: read this index instead, for example ``lorq.safetensors.index.json``.
+        ``index_name`` is an index to read instead. Files may be links, as in the hub's cache.
 
         Raises:
             FileNotFoundError: if the folder, the weights or a listed shard is missing.

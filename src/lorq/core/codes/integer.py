@@ -59,20 +59,16 @@ class IntGrid:
             asymmetric:  scale = (high - low) / (2^bits - 1),   zero_point = round(-low / scale)
             symmetric:   scale = max(|low|, |high|) / (2^(bits-1) - 1)   (bits = 1: the maximum itself)
 
-        The scale is rounded to float16, the type it is stored in, *before* anything is encoded with it, so
-        that the codes fit the stored grid.
-
-        Returns:
-            ``(scale, zero_point)``, both in the dtype of ``low``; the zero point holds whole numbers.
+        The scale is rounded to float16, as it is stored, *before* anything is encoded with it, so that the codes fit
+        the stored grid. Both come in the dtype of ``low``; the zero point holds whole numbers.
 
         Raises:
             ValueError: if a scale exceeds what float16 holds.
 
         Source:
-            FLRQ, arXiv:2601.05684, eq. 8 (symmetric) and the authors' code (asymmetric). Zero is always
-            inside our range: the code's clamp of the zero point cuts the top off an all-positive group.
-            The symmetric grid also has the code 0, which stands for one step below the paper's lowest
-            level; it costs nothing and serves clipped ranges.
+            FLRQ, arXiv:2601.05684, eq. 8 (symmetric) and the authors' code (asymmetric). Zero is always inside our
+            range: the code's clamp of the zero point cuts the top off an all-positive group. The symmetric grid also
+            has the code 0, one step below the paper's lowest level, which serves clipped ranges.
         """
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         if self.symmetric:

@@ -54,8 +54,7 @@ def search_range(
     Of the Hessian only the blocks on the diagonal are read.
 
     Source:
-        AWQ's automatic clipping, as FLRQ's authors' code uses it. They average over at most 512 tokens; the
-        Hessian block holds all of them for less work.
+        AWQ's automatic clipping, as FLRQ's authors' code uses it, on at most 512 tokens; the Hessian has all.
     """
     groups = grid.grouped(target)
     count, size = groups.shape[1:]
@@ -97,7 +96,7 @@ def clip(
     """Saturating clip search (`search_range`), then rounding to nearest: the paper's quantizer.
 
     Source:
-        FLRQ, arXiv:2601.05684, algorithm 2. Its text says that the largest magnitudes are zeroed, its figure
-        and the authors' code saturate them; this saturates.
+        FLRQ, arXiv:2601.05684, algorithm 2. Its text zeroes the largest magnitudes; its figure, its code and this
+        saturate them.
     """
     return encode_on(target, *search_range(target, hessian.matrix, grid, search or RangeSearch()), grid)

@@ -34,9 +34,8 @@ def gptvq(
         ValueError: if the sizes do not divide the shape.
 
     Source:
-        GPTVQ, arXiv:2402.15319, algorithm 1, without its normalisation of blocks and its later gradient steps on
-        the codebooks. Deviations: a scale for each row and group (rows differ in size), and the assignment weighs
-        a vector's errors by the whole ``U_bb``, where the paper has its diagonal.
+        GPTVQ, arXiv:2402.15319, algorithm 1, without normalisation of blocks and later gradient steps. Deviations: a
+        scale for each row and group, and the whole ``U_bb`` in the assignment, where the paper has its diagonal.
     """
     (out, width), size = target.shape, grid.columns
     grid.check(out, width)
@@ -112,11 +111,7 @@ def fit_codebooks(
     The start is deterministic: points evenly spread over the order of their Mahalanobis distance from the mean. A
     centre that no point is nearest to stays where it is.
 
-    Args:
-        points: what is to be represented.
-        weights: cost of an error in each coordinate of each point; positive.
-        entries: number of centres.
-        iterations: Lloyd steps, at least 0.
+    ``weights`` are the costs ``w`` of an error in each coordinate of each point, positive.
 
     Source:
         GPTVQ, arXiv:2402.15319, section 3.2 and its "Mahalanobis" initialisation.
