@@ -20,7 +20,7 @@ from test_triton import (
 import lorq.runtime.experts_at_once
 from lorq.bench.experts import random_experts
 from lorq.core.low_rank import FACTOR_TYPES
-from lorq.kernels import triton_expert_tile, triton_experts
+from lorq.kernels import triton_experts, triton_tile
 from lorq.kernels.operands import NAMES, known_sizes
 from lorq.kernels.reference_experts import expert_linear
 
@@ -235,7 +235,7 @@ LARGE = {
 def launch(monkeypatch):
     """Launches of the operator on experts without memory, in place of the kernel's work."""
     found = []
-    monkeypatch.setattr(triton_expert_tile, "experts", Recorder(triton_expert_tile.experts, found))
+    monkeypatch.setattr(triton_tile, "experts", Recorder(triton_tile.experts, found))
 
     def run(name, tokens, dtype, *, shared=True):
         format, type = LARGE[name]
