@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,7 @@ def bench_decode(
                 continue
             layers = decode.random_layers(out, in_, format, x, generator)
             for way in products:
-                ways[kind, width, rank, way] = decode.calls(layers, x)
+                ways[kind, width, rank, way] = [partial(layer, x) for layer in layers]
                 made[kind, width, rank, way] = format, decode.sqnr_db(layers[0], x, way)
         seconds, waited = decode.medians(ways, repeats, place)
         bandwidth = decode.READ_BYTES / seconds["read"] / 1e9

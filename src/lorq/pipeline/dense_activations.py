@@ -1,7 +1,7 @@
 """Activations in 8 bits, in a block whose weights are still dense: their grids, smoothing, and the rounding itself."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,18 +60,14 @@ def quantized_activations(model: nn.Module, layers: Mapping[str, tuple[Activatio
 
         return hook
 
-    handles = []
-    for name, (activations, basis) in layers.items():
-        module = model.get_submodule(name)
-        if activations.input != "none":
-            handles.append(module.register_forward_pre_hook(before(activations, basis)))
-        if activations.output != "none":
-            handles.append(module.register_forward_hook(lambda module, args, out: fake_quantize(out, None, None)))
-    try:
+    with ExitStack() as hooks:
+        for name, (activations, basis) in layers.items():
+            module = model.get_submodule(name)
+            if activations.input != "none":
+                hooks.enter_context(module.register_forward_pre_hook(before(activations, basis)))
+            if activations.output != "none":
+                hooks.enter_context(module.register_forward_hook(lambda _, args, out: fake_quantize(out, None, None)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
@@ -122,9 +118,6 @@ def smooth_block(
         stats: by layer; those of smoothed inputs are replaced.
         prefix: name of the block.
         exponent: ``a``, how much of the inputs' range moves into the weights, 0 to 1.
-
-    Returns:
-        What was changed.
     """
     smoothed, expected = Smoothed(), run()
     readers = _readers(block, layers, run)
@@ -198,16 +191,14 @@ def _readers(block: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[]
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(note_input(name)) for name, layer in layers.items()]
-    for path, module in block.named_modules():
-        parameters = dict(module.named_parameters())
-        if "weight" in parameters and all(p.ndim == 1 for p in parameters.values()):
-            handles.append(module.register_forward_hook(note_output(path)))
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(note_input(name)))
+        for path, module in block.named_modules():
+            parameters = dict(module.named_parameters())
+            if "weight" in parameters and all(p.ndim == 1 for p in parameters.values()):
+                hooks.enter_context(module.register_forward_hook(note_output(path)))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     groups: dict[str, list[str]] = {}
     for name, place in read.items():
         if place in made:

@@ -247,9 +247,7 @@ def routed_alike(experts: Mapping[str, Experts], routes: dict[str, tuple[Tensor,
 
 @contextmanager
 def _hooks(hooks: dict[str, Callable[..., Any]], layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    handles = [layers[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
-    try:
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            stack.enter_context(layers[name].register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -19,11 +19,10 @@ from lorq.models.texts import SELF, Windows, calibration_windows
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
-from lorq.pipeline.plan import Plan, check_activations, check_weights, estimate, make_plan, make_report
+from lorq.pipeline.plan import Plan, check_activations, check_weights, estimate, make_plan, make_report, mix_widths
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
-from lorq.pipeline.widths import mix_widths
 from lorq.progress import Progress
 from lorq.runtime.device import read_device
 from lorq.storage.atomic import require_space

@@ -31,12 +31,15 @@ def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:
                 f"{'not in the model' if layer is None else 'no linear layer'}; the config belongs to another model"
             )
         out, in_ = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
-        _check_fit(name, out, in_, format)
+        try:
+            format.check(out, in_)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; the config belongs to another model") from None
         bias = layer.bias
         new = QuantLinear(
             in_, out, format, bias=bias is not None, dtype=None if bias is None else bias.dtype, device="meta"
         )
-        _replace(model, name, new.requires_grad_(False))
+        model.set_submodule(name, new.requires_grad_(False))
         parent = model.get_submodule(name.rpartition(".")[0])
         # Some architectures initialise their children's weights from the parent. There is nothing to initialise
         # (check_tensors has seen to it), and looking at a packed layer's weight would decode it.
@@ -63,15 +66,11 @@ def swap_experts(model: nn.Module, formats: dict[str, TileFormat]) -> None:
         layer = getattr(experts[0], projection)
         modules.setdefault(path, {})[projection] = Tiles(layer.out_features, layer.in_features, format, device="meta")
     for path, tiles in modules.items():
-        _replace(model, path, QuantExperts(model.get_submodule(path), tiles))  # type: ignore[arg-type]
+        model.set_submodule(path, QuantExperts(model.get_submodule(path), tiles))  # type: ignore[arg-type]
 
 
 def check_permutation(name: str, layer: QuantLinear) -> None:
-    """Refuse an order of channels that is none.
-
-    Raises:
-        ValueError: naming the layer.
-    """
+    """Refuse an order of channels that is none, with a ValueError that names the layer."""
     order = layer.permutation
     if order is not None and not torch.equal(order.long().sort()[0].cpu(), torch.arange(layer.in_features)):
         raise ValueError(
@@ -81,11 +80,7 @@ def check_permutation(name: str, layer: QuantLinear) -> None:
 
 
 def check_cells(name: str, tiles: Tiles) -> None:
-    """Refuse cells outside the grid.
-
-    Raises:
-        ValueError: naming the tile factors.
-    """
+    """Refuse cells outside the grid, with a ValueError that names the tile factors."""
     f, cells = tiles.format, tiles.cells.long()
     limits = torch.tensor([f.rows, f.columns], device=cells.device)
     if bool(((cells < 0) | (cells >= limits)).any()):
@@ -93,13 +88,6 @@ def check_cells(name: str, tiles: Tiles) -> None:
             f"{name}.cells must lie in a grid of {f.rows} x {f.columns}, got {cells.amin(0).tolist()} to "
             f"{cells.amax(0).tolist()}; the folder is damaged, download it again"
         )
-
-
-def _check_fit(name: str, out: int, in_: int, format: LayerFormat) -> None:
-    try:
-        format.check(out, in_)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}; the config belongs to another model") from None
 
 
 def check_tensors(model: Any, files: list[Path]) -> None:
@@ -130,8 +118,3 @@ def check_tensors(model: Any, files: list[Path]) -> None:
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"the folder's tensors do not fit its config: {'; '.join(wrong[:5])}{more}; download it again")
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, module)
