@@ -17,8 +17,7 @@ from lorq.storage.safetensors_file import read_header
 def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:
     """Put empty `QuantLinear` modules, on the meta device, where the named linear layers are.
 
-    Raises:
-        ValueError: if a name is not a linear layer of the model, or its width does not fit the format.
+    A ValueError if a name is not a linear layer of the model, or its width does not fit the format.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -50,8 +49,7 @@ def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:
 def swap_experts(model: nn.Module, formats: dict[str, TileFormat]) -> None:
     """Put `QuantExperts` with empty tile factors, on the meta device, where the named experts are.
 
-    Raises:
-        ValueError: if a name is not a projection of experts of the model, or their number differs.
+    A ValueError if a name is not a projection of experts of the model, or their number differs.
     """
     modules: dict[str, dict[str, Tiles]] = {}
     for name, format in formats.items():
@@ -93,10 +91,8 @@ def check_cells(name: str, tiles: Tiles) -> None:
 def check_tensors(model: Any, files: list[Path]) -> None:
     """Compare what the model needs with what the files hold, before anything is read.
 
-    transformers fills missing tensors with random numbers and drops unexpected ones, with a warning at most.
-
-    Raises:
-        ValueError: if a tensor is missing, unexpected, or of another shape or type than its layer's.
+    transformers fills missing tensors with random numbers and drops unexpected ones, with a warning at most. A
+    ValueError if one is missing, unexpected, or of another shape or type than its layer's.
     """
     stored = {name: entry for file in files for name, entry in read_header(file).tensors.items()}
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
