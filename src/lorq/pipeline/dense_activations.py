@@ -13,6 +13,7 @@ from lorq.core.activations import Activations, range_grid
 from lorq.core.basis import Basis
 from lorq.core.stats import InputStats
 from lorq.kernels import fake_quantize
+from lorq.pipeline.observe import seen_inputs
 
 # Layers whose outputs a key-value cache keeps, by the end of their names.
 KEYS_AND_VALUES = ("k_proj", "v_proj")
@@ -23,16 +24,10 @@ _LEAST = 1e-5
 
 
 def layer_activations(name: str, stats: InputStats | None, *, inputs: str, cache: str) -> Activations:
-    """What happens to the activations of a layer.
+    """What happens to a layer's activations.
 
-    Args:
-        name: of the layer.
-        stats: of its inputs; for "tensor", whose range is theirs.
-        inputs: "none", "token" or "tensor".
-        cache: "token" also rounds what keys' and values' layers return.
-
-    Raises:
-        ValueError: if "tensor" lacks statistics.
+    Inputs are "none", "token" or "tensor", which takes its range from the statistics and raises a ValueError without
+    them. With the cache "token", what keys' and values' layers return is rounded too.
     """
     output = cache if name.endswith(KEYS_AND_VALUES) else "none"
     if inputs != "tensor":
@@ -45,12 +40,7 @@ def layer_activations(name: str, stats: InputStats | None, *, inputs: str, cache
 
 @contextmanager
 def quantized_activations(model: nn.Module, layers: Mapping[str, tuple[Activations, Basis | None]]) -> Iterator[None]:
-    """Round the inputs and outputs of dense layers as their packed likes will.
-
-    Args:
-        model: that the names are of.
-        layers: what is rounded, and the basis in which it is.
-    """
+    """Round the inputs, in their bases, and the outputs of dense layers as their packed likes will."""
 
     def before(activations: Activations, basis: Basis | None) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -72,11 +62,9 @@ def quantized_activations(model: nn.Module, layers: Mapping[str, tuple[Activatio
 
 @dataclass
 class Smoothed:
-    """What smoothing changed in a block.
+    """What smoothing changed in a block: norms' parameters as they are to be stored, by name.
 
-    Attributes:
-        tensors: the norms' parameters as they are to be stored, by name.
-        notes: by layer, why it was left alone.
+    ``notes`` say, by layer, why it was left alone.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -112,11 +100,10 @@ def smooth_block(
     where its output changes, the norm and its layers are left as they were.
 
     Args:
-        block: resident; its norms and layers are changed.
+        block: resident, called ``prefix``; its norms and layers are changed.
         layers: those to be quantized, by name, their weights (out, in) or transposed.
         run: runs the block.
         stats: by layer; those of smoothed inputs are replaced.
-        prefix: name of the block.
         exponent: ``a``, how much of the inputs' range moves into the weights, 0 to 1.
     """
     smoothed, expected = Smoothed(), run()
@@ -173,7 +160,6 @@ def _fold(norm: nn.Module, before: Mapping[str, Tensor], wanted: Tensor, offset:
 def _readers(block: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Tensor]) -> dict[str, list[str]]:
     """The layers that read each norm's output, by the norm's path in the block."""
     made: dict[tuple[int, torch.Size], str] = {}
-    read: dict[str, tuple[int, torch.Size]] = {}
     alive: list[Tensor] = []  # so that equal addresses mean equal memory
 
     def note_output(path: str) -> Callable[..., None]:
@@ -184,23 +170,14 @@ def _readers(block: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[]
 
         return hook
 
-    def note_input(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            alive.append(args[0])
-            read[name] = (args[0].data_ptr(), args[0].shape)
-
-        return hook
-
     with ExitStack() as hooks:
-        for name, layer in layers.items():
-            hooks.enter_context(layer.register_forward_pre_hook(note_input(name)))
         for path, module in block.named_modules():
             parameters = dict(module.named_parameters())
             if "weight" in parameters and all(p.ndim == 1 for p in parameters.values()):
                 hooks.enter_context(module.register_forward_hook(note_output(path)))
-        run()
+        read = seen_inputs(run, layers)
     groups: dict[str, list[str]] = {}
-    for name, place in read.items():
-        if place in made:
+    for name, (x, _) in read.items():
+        if (place := (x.data_ptr(), x.shape)) in made:
             groups.setdefault(made[place], []).append(name)
     return groups

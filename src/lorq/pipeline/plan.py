@@ -24,10 +24,8 @@ class Plan:
     """What a run will do: a value that can be printed, stored and compared.
 
     Attributes:
-        layers: by part, the layers that are quantized and their methods.
+        layers: by part, the layers that are quantized and their methods; ``method`` is the one before overrides.
         excluded: why a layer is left as it is, by name.
-        method: before overrides.
-        options: of the run.
     """
 
     layers: Mapping[str, Mapping[Target, Method]]
@@ -110,8 +108,8 @@ def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
     """Which layer is quantized by which settings.
 
     Raises:
-        ValueError: for patterns that are no regular expressions or match nothing, settings that do not exist,
-            for settings that do not fit a layer, all at once, and for experts that cannot share factors as asked.
+        ValueError: for patterns that are no regular expressions or match nothing, settings that do not exist or do not
+            fit a layer, all at once, and for experts that cannot share factors as asked.
     """
     exclude = [_pattern(text, "exclude") for text in options.exclude]
     changes = [_override(text, method) for text in options.override]
@@ -167,11 +165,7 @@ def choose(target: Target, method: Method, changes: Iterable[tuple[re.Pattern[st
 
 
 def refuse_unfit(layers: Mapping[Target, Method]) -> None:
-    """Refuse settings that do not fit their layers.
-
-    Raises:
-        ValueError: all those layers at once, by what is wrong.
-    """
+    """Refuse settings that do not fit their layers, with a ValueError for all at once, by what is wrong."""
     unfit: dict[str, list[str]] = {}
     for target, method in layers.items():
         try:
@@ -194,11 +188,7 @@ def refuse_unfit(layers: Mapping[Target, Method]) -> None:
 
 
 def _check_alike(chosen: Method, method: Method, name: str) -> None:
-    """What is solved together cannot differ from layer to layer.
-
-    Raises:
-        ValueError: naming the setting, the layer and both values.
-    """
+    """What is solved together cannot differ from layer to layer."""
     for key in ("scope", *getattr(method, "block_settings", ())):
         if getattr(chosen, key) != getattr(method, key):
             raise ValueError(
@@ -268,11 +258,7 @@ def mix_widths(plan: Plan) -> Plan:
 
 
 def check_activations(plan: Plan) -> None:
-    """Refuse to round activations where that is not possible as asked.
-
-    Raises:
-        ValueError: naming the options and what does not fit.
-    """
+    """Refuse to round activations where that is not possible as asked, with a ValueError."""
     options = plan.options
     if options.activations != "none" and plan.method.scope == "experts":
         raise ValueError(
@@ -299,13 +285,10 @@ def check_activations(plan: Plan) -> None:
 
 
 def check_weights(plan: Plan, model: StreamedModel, progress: Progress) -> None:
-    """Refuse weights that are not finite numbers, all layers named at once.
+    """Refuse weights that are not finite numbers, with a ValueError that names all those layers.
 
     Reads every weight, which the work will read again: once more in seconds or minutes, so that what would stop a run
     in its last block, after hours, stops it before the first. No other stage sees all weights before the work.
-
-    Raises:
-        ValueError: naming the layers.
     """
     jobs, bad = list(plan.jobs()), []
     kinds = {target.name: model.stored_dtype(target.name + ".weight") for target, _ in jobs}

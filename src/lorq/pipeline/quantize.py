@@ -132,9 +132,6 @@ def _solve(
     return seconds
 
 
-# -- calibration text ---------------------------------------------------------------------------------------
-
-
 def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | None:
     """Calibration windows, if anything looks at inputs."""
     if not any(plan.observes(method) for _, method in plan.jobs()):
@@ -147,16 +144,14 @@ def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | 
         raise ValueError(f"seq_len must be at most the model's {limit} positions, got {options.seq_len}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    dtype = torch.float32
-
     def write() -> Tensor:
         _require_memory(model)
         return cached_self_windows(
-            lambda: load_dense(folder, dtype),
+            lambda: load_dense(folder, torch.float32),
             tokenizer,
             config,
             fingerprint=model.checkpoint.fingerprint(),
-            dtype=dtype,
+            dtype=torch.float32,
             windows=options.samples,
             length=options.seq_len,
             seed=options.seed,
@@ -211,9 +206,6 @@ def _identity(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-# -- after the work -----------------------------------------------------------------------------------------
 
 
 def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows: Windows | None) -> Report:
