@@ -40,11 +40,7 @@ def lords_format(layer: QuantLinear) -> LevelFormat:
 
 
 def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The layers whose scale is a product, by name.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """The layers whose scale is a product, by name; a ValueError if there are none."""
     packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     found = {name: layer for name, layer in packed.items() if getattr(layer.format.codes, "scale_rank", 0)}
     if not found:
@@ -118,12 +114,9 @@ def attach(model: nn.Module, name: str = "default", *, rank: int = -1, seed: int
 
 
 def use_adapter(model: nn.Module, name: str = BASE, *, trainable: bool = False) -> None:
-    """Put an adapter's factors into the layers; "base" puts the model's own back.
+    """Put a known adapter's factors into the layers; "base" puts the model's own back.
 
-    Args:
-        model: quantized with lords.
-        name: of a known adapter.
-        trainable: let it train on, all else frozen.
+    With ``trainable`` it trains on, all else frozen.
 
     Raises:
         ValueError: if there is no such adapter, or the base is to train.
@@ -175,18 +168,11 @@ def _save_like_transformers(model: nn.Module, save_directory: str | Path, **igno
 
 
 def half_factors(layer: nn.Module) -> LowRankScale:
-    """A layer's factors as they are stored.
-
-    Raises:
-        ArithmeticError: if they are not finite in float16.
-    """
+    """A layer's factors as they are stored; an ArithmeticError if they are not finite in float16."""
     left, right = (part.detach().to(torch.float16) for part in _factors(layer))
     if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise ArithmeticError("scale factors must be finite in float16, they are not; train with a lower learning rate")
     return LowRankScale(left, right)
-
-
-# -- folders ------------------------------------------------------------------------------------------------
 
 
 def base_hash(model: nn.Module) -> str:
