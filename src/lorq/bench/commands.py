@@ -349,10 +349,7 @@ def bench_quantize(
                 "bits": width,
                 "bits_per_weight": report["bits_per_weight"],
                 "megabytes": report["bytes"] / 1e6,
-                "kl_mean": figures.kl_mean,
-                "kl_p99": figures.kl_p99,
-                "perplexity": figures.perplexity,
-                "top1": figures.top1,
+                **{key: getattr(figures, key) for key in ("kl_mean", "kl_p99", "perplexity", "top1")},
                 "seconds": seconds,
                 "peak_megabytes": (peak - idle) / 1e6,
             }

@@ -31,19 +31,20 @@ sys.exit(status)
 """
 
 
-def in_child(work: str, arguments: list[str], what: str) -> tuple[str, int]:
-    """Standard output and peak resident bytes of Python code in a process of its own.
+def in_child(work: str, arguments: list[str], what: str) -> tuple[float, int, str]:
+    """Seconds, peak resident bytes and standard output of Python code in a process of its own.
 
     Raises:
         RuntimeError: if it fails; ``what`` names it.
     """
+    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", _CHILD.format(work=work), *arguments], stdout=subprocess.PIPE, text=True
     )
     if done.returncode:
         raise RuntimeError(f"{what} ended with status {done.returncode}")
     printed, _, peak = done.stdout.rstrip().rpartition("\n")
-    return printed, int(peak) * 1024
+    return time.perf_counter() - start, int(peak) * 1024, printed
 
 
 def _synchronize(device: torch.device) -> None:

@@ -26,7 +26,7 @@ print(json.dumps(measure(**json.loads(sys.argv[1]))))
 
 def run(**given: Any) -> Result:
     """`measure` in a process of its own, and the peak of its memory."""
-    printed, peak = in_child(_WORK, [json.dumps(given)], f"training {given['way']} with rate {given['rate']}")
+    _, peak, printed = in_child(_WORK, [json.dumps(given)], f"training {given['way']} with rate {given['rate']}")
     return json.loads(printed.splitlines()[-1]) | {"peak_megabytes": peak / 1024e3}
 
 
