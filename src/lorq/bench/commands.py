@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,7 @@ def bench_decode(
                 continue
             layers = decode.random_layers(out, in_, format, x, generator)
             for way in products:
-                ways[kind, width, rank, way] = decode.calls(layers, x)
+                ways[kind, width, rank, way] = [partial(layer, x) for layer in layers]
                 made[kind, width, rank, way] = format, decode.sqnr_db(layers[0], x, way)
         seconds, waited = decode.medians(ways, repeats, place)
         bandwidth = decode.READ_BYTES / seconds["read"] / 1e9
@@ -348,10 +349,7 @@ def bench_quantize(
                 "bits": width,
                 "bits_per_weight": report["bits_per_weight"],
                 "megabytes": report["bytes"] / 1e6,
-                "kl_mean": figures.kl_mean,
-                "kl_p99": figures.kl_p99,
-                "perplexity": figures.perplexity,
-                "top1": figures.top1,
+                **{key: getattr(figures, key) for key in ("kl_mean", "kl_p99", "perplexity", "top1")},
                 "seconds": seconds,
                 "peak_megabytes": (peak - idle) / 1e6,
             }
