@@ -5,6 +5,7 @@ not import transformers, so it only leaves a note: when ``transformers.quantizer
 whomever, `lorq.runtime.hf` is imported right after it and registers itself.
 """
 
+import importlib.util
 import sys
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -30,14 +31,10 @@ class _Watcher(MetaPathFinder):
         if fullname != _WATCHED:
             return None
         sys.meta_path.remove(self)
-        for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)
-            spec = find(fullname, path, target) if find else None
-            if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _ThenRegister(spec.loader)
-                return spec
-        return None
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenRegister(spec.loader)
+        return spec
 
 
 class _ThenRegister(Loader):

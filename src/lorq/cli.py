@@ -21,7 +21,6 @@ import lorq
 from lorq.adapt.folder import check_trainable, read_adapter_config
 from lorq.adapt.settings import Settings
 from lorq.bench.commands import bench_app
-from lorq.evaluation import Evaluation
 from lorq.models.locate import check_model
 from lorq.show import command, console, notes, print_figures, print_pieces, print_summary, progress_bars, quiet
 from lorq.storage.json_files import some_of
@@ -78,17 +77,15 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
 app.command(_quantize_command())
 
 
-def _show_evaluation(result: Evaluation, as_json: bool) -> None:
-    print_figures(result.as_dict(), as_json)
-
-
 @wraps(lorq.generate)
 def _generate(*arguments: Any, **options: Any) -> Iterator[str]:
     quiet()
     return lorq.generate(*arguments, **options)
 
 
-evaluate = command(lorq.evaluate, _show_evaluation, json="print one JSON object.")
+evaluate = command(
+    lorq.evaluate, lambda result, as_json: print_figures(result.as_dict(), as_json), json="print one JSON object."
+)
 generate = command(_generate, print_pieces)
 app.command(evaluate, name="evaluate")
 app.command(generate, name="generate")
@@ -135,11 +132,9 @@ def inspect(
             f"{layer.error_before:.4f}", f"{layer.error_after:.4f}", f"{layer.bytes:,}",
         )  # fmt: skip
     console.print(table)
-    for name, reason in report.kept.items():
-        console.print(f"not quantized: {name}: {reason}", highlight=False, markup=False)
-    for name, note in report.notes.items():
-        console.print(f"note: {name}: {note}", highlight=False, markup=False)
-    for line in (*implementation_lines(runs), *expert_lines(folder)):
+    lines = [f"not quantized: {name}: {reason}" for name, reason in report.kept.items()]
+    lines += [f"note: {name}: {note}" for name, note in report.notes.items()]
+    for line in (*lines, *implementation_lines(runs), *expert_lines(folder)):
         console.print(line, highlight=False, markup=False)
     print_summary(report, out)
 
@@ -233,14 +228,15 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
         samples: calibration windows of 512 tokens, which the model writes itself.
         windows: evaluation windows of 512 tokens from Python's own documentation.
     """
-    from lorq.demo import demo_model, demo_settings
+    from lorq.demo import demo_model
 
     quiet()
     source, unfinished = demo_model(), (folder / JOURNAL).exists()
     console.print(f"[bold]1. Quantize[/bold] {source.name} to {bits} bits")
+    flrq = lorq.FLRQ(bits=bits, group_size=64)  # which divides this model's widths, 576 and 1536
     with progress_bars() as progress:
         report = lorq.quantize(
-            source, folder, demo_settings(bits), samples=samples, seq_len=512, resume=unfinished,
+            source, folder, flrq, samples=samples, seq_len=512, resume=unfinished,
             overwrite=folder.exists() and not unfinished, progress=progress,
         )  # fmt: skip
     print_summary(report, folder)
@@ -249,9 +245,6 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     console.print("[bold]3. Talk[/bold]: What is the capital of France?")
     generate(str(folder), "What is the capital of France?", tokens=48)
     console.print(f"\nTry it: lorq generate {folder} 'your question'     lorq inspect {folder}", markup=False)
-
-
-# -- entry --------------------------------------------------------------------------------------------------
 
 
 # What a command keeps when it is interrupted.

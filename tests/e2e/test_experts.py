@@ -81,7 +81,7 @@ def test_a_token_that_is_masked_out_gets_nothing_from_the_experts(folder_of, gen
     hidden, weights = torch.randn(6, 64, generator=generator), torch.rand(6, 2, generator=generator)
     index = torch.tensor([[0, 1], [1, 4], [4, 4], [3, 0], [4, 2], [2, 3]])  # 4 is past the last
     expected = fused(hidden, index, weights).detach()
-    got = Experts(fused)(hidden, index, weights)
+    got = Experts.split(fused)(hidden, index, weights)
     assert_close(got, expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(got[2], torch.zeros(64)) and bool(got[1].any())
 
@@ -350,7 +350,7 @@ def test_a_report_without_notes_is_read_as_before(folder_of, quantize, tmp_path)
 
 
 def test_tokens_at_a_routers_border_are_led_where_they_went_before(folder_of, generator):
-    experts = Experts(load(folder_of("mixtral")).model.layers[0].mlp.experts)
+    experts = Experts.split(load(folder_of("mixtral")).model.layers[0].mlp.experts)
     hidden, weights = torch.randn(64, 64, generator=generator), torch.rand(64, 2, generator=generator)
     index, routes = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(64)]), {}
     with routed_alike({"experts": experts}, routes):

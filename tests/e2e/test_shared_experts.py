@@ -98,6 +98,10 @@ def check_twin(source, out, names):
     return packed, expected
 
 
+def quant_experts(model):
+    return [module for module in model.modules() if isinstance(module, QuantExperts)]
+
+
 # ---- the whole way ----------------------------------------------------------------------------------------
 
 
@@ -105,16 +109,16 @@ def check_twin(source, out, names):
 def test_a_loaded_model_computes_what_its_weights_say(kind, made):
     source, out, report = made(kind)
     packed, expected = check_twin(source, out, [layer.name for layer in report.layers])
-    experts = find_experts(packed)
-    assert experts and all(isinstance(module, QuantExperts) for module in experts.values())
+    experts = quant_experts(packed)
+    assert experts
     (said,) = expert_lines(LorqFolder.open(out))
-    for module in experts.values():
+    for module in experts:
         assert set(module.tiles) == set(PROJECTIONS)
         # What is said of the folder is what the modules do.
-        why = declines_at_once(layers_of(module), tuple(module.tiles), torch.ones(1, 1), torch.ones(0))
+        why = declines_at_once(layers_of(module.plain), tuple(module.tiles), torch.ones(1, 1), torch.ones(0))
         shared = all(not tiles.format.input_scale for tiles in module.tiles.values())
         assert ("one call" in said) == (shared and why is None)
-        module.fused = False
+        module.forward = module.one_by_one
     close(logits_of(packed), expected)
     # Attention, shared experts and dense blocks have factors of their own.
     for name, layer in packed_layers(packed).items():
@@ -123,7 +127,7 @@ def test_a_loaded_model_computes_what_its_weights_say(kind, made):
             0 if shared else report_rank(report, name)
         )
     # Leaving the shared factors out is seen.
-    for module in experts.values():
+    for module in experts:
         for tiles in module.tiles.values():
             tiles.left.zero_()
     assert float((logits_of(packed) - expected).abs().max()) > 1e-2 * float(expected.abs().max())
@@ -152,7 +156,7 @@ def test_projections_left_out_of_all_experts_stay_as_they_are(folder_of, quantiz
     names = [layer.name for layer in report.layers]
     assert len(report.kept) == 12 and not any(re.search(p, name) for p in patterns for name in names)
     packed, _ = check_twin(source, tmp_path / "out", names)
-    assert [set(m.tiles) for m in find_experts(packed).values()] == [{"gate_proj", "down_proj"}, {"up_proj"}]
+    assert [set(m.tiles) for m in quant_experts(packed)] == [{"gate_proj", "down_proj"}, {"up_proj"}]
 
 
 def test_a_projection_may_have_settings_of_its_own(folder_of, quantize, tmp_path):
@@ -162,8 +166,8 @@ def test_a_projection_may_have_settings_of_its_own(folder_of, quantize, tmp_path
     report = quantize(source, tmp_path / "out", method, override=changes)
     packed, _ = check_twin(source, tmp_path / "out", [layer.name for layer in report.layers])
     expected = {"gate_proj": (3, 4, (2, 2)), "up_proj": (5, 4, (4, 1)), "down_proj": (3, 2, (2, 2))}
-    for module in find_experts(packed).values():
-        for expert in module:
+    for module in quant_experts(packed):
+        for expert in module.plain:
             for name, (bits, rank, grid) in expected.items():
                 f = module.tiles[name].format
                 assert (getattr(expert, name).format.bits, f.rank, (f.rows, f.columns)) == (bits, rank, grid)

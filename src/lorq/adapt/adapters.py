@@ -40,11 +40,7 @@ def lords_format(layer: QuantLinear) -> LevelFormat:
 
 
 def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
-    """The layers whose scale is a product, by name.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """The layers whose scale is a product, by name; a ValueError if there are none."""
     packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     found = {name: layer for name, layer in packed.items() if getattr(layer.format.codes, "scale_rank", 0)}
     if not found:
@@ -118,12 +114,9 @@ def attach(model: nn.Module, name: str = "default", *, rank: int = -1, seed: int
 
 
 def use_adapter(model: nn.Module, name: str = BASE, *, trainable: bool = False) -> None:
-    """Put an adapter's factors into the layers; "base" puts the model's own back.
+    """Put a known adapter's factors into the layers; "base" puts the model's own back.
 
-    Args:
-        model: quantized with lords.
-        name: of a known adapter.
-        trainable: let it train on, all else frozen.
+    With ``trainable`` it trains on, all else frozen.
 
     Raises:
         ValueError: if there is no such adapter, or the base is to train.
@@ -138,8 +131,8 @@ def use_adapter(model: nn.Module, name: str = BASE, *, trainable: bool = False) 
         put_factors(layer, *state.known[name][layer_name])
         state.known[name][layer_name] = _factors(layer)
         if trainable:
-            layer.scale_left.requires_grad_(True)  # type: ignore[operator]
-            layer.scale_right.requires_grad_(True)  # type: ignore[operator]
+            for factor in _factors(layer):
+                factor.requires_grad_(True)
     state.active = name
     let_train(model, trainable, partial(_save_like_transformers, model) if name != BASE else None)
 
@@ -163,7 +156,7 @@ def let_train(model: nn.Module, trains: bool, save: Any) -> None:
     """Tell `transformers.Trainer` whether the model trains, and how it is saved; None leaves that to transformers."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
-        quantizer.trains = trains
+        quantizer.is_trainable = quantizer.is_qat_trainable = trains
     if save is not None:
         model.save_pretrained = save  # type: ignore[assignment]
     else:
@@ -175,18 +168,11 @@ def _save_like_transformers(model: nn.Module, save_directory: str | Path, **igno
 
 
 def half_factors(layer: nn.Module) -> LowRankScale:
-    """A layer's factors as they are stored.
-
-    Raises:
-        ArithmeticError: if they are not finite in float16.
-    """
+    """A layer's factors as they are stored; an ArithmeticError if they are not finite in float16."""
     left, right = (part.detach().to(torch.float16) for part in _factors(layer))
     if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
         raise ArithmeticError("scale factors must be finite in float16, they are not; train with a lower learning rate")
     return LowRankScale(left, right)
-
-
-# -- folders ------------------------------------------------------------------------------------------------
 
 
 def base_hash(model: nn.Module) -> str:
@@ -210,7 +196,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
 
     Raises:
         ValueError: if there is no such adapter, or it is the base, which its own folder has.
-        FileExistsError: if the folder is a model's.
+        FileExistsError: if the folder is a model's, or a file.
     """
     state, folder = adapters_of(model), Path(folder)
     name = state.active if name is None else name
@@ -219,7 +205,10 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
         raise ValueError(
             f"the adapter to save must be one of {', '.join(own) or 'none so far'}, got {name!r}; name one of them"
         )
-    check_adapter_folder(folder)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"an adapter needs a folder, {folder} is a file; choose another name")
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} is a model's folder, an adapter needs one of its own; choose another")
     folder.mkdir(parents=True, exist_ok=True)
     tensors, ranks = {}, {}
     for layer, pair in state.known[name].items():
@@ -233,18 +222,6 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
     config = {"lorq_adapter": ADAPTER_VERSION, "base": base_hash(model), "ranks": ranks}
     for file, data in ((ADAPTER_TENSORS, save(tensors)), (ADAPTER_CONFIG, json_bytes(config))):
         rename_synced(write_synced(folder / file, data), folder / file)
-
-
-def check_adapter_folder(folder: Path) -> None:
-    """Refuse to write an adapter into a model's folder, or where a file is.
-
-    Raises:
-        FileExistsError: naming it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"an adapter needs a folder, {folder} is a file; choose another name")
-    if (folder / "config.json").exists():
-        raise FileExistsError(f"{folder} is a model's folder, an adapter needs one of its own; choose another")
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None, *, trainable: bool = False) -> str:

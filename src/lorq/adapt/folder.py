@@ -29,10 +29,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def check_trainable(model: str | Path) -> None:
-    """Refuse a folder whose config says that its layers have no scale factors; anything but a folder is not looked at.
+    """Refuse a folder whose config says that its layers have no scale factors, with a ValueError.
 
-    Raises:
-        ValueError: saying what it has.
+    Anything but a folder is not looked at.
     """
     path = Path(model).expanduser() / "config.json"
     if path.is_file():

@@ -59,9 +59,7 @@ def _away_from_zero(scale: Tensor) -> Tensor:
 class TrainableLinear(nn.Module):
     """A layer in quantization-aware training: dense weight and scale factors train, the forward pass sees the rounded.
 
-    Args:
-        layer: the packed layer that it stands for; keeps bias, format, and what happens to activations.
-        weight: to start from.
+    Stands for a packed layer, whose bias, format, and handling of activations it keeps.
     """
 
     bias: nn.Parameter | None
@@ -97,11 +95,7 @@ class TrainableLinear(nn.Module):
 
     @torch.no_grad()
     def finished(self) -> QuantLinear:
-        """A packed layer with what was learned.
-
-        Raises:
-            ArithmeticError: if that is not finite.
-        """
+        """A packed layer with what was learned; an ArithmeticError if that is not finite."""
         layer, factors = self.packed[0], half_factors(self)
         if not bool(torch.isfinite(self.weight).all()):
             raise ArithmeticError("weights must be finite, they are not; train with a lower learning rate")
@@ -168,10 +162,8 @@ def _original(model: nn.Module, reference: str | Path, layers: dict[str, QuantLi
 def finish_qat(model: nn.Module) -> None:
     """Put packed layers with what was learned where the trainable ones are.
 
-    Adapters are forgotten: they belong to the codes that were.
-
-    Raises:
-        ArithmeticError: if what was learned is not finite; the model is left as it is.
+    Adapters are forgotten: they belong to the codes that were. An ArithmeticError if what was learned is not finite;
+    the model is left as it is.
     """
     made = {name: module.finished() for name, module in model.named_modules() if isinstance(module, TrainableLinear)}
     for name, layer in made.items():

@@ -21,12 +21,11 @@ from lorq.progress import Progress
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training has done.
+    """What a training has done, in ``seconds`` of wall time.
 
     Attributes:
         losses: of each step, mean negative log likelihood of a token, in nats.
         parameters: how many numbers were trained.
-        seconds: wall time.
     """
 
     losses: tuple[float, ...]
@@ -151,17 +150,9 @@ def _ended(end: Callable[[], None], undo: Callable[[], None]) -> Iterator[None]:
 def descend(
     model: Any, examples: Sequence[Any], groups: list[dict[str, Any]], chosen: Settings, progress: Progress | None
 ) -> list[float]:
-    """The loop: AdamW without weight decay over shuffled batches, gradients clipped to a norm of 1.
+    """The loop: AdamW without weight decay over shuffled batches, gradients clipped to a norm of 1; each step's loss.
 
-    Args:
-        model: whose parameters the groups have.
-        examples: of `read_dataset`.
-        groups: of parameters, each with its ``lr`` after the warm-up.
-        chosen: the settings.
-        progress: called after every step, or None.
-
-    Returns:
-        The loss of each step.
+    ``groups`` are of the model's parameters, each with its ``lr`` after the warm-up.
 
     Raises:
         ArithmeticError: if a loss or the norm of its gradient is not finite; that step is not taken.
@@ -220,9 +211,6 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
-
-
-# -- data ---------------------------------------------------------------------------------------------------
 
 
 def read_dataset(model: Any, dataset: Any, chosen: Settings) -> list[dict[str, Tensor]]:

@@ -5,6 +5,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -128,21 +129,21 @@ def bench_experts(
     from lorq.bench.experts import low_rank_work, random_experts
     from lorq.bench.timing import seconds_of
     from lorq.runtime.device import read_device, read_dtype
+    from lorq.runtime.experts import QuantExperts
 
     generator = torch.Generator().manual_seed(seed)
     place, kind = read_device(device), read_dtype(dtype, auto=False)
     layer = random_experts(experts, hidden, width, rank, (rows, columns), generator).to(place)
+    forms: dict[str, Any] = {"none": QuantExperts(layer.plain, {}), "each": layer.one_by_one, "fused": layer}
     for count in tokens:
         x = torch.randn(count, hidden, generator=generator).to(place, kind)
         index = torch.rand(count, experts, generator=generator).topk(top_k).indices.to(place)
         weights = torch.full((count, top_k), 1 / top_k).to(x)
-        seconds: dict[str, list[float]] = {"none": [], "each": [], "fused": []}
+        seconds: dict[str, list[float]] = {name: [] for name in forms}
         for round_ in range(repeats + 1):
-            for name in seconds:
-                layer.fused = name != "each"
-                layer.low_rank = name != "none"
+            for name, run in forms.items():
                 with torch.no_grad():
-                    taken = seconds_of(lambda: layer(x, index, weights), place)  # noqa: B023
+                    taken = seconds_of(lambda: run(x, index, weights), place)  # noqa: B023
                 if round_:
                     seconds[name].append(taken)
         median = {name: statistics.median(taken) for name, taken in seconds.items()}
@@ -219,7 +220,7 @@ def bench_decode(
                 continue
             layers = decode.random_layers(out, in_, format, x, generator)
             for way in products:
-                ways[kind, width, rank, way] = decode.calls(layers, x)
+                ways[kind, width, rank, way] = [partial(layer, x) for layer in layers]
                 made[kind, width, rank, way] = format, decode.sqnr_db(layers[0], x, way)
         seconds, waited = decode.medians(ways, repeats, place)
         bandwidth = decode.READ_BYTES / seconds["read"] / 1e9
@@ -348,10 +349,7 @@ def bench_quantize(
                 "bits": width,
                 "bits_per_weight": report["bits_per_weight"],
                 "megabytes": report["bytes"] / 1e6,
-                "kl_mean": figures.kl_mean,
-                "kl_p99": figures.kl_p99,
-                "perplexity": figures.perplexity,
-                "top1": figures.top1,
+                **{key: getattr(figures, key) for key in ("kl_mean", "kl_p99", "perplexity", "top1")},
                 "seconds": seconds,
                 "peak_megabytes": (peak - idle) / 1e6,
             }

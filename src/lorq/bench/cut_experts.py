@@ -22,13 +22,10 @@ def cut_mlp(
     groups: Int[Tensor, "experts size"],
     top_k: int,
 ) -> tuple[Float[Tensor, "experts rows hidden"], Float[Tensor, "experts hidden size"]]:
-    """Experts of a Mixtral-type layer, each with the neurons of one group.
+    """Experts of a Mixtral-type layer, each with the neurons of one group, as transformers fuses them.
 
     ``down`` is multiplied by ``top_k``: router weights that are all ``1 / top_k`` then leave the function as it is,
     exactly so if every token is routed to every expert.
-
-    Returns:
-        ``(gate_up, down)`` as transformers fuses them: (experts, 2 size, hidden) and (experts, hidden, size).
     """
     experts, size = groups.shape
     gate_up = torch.cat([gate[groups], up[groups]], 1)
@@ -80,8 +77,7 @@ def fit_router(
     """A linear router to the experts that give most, by ridge regression on their log energies.
 
     Args:
-        inputs: of the MLP.
-        active: see `activity`.
+        inputs: of the MLP, on which its neurons are ``active`` (see `activity`).
         groups: the experts' neurons.
         spread: standard deviation of the logits; small, so that the chosen experts' weights stay near ``1 / top_k``.
         damping: share of the mean squared input added to the diagonal.
@@ -96,6 +92,12 @@ def fit_router(
 
 _EXPERTS = 8
 _TOP_K = 4  # of the sparse cut
+# What both models' configs have in common.
+_SHARED = (
+    "vocab_size", "hidden_size", "hidden_act", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "bos_token_id",
+    "eos_token_id", "pad_token_id",
+)  # fmt: skip
 # Part of the cached folder's name: rises whenever the recipe changes.
 _RECIPE = 1
 
@@ -129,14 +131,9 @@ def _cut(source: Path, sparse: bool) -> Any:
     model = load_dense(source, torch.float32)
     c = model.config
     top_k = _TOP_K if sparse else _EXPERTS
-    size = c.intermediate_size // _EXPERTS
     config = MixtralConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=size, hidden_act=c.hidden_act,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads, head_dim=c.head_dim,
-        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.max_position_embeddings,
-        rms_norm_eps=c.rms_norm_eps, rope_parameters=c.rope_parameters, tie_word_embeddings=c.tie_word_embeddings,
-        bos_token_id=c.bos_token_id, eos_token_id=c.eos_token_id, pad_token_id=c.pad_token_id, sliding_window=None,
-        num_local_experts=_EXPERTS, num_experts_per_tok=top_k,
+        **{key: getattr(c, key) for key in _SHARED}, intermediate_size=c.intermediate_size // _EXPERTS,
+        sliding_window=None, num_local_experts=_EXPERTS, num_experts_per_tok=top_k,
     )  # fmt: skip
     inputs = _mlp_inputs(model, source) if sparse else None
     state = model.state_dict()
@@ -161,18 +158,14 @@ def _cut(source: Path, sparse: bool) -> Any:
 
 
 def _mlp_inputs(model: Any, source: Path) -> list[Tensor]:
-    """What each MLP is given on 4 windows of python-docs."""
+    """What each MLP is given on 4 windows of python-docs; the model is of no use afterwards but for its weights."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(source)
     windows = token_windows(load_text("python-docs"), tokenizer, windows=4, length=512, what="experts")
     seen: list[list[Tensor]] = [[] for _ in model.model.layers]
-    hooks = [
+    for layer, own in zip(model.model.layers, seen, strict=True):
         layer.mlp.register_forward_pre_hook(lambda module, args, own=own: own.append(args[0][0]))
-        for layer, own in zip(model.model.layers, seen, strict=True)
-    ]
     for window in windows:
         model.model(input_ids=window[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
     return [torch.cat(own) for own in seen]

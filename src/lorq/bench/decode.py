@@ -96,24 +96,16 @@ def sqnr_db(layer: QuantLinear, x: Tensor, way: str) -> float:
         return float(20 * torch.log10(y.norm() / (y - layer(x).float()).norm()))
 
 
-def calls(layers: list[QuantLinear], x: Tensor) -> list[Callable[[], Any]]:
-    """What is timed of a kind of layers."""
-    return [partial(layer, x) for layer in layers]
-
-
 def others(
     out: int, in_: int, group_size: int, x: Tensor, generator: torch.Generator
 ) -> dict[Any, list[Callable[[], Any]]]:
     """What layers are timed against: a plain read, the dense product, and torch's int4 operator where it fits."""
-    ways: dict[Any, list[Callable[[], Any]]] = {"read": [_reader(x.device)], "dense": _dense(out, in_, x, generator)}
-    int4 = _int4(out, in_, group_size, x, generator)
-    return ways | ({"int4": int4} if int4 else {})
-
-
-def _dense(out: int, in_: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
+    buffer = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=x.device)
     count = _rotation(8 * out * in_ * x.element_size())
     weights = [torch.randn(out, in_, generator=generator, device=x.device).to(x) for _ in range(count)]
-    return [partial(torch.nn.functional.linear, x, weight) for weight in weights]
+    dense = [partial(torch.nn.functional.linear, x, weight) for weight in weights]
+    int4 = _int4(out, in_, group_size, x, generator)
+    return {"read": [buffer.sum], "dense": dense} | ({"int4": int4} if int4 else {})
 
 
 def _int4(out: int, in_: int, group_size: int, x: Tensor, generator: torch.Generator) -> list[Callable[[], Any]]:
@@ -139,11 +131,6 @@ def _int4(out: int, in_: int, group_size: int, x: Tensor, generator: torch.Gener
 def _rotation(layer_bits: int) -> int:
     """How many layers take turns."""
     return min(_MOST_LAYERS, max(2, math.ceil(8 * _ROTATION_BYTES / layer_bits)))
-
-
-def _reader(device: torch.device) -> Callable[[], Any]:
-    buffer = torch.ones(READ_BYTES // 4, dtype=torch.float32, device=device)
-    return lambda: buffer.sum()
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def random_experts(
 
     config = MixtralConfig(hidden_size=hidden, intermediate_size=width, num_local_experts=experts)
     with torch.device("meta"):
-        split = Experts(MixtralExperts(config))
+        split = Experts.split(MixtralExperts(config))
     common = math.gcd(hidden, width)
     format = LayerFormat(IntGrid(2, math.gcd(64, common)), rotation_block=largest_block(common))
     tiles = {}

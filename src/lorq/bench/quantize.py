@@ -1,12 +1,11 @@
 """Methods to compare, and a command in a process of its own."""
 
-import subprocess
-import sys
-import time
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
-from lorq.methods import FLRQ, GPTQ, METHODS, FLRQPaper, LoPRo, LoPRoPaper, Nearest
+from lorq.bench.timing import in_child
+from lorq.methods import FLRQ, GPTQ, FLRQPaper, LoPRo, LoPRoPaper, Nearest
+from lorq.pipeline.options import method_name
 
 _ROTATIONS = {
     "none": LoPRo(rank=0, rotation="none"),
@@ -45,30 +44,20 @@ def flags(method: Any) -> list[str]:
         >>> flags(GPTQ(range_search="none"))
         ['--method=gptq', '--range-search=none']
     """
-    name = next(name for name, kind in METHODS.items() if kind is type(method))
-    own = {field.name: getattr(method, field.name) for field in fields(method)}
-    changed = {key: value for key, value in own.items() if value != getattr(type(method)(), key)}
+    changed = {key: value for key, value in vars(method).items() if value != getattr(type(method)(), key)}
+    name = method_name(method)
     return [f"--method={name}", *(f"--{key.replace('_', '-')}={value}" for key, value in changed.items())]
 
 
-# Runs its arguments as a lorq command, or only loads torch; the last line is the peak of its resident memory. Not
-# getrusage: that counts what the parent had in memory when it forked.
-_CHILD = """
-import sys, torch
-status = 0
+# Runs its arguments as a lorq command, or only loads torch.
+_WORK = """
+import torch
 if sys.argv[1:]:
     from lorq.cli import main
     status = main(sys.argv[1:])
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
-sys.exit(status)
 """
 
 
 def run(arguments: list[str]) -> tuple[float, int, str]:
     """Seconds, peak resident bytes and standard output of a lorq command in a process of its own."""
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", _CHILD, *arguments], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RuntimeError(f"lorq {' '.join(arguments[:6])} ... ended with status {done.returncode}")
-    printed, _, peak = done.stdout.rstrip().rpartition("\n")
-    return time.perf_counter() - start, int(peak) * 1024, printed
+    return in_child(_WORK, arguments, f"lorq {' '.join(arguments[:6])} ...")

@@ -1,6 +1,7 @@
 """How fast a quantized linear can be at best: its bytes and operations over what a device moves and computes."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lorq.core.codes import IntGrid
@@ -12,10 +13,7 @@ from lorq.core.weight import LayerFormat
 class Device:
     """A device's rates, by its maker's data sheet.
 
-    Attributes:
-        name: of the device.
-        bytes_per_second: of its memory.
-        operations_per_second: dense products in bfloat16 on tensor cores; a multiplication and an addition are two.
+    The operations are of dense products in bfloat16 on tensor cores; a multiplication and an addition are two.
     """
 
     name: str
@@ -30,9 +28,8 @@ DEVICES = Device("A100 40 GB", 1555e9, 312e12), Device("H100 SXM", 3350e9, 989e1
 class Work:
     """What a layer must move and compute for some tokens, each number once.
 
-    Attributes:
-        bytes: of the weight as it is stored, of inputs and of outputs, both in 16 bits.
-        operations: of the products with the weight and with its low-rank factors.
+    Bytes are those of the weight as it is stored, of inputs and of outputs, both in 16 bits; operations are of the
+    products with the weight and with its low-rank factors.
     """
 
     bytes: int
@@ -63,17 +60,10 @@ def work(out: int, in_: int, format: LayerFormat, tokens: int) -> Work:
 
 
 def expert_work(out: int, in_: int, format: LayerFormat, tiles: TileFormat, tokens: int, top_k: int) -> Work:
-    """Bytes and operations of a gate or up projection of all experts that the tokens are routed to.
+    """Bytes and operations of a gate or up projection of all experts that the tokens are routed to, ``top_k`` each.
 
-    Tokens choose as different experts as there are, and these lie in as different rows and columns of the grid.
-
-    Args:
-        out: of an expert's weight.
-        in_: of an expert's weight.
-        format: of the experts' own layers.
-        tiles: of the factors that they share; rank 0 is without.
-        tokens: of the input.
-        top_k: experts of a token.
+    Tokens choose as different experts as there are, and these lie in as different rows and columns of the grid. The
+    experts' own weights, (out, in), have the format, the factors that they share the tiles'; rank 0 is without.
 
     Example:
         >>> format, tiles = LayerFormat(IntGrid(4, 128, symmetric=True)), TileFormat(8, 8, 60, 32, "int8")
@@ -93,31 +83,26 @@ def expert_work(out: int, in_: int, format: LayerFormat, tiles: TileFormat, toke
 
 def expert_table() -> str:
     """docs/measured/roofline_experts.csv: 60 of 1408 x 2048, four for a token, groups of 128, a grid of 8 x 8."""
-    lines = [_line("bits", "rank", "tokens", *_HEAD)]
+    rows: dict[tuple[int, ...], Work] = {}
     for bits, rank, tokens in itertools.product((2, 4), (0, 32), (1, 16, 512)):
-        tiles = TileFormat(8, 8, 60, rank, "int8")
-        w = expert_work(1408, 2048, LayerFormat(IntGrid(bits, 128, symmetric=True)), tiles, tokens, top_k=4)
-        lines.append(_line(bits, rank, tokens, *_cells(w)))
-    return "\n".join(lines)
+        format, tiles = LayerFormat(IntGrid(bits, 128, symmetric=True)), TileFormat(8, 8, 60, rank, "int8")
+        rows[bits, rank, tokens] = expert_work(1408, 2048, format, tiles, tokens, top_k=4)
+    return _csv("bits,rank,tokens", rows)
 
 
 def table() -> str:
     """docs/measured/roofline.csv: 2 to 4 bits in groups of 128, with and without 32 pairs of int8 factors."""
-    lines = [_line("out", "in", "bits", "rank", "tokens", *_HEAD)]
+    rows: dict[tuple[int, ...], Work] = {}
     shapes = (4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096)
     for (out, in_), bits, rank, tokens in itertools.product(shapes, (2, 3, 4), (0, 32), (1, 512)):
-        w = work(out, in_, LayerFormat(IntGrid(bits, 128, symmetric=True), rank, "int8"), tokens)
-        lines.append(_line(out, in_, bits, rank, tokens, *_cells(w)))
+        format = LayerFormat(IntGrid(bits, 128, symmetric=True), rank, "int8")
+        rows[out, in_, bits, rank, tokens] = work(out, in_, format, tokens)
+    return _csv("out,in,bits,rank,tokens", rows)
+
+
+def _csv(head: str, rows: Mapping[tuple[int, ...], Work]) -> str:
+    lines = [",".join([head, "megabytes,gflop", *(f"{device.name} us,{device.name} bound" for device in DEVICES)])]
+    for key, w in rows.items():
+        times = (f"{w.seconds(device) * 1e6:.1f},{w.bound(device)}" for device in DEVICES)
+        lines.append(",".join([*map(str, key), f"{w.bytes / 1e6:.2f}", f"{w.operations / 1e9:.3f}", *times]))
     return "\n".join(lines)
-
-
-_HEAD = "megabytes", "gflop", *(f"{device.name} {column}" for device in DEVICES for column in ("us", "bound"))
-
-
-def _cells(w: Work) -> tuple[str, ...]:
-    times = (cell for device in DEVICES for cell in (f"{w.seconds(device) * 1e6:.1f}", w.bound(device)))
-    return f"{w.bytes / 1e6:.2f}", f"{w.operations / 1e9:.3f}", *times
-
-
-def _line(*cells: object) -> str:
-    return ",".join(map(str, cells))

@@ -1,8 +1,6 @@
 """Measure training: what an adapter, an additive low-rank adapter of the same size, and QAT make of one folder."""
 
 import json
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -11,7 +9,7 @@ from torch import nn
 from lorq.adapt import Settings, train
 from lorq.adapt.adapters import lords_format, lords_layers
 from lorq.adapt.training import descend, read_dataset
-from lorq.bench.timing import Result
+from lorq.bench.timing import Result, in_child
 from lorq.models.locate import resolve_model
 from lorq.models.texts import load_text, token_windows
 from lorq.quality import evaluate_model
@@ -19,21 +17,17 @@ from lorq.runtime.hf import load
 from lorq.runtime.linear import QuantLinear
 
 _LORA_RATE = 5e-4
-_CHILD = """
-import json, sys
+_WORK = """
+import json
 from lorq.bench.training import measure
 print(json.dumps(measure(**json.loads(sys.argv[1]))))
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 """
 
 
 def run(**given: Any) -> Result:
     """`measure` in a process of its own, and the peak of its memory."""
-    done = subprocess.run([sys.executable, "-c", _CHILD, json.dumps(given)], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RuntimeError(f"training {given['way']} with rate {given['rate']} ended with status {done.returncode}")
-    figures, peak = done.stdout.rstrip().splitlines()[-2:]
-    return json.loads(figures) | {"peak_megabytes": int(peak) / 1e3}
+    _, peak, printed = in_child(_WORK, [json.dumps(given)], f"training {given['way']} with rate {given['rate']}")
+    return json.loads(printed.splitlines()[-1]) | {"peak_megabytes": peak / 1024e3}
 
 
 def measure(
@@ -55,11 +49,7 @@ def measure(
     length = settings.get("seq_len", 512)
     held_out = token_windows(load_text(evaluation), tokenizer, windows=windows, length=length, what=evaluation)
     loaded = load(folder, device="cpu")
-
-    def perplexity() -> float:
-        return evaluate_model(loaded, held_out).perplexity
-
-    before = perplexity()
+    before = evaluate_model(loaded, held_out).perplexity
     began = time.perf_counter()
     if way == "lora":
         chosen, examples = Settings(**settings), read_dataset(loaded, text, Settings(**settings))
@@ -73,9 +63,9 @@ def measure(
         )  # fmt: skip
         losses, count = list(trained.losses), trained.parameters
     seconds = time.perf_counter() - began
-    last = losses[-10:]
+    last, after = losses[-10:], evaluate_model(loaded, held_out).perplexity
     return {
-        "way": way, "rate": rate, "trained": count, "perplexity_before": before, "perplexity_after": perplexity(),
+        "way": way, "rate": rate, "trained": count, "perplexity_before": before, "perplexity_after": after,
         "loss_first": losses[0], "loss_last": sum(last) / len(last), "seconds_a_step": seconds / len(losses),
     }  # fmt: skip
 

@@ -47,10 +47,7 @@ def quantize_activations(
 ) -> tuple[Float[Tensor, "*batch in"], Tensor, Tensor]:
     """The codes of activations, ``clamp(round(x / scale) + zero_point, 0, 255)``, whole numbers in float32.
 
-    Args:
-        x: of any floating-point type.
-        scale: of a fixed grid; None takes each token's own range, its largest and smallest channel and zero.
-        zero_point: likewise.
+    Without a fixed grid each token has its own range, its largest and smallest channel and zero.
 
     Returns:
         ``(codes, scale, zero_point)``; the last two (..., 1) or (1,), float32.

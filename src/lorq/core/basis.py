@@ -66,16 +66,14 @@ def check_block(width: int, block: int, skip: int) -> None:
 class Basis:
     """An orthogonal change of the input channels, ``T = P Q``.
 
-    ``P`` puts channel ``permutation[j]`` at place ``j``; without a permutation the channels stay in order. ``Q``
-    leaves the first ``skip`` places alone and multiplies each following run of ``block`` places by a Walsh-Hadamard
-    matrix over ``sqrt(block)``. Block 0: no ``Q``.
+    ``P`` puts channel ``permutation[j]`` at place ``j``, if there is one. ``Q`` leaves the first ``skip`` places alone
+    and multiplies each following run of ``block`` places by `hadamard`. Block 0: no ``Q``.
 
     A weight in this basis is ``W T``, an input ``x T`` (rows), a Hessian ``T^T H T``; ``W x^T`` is the same in both.
 
     Source:
-        LoPRo, eq. 5-6. The paper's P is the inverse of what its text wants; this does what the authors' code
-        does. Its Walsh blocks are ordered by sequency, these by Sylvester's rule: that only reorders columns
-        within a block.
+        LoPRo, eq. 5-6. The paper's P is the inverse of what its text wants and its code does. Its Walsh blocks are
+        ordered by sequency, these by Sylvester's rule: that only reorders columns within a block.
     """
 
     permutation: Int[Tensor, "in"] | None

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lorq.core.problem import BlockOutput
-from lorq.core.stats import InputStats, TokenWeights
+from lorq.core.stats import InputStats, TokenWeights, output_energy
 
 # Windows on which the loss is measured: enough to rank parameters, few enough to cost little beside the steps.
 _MEASURED = 8
@@ -68,8 +68,7 @@ def minimise(
         parameters: leaves of one device; the same tensors that ``loss`` reads.
         loss: mean loss of the windows of these numbers, differentiable in the parameters.
         windows: how many there are, at least 1.
-        descent: steps, rate, windows of a step.
-        generator: of the order; on the CPU.
+        generator: of the order, which is drawn on the CPU (`cpu_generator`).
 
     Raises:
         ArithmeticError: if the loss is not finite.
@@ -90,7 +89,7 @@ def minimise(
     start = best = measure()
     kept, kept_step = [p.detach().clone() for p in parameters], 0
     adam = torch.optim.Adam(parameters, lr=descent.learning_rate)
-    order = _shuffled(windows, generator)
+    order = _shuffled(windows, cpu_generator(generator))
     while step < descent.steps:
         adam.param_groups[0]["lr"] = descent.learning_rate * (1 + math.cos(math.pi * step / descent.steps)) / 2
         adam.zero_grad()
@@ -132,11 +131,8 @@ def block_loss(
 
         mean over windows and channels of  sum_t d_t (y_t - y^_t)^2
 
-    Args:
-        block: what it makes of weights, and should make.
-        weights: makes the quantized weights from the parameters.
-        token_weights: "plain" is ``d_t = 1``; "equal" is ``d_t = 1 / mean(y_t^2)``, so that a few tokens with
-            enormous activations (attention sinks) do not decide alone.
+    ``weights`` makes the quantized weights from the parameters. Of ``token_weights`` "plain" is ``d_t = 1``; "equal" is
+    ``d_t = 1 / mean(y_t^2)``, so that a few tokens with enormous activations (attention sinks) do not decide alone.
 
     Source:
         LRQ, arXiv:2407.11534, the authors' code, which has the plain sum.
@@ -161,8 +157,7 @@ def layer_loss(
     """``tr[(W - W^) H (W - W^)^T]`` of one layer alone; one window stands for the whole calibration."""
 
     def loss(windows: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
-        delta = weight() - target
-        return ((delta @ stats.hessian) * delta).sum()
+        return output_energy(weight() - target, stats.hessian)
 
     return loss
 

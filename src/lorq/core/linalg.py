@@ -8,9 +8,6 @@ from torch import Tensor
 def shrink(hessian: Float[Tensor, "n n"], amount: float) -> Float[Tensor, "n n"]:
     """Move a Hessian towards its diagonal, ``(1 - amount) H + amount diag(H)``.
 
-    Args:
-        amount: 0 leaves ``H`` alone, 1 keeps only the diagonal; dimensionless.
-
     Raises:
         ValueError: if ``amount`` is outside 0..1.
     """

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.half import stored_half
+from lorq.core.packing import Layout
 from lorq.core.sketch import rank1_sketch, sketch
 
 FactorType = Literal["int8", "e4m3", "float16"]
@@ -27,10 +28,8 @@ class LowRank:
     """The factors of the low-rank part, ``dense() = (left left_scale) (right_scale right)``.
 
     Attributes:
-        left: (out, rank), float16; or int8 or float8_e4m3fn with ``left_scale``, one per column.
+        left: (out, rank), float16; or int8 or float8_e4m3fn with ``left_scale``, one per column, float16.
         right: (rank, in), of the same type; 8-bit ones with ``right_scale``, one per row.
-        left_scale: float16, present only for 8-bit factors.
-        right_scale: likewise.
     """
 
     left: Tensor
@@ -72,19 +71,17 @@ def factor_bits(factor_type: str) -> int:
     return 8 * FACTOR_TYPES[factor_type][0].itemsize
 
 
-def factor_layout(out: int, in_: int, rank: int, factor_type: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def factor_layout(out: int, in_: int, rank: int, factor_type: str) -> Layout:
     """Shape and dtype of every tensor that factors of this rank and type store, by the names of `LowRank`."""
     kind = FACTOR_TYPES[factor_type][0]
-    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "left": ((out, rank), kind), "right": ((rank, in_), kind),
-    }  # fmt: skip
+    layout: Layout = {"left": ((out, rank), kind), "right": ((rank, in_), kind)}
     if factor_bits(factor_type) == 8:
         layout |= {"left_scale": ((rank,), torch.float16), "right_scale": ((rank,), torch.float16)}
     return layout
 
 
 def store_factors(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"], *, type: str) -> LowRank | None:
-    """Round factors to the type they are stored in.
+    """Round factors to the type they are stored in; None if the rank is 0.
 
     Each pair is first balanced to equal largest magnitudes, ``max|l| = max|r|``, which leaves the product
     alone and keeps both inside float16's range.
@@ -92,9 +89,6 @@ def store_factors(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in
     Args:
         type: a name of `FACTOR_TYPES`. "int8" stores ``round(v / s)``, ``s = max|v| / 127`` for each vector; "e4m3"
             stores ``v / s`` as float8, ``s = max|v| / 448``; both keep ``s`` in float16.
-
-    Returns:
-        The stored factors, or None if the rank is 0.
 
     Raises:
         ValueError: for other types, or if a factor does not fit float16.
@@ -111,14 +105,14 @@ def store_factors(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in
     return LowRank(left_codes.T.contiguous(), right_codes, left_scale, right_scale)
 
 
-def store_vectors(vectors: Float[Tensor, "rank n"], type: str) -> tuple[Tensor, Float[Tensor, "rank"] | None]:
-    """Rows as they are stored, and a float16 scale for each where they take 8 bits."""
+def store_vectors(vectors: Float[Tensor, "*rank n"], type: str) -> tuple[Tensor, Float[Tensor, "*rank"] | None]:
+    """Vectors as they are stored, and a float16 scale for each where they take 8 bits."""
     dtype, top = FACTOR_TYPES[type]
     if type == "float16":
         return vectors.to(dtype), None
     # 2^-24 is float16's smallest positive number: a vector of zeros must not divide by zero.
-    scale = (vectors.abs().amax(1) / top).clamp(min=2.0**-24).to(torch.float16)
-    codes = (vectors / scale.to(vectors.dtype).unsqueeze(1)).clamp(-top, top)
+    scale = (vectors.abs().amax(-1) / top).clamp(min=2.0**-24).to(torch.float16)
+    codes = (vectors / scale.to(vectors.dtype).unsqueeze(-1)).clamp(-top, top)
     return (codes.round() if type == "int8" else codes).to(dtype), scale
 
 
@@ -126,9 +120,7 @@ def store_vectors(vectors: Float[Tensor, "rank n"], type: str) -> tuple[Tensor, 
 class Metric:
     """In which norm a low-rank part is fitted: that of ``E C`` for a change ``E`` of the weight.
 
-    Attributes:
-        apply: ``E -> E C``, on rows.
-        undo: ``V -> V C^-1``, on rows.
+    On rows, ``apply`` is ``E -> E C`` and ``undo`` is ``V -> V C^-1``.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -137,10 +129,7 @@ class Metric:
     @classmethod
     def hessian(cls, factor: Float[Tensor, "in in"]) -> "Metric":
         """``C`` the lower Cholesky factor of the Hessian: the norm is the output error."""
-        return cls(
-            lambda e: e @ factor,
-            lambda v: torch.linalg.solve_triangular(factor, v, upper=False, left=False),
-        )
+        return cls(lambda e: e @ factor, lambda v: torch.linalg.solve_triangular(factor, v, upper=False, left=False))
 
     @classmethod
     def activation(cls, alpha: Float[Tensor, "in"]) -> "Metric":
@@ -158,7 +147,7 @@ def r1svd(
     iterations: int = 2,
     generator: torch.Generator,
 ) -> LowRank | None:
-    """Factors of rank ``rank``, rounded one pair at a time so that later pairs repair earlier rounding.
+    """Factors, None at rank 0, rounded one pair at a time so that later pairs repair earlier rounding.
 
     With ``A = target C``, for each pair: power iteration for the leading right singular vector ``v`` of ``A``;
     ``r = round(v C^-1)``; the best ``l`` for the rounded ``r``, ``l = A (r C)^T / |r C|^2``, is rounded too; and
@@ -167,23 +156,18 @@ def r1svd(
     Args:
         target: what the factors shall approximate, in weight units.
         metric: ``C``.
-        rank: number of pairs, ``0 <= rank <= min(out, in)``.
-        type: of the stored factors, see `store_factors`.
+        rank, type: number of pairs, at most min(out, in); of the stored factors, see `store_factors`.
         form: "rank1" starts each pair from a Gaussian vector (the paper); "block" from one blocked sketch of
             all pairs, which needs fewer products with ``A``.
         iterations: power iterations for each pair ("rank1") or of the blocked sketch ("block").
         generator: source of the test vectors, on the target's device.
 
-    Returns:
-        The stored factors; None at rank 0.
-
     Raises:
         ValueError: if an option is out of range or ``target`` is not finite.
 
     Source:
-        LoPRo, eq. 10-12 (R1SVD). Deviations: the left vector is fitted again to the rounded right one; the
-        singular value lives in the vectors' scales; e4m3 is scaled to its range, the authors' code stores
-        unit vectors in e5m2; any metric, where the paper has the activation scale.
+        LoPRo, eq. 10-12 (R1SVD). Deviations: the left vector is fitted again to the rounded right one; the singular
+        value lives in the vectors' scales; e4m3 on its range for unit vectors in e5m2; any metric.
     """
     factor_bits(type)  # refuses unknown types
     if not 0 <= rank <= min(target.shape):
@@ -193,9 +177,8 @@ def r1svd(
         )
     rest = metric.apply(target).clone()
     # The rank-1 form asks this only to check the other options.
-    _, starts = sketch(
-        rest, rank=rank if form == "block" else 0, form=form, iterations=iterations, generator=generator
-    )  # fmt: skip
+    sketched = rank if form == "block" else 0
+    _, starts = sketch(rest, rank=sketched, form=form, iterations=iterations, generator=generator)
     if rank == 0:
         return None
     pairs = []
@@ -207,17 +190,11 @@ def r1svd(
             v = rest.T @ (rest @ starts[k])
             v = v / v.norm().clamp(min=1e-30)
         pairs.append(_stored_pair(rest, v, metric, type))
-    return LowRank(
-        torch.cat([pair.left for pair in pairs], 1),
-        torch.cat([pair.right for pair in pairs]),
-        _joined([pair.left_scale for pair in pairs]),
-        _joined([pair.right_scale for pair in pairs]),
-    )
-
-
-def _joined(scales: list[Tensor | None]) -> Tensor | None:
-    present = [scale for scale in scales if scale is not None]
-    return torch.cat(present) if present else None
+    left = torch.cat([pair.left for pair in pairs], 1)
+    right = torch.cat([pair.right for pair in pairs])
+    left_scales = [pair.left_scale for pair in pairs if pair.left_scale is not None]
+    right_scales = [pair.right_scale for pair in pairs if pair.right_scale is not None]
+    return LowRank(left, right, *(torch.cat(scales) for scales in (left_scales, right_scales) if scales))
 
 
 def _stored_pair(rest: Float[Tensor, "out in"], v: Float[Tensor, "in"], metric: Metric, type: str) -> LowRank:

@@ -1,34 +1,24 @@
 """Codes to machine words and back: the dense bit layout, any width from 1 to 8 bits.
 
-What: a row of ``n`` codes of ``bits`` bits is one string of ``n * bits`` bits, least significant bit
-first, cut into int32 words. Code ``i`` occupies the bits ``i * bits`` to ``i * bits + bits - 1`` of its
-row. No bit is left out between codes, so a code may begin in one word and end in the next. Every row
-begins a new word and takes ``ceil(n * bits / 32)`` of them; the spare bits at its end are zero.
+A row of ``n`` codes of ``bits`` bits is one string of ``n * bits`` bits, least significant bit first, cut into int32
+words. Code ``i`` occupies the bits ``i * bits`` to ``i * bits + bits - 1`` of its row, which may be in two words. Every
+row begins a new word and takes ``ceil(n * bits / 32)`` of them; the spare bits at its end are zero. Thirty-two codes
+fill exactly ``bits`` words, and eight codes ``bits`` bytes. docs/format.md draws it and tells whose layout it is.
 
-The layout for 3 bits (code numbers above the bits they fill, least significant bit on the left; code 10
-has two bits in word 0 and one in word 1, code 21 has one bit in word 1 and two in word 2)::
-
-    word 0   000111222333444555666777888999aa
-    word 1   abbbcccdddeeefffggghhhiiijjjkkkl        a = 10, b = 11, ..., v = 31
-    word 2   llmmmnnnooopppqqqrrrssstttuuuvvv
-
-Thirty-two codes fill exactly ``bits`` words, and eight codes fill exactly ``bits`` bytes.
-
-Why so: it is the layout of compressed-tensors (0.18 and later), so an export renames tensors and rewrites
-nothing. It also spends exactly ``bits`` bits per code, where whole codes per word waste 2 of 32 bits at 3, 5
-and 6 bits and 4 of 32 at 7 bits. What is given up: reading one code may take two words.
-
-How it is fast: no loop over codes. As many codes as share whole bytes (eight at 3 bits, two at 4) sit in
-one integer with one byte of room for each, and are moved to their bytes by halves: shift, or, mask.
-Three such steps place eight codes. The integers are then viewed as bytes, which are the codes.
+How it is fast: no loop over codes. As many codes as share whole bytes (eight at 3 bits, two at 4) sit in one integer
+with one byte of room for each, and are moved to their bytes by halves: shift, or, mask. Three such steps place eight
+codes. The integers are then viewed as bytes, which are the codes.
 """
 
+import math
 import sys
 
 import torch
 from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
+# Of what a folder stores: shape and dtype of every tensor, by local name.
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 # An integer with one byte of room for each of 1, 2, 4 or 8 codes.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Codes that ``unpack`` has in hand at once on a CPU: its scratch tensors then stay in the cache and off the
@@ -36,12 +26,13 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CODES_AT_ONCE = 1 << 21
 
 
+def stored_bits(layout: Layout) -> int:
+    """Bits of all tensors of a layout."""
+    return sum(8 * dtype.itemsize * math.prod(shape) for shape, dtype in layout.values())
+
+
 def packed_width(cols: int, bits: int) -> int:
     """Words of one packed row: ``ceil(cols * bits / 32)``.
-
-    Args:
-        cols: codes in the row, at least 0.
-        bits: width of one code, 1 to 8.
 
     Raises:
         ValueError: if ``bits`` or ``cols`` is out of range.
@@ -58,14 +49,7 @@ def packed_width(cols: int, bits: int) -> int:
 
 
 def pack(codes: UInt8[Tensor, "rows cols"], bits: int) -> Int32[Tensor, "rows words"]:
-    """Pack every row of ``codes`` into int32 words; the layout is drawn at the top of this module.
-
-    Args:
-        codes: integers 0 .. 2^bits - 1.
-        bits: width of one code, 1 to 8.
-
-    Returns:
-        ``packed_width(cols, bits)`` words per row, on the device of ``codes``.
+    """Every row of ``codes``, 0 .. 2^bits - 1, as ``packed_width(cols, bits)`` words.
 
     Raises:
         TypeError: if ``codes`` is not uint8.
@@ -93,15 +77,7 @@ def pack(codes: UInt8[Tensor, "rows cols"], bits: int) -> Int32[Tensor, "rows wo
 
 
 def unpack(packed: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[Tensor, "rows {cols}"]:
-    """The codes of ``pack``, bit for bit. Spare bits at the end of a row are ignored.
-
-    Args:
-        packed: words of ``pack``, ``packed_width(cols, bits)`` per row.
-        bits: width of one code, 1 to 8.
-        cols: codes per row; not stored in the words, because the last word may be part full.
-
-    Returns:
-        A contiguous tensor that shares no memory with ``packed``.
+    """The codes of ``pack``, in memory of their own. Spare bits at the end of a row are ignored.
 
     Raises:
         TypeError: if ``packed`` is not int32.
@@ -134,10 +110,7 @@ def unpack(packed: Int32[Tensor, "rows words"], bits: int, cols: int) -> UInt8[T
 
 
 def pack_columns(codes: UInt8[Tensor, "rows cols"], bits: int) -> Int32[Tensor, "words cols"]:
-    """Pack down the columns instead of along the rows: ``pack(codes.T).T``.
-
-    This is how compressed-tensors stores zero points, which share the output dimension with the weight:
-    (out, groups) becomes (ceil(out * bits / 32), groups). Arguments and errors are those of ``pack``.
+    """Pack down the columns: ``pack(codes.T).T``, as compressed-tensors stores zero points; errors are those of it.
 
     Example:
         >>> zero_point = torch.tensor([[1, 7], [2, 7], [3, 7]], dtype=torch.uint8)
@@ -167,10 +140,9 @@ def _codes_per_integer(bits: int) -> int:
 def _steps(bits: int) -> list[tuple[int, int, int]]:
     """(shift, low, high) of each halving step, the widest move first.
 
-    A step moves the upper half of the codes in every field to the middle of its room: ``low`` masks the
-    codes that stay, ``high`` the places of the codes after their move up by ``shift`` bits. With eight
-    codes (one digit each, code 0 on the right) the fields go ``76543210`` -> ``7654 3210`` ->
-    ``76 54 32 10`` -> ``7 6 5 4 3 2 1 0``.
+    A step moves the upper half of the codes in every field to the middle of its room: ``low`` masks the codes that
+    stay, ``high`` the places of those that moved up by ``shift`` bits. Eight codes, code 0 on the right, go
+    ``76543210`` -> ``7654 3210`` -> ``76 54 32 10`` -> ``7 6 5 4 3 2 1 0``.
     """
     lanes = _codes_per_integer(bits)
     steps = []

@@ -36,7 +36,6 @@ class Problem:
         weights: by layer, (out, in), float32, all on the device where the work is done.
         stats: of the layers' inputs, by the same names; layers that read one input share one object. Empty where the
             run collects none.
-        seed: of the run.
         methods: the settings of layers that have their own, where such are solved together (scope "block").
         projections: with scope "experts", the layers of each projection in the experts' order, of the projections that
             read the same inputs: gate and up, or down alone; else empty.

@@ -7,10 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-MEASURES = {
-    "amax": "largest magnitude of the whole residual",
-    "group": "root mean square, over (row, group), of the residual's max - min",
-}
+# Of the residual: its largest magnitude, or the root mean square, over (row, group), of max - min.
+MEASURES = ("amax", "group")
 # The residual is brought down by this many ranks between two looks at the stopping rule.
 _RANKS_PER_LOOK = 16
 # A tile stays in a core's L2 cache while those ranks are taken off it, and is just below the size from which
@@ -21,11 +19,7 @@ _TILE_ELEMENTS = (1 << 15) - 1
 
 @dataclass(frozen=True)
 class RankChoice:
-    """The rank kept, why it is not larger, and the range measure at ranks 0, 1, 2, ... as far as seen.
-
-    ``stop`` is ``"budget"``, ``"precision"``, ``"flat"``, ``"useless"`` or ``"exhausted"``; see
-    :func:`choose_rank`.
-    """
+    """The rank kept, why it is not larger, and the range measure at ranks 0, 1, 2, ... as far as seen."""
 
     rank: int
     stop: str
@@ -38,8 +32,7 @@ def rank_cap(rows: int, cols: int, *, bits: int, factor_bits: int, budget: float
         floor(budget * bits * rows * cols / (factor_bits * (rows + cols))),  at most min(rows, cols)
 
     Args:
-        rows: output features of the weight.
-        cols: input features of the weight.
+        rows, cols: of the weight.
         bits: width of one code.
         factor_bits: width of one stored entry of the factors.
         budget: growth allowed, ``x`` in the paper; dimensionless.
@@ -97,9 +90,7 @@ def choose_rank(
         left: candidate components, best first; see :func:`lorq.core.sketch.sketch`. More than
             :func:`rank_cap` of them are never looked at; that many suffice for ``"budget"`` to be told.
         right: their right factors.
-        bits: width of one code.
-        factor_bits: width of one stored entry of the factors.
-        budget: share by which the factors may enlarge the codes.
+        bits, factor_bits, budget: as in :func:`rank_cap`.
         slope_window: ranks over which the drop is measured, at least 1.
         slope_threshold: least relative drop over the window; 0 turns the test off for a falling curve.
         min_gain: least total relative drop, else rank 0.
@@ -111,18 +102,31 @@ def choose_rank(
         ValueError: if an option is out of range or the shapes disagree.
 
     Source:
-        FLRQ, arXiv:2601.05684, Eq. 9 and Algorithm 1. Window, slope threshold, warm-up, minimal gain
-        and the ranks kept are not in the paper; they are those of the authors' code, which counts
-        components from 0: at index ``i = r - 1`` it keeps ``i`` or ``i - window // 2``, and tests
-        precision only for ``i > warm_up``. Ours: the window may start at the untouched matrix, and the
-        rank over budget is known beforehand (:func:`rank_cap`), so it is never taken off nor tested.
+        FLRQ, arXiv:2601.05684, Eq. 9 and Algorithm 1. Window, slope threshold, warm-up, minimal gain and the ranks
+        kept are those of the authors' code, which counts components from 0: at index ``i = r - 1`` it keeps ``i`` or
+        ``i - window // 2``, and tests precision only for ``i > warm_up``. Ours: the window may start at the untouched
+        matrix, and the rank over budget is known beforehand, so it is never taken off nor tested.
 
     Example:
         >>> left, right = torch.full((64, 1), 2.0), torch.ones(1, 64)
         >>> choose_rank(left @ right, left, right, bits=4, factor_bits=8)
         RankChoice(rank=1, stop='exhausted', curve=(2.0, 0.0))
     """
-    _check(a, left, right, slope_window=slope_window, measure=measure, group_size=group_size)
+    if (left.shape[0], right.shape[1], left.shape[1]) != (*a.shape, right.shape[0]):
+        raise ValueError(
+            f"left (p, r) and right (r, q) must fit a of shape {tuple(a.shape)}, got "
+            f"{tuple(left.shape)} and {tuple(right.shape)}"
+        )
+    if slope_window < 1:
+        raise ValueError(f"slope_window must be at least 1, got {slope_window}")
+    if measure not in MEASURES:
+        raise ValueError(f"measure must be one of {sorted(MEASURES)}, got {measure!r}")
+    if (measure == "group") != (group_size is not None):
+        raise ValueError(
+            f"group_size goes with measure 'group' and only with it, got measure {measure!r}, {group_size=}"
+        )
+    if group_size is not None and (group_size < 1 or a.shape[1] % group_size):
+        raise ValueError(f"group_size must divide the {a.shape[1]} columns, got {group_size}")
     cap = rank_cap(*a.shape, bits=bits, factor_bits=factor_bits, budget=budget)
     bits_per_rank = factor_bits * sum(a.shape) / a.numel()
     candidates = min(left.shape[1], cap)
@@ -136,7 +140,7 @@ def choose_rank(
         if r >= slope_window and _is_small_drop(curve[r - slope_window], curve[r], slope_threshold):
             rank, stop, seen = max(0, r - 1 - slope_window // 2), "flat", r
             break
-        if r > warm_up + 1 and r * bits_per_rank >= _saved_bits(curve[0], curve[r]):
+        if r > warm_up + 1 and curve[r] > 0 and r * bits_per_rank >= math.log2(curve[0] / curve[r]):
             rank, stop, seen = r - 1, "precision", r
             break
     if rank > 0 and _is_small_drop(curve[0], curve[rank], min_gain):
@@ -147,10 +151,6 @@ def choose_rank(
 def _is_small_drop(before: float, after: float, share: float) -> bool:
     # Not strict, so that a residual of zero, which cannot fall, counts as flat.
     return before - after <= share * before
-
-
-def _saved_bits(before: float, after: float) -> float:
-    return math.log2(before / after) if after > 0 else math.inf
 
 
 def _deflate(
@@ -188,29 +188,3 @@ def _range(tile: Float[Tensor, "rows q"], measure: str, group_size: int | None) 
     # torch 2.13 on a CPU: `aminmax` along an axis takes ten times as long as these two.
     grouped = tile.unflatten(1, (-1, group_size or tile.shape[1]))
     return torch.linalg.vector_norm(grouped.amax(-1) - grouped.amin(-1))
-
-
-def _check(
-    a: Float[Tensor, "p q"],
-    left: Tensor,
-    right: Tensor,
-    *,
-    slope_window: int,
-    measure: str,
-    group_size: int | None,
-) -> None:
-    if (left.shape[0], right.shape[1], left.shape[1]) != (*a.shape, right.shape[0]):
-        raise ValueError(
-            f"left (p, r) and right (r, q) must fit a of shape {tuple(a.shape)}, got "
-            f"{tuple(left.shape)} and {tuple(right.shape)}"
-        )
-    if slope_window < 1:
-        raise ValueError(f"slope_window must be at least 1, got {slope_window}")
-    if measure not in MEASURES:
-        raise ValueError(f"measure must be one of {sorted(MEASURES)}, got {measure!r}")
-    if (measure == "group") != (group_size is not None):
-        raise ValueError(
-            f"group_size goes with measure 'group' and only with it, got measure {measure!r}, {group_size=}"
-        )
-    if group_size is not None and (group_size < 1 or a.shape[1] % group_size):
-        raise ValueError(f"group_size must divide the {a.shape[1]} columns, got {group_size}")

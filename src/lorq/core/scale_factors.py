@@ -46,8 +46,6 @@ def block_scales(
     The covering scale is ``max|w| / max(levels)``; on the integer grid the lowest level then lies outside.
 
     Args:
-        weight: W.
-        grid: the levels.
         block: columns of a block; must divide the width.
         importance: what a squared error costs in each column; 1 if left out.
         shares: of the covering scale, to try; the first of equals wins.
@@ -137,12 +135,8 @@ def fit_least_squares(
     held. So each row (column) tries 2, 4, 8 and 16 times the step and keeps the best, or stays. No half raises the sum.
 
     Args:
-        weight: W.
-        left: B to start from.
-        right: A to start from.
-        grid: the levels.
+        weight, left, right: W, and B and A to start from.
         importance: d, what a squared error costs in each column.
-        sweeps: how many.
 
     Returns:
         ``(B, A, losses)``: the sum at the start and after each half, with nearest codes.

@@ -19,26 +19,23 @@ def rank1_sketch(
 
         P = A (A^T A)^iterations s,    K = A^T P,    left = (|K| / |P|^2) P,    right = K / |K|
 
-    so that ``left right = u u^T A`` with ``u = P / |P|``: what remains, ``(I - u u^T) A``, never
-    has a larger Frobenius norm. ``2 * iterations + 2`` matrix-vector products.
+    so that ``left right = u u^T A`` with ``u = P / |P|``: what remains, ``(I - u u^T) A``, never has a larger norm.
 
     Args:
         a: the matrix; float32 or float64; left unchanged.
-        iterations: applications of ``A A^T``, at least 0; the paper uses 2. At 0 the answer is poor.
+        iterations: applications of ``A A^T``, at least 0; the paper uses 2.
         generator: source of the test vector, on ``a``'s device.
 
     Returns:
-        ``(left, right)``: ``left`` carries the singular value, ``right`` has unit norm. Both are
-        zero where ``a`` is.
+        ``(left, right)``: ``left`` carries the singular value, ``right`` has unit norm; zero where ``a`` is.
 
     Raises:
         ValueError: if ``iterations`` is negative or ``a`` is not finite.
         TypeError: if ``a`` is neither float32 nor float64.
 
     Source:
-        FLRQ, arXiv:2601.05684, Eq. 5-7. Deviation: P is brought to unit norm after every product.
-        The result depends only on the direction of P, and ``sigma^(2 iterations + 1)`` would
-        overflow float32.
+        FLRQ, arXiv:2601.05684, Eq. 5-7. Deviation: P, of which only the direction counts, is brought to unit norm
+        after every product: ``sigma^(2 iterations + 1)`` would overflow float32.
 
     Example:
         >>> a = torch.outer(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 0.0, 4.0]))
@@ -69,32 +66,29 @@ def sketch(
 ) -> Factors:
     """Factors of rank ``rank`` close to the best ones: ``a ~ left @ right``.
 
-    Both forms give ``left right = U U^T A`` with orthonormal ``U``. Any leading ``r`` columns of
-    ``left`` and rows of ``right`` are a good rank-``r`` answer themselves, and the residual never
-    grows with ``r``.
+    Both forms give ``left right = U U^T A`` with orthonormal ``U``. Any leading ``r`` columns of ``left`` and rows of
+    ``right`` are a good rank-``r`` answer themselves, and the residual never grows with ``r``.
 
-    ``"rank1"``: ``rank`` times :func:`rank1_sketch`, each on what the ones before left over.
-    Components come in the order found, which only tends to be by falling singular value.
+    ``"rank1"``: ``rank`` times :func:`rank1_sketch`, each on what the ones before left over; the order only tends to be
+    by falling singular value.
 
-    ``"block"``: ``rank + oversample`` test vectors at once. Subspace iteration (Halko et al.,
-    arXiv:0909.4061, Algorithm 4.4) gives an orthonormal basis Q of ``(A A^T)^iterations S``; the
-    eigenvectors of ``(Q^T A)(Q^T A)^T`` turn it so that components are ordered by falling singular
-    value. ``2 * iterations + 1`` products with A: the test vectors are drawn on the left side, which
-    saves the product that would bring them there and costs half a step of convergence.
+    ``"block"``: ``rank + oversample`` test vectors at once. Subspace iteration (Halko et al., arXiv:0909.4061,
+    Algorithm 4.4) gives an orthonormal basis Q of ``(A A^T)^iterations S``; the eigenvectors of ``(Q^T A)(Q^T A)^T``
+    turn it so that components are ordered by falling singular value. The test vectors are drawn on the left side, which
+    saves a product with A and costs half a step of convergence.
 
     Args:
         a: the matrix; float32 or float64; left unchanged.
         rank: number of factor pairs, ``0 <= rank <= min(p, q)``.
         form: ``"block"`` or ``"rank1"``.
-        iterations: applications of ``A A^T``, at least 0. At 0 the answer is useless: the block form
-            then projects on random directions.
-        oversample: extra test vectors of the block form, at least 0; ``"rank1"`` has no use for it.
-            16 keeps the block form ahead of the rank-1 form at the last component too; 8 does not.
+        iterations: applications of ``A A^T``, at least 0. At 0 the block form projects on random directions.
+        oversample: extra test vectors of the block form, at least 0. 16 keeps it ahead of the rank-1 form at the last
+            component too; 8 does not.
         generator: source of the test vectors, on ``a``'s device. Same seed, same bits.
 
     Returns:
-        ``(left, right)``: columns of ``left`` are orthogonal and carry the singular values, rows of
-        ``right`` have unit norm (zero for components that are exactly zero).
+        ``(left, right)``: columns of ``left`` are orthogonal and carry the singular values, rows of ``right`` have unit
+        norm, or are zero.
 
     Raises:
         ValueError: if an option is out of range, ``form`` is unknown or ``a`` is not finite.
@@ -151,10 +145,9 @@ FORMS: dict[str, Callable[..., Factors]] = {"block": _block, "rank1": _rank1}
 def _orthonormalise(y: Float[Tensor, "long width"]) -> Float[Tensor, "long width"]:
     """An orthonormal basis whose span contains the columns of ``y``; ``long >= width``.
 
-    Cholesky-QR: with ``D`` the column norms and ``C C^T = D^-1 Y^T Y D^-1``, ``Q = Y D^-1 C^-T``. A few
-    products of matrices, where Householder QR works column by column.
-    It squares the condition number, so it is for float32 only, whose Gram matrix float64 holds with
-    digits to spare, and for columns that are far from dependent; all else goes to Householder.
+    Cholesky-QR: with ``D`` the column norms and ``C C^T = D^-1 Y^T Y D^-1``, ``Q = Y D^-1 C^-T``. It squares the
+    condition number, so it is for float32 only, whose Gram matrix float64 holds with digits to spare, and for columns
+    that are far from dependent; all else goes to Householder, which works column by column.
     """
     if y.dtype == torch.float32:
         yt = y.double().T  # (width, long)

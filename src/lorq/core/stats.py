@@ -20,14 +20,13 @@ class InputStats:
     """Second moments and mean magnitudes of one distinct input.
 
     Attributes:
-        hessian: ``sum_t v_t d_t x_t x_t^T / sum_t v_t``, that is ``X^T D X / tokens`` where no token is weighed by
-            a router (``v_t = 1``); squared activation units (dimensionless with "equal" weights).
+        hessian: ``sum_t v_t d_t x_t x_t^T / sum_t v_t``; ``v_t`` is 1 where no router weighs the tokens. Squared
+            activation units (dimensionless with "equal" weights).
         mean_abs: ``sum_t v_t sqrt(d_t) |x_tj| / sum_t v_t``, per input channel.
         tokens: calibration tokens seen.
         routed: how many of them the layer gets in use, where that is fewer: an expert that saw too few tokens has the
             statistics of all.
-        low: smallest value of each channel, unweighted; None where nobody looked.
-        high: largest.
+        low, high: smallest and largest value of each channel, unweighted; None where nobody looked.
     """
 
     hessian: Float[Tensor, "in in"]
@@ -94,9 +93,8 @@ class PreparedHessian:
 class StatsAccumulator:
     """Sums an input's statistics window by window, in float32.
 
-    ``D`` weighs the tokens. "equal" gives each token the weight ``1 / mean(x_t^2)``, so that each counts the
-    same: language models have a few tokens with enormous activations (attention sinks), and the "plain" sum,
-    ``D = I``, serves only those. Weights ``v_t`` from outside come on top; only their ratios matter.
+    ``D`` weighs the tokens: "equal" by ``1 / mean(x_t^2)``, as a few have enormous activations (attention sinks), and
+    the "plain" sum, ``D = I``, serves only those. Weights ``v_t`` from outside come on top; only their ratios matter.
     """
 
     def __init__(self, width: int, token_weights: TokenWeights = "equal", device: torch.device | str = "cpu"):
@@ -109,11 +107,7 @@ class StatsAccumulator:
         self.weight = 0.0  # sum of v_t
 
     def add(self, inputs: Float[Tensor, "*batch in"], weights: Float[Tensor, "*batch"] | None = None) -> None:
-        """Count ``inputs``; leading dimensions are tokens.
-
-        Args:
-            inputs: of the layer.
-            weights: ``v_t``, at least 0; 1 for all tokens if left out.
+        """Count ``inputs``; leading dimensions are tokens, of weights ``v_t``, 1 if left out.
 
         Raises:
             FloatingPointError: if an input is not finite.

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lorq.core.low_rank import FACTOR_TYPES, LowRank, Metric, factor_bits, store_vectors
+from lorq.core.packing import Layout, stored_bits
 
 _OVERSAMPLE = 16
 
@@ -20,8 +21,7 @@ class TileFactors:
     Attributes:
         left: (grid columns, out, rank), float16, int8 or float8_e4m3fn.
         right: (grid rows, rank, in), of the same type.
-        left_scale: (grid columns, rank) float16; None for 16-bit factors.
-        right_scale: (grid rows, rank) float16; likewise.
+        left_scale, right_scale: (grid columns or rows, rank) float16; None for 16-bit factors.
         cells: int16; row and column of each expert.
         input_scale: float16; what an expert's input is multiplied by before its ``right``, both then in the model's
             own channels; None if nothing, ``right`` then is in the basis of the expert's weight.
@@ -82,13 +82,8 @@ class TileFactors:
 class TileFormat:
     """What must be known of tile factors to make room for them before their tensors are read.
 
-    Attributes:
-        rows: of the grid.
-        columns: of the grid.
-        experts: in its cells.
-        rank: of the factors.
-        factor_type: "float16", "int8" or "e4m3".
-        input_scale: whether each expert has a scale for its input.
+    Rows and columns of the grid, the experts in its cells, rank and type of the factors ("float16", "int8" or "e4m3"),
+    and whether each expert has a scale for its input.
     """
 
     rows: int
@@ -98,10 +93,10 @@ class TileFormat:
     factor_type: str
     input_scale: bool = False
 
-    def layout(self, out: int, in_: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def layout(self, out: int, in_: int) -> Layout:
         """Shape and dtype of every tensor that tile factors of this format store; the inverse is `tensors`."""
         kind = FACTOR_TYPES[self.factor_type][0]
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        layout: Layout = {
             "left": ((self.columns, out, self.rank), kind),
             "right": ((self.rows, self.rank, in_), kind),
             "cells": ((self.experts, 2), torch.int16),
@@ -115,7 +110,7 @@ class TileFormat:
 
     def stored_bits(self, out: int, in_: int) -> int:
         """Every bit: factors, their scales, cells, input scales."""
-        return sum(8 * dtype.itemsize * math.prod(shape) for shape, dtype in self.layout(out, in_).values())
+        return stored_bits(self.layout(out, in_))
 
     def share(self, out: int, in_: int) -> int:
         """Bits that fall to one expert, rounded up."""
@@ -159,14 +154,12 @@ def place_experts(
 
     Args:
         scaled: the experts' matrices in the metric of the fit.
-        rows: of the grid.
-        columns: of the grid; ``rows * columns`` at least the number of experts.
+        rows, columns: of the grid, which has a cell for each expert at least.
         rank: singular vectors that are compared.
         generator: for the sketches.
 
     Source:
-        TileQ's authors' code, step 3-4; its k-means on flattened singular vectors takes ``u`` and ``-u`` for
-        different directions.
+        TileQ's authors' code, step 3-4, whose k-means on singular vectors takes ``u`` and ``-u`` for two directions.
     """
     experts = scaled.shape[0]
     rank = min(rank, *scaled.shape[1:])
@@ -254,16 +247,14 @@ def fit_tiles(
     Args:
         targets: what the low-rank parts shall approximate, by expert.
         metrics: ``C_i``, one for each grid row.
-        cells: row and column of each expert.
-        grid: rows and columns.
+        cells, grid: row and column of each expert; how many there are.
         rank: factor pairs.
         type: of the stored factors, see `lorq.core.low_rank.store_factors`.
-        iterations: of the subspace iteration.
-        generator: for its test vectors.
+        iterations, generator: of the subspace iteration and its test vectors.
 
     Source:
-        TileQ's authors' code, step 5. Deviations as in `lorq.core.low_rank.r1svd`; each block has a scale of its
-        own, and empty cells are left out of the fit, where the code fits zeros there.
+        TileQ's authors' code, step 5, which fits zeros in empty cells. Deviations as in `lorq.core.low_rank.r1svd`;
+        each block has a scale of its own.
     """
     cells = cells.to(targets.device, torch.int16)
     rows, columns = cells[:, 0].long(), cells[:, 1].long()
@@ -274,20 +265,9 @@ def fit_tiles(
         left, right = _fit_pair(rest, start, metrics, rows, columns, grid, type)
         lefts.append(left)
         rights.append(right)
-    stored_left = [store_vectors(left, type) for left in torch.stack(lefts, 1)]  # each (rank, out)
-    stored_right = [store_vectors(right, type) for right in torch.stack(rights, 1)]
-    return TileFactors(
-        left=torch.stack([codes.T.contiguous() for codes, _ in stored_left]),
-        right=torch.stack([codes for codes, _ in stored_right]),
-        left_scale=_stacked([scale for _, scale in stored_left]),
-        right_scale=_stacked([scale for _, scale in stored_right]),
-        cells=cells,
-    )
-
-
-def _stacked(scales: list[Tensor | None]) -> Tensor | None:
-    present = [scale for scale in scales if scale is not None]
-    return torch.stack(present) if present else None
+    stored_left, left_scale = store_vectors(torch.stack(lefts, 1), type)  # (columns, rank, out)
+    stored_right, right_scale = store_vectors(torch.stack(rights, 1), type)
+    return TileFactors(stored_left.transpose(1, 2).contiguous(), stored_right, left_scale, right_scale, cells)
 
 
 def _right_vectors(

@@ -1,6 +1,5 @@
 """QuantizedWeight: the value that passes from a method's solve to packing, running and reporting."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +12,8 @@ from lorq.core.activations import Activations
 from lorq.core.basis import Basis, check_block
 from lorq.core.codes import Codes, CodesFormat
 from lorq.core.low_rank import LowRank, factor_layout
+from lorq.core.packing import Layout, stored_bits
 from lorq.core.tile_factors import TileFactors
-
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,8 @@ class LayerFormat:
         permuted: the channels of the weight's basis (`lorq.core.basis.Basis`) are in an order of its own.
         rotation_block: size of the basis' Walsh-Hadamard blocks; 0 for none.
         rotation_skip: columns before the first block.
-        input_quantization: of the layer's inputs, "none", "token" or "tensor" (`lorq.core.activations.Activations`).
-        output_quantization: of its outputs, "none" or "token".
+        input_quantization: of the layer's inputs (`lorq.core.activations.Activations`).
+        output_quantization: of its outputs.
     """
 
     codes: CodesFormat
@@ -75,11 +73,7 @@ class LayerFormat:
 
     def stored_bits(self, out: int, in_: int) -> int:
         """Every bit that a layer of this format and shape stores, padding of rows included, but for its shape."""
-        return sum(
-            8 * dtype.itemsize * math.prod(shape)
-            for name, (shape, dtype) in self.layout(out, in_).items()
-            if name != "weight_shape"
-        )
+        return stored_bits({name: of for name, of in self.layout(out, in_).items() if name != "weight_shape"})
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> "QuantizedWeight":
         """The weight behind stored tensors, without its record; the inverse of `QuantizedWeight.tensors`.
@@ -129,12 +123,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Tile:
-    """Which expert's part of shared factors a weight has.
-
-    Attributes:
-        factors: of all experts of one projection.
-        expert: number of the expert.
-    """
+    """The number of an expert, and the factors of all experts of its projection."""
 
     factors: TileFactors
     expert: int
@@ -156,7 +145,6 @@ class QuantizedWeight:
     ``... T^-1 + left right``.
 
     Attributes:
-        codes: whole, of any kind (`lorq.core.codes`).
         low_rank: the factors, or the expert's part of those that it shares, or None.
         basis: T, or None for the model's own channels.
         activations: whether inputs and outputs are quantized when the layer runs; `dense` is the weight alone.

@@ -3,7 +3,6 @@
 from lorq.kernels.dispatch import (
     KERNELS,
     Implementation,
-    Kernels,
     declines_experts,
     few_tokens,
     implementation,
@@ -15,6 +14,6 @@ from lorq.kernels.reference import fake_quantize, quant_linear, rotate
 from lorq.kernels.reference_experts import expert_linear
 
 __all__ = [
-    "KERNELS", "Implementation", "Kernels", "declines_experts", "expert_linear", "fake_quantize", "few_tokens",
+    "KERNELS", "Implementation", "declines_experts", "expert_linear", "fake_quantize", "few_tokens",
     "implementation", "int8_linear", "multiply", "quant_linear", "rotate", "turn",
 ]  # fmt: skip

@@ -1,9 +1,7 @@
-"""The quantized linear on the CPU in C++ (native/): the checkpoint's own words, read as they are.
+"""The quantized linear on the CPU in C++ (native/): the checkpoint's own words, read as they are (docs/kernels.md).
 
-Few tokens are multiplied straight from the codes: integer codes by bytes of the inputs (three of a float32 one, two of
-a half-precision one, on a step for each group that is a power of two), everything else in float32.
-Many tokens decode a strip of rows at a time and multiply it with torch's matrix product. Inputs that are not finite, or
-all but zero, take the second way, where they come out as the reference has them.
+Few tokens are multiplied straight from the codes, many by strips of decoded rows and torch's matrix product. Inputs
+that are not finite, or all but zero, take the second way, where they come out as the reference has them.
 
 The library is one module for each instruction set; the best that this machine has is checked against the portable one
 on small products when it is first needed.
@@ -46,9 +44,8 @@ def products(kind: str) -> Iterator[None]:
     """How inputs enter the products with integer codes while this is entered, in the whole process.
 
     Args:
-        kind: "exact" takes 15 bits of half-precision inputs and 23 of float32 ones, relative to the largest of a group.
-            "bytes" rounds every input to 8 bits on its group's range, whatever the number of tokens: fewer
-            instructions, and an error as that of activations quantized on the fly (docs/kernels.md has both).
+        kind: "exact" takes 15 bits of half-precision inputs and 23 of float32 ones, relative to the largest of a group;
+            "bytes" rounds every input to 8 bits on its group's range, whatever the number of tokens (docs/kernels.md).
 
     Raises:
         ValueError: for another word.
@@ -104,18 +101,11 @@ def check_products(kind: str) -> None:
 
 
 def declines(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a layer is not multiplied by the C++ kernels; None where it is.
-
-    Args:
-        format: of the layer.
-        in_features: its width.
-        device: that it runs on.
-        dtype: of its inputs.
-    """
+    """Why a layer is not multiplied by the C++ kernels, see `lorq.kernels.dispatch.Kernels`; None where it is."""
     why = declines_input("cpu", device, dtype)
     if why is None and library()[0] is None:
         why = library()[1]
-    return declines_format(format, in_features) if why is None else why
+    return why or declines_format(format, in_features)
 
 
 def few_tokens(*, by_bytes: bool) -> int:
@@ -123,15 +113,13 @@ def few_tokens(*, by_bytes: bool) -> int:
 
     Args:
         by_bytes: codes are whole numbers under group scales, or what a codebook has for them is looked up as bytes.
-            Others are decoded once a token where they are multiplied directly, and once for all where they are not.
+            Others are decoded once a token.
     """
     return _few_tokens(library()[1], by_bytes)
 
 
 def _few_tokens(instructions: str, by_bytes: bool) -> int:
-    if not by_bytes:
-        return 1
-    return 24 if instructions in ("vnni", "vbmi") else 8
+    return (24 if instructions in ("vnni", "vbmi") else 8) if by_bytes else 1
 
 
 def declines_format(f: LayerFormat, in_features: int) -> str | None:
@@ -251,11 +239,7 @@ def _product_type(dtype: torch.dtype) -> torch.dtype:
 def weight_of(operands: Sequence[Tensor | None], bits: int, in_features: int, *, experts: bool = False) -> Any:
     """A weight as the library sees it, or None where it is not covered.
 
-    Args:
-        operands: the operator's.
-        bits: stored bits of a code per weight.
-        in_features: width.
-        experts: all but the levels are those of several experts, experts first; the result is the first one's.
+    With ``experts`` all operands but the levels are those of several experts; the result is the first one's.
     """
     return _WEIGHTS.of(operands, bits, in_features, experts)[0]
 

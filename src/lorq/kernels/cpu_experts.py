@@ -14,15 +14,9 @@ from lorq.kernels.reference_experts import declines_experts
 def declines(
     format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype, pairs: float
 ) -> str | None:
-    """Why experts of one format are not multiplied in one call; None where they are.
+    """Why experts of one format are not multiplied in one call, see `lorq.kernels.dispatch.Kernels`.
 
-    Args:
-        format: of the experts.
-        in_features: their width.
-        device: that they run on.
-        dtype: of the inputs.
-        pairs: of a token and an expert, for each expert. Many are faster one expert after the other, where each
-            decodes its weight once.
+    Many pairs are faster one expert after the other, where each decodes its weight once.
     """
     if torch.compiler.is_compiling():
         return "a program is being compiled, which one call of C++ is no part of"
@@ -30,8 +24,7 @@ def declines(
     few = cpu.few_tokens(by_bytes=sizes is not None and sizes.whole_numbers)
     if pairs > few:
         return f"an expert has {pairs:.1f} tokens, and more than {few} are faster one expert after the other"
-    why = declines_experts(format)
-    return cpu.declines(format, in_features, device, dtype) if why is None else why
+    return declines_experts(format) or cpu.declines(format, in_features, device, dtype)
 
 
 def run(
@@ -45,13 +38,10 @@ def run(
     """``y_p = W_e x_t + left_j right_i x_t`` for each pair ``p`` of a token and its expert ``e`` in cell ``(i, j)``.
 
     Args:
-        x: (rows, in), in the basis of the weights; a row has as many pairs as there are pairs for each.
-        expert: (pairs,) experts; numbers past the last one stand for none, whose output is zero.
+        x, expert, levels, bits: as of `lorq.kernels.reference_experts.expert_linear`.
         stored: packed codes, scale, zero point, codebook and its scale of all experts, experts first.
-        levels: what codes stand for, or None.
         shared: left (grid columns, out, rank) and right (grid rows, rank, in) factors, their scales (grid columns or
             rows, rank), None for 16-bit ones, and the experts' cells (experts, 2) int16; None for no such factors.
-        bits: stored bits of a code per weight.
 
     Returns:
         (pairs, out) in the dtype of ``x``; None where the library does not take these tensors, or inputs that are not
@@ -77,13 +67,10 @@ def run(
     return y if done else None
 
 
-_NONE = (0, 0, 0)
-
-
 def _read_shared(shared: tuple[Tensor | None, ...] | None, out: int, in_: int, experts: int) -> tuple[Any, ...] | None:
     """The shared factors as the library is told of them; None where they are not as it takes them."""
     if shared is None:
-        return _NONE, _NONE, 0, 0, 0, 0
+        return (0, 0, 0), (0, 0, 0), 0, 0, 0, 0
     left, right, left_scale, right_scale, cells = shared
     assert left is not None and right is not None and cells is not None
     rows, columns, rank = len(right), len(left), right.shape[1]

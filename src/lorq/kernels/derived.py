@@ -50,10 +50,6 @@ class Derived(Generic[T]):
             kept = self._kept[key] = seen, settings, value, live
         return kept[2]
 
-    def forget(self, tensor: Tensor) -> None:
-        """Drop what is kept under a first tensor."""
-        self._kept.pop(id(tensor), None)
-
     def _forgetter(self, key: int) -> Callable[[weakref.ref[Tensor]], None]:
         me = weakref.ref(self)
 

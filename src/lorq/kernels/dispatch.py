@@ -64,14 +64,7 @@ class Implementation:
 
 
 def implementation(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> Implementation:
-    """What multiplies a layer of this format when it runs, without a gradient.
-
-    Args:
-        format: of the layer.
-        in_features: its width.
-        device: that it runs on.
-        dtype: of its inputs.
-    """
+    """What multiplies a layer of this format when it runs, without a gradient; arguments as of `Kernels.declines`."""
     declined = {}
     if format.input_quantization != "none":
         why = int8.declines(format, in_features, device, dtype)
@@ -91,15 +84,7 @@ def implementation(format: LayerFormat, in_features: int, device: torch.device, 
 def declines_experts(
     format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype, pairs: float
 ) -> str | None:
-    """Why experts of one format do not run in one call; None where they do.
-
-    Args:
-        format: of the experts.
-        in_features: their width.
-        device: that they run on.
-        dtype: of their inputs.
-        pairs: of a token and an expert, for each expert.
-    """
+    """Why experts of one format do not run in one call, see `Kernels`; None where they do."""
     kernels = KERNELS.get(device.type)
     if kernels is None:
         return f"no kernels run on {device.type}"
@@ -107,8 +92,7 @@ def declines_experts(
 
 
 def multiply(x: Tensor, *arguments: Any) -> Tensor:
-    """`quant_linear`, without torch's dispatcher where nothing is traced and nothing learns: that costs as much as a
-    small layer. Arguments and result are the operator's."""
+    """`quant_linear`, without torch's dispatcher, as costly as a small layer, where nothing is traced or learns."""
     kernels = _direct(x, *arguments)
     return quant_linear(x, *arguments) if kernels is None else kernels.multiply(x, *arguments)
 
@@ -131,10 +115,6 @@ def _direct(x: Tensor, *arguments: Any) -> Kernels | None:
         return None
     if torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack():
         return None
-    if torch.is_grad_enabled() and _learns(x, *arguments):
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, *arguments)):
         return None
     return KERNELS.get(x.device.type)
-
-
-def _learns(*tensors: Any) -> bool:
-    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)

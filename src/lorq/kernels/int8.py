@@ -12,13 +12,11 @@ or token. They come as float32, exact below 2^24; the reference rounds the decod
 ``x`` before it multiplies them.
 
 A trap: processors without VNNI (or AMX) add neighbouring pairs of byte products in saturating 16-bit integers, and
-``255 * 128 * 2`` does not fit. Whether this machine does is found out once, by a product whose sum is known. Where it
-does, weights of up to 7 bits are exact all the same (``255 * 64 * 2 < 2^15``); for 8-bit weights the input's codes are
-taken apart, ``a = 16 a_high + a_low``, and both halves go through one product of twice the tokens. Taking the weight
-apart costs as much time, and a second byte a weight.
+``255 * 128 * 2`` does not fit. Whether this machine does is found out once, by a product whose sum is known. There
+weights of up to 7 bits are exact all the same (``255 * 64 * 2 < 2^15``); for 8-bit weights the input's codes are taken
+apart, ``a = 16 a_high + a_low``, and both halves go through one product of twice the tokens.
 
-What is given up: memory. The bytes of the weight in oneDNN's order are made on first use and kept beside the packed
-codes, 1 byte a weight, for as long as the packed tensor lives unchanged.
+What is given up: memory, a byte a weight in oneDNN's order for as long as the packed tensor lives unchanged.
 """
 
 from collections.abc import Sequence
@@ -42,36 +40,30 @@ def declines(format: LayerFormat, in_features: int, device: torch.device, dtype:
     """Why inputs cannot be multiplied as whole numbers; None where they are.
 
     A layer whose input needs a gradient takes the reference besides, whatever this says, and so does one whose packed
-    tensors were made in inference mode: those do not count their changes.
-
-    Args:
-        format: of the layer.
-        in_features: its width.
-        device: that it runs on.
-        dtype: of its inputs.
+    tensors were made in inference mode: those do not count their changes. Arguments as in
+    `lorq.kernels.dispatch.Kernels`.
     """
     why = declines_format(format, in_features, device, dtype)
     if why is None and _products() == "none":
-        return "this build of torch has no exact product of bytes on this processor"
+        why = "this build of torch has no exact product of bytes on this processor"
     return why
 
 
 def declines_format(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """`declines`, but for what only running something on the machine can tell."""
-    f = format
-    if f.input_quantization == "none":
+    codes = format.codes
+    if format.input_quantization == "none":
         return "inputs are not quantized"
-    codes = f.codes
     if codes.operator is None:
         return f"codes of the kind {codes.kind} have no kernel"
     if not isinstance(codes, IntGrid) and getattr(codes, "levels", "none") != "integer":
         return "codes do not stand for whole numbers"
     if not isinstance(codes, IntGrid) or codes.group_size != in_features:
         return "a row has more than one scale"
-    if f.rank or f.has_basis:
-        return "it has a low-rank part" if f.rank else "its inputs are rotated"
-    if in_features * TOP * 2 ** (f.bits - 1) >= 2**31:
-        return f"sums of {in_features} products of {f.bits} by 8 bits do not fit 32"
+    if format.rank or format.has_basis:
+        return "it has a low-rank part" if format.rank else "its inputs are rotated"
+    if in_features * TOP * 2 ** (codes.bits - 1) >= 2**31:
+        return f"sums of {in_features} products of {codes.bits} by 8 bits do not fit 32"
     return declines_input("cpu", device, dtype)
 
 
@@ -88,13 +80,8 @@ def int8_linear(
     """``y = fake_quantize(x) decode(codes, scale)^T``, in the dtype of ``x``; without a gradient.
 
     Args:
-        x: (..., in), floating point.
-        packed: (out, words) int32, see `lorq.core.packing`.
-        scale: (out, 1) float16.
-        zero_point: (words, 1) int32, packed along the rows; None for symmetric grids.
-        input_scale: (1,) float32 of a grid fixed by calibration; None takes each token's own range.
-        input_zero_point: (1,) int32; likewise.
-        bits: of a code.
+        x, packed, scale, zero_point, bits: as of `lorq.kernels.reference.quant_linear`, of one group for each row.
+        input_scale, input_zero_point: as of `lorq.kernels.reference.fake_quantize`.
 
     Returns:
         (..., out). On the CPU the sums are whole numbers in float32, exact below 2^24; elsewhere it is the reference.
@@ -149,7 +136,7 @@ def _product(codes: UInt8[Tensor, "tokens in"], weight: Tensor, out: int) -> Flo
 
 
 def _in_order(weight: Int8[Tensor, "out in"]) -> Tensor:
-    """Bytes in the order that oneDNN likes best, an opaque tensor."""
+    """In the order that oneDNN likes best, an opaque tensor."""
     return torch.ops.onednn.qlinear_prepack.default(weight, None)
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.codes import CodesFormat, IntGrid, LevelFormat, VectorGrid
@@ -26,14 +25,7 @@ def declines_input(home: str, device: torch.device, dtype: torch.dtype) -> str |
 class CodeSizes:
     """What the kernels of `quant_linear` are told of codes of any kind that they know.
 
-    Attributes:
-        bits: of a code, per weight.
-        group_size: columns that share a scale.
-        levels: what codes stand for, "integer" or one of `lorq.core.codes.LEVEL_KINDS`.
-        scale_rank: of a scale that is a product; 0 where it is not.
-        vector: weights that share a code.
-        codebook_rows: of the weight that share a codebook; 0 without one.
-        codebook_columns: likewise.
+    The words are those of `lorq.core.codes`; 0 stands for a scale or a codebook that is not there.
     """
 
     bits: int
@@ -88,10 +80,7 @@ class Operands(SimpleNamespace):
 
 NAMES = tuple(Operands.__annotations__)
 # The tensors' names in a checkpoint, in the operator's order; levels are not stored, the format tells them.
-STORED_NAMES = (
-    "weight_packed", "weight_scale", "weight_zero_point", "levels", "scale_left", "scale_right", "codebook",
-    "codebook_scale", "left", "right", "left_scale", "right_scale",
-)  # fmt: skip
+STORED_NAMES = ("weight_packed", "weight_scale", "weight_zero_point", *NAMES[3:])
 
 
 def codes_format(p: Operands, bits: int, in_features: int) -> IntGrid | LevelFormat | VectorGrid:
@@ -104,12 +93,6 @@ def codes_format(p: Operands, bits: int, in_features: int) -> IntGrid | LevelFor
         rank = 0 if p.scale_left is None else p.scale_left.shape[1]
         return LevelFormat(bits, "integer" if p.levels is None else "normal-float", in_features // groups, rank)
     return IntGrid(bits, in_features // groups, p.zero_point is None)
-
-
-def decoded(p: Operands, bits: int, in_features: int) -> Float[Tensor, "out in"]:
-    """The values that the operator's codes stand for, float32."""
-    tensors = {stored: getattr(p, name) for stored, name in zip(STORED_NAMES, NAMES, strict=True)}
-    return codes_format(p, bits, in_features).read(tensors, len(p.packed), in_features).decode()
 
 
 def format_of(p: Operands, bits: int, in_features: int) -> LayerFormat | None:

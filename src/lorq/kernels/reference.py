@@ -8,7 +8,7 @@ from lorq.core.basis import Basis
 from lorq.core.codes import level_values
 from lorq.core.low_rank import LowRank
 from lorq.core.packing import unpack
-from lorq.kernels.operands import NAMES, Operands, decoded
+from lorq.kernels.operands import NAMES, STORED_NAMES, Operands, codes_format
 
 # Entries of the weight's gradient that are in memory at once, 16 MB.
 _STRIP_ENTRIES = 1 << 22
@@ -16,7 +16,10 @@ _STRIP_ENTRIES = 1 << 22
 
 def dense_weight(*operands: Tensor | None, bits: int, in_features: int) -> Tensor:
     """``decode(codes, scale)`` of the operator's tensors that tell of codes, (out, in), float32."""
-    return decoded(Operands(**dict.fromkeys(NAMES) | dict(zip(NAMES, operands))), bits, in_features)  # noqa: B905
+    given = [*operands, *[None] * (len(NAMES) - len(operands))]
+    p = Operands(**dict(zip(NAMES, given, strict=True)))
+    tensors = dict(zip(STORED_NAMES, given, strict=True))
+    return codes_format(p, bits, in_features).read(tensors, len(p.packed), in_features).decode()  # type: ignore[arg-type]
 
 
 def decoded_linear(x: Tensor, codes: Tensor, low_rank: LowRank | None) -> Tensor:
@@ -59,8 +62,7 @@ def quant_linear_reference(
         codebook_scale: (row tiles, column tiles) float16; likewise.
         left: (out, rank) float16, int8 or float8_e4m3fn; None without a low-rank part, as the next three.
         right: (rank, in) likewise.
-        left_scale: (rank,) float16; None for 16-bit factors.
-        right_scale: likewise.
+        left_scale, right_scale: (rank,) float16; None for 16-bit factors.
         bits: stored bits of a code per weight.
 
     Returns:
@@ -135,8 +137,7 @@ def fake_quantize(x: Tensor, scale: Tensor | None, zero_point: Tensor | None) ->
 
     Args:
         x: (..., in), floating point.
-        scale: (1,) float32 of a grid fixed by calibration; None takes each token's own range.
-        zero_point: (1,) int32; likewise.
+        scale, zero_point: (1,) float32 and int32, of a grid fixed by calibration; None takes each token's own range.
 
     Returns:
         Of the shape of ``x``. Gradients pass straight through; values outside a fixed range have none.
@@ -172,9 +173,7 @@ def rotate_reference(x: Tensor, permutation: Tensor | None, block: int, skip: in
 
     Args:
         x: (..., in), floating point.
-        permutation: (in,) integers; None leaves the channels in order.
-        block: size of the Walsh-Hadamard blocks; 0 for none.
-        skip: columns before the first block.
+        permutation, block, skip: of the basis.
         inverse: back into the model's own channels.
 
     Returns:

@@ -20,8 +20,8 @@ def expert_linear_reference(
     Args:
         x: (rows, in), floating point, in the basis of the weights.
         expert: (pairs,) integers; numbers past the last expert stand for none, whose output is zero.
-        packed: (experts, out, words) int32, of all experts as `lorq.kernels.reference.quant_linear` takes them of one;
-            likewise ``scale``, ``zero_point``, ``codebook`` and ``codebook_scale``, the last three or None.
+        packed, scale, zero_point, codebook, codebook_scale: of all experts, experts first, as
+            `lorq.kernels.reference.quant_linear` takes them of one; the last three or None.
         levels: (2^bits,) float32, the same for all experts, or None.
         left: (grid columns, out, rank) of `lorq.core.tile_factors.TileFactors`; None without shared factors, as the
             next three.

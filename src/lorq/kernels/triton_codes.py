@@ -1,18 +1,11 @@
-"""Packed codes become tiles of weights in registers, in Triton.
+"""Packed codes become tiles of weights in registers, in Triton (docs/kernels.md).
 
-What: a tile of ``N`` rows is read as the words it is stored in (`lorq.core.packing`), each word once, and spread in
+A tile of ``N`` rows is read as the words it is stored in (`lorq.core.packing`), each word once, and spread in
 registers::
 
-    2, 4, 8 bits   a word holds 32 / bits codes:   word -> [word >> 0, word >> bits, ...] & mask
-    3, 6 bits      three words hold four fields of 24 bits:
-                   a = words 0, 1, 2   ->   a0,  a0 >> 24 | a1 << 8,  a1 >> 16 | a2 << 16,  a2 >> 8
-                   and a field holds 24 / bits codes
-
-so that no code is looked for by itself, and one that straddles two words costs a shift for its whole field.
-
-Whole numbers become floating point by writing them into a mantissa: a conversion would run at a quarter of the rate of
-the operations that replace it. In the highest bits of that of 1 they are ``1 + code / 2^bits``, which one multiply-add
-takes to ``(code - zero_point) scale`` exactly.
+    1, 2, 4, 8 bits   a word holds 32 / bits codes
+    3, 6 bits         three words a, b, c hold four fields of 24 bits, and a field holds 24 / bits codes:
+                      a,  a >> 24 | b << 8,  b >> 16 | c << 16,  c >> 8
 """
 
 from typing import Any, no_type_check

@@ -1,14 +1,12 @@
-"""Packed experts on CUDA devices: one launch for all pairs of a token and an expert of a projection.
+"""Packed experts on CUDA devices: one launch for all pairs of a token and an expert of a projection (docs/kernels.md).
 
 Pairs are put in the order of their experts and cut into tiles of one expert each. Nothing is fetched from the device
-for that: there are as many programs as the worst routing has tiles, and those without one return at once. The
-experts' tensors lie one after the other.
-
-What is given up: columns are not cut into spans (`lorq.kernels.triton_linear`), so that a token of few and narrow
-experts does not fill a device.
+for that: there are as many programs as the worst routing has tiles, and those without one return at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +17,9 @@ from lorq.kernels.operands import NAMES, Operands, format_of, known_sizes
 from lorq.kernels.reference_experts import declines_experts, expert_linear, expert_linear_reference
 from lorq.kernels.triton_linear import Tile, choose_tile
 
+# The operator's tensors that tell of the experts' codes, in its order.
+_WEIGHT = ("packed", "scale", "zero_point", "levels", "codebook", "codebook_scale")
+
 
 def declines(
     format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype, pairs: float
@@ -27,8 +28,7 @@ def declines(
 
     Other arguments are those of `triton_linear.declines`.
     """
-    why = declines_experts(format)
-    return triton_linear.declines(format, in_features, device, dtype) if why is None else why
+    return declines_experts(format) or triton_linear.declines(format, in_features, device, dtype)
 
 
 def tile_of(pairs: int, experts: int, dtype: torch.dtype, format: LayerFormat, in_features: int) -> Tile:
@@ -71,32 +71,29 @@ def plan_tiles(expert: Tensor, experts: int, size: int) -> tuple[Tensor, Tensor]
     return order, torch.stack([owner, first, bounds[known + 1]]).int()
 
 
-def linear(
-    x: Tensor, expert: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, levels: Tensor | None,
-    codebook: Tensor | None, codebook_scale: Tensor | None, left: Tensor | None, left_scale: Tensor | None,
-    cells: Tensor | None, projected: Tensor | None, bits: int,
-) -> Tensor:  # fmt: skip
+def linear(x: Tensor, expert: Tensor, *operands: Any) -> Tensor:
     """`expert_linear` by the kernel, whatever the device: for operands that it does not decline."""
-    from lorq.kernels import triton_expert_tile
+    from lorq.kernels import triton_tile
 
-    pairs, in_features, (count, out, words) = len(expert), x.shape[1], packed.shape
+    *weight, left, left_scale, cells, projected, bits = operands
+    pairs, in_features, (count, out, words) = len(expert), x.shape[1], weight[0].shape
     y = x.new_zeros(pairs, out)
     if not y.numel():
         return y
-    format = _format(packed, scale, zero_point, levels, codebook, codebook_scale, bits, in_features)
+    format = _format(weight, bits, in_features)
     assert format is not None
     codes = known_sizes(format)
     tile = tile_of(pairs, count, x.dtype, format, in_features)
     order, plan = (None, None) if tile.tokens == 1 else plan_tiles(expert, count, tile.tokens)
     tiles = pairs if plan is None else plan.shape[1]
-    weight = [packed, scale, zero_point, levels, codebook, codebook_scale]
-    weight[4] = None if codebook is None else codebook.contiguous().view(triton_linear._ENTRIES[codes.vector])
+    if weight[4] is not None:
+        weight[4] = weight[4].contiguous().view(triton_linear._ENTRIES[codes.vector])
     factor, e4m3 = (None, False) if left is None else triton_linear._stored(left)
     arrays = [t if t is None else t.contiguous() for t in (*weight, factor, left_scale, projected, cells)]
     grid_rows, rank = (1, 1) if projected is None else projected.shape[1:]
-    triton_expert_tile.experts[tiles, -(-out // tile.rows)](
+    triton_tile.experts[tiles, -(-out // tile.rows)](
         x.contiguous(), y, expert.contiguous(), order, plan, *arrays, pairs // len(x), tiles, count, out, in_features,
-        words, 0 if zero_point is None else zero_point[0].numel(), grid_rows, rank, BITS=codes.bits,
+        words, 0 if weight[2] is None else weight[2][0].numel(), grid_rows, rank, BITS=codes.bits,
         VECTOR=codes.vector, GROUP=codes.group_size, BOOK_ROWS=codes.codebook_rows,
         BOOK_COLUMNS=codes.codebook_columns, E4M3=e4m3, T=tile.tokens, N=tile.rows, K=tile.columns, R=32,
         STAGES=tile.stages, **triton_linear._options(tile.warps, tile.stages),
@@ -104,17 +101,11 @@ def linear(
     return y
 
 
-def _format(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, levels: Tensor | None, codebook: Tensor | None,
-    codebook_scale: Tensor | None, bits: int, in_features: int,
-) -> LayerFormat | None:  # fmt: skip
-    """What the tensors tell of the experts' format; None where they do not belong together."""
-    parts = {
-        "packed": packed, "scale": scale, "zero_point": zero_point, "codebook": codebook,
-        "codebook_scale": codebook_scale,
-    }  # fmt: skip
-    given = {name: tensor for name, tensor in parts.items() if tensor is not None}
-    if any(len(tensor) != len(packed) for tensor in given.values()):
+def _format(weight: Sequence[Tensor | None], bits: int, in_features: int) -> LayerFormat | None:
+    """What the tensors of `_WEIGHT` tell of the experts' format; None where they do not belong together."""
+    given = {name: tensor for name, tensor in zip(_WEIGHT, weight, strict=True) if tensor is not None}
+    levels = given.pop("levels", None)
+    if any(len(tensor) != len(given["packed"]) for tensor in given.values()):
         return None
     one = dict.fromkeys(NAMES) | {name: tensor[0] for name, tensor in given.items()} | {"levels": levels}
     return format_of(Operands(**one), bits, in_features)
@@ -136,19 +127,14 @@ def _fits(
 
 
 @expert_linear.register_kernel("cuda")
-def linear_or_reference(
-    x: Tensor, expert: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, levels: Tensor | None,
-    codebook: Tensor | None, codebook_scale: Tensor | None, left: Tensor | None, left_scale: Tensor | None,
-    cells: Tensor | None, projected: Tensor | None, bits: int,
-) -> Tensor:  # fmt: skip
-    stored = packed, scale, zero_point, levels, codebook, codebook_scale
-    arguments = (x, expert, *stored, left, left_scale, cells, projected, bits)
-    format = _format(*stored, bits, x.shape[1])
-    # Kernels number one expert's words and scales, and the left factors, in 32 bits.
-    large = any(t is not None and t[0].numel() >= 2**31 for t in (packed, scale, codebook))
+def linear_or_reference(x: Tensor, expert: Tensor, *operands: Any) -> Tensor:
+    *weight, left, left_scale, cells, projected, bits = operands
+    format = _format(weight, bits, x.shape[1])
+    # Kernels number one expert's words, scales and entries, and the left factors, in 32 bits.
+    large = any(t is not None and t[0].numel() >= 2**31 for t in (weight[0], weight[1], weight[4]))
     large |= left is not None and left.numel() >= 2**31
-    fits = format is not None and not large and _fits(x, packed, left, left_scale, cells, projected)
+    fits = format is not None and not large and _fits(x, weight[0], left, left_scale, cells, projected)
     if format is None or not fits or declines(format, x.shape[1], x.device, x.dtype, 1.0) is not None:
-        return expert_linear_reference(*arguments)
+        return expert_linear_reference(x, expert, *operands)
     with torch.cuda.device(x.device):
-        return linear(*arguments)
+        return linear(x, expert, *operands)

@@ -1,22 +1,14 @@
 """The operators on CUDA devices: what `lorq.kernels.triton_tile` covers, in which tiles it runs, and its launches.
 
-Three shapes of work, by the number of tokens:
-
-    1          the sums of a tile of codes times one input, element by element
-    2 .. 64    tensor cores on a tile of 16, 32 or 64 tokens
-    65 ..      the weight is decoded, and torch multiplies
-
-Where the rows alone do not give every multiprocessor work, the columns are cut into spans. Their sums are written apart
-and added in their order, so that the same inputs give the same bits; how many there are depends on the shape alone and
-not on the device. Nothing is tuned at run time: docs/kernels.md has the reasons for the tiles and what they take of a
-multiprocessor.
+One token, up to 64 on tensor cores, and more, for which the weight is decoded and torch multiplies, go different ways.
+Nothing is tuned at run time: docs/kernels.md has them, the spans of columns and the reasons for the tiles.
 """
 
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from math import gcd, log2
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,8 +34,7 @@ class Tile:
 
     Attributes:
         tokens: of a tile, the power of two that its tokens fit.
-        rows: of the weight.
-        columns: of the weight that are in registers at once; a power of two from 32.
+        rows, columns: of the weight that are in registers at once; columns are a power of two from 32.
         warps: threads of a program over 32.
         stages: tiles of input and words under way to a program.
     """
@@ -76,18 +67,8 @@ _STRIP_BYTES = 256 << 20  # of a decoded weight at a time
 
 
 def declines(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels do not run a layer; None where they do.
-
-    Args:
-        format: of the layer.
-        in_features: its width.
-        device: that it runs on.
-        dtype: of its inputs.
-    """
-    why = declines_input("cuda", device, dtype)
-    if why is None:
-        why = declines_format(format)
-    return _declines_device(device) if why is None else why
+    """Why the Triton kernels do not run a layer, see `lorq.kernels.dispatch.Kernels`; None where they do."""
+    return declines_input("cuda", device, dtype) or declines_format(format) or _declines_device(device)
 
 
 def few_tokens(dtype: torch.dtype) -> int:
@@ -129,19 +110,19 @@ class Plan:
     span: int  # columns that one program sums
 
 
-def linear(x: Tensor, *operands: Tensor | int | None) -> Tensor:
+def linear(x: Tensor, *operands: Any) -> Tensor:
     """`quant_linear` by the kernels, whatever the device: for operands that they do not decline."""
     plan = _plan(x, *operands)
     assert plan is not None
     return _by_plan(plan, x, *operands)
 
 
-def _plan(x: Tensor, *operands: Tensor | int | None) -> Plan | None:
+def _plan(x: Tensor, *operands: Any) -> Plan | None:
     """The plan of a call; None where its tensors do not belong together, or are too large."""
     *tensors, bits = operands
-    seen = tuple(None if t is None else (t.shape, t.dtype) for t in tensors)  # type: ignore[union-attr]
+    seen = tuple(None if t is None else (t.shape, t.dtype) for t in tensors)
     tokens = min(x.numel() // max(1, x.shape[-1]), MANY_FROM.get(x.dtype.itemsize, 0))
-    return _plan_of(seen, bits, tokens, x.shape[-1], x.dtype)  # type: ignore[arg-type]
+    return _plan_of(seen, bits, tokens, x.shape[-1], x.dtype)
 
 
 class _Seen(NamedTuple):
@@ -168,7 +149,7 @@ def _plan_of(
     return Plan(format, tile, span_of(tensors[0].shape[0], in_features, tile))
 
 
-def _by_plan(plan: Plan, x: Tensor, *operands: Tensor | int | None) -> Tensor:
+def _by_plan(plan: Plan, x: Tensor, *operands: Any) -> Tensor:
     p = Operands(**dict(zip(NAMES, operands[:-1], strict=True)))
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     y = flat.new_empty(flat.shape[0], p.packed.shape[0])
@@ -326,22 +307,13 @@ def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: 
 
 def declines_basis(block: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel does not take inputs into a basis; None where it does. Arguments as those of `declines`."""
-    why = declines_input("cuda", device, dtype)
-    if why is None and (block > _LARGEST_BLOCK or block == 1):
-        why = f"blocks of {block} are not between 2 and {_LARGEST_BLOCK}"
-    return _declines_device(device) if why is None else why
+    fits = block != 1 and block <= _LARGEST_BLOCK
+    why = None if fits else f"blocks of {block} are not between 2 and {_LARGEST_BLOCK}"
+    return declines_input("cuda", device, dtype) or why or _declines_device(device)
 
 
 @quant_linear.register_kernel("cuda")
-def multiply(
-    x: Tensor, packed: Tensor, scale: Tensor | None, zero_point: Tensor | None, levels: Tensor | None,
-    scale_left: Tensor | None, scale_right: Tensor | None, codebook: Tensor | None, codebook_scale: Tensor | None,
-    left: Tensor | None, right: Tensor | None, left_scale: Tensor | None, right_scale: Tensor | None, bits: int,
-) -> Tensor:  # fmt: skip
-    operands = (
-        packed, scale, zero_point, levels, scale_left, scale_right, codebook, codebook_scale, left, right, left_scale,
-        right_scale, bits,
-    )  # fmt: skip
+def multiply(x: Tensor, *operands: Any) -> Tensor:
     plan = _plan(x, *operands)
     if plan is None or declines(plan.format, x.shape[-1], x.device, x.dtype) is not None:
         return quant_linear_reference(x, *operands)
@@ -350,9 +322,7 @@ def multiply(
 
 
 @rotate.register_kernel("cuda")
-def turn_or_reference(
-    x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False
-) -> Tensor:  # fmt: skip
+def turn_or_reference(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: bool = False) -> Tensor:
     if declines_basis(block, x.device, x.dtype) is not None:
         return rotate_reference(x, permutation, block, skip, inverse)
     with torch.cuda.device(x.device):

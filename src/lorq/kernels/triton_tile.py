@@ -1,11 +1,7 @@
 """The kernels for CUDA devices, in Triton: tiles of weights (`lorq.kernels.triton_codes`), and their products.
 
 Every kernel walks the columns in tiles of ``K``. The weight is the left factor of ``weight x^T``: tensor cores of sm_90
-take their left factor from registers, where the weight is made, and only their right one must come from shared memory,
-where the input arrives by itself.
-
-What is given up: the number of tokens of a tile is a power of two from 16 on, so that two tokens cost as much as
-sixteen do; a single one has a path of its own, and many are torch's to multiply (`decode`).
+take their left factor from registers, where the weight is made. Given up: two tokens cost as much as sixteen do.
 """
 
 from typing import no_type_check
@@ -61,7 +57,6 @@ def _one_token(x, packed, scale, zero, row, inside, first, last, in_features, wo
     mask = (((1 << BITS) - 1) << position).to(tl.uint32)
     power = ((207 - position) << 23).to(tl.float32, bitcast=True)
     sums = tl.zeros((N, F), tl.float32)
-    # Without products of tiles, loads are under way early only where the loop itself says so.
     for k0 in tl.range(first, last, K, num_stages=STAGES):
         k = k0 + tl.arange(0, K)
         fields = _fields(packed, row, inside, k0, words, BITS, N, K)
@@ -242,3 +237,55 @@ def turn(x, y, permutation, in_features, skip, blocks, INVERSE: constexpr, BLOCK
         turned = tl.reshape(tl.join(a + b, a - b), (BLOCK,))
     values = tl.where(mixed, turned * NORM, values)
     tl.store(y + token * in_features + target, values.to(y.dtype.element_ty), ok)
+
+
+@jit
+@no_type_check
+def experts(x, y, chosen, order, plan, packed, scale, zero, levels, book, book_scale, left, left_scale, z, cells,
+            places, tiles, count, out_features, in_features, words, zero_size, grid_rows, rank, BITS: constexpr,
+            VECTOR: constexpr, GROUP: constexpr, BOOK_ROWS: constexpr, BOOK_COLUMNS: constexpr, E4M3: constexpr,
+            T: constexpr, N: constexpr, K: constexpr, R: constexpr, STAGES: constexpr):  # fmt: skip
+    """A tile of ``y^T = weight x^T + left z^T``, (N, T), for pairs of one expert, over all columns.
+
+    Pair ``p`` reads row ``p // places`` of ``x``. The plan tells each tile its expert and which pairs of the order are
+    its own (`lorq.kernels.triton_experts.plan_tiles`); tiles of one pair need none.
+    """
+    tile, row = tl.program_id(0), tl.program_id(1) * N + tl.arange(0, N)
+    inside = row < out_features
+    if plan is None:
+        expert = tl.load(chosen + tile).to(tl.int32)
+        pair = tile.to(tl.int64) + tl.arange(0, T)
+        real = pair >= 0
+    else:
+        expert = tl.load(plan + tile)
+        at = tl.load(plan + tiles + tile) + tl.arange(0, T)
+        real = at < tl.load(plan + 2 * tiles + tile)
+        pair = tl.load(order + at, real, 0)
+    if expert >= count:  # a tile that nobody needs, or a pair without an expert
+        return
+    token = pair // places
+    own = expert.to(tl.int64)
+    packed += own * (out_features * words)
+    scale += own * (out_features * (in_features // GROUP))
+    if zero is not None:
+        zero += own * zero_size
+    if book is not None:
+        books = (out_features // BOOK_ROWS) * (in_features // BOOK_COLUMNS)
+        book += own * (books << (BITS * VECTOR))
+        book_scale += own * books
+    sums = _sums(
+        x, token, real, packed, scale, zero, levels, None, None, book, book_scale, row, inside, 0, in_features,
+        in_features, words, 0, BITS, VECTOR, GROUP, BOOK_ROWS, BOOK_COLUMNS, 0, T, N, K, STAGES,
+    )  # fmt: skip
+    if left is not None:
+        grid_row = tl.load(cells + 2 * expert).to(tl.int32)
+        grid_column = tl.load(cells + 2 * expert + 1).to(tl.int32)
+        scales = left_scale
+        if left_scale is not None:
+            scales = left_scale + grid_column * rank
+        sums = _low_rank(
+            sums, left + grid_column * out_features * rank, scales, z, (token * grid_rows + grid_row) * rank, real,
+            row, inside, rank, E4M3, T, R,
+        )  # fmt: skip
+    to = y + pair[None, :] * out_features + row[:, None]
+    tl.store(to, sums.to(y.dtype.element_ty), inside[:, None] & real[None, :])

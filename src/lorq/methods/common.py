@@ -58,17 +58,13 @@ def layer_group(width: int, group_size: int) -> int:
     return size
 
 
-def layer_grid(width: int, *, bits: int, group_size: int, symmetric: bool) -> IntGrid:
+def layer_grid(width: int, bits: int, group_size: int, symmetric: bool) -> IntGrid:
     """The grid for a layer of ``width`` columns."""
     return IntGrid(bits, layer_group(width, group_size), symmetric)
 
 
 def needed(stats: InputStats | None) -> InputStats:
-    """The statistics, for methods that need them.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """The statistics, for methods that need them; a ValueError if there are none."""
     if stats is None:
         raise ValueError("this method needs input statistics, got None; calibrate first")
     return stats
@@ -93,16 +89,17 @@ def assemble(
     low_rank: LowRank | Tile | None,
     *,
     stop: str,
-    hessian: Float[Tensor, "in in"] | None,
+    stats: InputStats | None,
     basis: Basis | None = None,
+    note: str = "",
 ) -> QuantizedWeight:
     """Put a result together and measure it against plain rounding to nearest in as many bits and groups.
 
-    Without a Hessian (methods that need no statistics) the errors are those for white inputs.
+    Without statistics (methods that need none) the errors are those for white inputs.
     """
-    h = torch.eye(weight.shape[1], device=weight.device) if hessian is None else hessian
+    h = torch.eye(weight.shape[1], device=weight.device) if stats is None else stats.hessian
     total = float(output_energy(weight, h).clamp(min=1e-30))
     plain = float(output_energy(weight - nearest(weight, None, codes.format.plain()).decode(), h)) / total
     result = QuantizedWeight(codes, low_rank, basis)
     after = float(output_energy(weight - result.dense(), h)) / total
-    return replace(result, record=Record(stop=stop, error_before=plain, error_after=after))
+    return replace(result, record=Record(stop, plain, after, note))

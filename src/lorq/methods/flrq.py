@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.checks import Range, check_settings
-from lorq.core.codes import IntCodes, IntGrid
+from lorq.core.codes import IntCodes
 from lorq.core.low_rank import FactorType, LowRank, factor_bits, store_factors
 from lorq.core.problem import Problem
 from lorq.core.rank_choice import choose_rank, rank_cap
@@ -102,11 +102,6 @@ class FLRQ:
 
         starting from ``Q = 0``.
 
-        Args:
-            weight: (out, in), float32.
-            stats: of the layer's inputs.
-            generator: for the sketch's test vectors, on the weight's device.
-
         Source:
             Algorithm 2. The paper scores a pair before each update, the code after; here every pair competes,
             the first one too. The error comes from the Hessian instead of stored tokens.
@@ -114,11 +109,12 @@ class FLRQ:
         stats = needed(stats)
         hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping)
         scaling = hessian.factor if self.metric == "hessian" else activation_scale(stats, self.exponent)
-        grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        grid = layer_grid(weight.shape[1], self.bits, self.group_size, self.symmetric)
         codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
         best: tuple[float, IntCodes, LowRank | None, str] | None = None
         wide, narrow = _SEARCHES.get(self.rounding, (SEARCHES["scale"], SEARCHES["scale"]))
-        for search in [wide] + self._epochs() * [narrow]:
+        epochs = self.epochs if self.epochs >= 0 else 20 if self.bits == 2 else 1
+        for search in [wide] + epochs * [narrow]:
             for step in self.order.split("-then-"):
                 if step == "low-rank":
                     low_rank, stop = self._fit_low_rank(weight - codes_part, scaling, generator)
@@ -131,28 +127,22 @@ class FLRQ:
                 best = (error, rounded, low_rank, stop)
         assert best is not None
         _, rounded, low_rank, stop = best
-        return assemble(weight, rounded, low_rank, stop=stop, hessian=stats.hessian)
-
-    def _epochs(self) -> int:
-        if self.epochs >= 0:
-            return self.epochs
-        return 20 if self.bits == 2 else 1
+        return assemble(weight, rounded, low_rank, stop=stop, stats=stats)
 
     def _fit_low_rank(
         self, target: Float[Tensor, "out in"], scaling: Tensor, generator: torch.Generator
     ) -> tuple[LowRank | None, str]:
         """R1-FLR on the scaled matrix, unscaled afterwards, in the precision it is stored in."""
         out, in_ = target.shape
-        group = layer_group(in_, self.group_size)
         scaled = target @ scaling if scaling.ndim == 2 else target * scaling
         # One more than the cap, so that running into the budget can be told from running out.
-        candidates = min(rank_cap(out, in_, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget) + 1, out, in_)  # fmt: skip  # noqa: E501
+        candidates = min(self._rank_cap(out, in_) + 1, out, in_)
         left, right = sketch(scaled, rank=candidates, form=self.sketch, iterations=self.iterations, generator=generator)
         choice = choose_rank(
             scaled, left, right, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget,
             slope_window=self.slope_window, slope_threshold=self.slope_threshold, min_gain=self.min_gain,
             warm_up=self.iterations, measure=self.range_measure,
-            group_size=group if self.range_measure == "group" else None,
+            group_size=layer_group(in_, self.group_size) if self.range_measure == "group" else None,
         )  # fmt: skip
         left, right = left[:, : choice.rank], right[: choice.rank]
         if scaling.ndim == 2:
@@ -163,9 +153,11 @@ class FLRQ:
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """The format at the rank where the budget ends."""
-        rank = rank_cap(out, in_, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget)
-        group = layer_group(in_, self.group_size)
-        return LayerFormat(IntGrid(self.bits, group, self.symmetric), rank, self.factor_type)
+        grid = layer_grid(in_, self.bits, self.group_size, self.symmetric)
+        return LayerFormat(grid, self._rank_cap(out, in_), self.factor_type)
+
+    def _rank_cap(self, out: int, in_: int) -> int:
+        return rank_cap(out, in_, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget)
 
 
 @preset

@@ -8,22 +8,10 @@ from torch import Tensor
 
 from lorq.core import rounding
 from lorq.core.checks import check_settings
-from lorq.core.codes import IntGrid
 from lorq.core.problem import Problem
 from lorq.core.stats import InputStats
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import (
-    SEARCHES,
-    Bits,
-    Damping,
-    GroupSize,
-    Search,
-    Share,
-    assemble,
-    layer_grid,
-    layer_group,
-    needed,
-)  # fmt: skip
+from lorq.methods.common import SEARCHES, Bits, Damping, GroupSize, Search, Share, assemble, layer_grid, needed
 
 
 @dataclass(frozen=True)
@@ -57,12 +45,12 @@ class GPTQ:
         return {name: self._solve(weight, problem.stats.get(name)) for name, weight in problem.weights.items()}
 
     def _solve(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> QuantizedWeight:
-        grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
         stats = needed(stats)
         hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping)
+        grid = layer_grid(weight.shape[1], self.bits, self.group_size, self.symmetric)
         rounded = rounding.gptq(weight, hessian, grid, SEARCHES[self.range_search])
-        return assemble(weight, rounded, None, stop="none", hessian=stats.hessian)
+        return assemble(weight, rounded, None, stop="none", stats=stats)
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer gets this format."""
-        return LayerFormat(IntGrid(self.bits, layer_group(in_, self.group_size), self.symmetric))
+        return LayerFormat(layer_grid(in_, self.bits, self.group_size, self.symmetric))

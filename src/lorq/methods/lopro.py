@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorq.core.basis import Basis, check_block, largest_block
 from lorq.core.checks import Range, check_settings
-from lorq.core.codes import Codes, CodesFormat, IntGrid, VectorGrid
+from lorq.core.codes import Codes, CodesFormat, VectorGrid
 from lorq.core.codes.vectors import VECTOR_LENGTHS
 from lorq.core.linalg import shrink
 from lorq.core.low_rank import FactorType, LowRank, Metric, r1svd
@@ -29,7 +29,6 @@ from lorq.methods.common import (
     activation_scale,
     assemble,
     layer_grid,
-    layer_group,
     needed,
     preset,
 )  # fmt: skip
@@ -192,7 +191,7 @@ class LoPRo:
                 break
         assert best is not None
         _, rounded, low_rank = best
-        return assemble(weight, rounded, low_rank, stop="given", hessian=stats.hessian, basis=self._stored(basis))
+        return assemble(weight, rounded, low_rank, stop="given", stats=stats, basis=self._stored(basis))
 
     def _stored(self, basis: Basis) -> Basis | None:
         """No basis is stored where there is none."""
@@ -216,10 +215,9 @@ class LoPRo:
             # Without passing errors on, only the diagonal of the metric is left.
             passing = self.rounding == "gptq"
             upper = hessian.inverse_factor if passing else hessian.matrix.diagonal().clamp(min=1e-12).rsqrt().diag()
-            grid = self._vector_grid(*target.shape)
-            return gptvq(target, grid, upper=upper, iterations=self.kmeans_iterations)
-        scalar = layer_grid(target.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
-        return ROUNDINGS[self.rounding](target, hessian, scalar, SEARCHES[self.range_search])
+            return gptvq(target, self._vector_grid(*target.shape), upper=upper, iterations=self.kmeans_iterations)
+        grid = layer_grid(target.shape[1], self.bits, self.group_size, self.symmetric)
+        return ROUNDINGS[self.rounding](target, hessian, grid, SEARCHES[self.range_search])
 
     def _vector_grid(self, out: int, in_: int) -> VectorGrid:
         """The sizes of vectors and codebooks for a weight of this shape."""
@@ -247,7 +245,7 @@ class LoPRo:
         if self.codebook == "vector":
             codes = self._vector_grid(out, in_)
         else:
-            codes = IntGrid(self.bits, layer_group(in_, self.group_size), self.symmetric)
+            codes = layer_grid(in_, self.bits, self.group_size, self.symmetric)
         factor_type = self.factor_type if rank else "float16"
         return LayerFormat(codes, rank, factor_type, self.importance != "none", *self._rotation(in_))
 

@@ -9,15 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.checks import Range, check_settings
-from lorq.core.codes import (
-    LevelCodes,
-    LevelFormat,
-    LevelGrid,
-    LowRankScale,
-    level_values,
-    start_block,
-)
-from lorq.core.descent import Descent, block_loss, cpu_generator, minimise
+from lorq.core.codes import LevelCodes, LevelFormat, LevelGrid, LowRankScale, level_values, start_block
+from lorq.core.descent import Descent, block_loss, minimise
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import gptq_levels
 from lorq.core.scale_factors import (
@@ -65,13 +58,9 @@ class ScaledLevels(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Refined:
-    """What is learned of one layer while its codes stay: the factors over a power of two near their size.
+    """What is learned of one layer while its codes stay: B and A over a unit, a power of two near their size.
 
-    Attributes:
-        left: B / unit, a leaf.
-        right: A / unit, a leaf. With the unit taken out, one learning rate serves layers of all sizes.
-        unit: the power of two.
-        start: the layer's codes before the first step.
+    With the unit taken out, one learning rate serves layers of all sizes.
     """
 
     left: Float[Tensor, "out rank"]
@@ -167,8 +156,7 @@ class LoRDS:
         return {name: self._solve_alone(w, problem.stats.get(name)) for name, w in problem.weights.items()}
 
     def _solve_alone(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> QuantizedWeight:
-        rounded = self._rounded(weight, stats)
-        return assemble(weight, rounded, None, stop="given", hessian=None if stats is None else stats.hessian)
+        return assemble(weight, self._rounded(weight, stats), None, stop="given", stats=stats)
 
     def _refine(self, problem: Problem, block: BlockOutput) -> dict[str, QuantizedWeight]:
         """Each layer with its own settings, but for those of the refinement, which are this object's.
@@ -186,14 +174,13 @@ class LoRDS:
         loss = block_loss(block, lambda: {name: layer.weight() for name, layer in layers.items()}, self.loss_weights)
         parameters = [part for layer in layers.values() for part in (layer.left, layer.right)]
         descent = Descent(self.refine_steps, self.refine_rate, self.batch)
-        order = cpu_generator(problem.generator(next(iter(layers))))
+        order = problem.generator(next(iter(layers)))
         outcome = minimise(parameters, loss, len(block.inputs), descent, generator=order)
-        results = {}
-        for name, layer in layers.items():
-            hessian = problem.stats[name].hessian
-            result = assemble(problem.weights[name], layer.rounded(), None, stop="given", hessian=hessian)
-            results[name] = replace(result, record=replace(result.record, note=f"block: {outcome}"))
-        return results
+        note = f"block: {outcome}"
+        return {
+            name: assemble(weight, layers[name].rounded(), None, stop="given", stats=problem.stats[name], note=note)
+            for name, weight in problem.weights.items()
+        }
 
     def _rounded(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> LevelCodes:
         """Codes under a fitted scale. The codes are chosen under the factors as they are stored."""

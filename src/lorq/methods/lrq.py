@@ -1,7 +1,7 @@
 """LRQ: what each weight is divided by before it is rounded, learned against the output of a whole decoder block."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from lorq.core.checks import Range, check_settings
 from lorq.core.codes import IntCodes, IntGrid
-from lorq.core.descent import Descent, block_loss, cpu_generator, layer_loss, minimise
+from lorq.core.descent import Descent, block_loss, layer_loss, minimise
 from lorq.core.half import LARGEST_HALF, SMALLEST_SCALE
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import clip, nearest
 from lorq.core.stats import InputStats, PreparedHessian, TokenWeights
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_grid, layer_group, needed, preset
+from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_grid, needed, preset
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -71,11 +71,9 @@ class Scaling:
         E = L U + r + c  (low-rank),    E = S + r  (full)
 
     Attributes:
-        weight: W.
         log_scale: logarithm of each group's scale.
         zero_point: of each group; stays as it is.
-        grid: bits, group size, symmetry.
-        rows: r, one for each row.
+        rows: r.
         columns: c; None with a full S.
         left: L; or S, where there is no ``right``.
         right: U, or None.
@@ -97,7 +95,6 @@ class Scaling:
         """Parameters with which `quantized` is ``initial``, exactly: E is 0.
 
         Args:
-            weight: W.
             initial: rounding to nearest of W on some grid.
             rank: of L U; None for a full S.
             generator: of U, which is uniform within ``+- 1 / sqrt(in)`` while L is 0 (Kaiming's with a = sqrt 5).
@@ -140,11 +137,6 @@ class Scaling:
         scaled = self.grid.grouped(torch.exp(-self.exponent()).mul_(self.weight))
         codes = self.grid.encode(scaled, scale.unsqueeze(-1), self.zero_point.unsqueeze(-1)).flatten(1)
         return IntCodes.of(codes, scale, self.zero_point, self.grid)
-
-
-def _result(scaling: Scaling, stats: InputStats, note: str) -> QuantizedWeight:
-    result = assemble(scaling.weight, scaling.rounded(), None, stop="given", hessian=stats.hessian)
-    return replace(result, record=replace(result.record, note=note))
 
 
 @dataclass(frozen=True)
@@ -199,8 +191,8 @@ class LRQ:
         stats = needed(stats)
         scaling = self._start(weight, stats, generator)
         loss = layer_loss(weight, stats, scaling.quantized)
-        outcome = minimise(scaling.parameters(), loss, 1, self._descent, generator=cpu_generator(generator))
-        return _result(scaling, stats, f"layer alone: {outcome}")
+        outcome = minimise(scaling.parameters(), loss, 1, self._descent, generator=generator)
+        return assemble(weight, scaling.rounded(), None, stop="given", stats=stats, note=f"layer alone: {outcome}")
 
     def _solve_block(self, problem: Problem, block: BlockOutput) -> dict[str, QuantizedWeight]:
         """Each layer with its own settings, but for those of the steps, batches and tokens, which are this object's.
@@ -217,15 +209,15 @@ class LRQ:
             name: problem.methods.get(name, self)._start(weight, needed(problem.stats.get(name)), generators[name])
             for name, weight in problem.weights.items()
         }
-
-        def weights() -> dict[str, Tensor]:
-            return {name: scaling.quantized() for name, scaling in scalings.items()}
-
+        loss = block_loss(block, lambda: {name: s.quantized() for name, s in scalings.items()}, self.loss_weights)
         parameters = [parameter for scaling in scalings.values() for parameter in scaling.parameters()]
-        loss = block_loss(block, weights, self.loss_weights)
-        order = cpu_generator(generators[next(iter(generators))])  # where the first layer's has got to
+        order = generators[next(iter(generators))]  # where the first layer's has got to
         outcome = minimise(parameters, loss, len(block.inputs), self._descent, generator=order)
-        return {name: _result(s, problem.stats[name], f"block: {outcome}") for name, s in scalings.items()}
+        note = f"block: {outcome}"
+        return {
+            name: assemble(s.weight, s.rounded(), None, stop="given", stats=problem.stats[name], note=note)
+            for name, s in scalings.items()
+        }
 
     @property
     def _descent(self) -> Descent:
@@ -233,7 +225,7 @@ class LRQ:
 
     def _start(self, weight: Tensor, stats: InputStats, generator: torch.Generator) -> Scaling:
         """The parameters before the first step: rounding to nearest."""
-        grid = layer_grid(weight.shape[1], bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        grid = layer_grid(weight.shape[1], self.bits, self.group_size, self.symmetric)
         search = SEARCHES[self.range_search]
         if search is None:
             initial = nearest(weight, None, grid)
@@ -266,7 +258,7 @@ class LRQ:
         """
         if self.scaling == "low-rank":
             self._rank(out, in_)
-        return LayerFormat(IntGrid(self.bits, layer_group(in_, self.group_size), self.symmetric))
+        return LayerFormat(layer_grid(in_, self.bits, self.group_size, self.symmetric))
 
 
 @preset

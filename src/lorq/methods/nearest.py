@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.checks import check_settings
-from lorq.core.codes import Codes, CodesFormat, IntGrid, LevelFormat, LevelGrid
+from lorq.core.codes import Codes, LevelFormat, LevelGrid
 from lorq.core.problem import Problem
 from lorq.core.rounding import clip, nearest, nearest_levels
 from lorq.core.stats import InputStats, PreparedHessian
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_group
+from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_grid
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,20 @@ class Nearest:
         return {name: self._solve(weight, problem.stats.get(name)) for name, weight in problem.weights.items()}
 
     def _solve(self, weight: Float[Tensor, "out in"], stats: InputStats | None) -> QuantizedWeight:
-        size, search = layer_group(weight.shape[1], self.group_size), SEARCHES[self.range_search]
+        grid = layer_grid(weight.shape[1], self.bits, self.group_size, self.symmetric)
+        search = SEARCHES[self.range_search]
         rounded: Codes
         if self.grid != "integer":
             shares = search.shares() if search else [1.0]
-            rounded = nearest_levels(weight, LevelGrid(self.bits, self.grid), size, shares=tuple(shares))
+            rounded = nearest_levels(weight, LevelGrid(self.bits, self.grid), grid.group_size, shares=tuple(shares))
         elif search is None:
-            rounded = nearest(weight, None, IntGrid(self.bits, size, self.symmetric))
+            rounded = nearest(weight, None, grid)
         else:
             white = PreparedHessian(torch.eye(weight.shape[1], device=weight.device), damping=0.0)
-            rounded = clip(weight, white, IntGrid(self.bits, size, self.symmetric), search)
-        return assemble(weight, rounded, None, stop="none", hessian=None if stats is None else stats.hessian)
+            rounded = clip(weight, white, grid, search)
+        return assemble(weight, rounded, None, stop="none", stats=stats)
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer gets this format."""
-        group = layer_group(in_, self.group_size)
-        codes: CodesFormat = IntGrid(self.bits, group, self.symmetric)
-        return LayerFormat(codes if self.grid == "integer" else LevelFormat(self.bits, self.grid, group))
+        codes = layer_grid(in_, self.bits, self.group_size, self.symmetric)
+        return LayerFormat(codes if self.grid == "integer" else LevelFormat(self.bits, self.grid, codes.group_size))

@@ -98,7 +98,10 @@ class TileQ(LoPRo):
                 if step == "low-rank":
                     rest = targets - codes_part
                     if cells is None:
-                        cells = self._place(rest, stats, bases, hessians, generator)
+                        metric = self._metrics([range(len(stats))], stats, bases, hessians)[0]
+                        scaled = torch.stack([metric.apply(part) for part in rest])
+                        grid = grid_of(len(stats), self.grid_rows, self.grid_columns)
+                        cells = place_experts(scaled, *grid, rank=_FEATURES, generator=generator)
                     tiles = self._fit_tiles(rest, cells, stats, bases, hessians, generator)
                     parts = [tiles.dense(e) for e in range(len(weights))]
                     if tiles.input_scale is not None:
@@ -115,9 +118,7 @@ class TileQ(LoPRo):
         assert best is not None
         _, rounded, tiles = best
         return [
-            assemble(
-                weight, rounded[e], Tile(tiles, e), stop="given", hessian=stats[e].hessian, basis=self._stored(bases[e])
-            )
+            assemble(weight, rounded[e], Tile(tiles, e), stop="given", stats=stats[e], basis=self._stored(bases[e]))
             for e, weight in enumerate(weights)
         ]
 
@@ -141,19 +142,6 @@ class TileQ(LoPRo):
             else:
                 metrics.append(self._metric(bases[chosen[0]], hessians[0], _mean_stats([stats[e] for e in chosen])))
         return metrics
-
-    def _place(
-        self,
-        rest: Float[Tensor, "experts out in"],
-        stats: Sequence[InputStats],
-        bases: Sequence[Basis],
-        hessians: Sequence[PreparedHessian],
-        generator: torch.Generator,
-    ) -> Tensor:
-        metric = self._metrics([range(len(stats))], stats, bases, hessians)[0]
-        scaled = torch.stack([metric.apply(part) for part in rest])
-        rows, columns = grid_of(len(stats), self.grid_rows, self.grid_columns)
-        return place_experts(scaled, rows, columns, rank=_FEATURES, generator=generator)
 
     def _fit_tiles(
         self,

@@ -20,13 +20,9 @@ from lorq.storage.reader import SourceCheckpoint
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer that can be quantized.
+    """A linear layer that can be quantized, by its module's full name, such as ``model.layers.0.mlp.up_proj``.
 
-    Attributes:
-        name: full module name, such as ``model.layers.0.mlp.up_proj``.
-        out_features: rows of its weight in our orientation.
-        in_features: columns.
-        transposed: the checkpoint keeps ``(in, out)``, as GPT-2's Conv1D does.
+    Its size is in our orientation; where ``transposed``, the checkpoint keeps (in, out), as GPT-2's Conv1D does.
     """
 
     name: str
@@ -58,13 +54,8 @@ class StreamedModel:
     """A model skeleton whose parameters are read when they are needed and given back afterwards.
 
     Blocks are found by what transformers declares (``_no_split_modules``), so that an architecture needs no
-    code here. ``parts`` are in the order of data: embeddings, blocks, head.
-
-    Args:
-        model: on the meta device, but for the buffers that are computed (`skeleton`).
-        checkpoint: where its tensors lie.
-        device: where a block lives while it is worked on.
-        dtype: of the activations and of a resident block's parameters.
+    code here. ``parts`` are in the order of data: embeddings, blocks, head. A block lives on ``device`` while it is
+    worked on, in ``dtype``, that of the activations.
 
     Raises:
         ValueError: if no decoder blocks are found, or tensors that the model needs are missing
@@ -107,8 +98,6 @@ class StreamedModel:
     def outside(self) -> tuple[Part, Part]:
         """What comes before and after the blocks."""
         return self.parts[0], self.parts[-1]
-
-    # -- names ------------------------------------------------------------------------------------------
 
     def _match_names(self) -> dict[str, Source]:
         """Where every parameter and stored buffer lies, by its name in the model."""
@@ -178,8 +167,6 @@ class StreamedModel:
         """Tensors of the checkpoint that the architecture has no place for."""
         return sorted(set(self.checkpoint.names) - {source.name for source in self._sources.values()})
 
-    # -- what is stored ---------------------------------------------------------------------------------
-
     def stored_tensor(self, name: str) -> Tensor:
         """A tensor as the checkpoint keeps it, by its name in the model."""
         return self._sources[name].read(self.checkpoint)
@@ -197,15 +184,12 @@ class StreamedModel:
         weight = self.stored_tensor(target.name + ".weight")
         return weight.T.contiguous() if target.transposed else weight
 
-    # -- memory -----------------------------------------------------------------------------------------
-
     @contextmanager
     def resident(self, *parts: Part, stored: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Keep parts in memory for the duration, in the model's compute dtype; what is there already is left alone.
 
-        Args:
-            parts: whose tensors; those tied to them come along.
-            stored: tensors of them that the caller has read, by name; emptied, so that none is held twice.
+        Tensors tied to those of the parts come along. ``stored`` has tensors that the caller has read, by name; it is
+        emptied, so that none is held twice.
         """
         given = {} if stored is None else stored
         names = [name for part in parts for name in part.tensors]
@@ -234,8 +218,6 @@ class StreamedModel:
         """A resident layer's weight, a view (out, in)."""
         weight = get_tensor(self.model, target.name + ".weight").data
         return weight.T if target.transposed else weight
-
-    # -- running ----------------------------------------------------------------------------------------
 
     @contextmanager
     def _stand_ins(self, stand_in: Callable[..., Tensor]) -> Iterator[None]:

@@ -5,7 +5,7 @@ transformers keeps all experts of a layer in two tensors, ``gate_up_proj`` (expe
 `split_experts` puts an `Experts` module there: ``experts.3.gate_proj`` is then a linear layer like any other.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,24 +72,34 @@ class Experts(nn.ModuleList):
     """Stands where a fused experts module was; the experts are its children, named by their numbers.
 
     Args:
-        fused: the module that it replaces, which loses its parameters. What happens between the projections
-            stays what that module's class says.
+        fused: the module that it replaces. What happens between the projections stays what that module's class says.
+        experts: in its place.
     """
 
     watcher: Watcher | None = None
 
-    def __init__(self, fused: Any):
-        super().__init__(Expert() for _ in range(len(fused.gate_up_proj)))
+    def __init__(self, fused: Any, experts: Iterable[Expert]):
+        super().__init__(experts)
         self._fused = (fused,)  # in a tuple, so that it is no child
-        for name, tensor, part in self.parts():
+
+    @classmethod
+    def split(cls, fused: Any) -> "Experts":
+        """A fused module taken apart, which loses its parameters."""
+        split = cls(fused, (Expert() for _ in range(len(fused.gate_up_proj))))
+        for name, tensor, part in split.parts():
             path, _, leaf = name.rpartition(".")
             expert, _, projection = path.partition(".")
             values = part.of(getattr(fused, tensor).detach()[part.expert]).clone()
             if leaf == "weight":
                 layer = nn.Linear(values.shape[1], values.shape[0], bias=fused.has_bias, device="meta")
-                setattr(self[int(expert)], projection, layer)
-            setattr(self.get_submodule(path), leaf, nn.Parameter(values, requires_grad=False))
+                setattr(split[int(expert)], projection, layer)
+            setattr(split.get_submodule(path), leaf, nn.Parameter(values, requires_grad=False))
         fused._parameters.clear()
+        return split
+
+    def with_experts(self, experts: Iterable[Expert]) -> "Experts":
+        """Others in the place of the same module."""
+        return Experts(self._fused[0], experts)
 
     def parts(self) -> Iterator[tuple[str, str, FusedPart]]:
         """Of every parameter the name here, such as "3.gate_proj.weight", the fused tensor's, and the part of it."""
@@ -183,7 +193,7 @@ def split_experts(model: nn.Module) -> None:
                 "apart experts with gate_up_proj and down_proj only"
             )
     for name, module in found.items():
-        model.set_submodule(name, Experts(module))
+        model.set_submodule(name, Experts.split(module))
 
 
 def _declines(fused: Any) -> str | None:

@@ -26,9 +26,8 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
     """A local folder with the config and weights of ``model``.
 
     Args:
-        model: a local Hugging Face folder; a ``.gguf`` file, which is decoded once into a folder in the
-            cache (`cache_dir`) in float16; or a hub id such as ``org/name``, which is
-            downloaded into huggingface_hub's cache.
+        model: a local Hugging Face folder; a ``.gguf`` file, which is decoded in float16 into a folder in the cache
+            (`cache_dir`), once; or a hub id such as ``org/name``, which huggingface_hub downloads into its own cache.
 
     Raises:
         FileNotFoundError: if it is none of the three.
@@ -50,7 +49,12 @@ def check_model(model: str | os.PathLike[str]) -> None:
     """
     path = Path(model).expanduser()
     if path.is_dir() and not (path / "config.json").is_file():
-        raise FileNotFoundError(_without_config(path))
+        if (path / JOURNAL).exists():
+            raise FileNotFoundError(
+                f"{path} is an unfinished lorq folder and cannot be loaded; "
+                "finish it with the same `lorq quantize` command and --resume"
+            )
+        raise FileNotFoundError(f"a model folder must hold config.json, {path} does not; is this the right folder?")
     if path.is_file() and path.suffix.lower() != ".gguf":
         raise ValueError(f"MODEL must be a folder, a hub id or a .gguf file, got the file {path}")
     # A hub id is one or two plain names; anything else was meant as a path.
@@ -58,15 +62,6 @@ def check_model(model: str | os.PathLike[str]) -> None:
     named = len(parts) <= 2 and not path.is_absolute() and all(part.strip(".") for part in parts)
     if not path.exists() and (not named or path.suffix == ".gguf"):
         raise FileNotFoundError(f"no such model: {model} is neither a folder, nor a .gguf file, nor a hub id")
-
-
-def _without_config(path: Path) -> str:
-    if (path / JOURNAL).exists():
-        return (
-            f"{path} is an unfinished lorq folder and cannot be loaded; "
-            "finish it with the same `lorq quantize` command and --resume"
-        )
-    return f"a model folder must hold config.json, {path} does not; is this the right folder?"
 
 
 def _downloaded(model_id: str) -> Path:
@@ -95,9 +90,7 @@ def _decoded_gguf(path: Path) -> Path:
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     """A model folder in the cache, made once: ``make`` fills another folder, which is then renamed.
 
-    Args:
-        name: below `cache_dir`; tells everything that decides the content.
-        make: writes the model into the folder that it is given.
+    The name, below `cache_dir`, tells everything that decides the content.
     """
     folder = cache_dir() / name
     if (folder / "config.json").is_file():

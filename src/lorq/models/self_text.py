@@ -138,9 +138,6 @@ def _check_self_settings(config: Any, *, windows: int, length: int, batch: int, 
         raise ValueError(f"length must be at most the model's {longest} positions, got {length}; lower --seq-len")
 
 
-# ---- the cache of written windows -----------------------------------------------------------------------
-
-
 def cached_self_windows(
     load_model: "Callable[[], transformers.PreTrainedModel]",
     tokenizer: "transformers.PreTrainedTokenizerBase",
@@ -161,12 +158,10 @@ def cached_self_windows(
     promises is logged and written again.
 
     Args:
-        load_model: called only when nothing is kept.
-        tokenizer: as in ``self_windows``.
-        config: the config of the model that ``load_model`` gives.
+        load_model: called only when nothing is kept; gives a model with this config and dtype of the weights.
         fingerprint: identifies the model's weights and config, for instance a checksum of its files.
-        dtype: of the weights that ``load_model`` gives.
-        windows, length, seed, batch, temperature, progress: as in ``self_windows``.
+
+    The others are as in ``self_windows``.
 
     Raises:
         ValueError: as in ``self_windows``; or if the fingerprint is empty or the model has another dtype.

@@ -1,7 +1,6 @@
 """Architectures: a model's config, its skeleton without memory, its decoder blocks, its tensors' names."""
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,7 @@ from lorq.storage.reader import SourceCheckpoint
 
 
 def read_config(folder: Path) -> Any:
-    """The folder's transformers config.
-
-    Raises:
-        ValueError: if it cannot be read, needs remote code, or is quantized already.
-    """
+    """The folder's transformers config; a ValueError if it is unreadable, needs remote code, or is quantized."""
     from transformers import AutoConfig
 
     try:
@@ -58,17 +53,13 @@ def skeleton(config: Any) -> Any:
 
 
 def find_blocks(model: Any) -> list[str]:
-    """Names of the decoder blocks, in order.
-
-    Raises:
-        ValueError: if no list of decoder blocks is found.
-    """
+    """Names of the decoder blocks, in order; a ValueError where there is not exactly one list of them."""
     declared = set(getattr(model, "_no_split_modules", None) or ())
-    lists = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            if all(type(item).__name__ in declared for item in module):
-                lists.append((name, module))
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and {type(item).__name__ for item in module} <= declared
+    ]
     if len(lists) != 1:
         raise ValueError(
             f"{type(model).__name__} is not supported: lorq needs exactly one list of decoder blocks "
@@ -80,12 +71,7 @@ def find_blocks(model: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter's values are stored: in a tensor of the checkpoint, or in a part of one.
-
-    Attributes:
-        name: of the stored tensor.
-        part: which part, where experts are stored fused; otherwise the tensor is the parameter.
-    """
+    """Where a parameter's values are: in a stored tensor, or, where experts are stored fused, in a part of one."""
 
     name: str
     part: FusedPart | None = None
@@ -107,10 +93,7 @@ def find_sources(model: Any, checkpoint: SourceCheckpoint) -> dict[str, Source]:
     """Where each of the model's parameters and stored buffers lies, as far as the checkpoint has them.
 
     Names are changed as transformers changes them when it loads, such as embed_out to lm_head. Experts may be
-    stored one by one, which transformers would merge, or fused.
-
-    Raises:
-        ValueError: if experts are stored in a way that lorq does not read.
+    stored one by one, which transformers would merge, or fused; a ValueError for ways that lorq does not read.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
@@ -122,7 +105,12 @@ def find_sources(model: Any, checkpoint: SourceCheckpoint) -> dict[str, Source]:
     for path, module in experts.items():
         for local, tensor, part in module.parts():
             fused.setdefault(f"{path}.{tensor}", []).append((f"{path}.{local}", part))
-    find = _finder(own | set(fused), model.base_model_prefix + ".")
+    known, prefix = own | set(fused), model.base_model_prefix + "."
+
+    def find(name: str) -> str:
+        # Some checkpoints were saved from the bare model, without the head's prefix.
+        return next((like for like in (name, name.removeprefix(prefix), prefix + name) if like in known), "")
+
     found: dict[str, Source] = {}
     for stored in checkpoint.names:
         name = stored
@@ -148,17 +136,6 @@ def find_sources(model: Any, checkpoint: SourceCheckpoint) -> dict[str, Source]:
                 )
             found |= {parameter: Source(stored, part) for parameter, part in fused[place]}
     return found
-
-
-def _finder(known: set[str], prefix: str) -> Callable[[str], str]:
-    """A function from a name to its like among the known ones, or to nothing."""
-
-    def find(name: str) -> str:
-        # Some checkpoints were saved from the bare model, without the head's prefix.
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        return next((candidate for candidate in candidates if candidate in known), "")
-
-    return find
 
 
 def _one_of(converter: Any, pattern: str, name: str, fused: str, experts: dict[str, Any]) -> str:

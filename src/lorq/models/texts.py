@@ -23,12 +23,9 @@ C4_DOCUMENTS = 2000
 
 @dataclass(frozen=True)
 class Windows:
-    """Calibration tokens and where they come from.
+    """Calibration tokens, int64, and where they come from: the text's name or path, or ``self``.
 
-    Attributes:
-        tokens: the windows, int64.
-        source: the text's name or path, or ``self``.
-        sha256: of the tokens as little-endian int64, row by row; equal sums mean equal calibration.
+    Equal ``sha256``, of the tokens as little-endian int64, row by row, mean equal calibration.
     """
 
     tokens: Int[Tensor, "windows length"]
@@ -42,7 +39,7 @@ def calibration_windows(
     *,
     samples: int,
     seq_len: int,
-    self_writer: Callable[[], Tensor] | None = None,
+    self_writer: Callable[[], Tensor],
 ) -> Windows:
     """``samples`` windows of ``seq_len`` tokens of ``source``; the same arguments give the same windows.
 
@@ -51,20 +48,11 @@ def calibration_windows(
         tokenizer: the model's own; unused for ``self``.
         samples: windows wanted, at least 1.
         seq_len: tokens of each window, at least 2.
-        self_writer: returns the windows of ``self``; None where the model cannot be run whole.
-
-    Raises:
-        ValueError: if the source is ``self`` and there is no ``self_writer``, if it writes another shape, or
-            as in ``load_text`` and ``token_windows``.
+        self_writer: returns the windows of ``self``; a ValueError if they are of another shape.
     """
     if source != SELF:
         text = load_text(source, split="calibration")
         tokens = token_windows(text, tokenizer, windows=samples, length=seq_len, what=source)
-    elif self_writer is None:
-        raise ValueError(
-            f"calibration source {SELF!r} needs the model in memory, and it is not there; "
-            f"name a text: one of {', '.join(TEXTS)}, or the path of a text or .jsonl file"
-        )
     else:
         tokens = self_writer()
         if tokens.shape != (samples, seq_len) or tokens.dtype != torch.int64:
@@ -72,11 +60,7 @@ def calibration_windows(
                 f"self_writer must return int64 windows of shape {(samples, seq_len)}, "
                 f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
             )
-    digest = hashlib.sha256(tokens.cpu().numpy().astype("<i8").tobytes()).hexdigest()
-    return Windows(tokens, source, digest)
-
-
-# ---- text -----------------------------------------------------------------------------------------------
+    return Windows(tokens, source, hashlib.sha256(tokens.cpu().numpy().astype("<i8").tobytes()).hexdigest())
 
 
 def load_text(source: str, *, split: Split = "calibration") -> str:
@@ -138,23 +122,18 @@ def _read_jsonl(path: Path) -> str:
     return "\n\n".join(documents)
 
 
-def _python_docs(split: Split) -> str:
-    return "".join(_topics())
-
-
-def _topics() -> list[str]:
+def _topics(which: slice) -> str:
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return [topics[name] for name in sorted(topics)]
+    return "".join(topics[name] for name in sorted(topics)[which])
 
 
 def _wikitext2(split: Split) -> str:
-    part = {"calibration": "train", "evaluation": "test"}[split]
-    rows = _load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)
-    return "\n\n".join(rows["text"])
+    part = "train" if split == "calibration" else "test"
+    return "\n\n".join(_load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=part)["text"])
 
 
 def _c4(split: Split) -> str:
-    part = {"calibration": "train", "evaluation": "validation"}[split]
+    part = "train" if split == "calibration" else "validation"
     rows = _load_dataset("allenai/c4", "en", split=part, streaming=True)
     return "\n\n".join(row["text"] for row in islice(rows, C4_DOCUMENTS))
 
@@ -175,16 +154,13 @@ def _load_dataset(name: str, config: str, **options: Any) -> Any:
 
 
 TEXTS: dict[str, Callable[[Split], str]] = {
-    "python-docs": _python_docs,
+    "python-docs": lambda split: _topics(slice(None)),
     # Every other topic: to train on one half and measure on the other.
-    "python-docs-even": lambda split: "".join(_topics()[::2]),
-    "python-docs-odd": lambda split: "".join(_topics()[1::2]),
+    "python-docs-even": lambda split: _topics(slice(0, None, 2)),
+    "python-docs-odd": lambda split: _topics(slice(1, None, 2)),
     "wikitext2": _wikitext2,
     "c4": _c4,
 }
-
-
-# ---- windows --------------------------------------------------------------------------------------------
 
 
 def token_windows(
@@ -195,34 +171,24 @@ def token_windows(
     length: int,
     what: str,
 ) -> Int[Tensor, "windows length"]:
-    """Cut non-overlapping windows out of ``text``, evenly spread over it.
+    """Cut non-overlapping windows out of ``text``, evenly spread over it: int64 tokens, in the order of the text.
 
     The text is tokenized once, whole, without special tokens. Window ``i`` begins at token
     ``floor(i (tokens - length) / (windows - 1))``: the first at the start of the text, the last at its end.
 
     Args:
-        text: the whole text.
+        text: the whole text; ``what`` is its name, for messages.
         tokenizer: the model's own.
         windows: how many, at least 1; None takes all that fit side by side from the start.
         length: tokens of each window, at least 2.
-        what: the text's name, for messages.
-
-    Returns:
-        int64 tokens, in the order of the text.
 
     Raises:
         ValueError: if the text is too short for that many windows, or a count is out of range.
     """
     check_window_counts(windows, length)
     # verbose=False: the warning about sequences beyond the model's length does not apply to a text to be cut.
-    encoding = tokenizer(
-        text,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    tokens = torch.tensor(encoding["input_ids"], dtype=torch.int64)
+    unasked = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
+    tokens = torch.tensor(tokenizer(text, verbose=False, **unasked)["input_ids"], dtype=torch.int64)
     total = tokens.numel() // length
     wanted = total if windows is None else windows
     if not 1 <= wanted <= total:

@@ -22,13 +22,7 @@ from lorq.storage.writer import CheckpointWriter
 
 @dataclass(frozen=True)
 class Commit:
-    """Where solved blocks go.
-
-    Attributes:
-        model: whose blocks are resident when they are committed.
-        plan: what was solved.
-        writer: of the folder; has the blocks of an earlier run already.
-    """
+    """Where solved blocks of a model go: into its resident blocks, and into a folder that may have some already."""
 
     model: StreamedModel
     plan: Plan

@@ -1,7 +1,7 @@
 """Activations in 8 bits, in a block whose weights are still dense: their grids, smoothing, and the rounding itself."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from lorq.core.activations import Activations, range_grid
 from lorq.core.basis import Basis
 from lorq.core.stats import InputStats
 from lorq.kernels import fake_quantize
+from lorq.pipeline.observe import seen_inputs
 
 # Layers whose outputs a key-value cache keeps, by the end of their names.
 KEYS_AND_VALUES = ("k_proj", "v_proj")
@@ -23,16 +24,10 @@ _LEAST = 1e-5
 
 
 def layer_activations(name: str, stats: InputStats | None, *, inputs: str, cache: str) -> Activations:
-    """What happens to the activations of a layer.
+    """What happens to a layer's activations.
 
-    Args:
-        name: of the layer.
-        stats: of its inputs; for "tensor", whose range is theirs.
-        inputs: "none", "token" or "tensor".
-        cache: "token" also rounds what keys' and values' layers return.
-
-    Raises:
-        ValueError: if "tensor" lacks statistics.
+    Inputs are "none", "token" or "tensor", which takes its range from the statistics and raises a ValueError without
+    them. With the cache "token", what keys' and values' layers return is rounded too.
     """
     output = cache if name.endswith(KEYS_AND_VALUES) else "none"
     if inputs != "tensor":
@@ -45,12 +40,7 @@ def layer_activations(name: str, stats: InputStats | None, *, inputs: str, cache
 
 @contextmanager
 def quantized_activations(model: nn.Module, layers: Mapping[str, tuple[Activations, Basis | None]]) -> Iterator[None]:
-    """Round the inputs and outputs of dense layers as their packed likes will.
-
-    Args:
-        model: that the names are of.
-        layers: what is rounded, and the basis in which it is.
-    """
+    """Round the inputs, in their bases, and the outputs of dense layers as their packed likes will."""
 
     def before(activations: Activations, basis: Basis | None) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -60,27 +50,21 @@ def quantized_activations(model: nn.Module, layers: Mapping[str, tuple[Activatio
 
         return hook
 
-    handles = []
-    for name, (activations, basis) in layers.items():
-        module = model.get_submodule(name)
-        if activations.input != "none":
-            handles.append(module.register_forward_pre_hook(before(activations, basis)))
-        if activations.output != "none":
-            handles.append(module.register_forward_hook(lambda module, args, out: fake_quantize(out, None, None)))
-    try:
+    with ExitStack() as hooks:
+        for name, (activations, basis) in layers.items():
+            module = model.get_submodule(name)
+            if activations.input != "none":
+                hooks.enter_context(module.register_forward_pre_hook(before(activations, basis)))
+            if activations.output != "none":
+                hooks.enter_context(module.register_forward_hook(lambda _, args, out: fake_quantize(out, None, None)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass
 class Smoothed:
-    """What smoothing changed in a block.
+    """What smoothing changed in a block: norms' parameters as they are to be stored, by name.
 
-    Attributes:
-        tensors: the norms' parameters as they are to be stored, by name.
-        notes: by layer, why it was left alone.
+    ``notes`` say, by layer, why it was left alone.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -116,15 +100,11 @@ def smooth_block(
     where its output changes, the norm and its layers are left as they were.
 
     Args:
-        block: resident; its norms and layers are changed.
+        block: resident, called ``prefix``; its norms and layers are changed.
         layers: those to be quantized, by name, their weights (out, in) or transposed.
         run: runs the block.
         stats: by layer; those of smoothed inputs are replaced.
-        prefix: name of the block.
         exponent: ``a``, how much of the inputs' range moves into the weights, 0 to 1.
-
-    Returns:
-        What was changed.
     """
     smoothed, expected = Smoothed(), run()
     readers = _readers(block, layers, run)
@@ -180,7 +160,6 @@ def _fold(norm: nn.Module, before: Mapping[str, Tensor], wanted: Tensor, offset:
 def _readers(block: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Tensor]) -> dict[str, list[str]]:
     """The layers that read each norm's output, by the norm's path in the block."""
     made: dict[tuple[int, torch.Size], str] = {}
-    read: dict[str, tuple[int, torch.Size]] = {}
     alive: list[Tensor] = []  # so that equal addresses mean equal memory
 
     def note_output(path: str) -> Callable[..., None]:
@@ -191,25 +170,14 @@ def _readers(block: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[]
 
         return hook
 
-    def note_input(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            alive.append(args[0])
-            read[name] = (args[0].data_ptr(), args[0].shape)
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(note_input(name)) for name, layer in layers.items()]
-    for path, module in block.named_modules():
-        parameters = dict(module.named_parameters())
-        if "weight" in parameters and all(p.ndim == 1 for p in parameters.values()):
-            handles.append(module.register_forward_hook(note_output(path)))
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for path, module in block.named_modules():
+            parameters = dict(module.named_parameters())
+            if "weight" in parameters and all(p.ndim == 1 for p in parameters.values()):
+                hooks.enter_context(module.register_forward_hook(note_output(path)))
+        read = seen_inputs(run, layers)
     groups: dict[str, list[str]] = {}
-    for name, place in read.items():
-        if place in made:
+    for name, (x, _) in read.items():
+        if (place := (x.data_ptr(), x.shape)) in made:
             groups.setdefault(made[place], []).append(name)
     return groups

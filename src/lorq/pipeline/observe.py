@@ -19,14 +19,7 @@ _TOKENS_PER_STRAY = 32
 
 @dataclass(frozen=True)
 class Observer:
-    """How statistics are collected.
-
-    Attributes:
-        token_weights: see `lorq.core.stats.StatsAccumulator`.
-        router_weights: weigh a routed token by its squared router weight in the expert's statistics.
-        expert_tokens: an expert with fewer tokens than this gets the statistics of all tokens of its layer.
-        device: where the sums live.
-    """
+    """How statistics are collected, as `Options` describe it; the sums live on ``device``."""
 
     token_weights: TokenWeights = "equal"
     router_weights: bool = False
@@ -48,9 +41,7 @@ class Observer:
 class Observed:
     """What a block's run has shown; filled when the observation ends.
 
-    Attributes:
-        stats: by layer; layers with the same input share one object.
-        notes: what a layer's report should tell.
+    Layers with the same input share one object of the statistics; notes are for their reports.
     """
 
     stats: dict[str, InputStats] = field(default_factory=dict)
@@ -67,7 +58,6 @@ def observed(
         layers: the linear layers to observe, by name, those of experts included.
         experts: the block's experts modules, by name.
         run: runs the block once, to see which layers share an input.
-        observer: how.
     """
     names = {path: [name for name in layers if name.startswith(path + ".")] for path in experts}
     routed = {name for own in names.values() for name in own}
@@ -93,12 +83,10 @@ def observed(
 def shared_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> dict[str, str]:
     """Which layers receive the same tensor: each layer's name to the first layer with its input.
 
-    Found by looking, in one run of the block, so that no architecture needs to say it.
-
-    Raises:
-        ValueError: if a layer is never called.
+    Found by looking, in one run of the block, so that no architecture needs to say it. A ValueError if a layer is
+    never called.
     """
-    seen = {name: x for name, (x, _) in _seen_inputs(run, layers).items()}
+    seen = {name: x for name, (x, _) in seen_inputs(run, layers).items()}
     silent = [name for name in layers if name not in seen]
     if silent:
         raise ValueError(
@@ -113,7 +101,7 @@ def shared_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> di
 def same_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> list[list[str]]:
     """The layers that are given one tensor, unchanged, in one run of the block, where they are several."""
     groups: dict[tuple[int, int], list[str]] = {}
-    seen = _seen_inputs(run, layers)
+    seen = seen_inputs(run, layers)
     for name in layers:
         if name in seen:
             x, version = seen[name]
@@ -121,7 +109,7 @@ def same_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> list
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _seen_inputs(run: Callable[[], object], layers: dict[str, nn.Module]) -> dict[str, tuple[Tensor, int]]:
+def seen_inputs(run: Callable[[], object], layers: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, int]]:
     """What each layer that was called received, and its version then; all still alive, so that no two are mistaken."""
     seen: dict[str, tuple[Tensor, int]] = {}
 
@@ -140,12 +128,6 @@ class _ExpertsWatch:
     the end. But who has few in the end has had few all along: so every expert is given all tokens too as long as
     it has had few, which ends within the first windows for most, and what was collected of it is dropped then.
     One pass is enough and no window is run twice.
-
-    Args:
-        path: name of the module.
-        experts: the module.
-        layers: names of the linear layers that statistics are wanted for.
-        observer: how.
     """
 
     def __init__(self, path: str, experts: Experts, layers: list[str], observer: Observer):
@@ -211,14 +193,10 @@ class _ExpertsWatch:
 
 @contextmanager
 def routed_alike(experts: Mapping[str, Experts], routes: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Record where a first run's tokens are routed, and send them there again in a second.
+    """Record where a first run's tokens are routed, by experts module, and send them there again in a second.
 
     Two runs that differ by float32's last digits differ visibly if a token's scores for two experts are all but
     equal. Only tokens that the second run would send elsewhere are led back.
-
-    Args:
-        experts: the block's experts modules, by name.
-        routes: experts and router weights of each token, by module; filled by the first run.
 
     Raises:
         ArithmeticError: if more tokens go elsewhere than rounding explains.
@@ -247,9 +225,7 @@ def routed_alike(experts: Mapping[str, Experts], routes: dict[str, tuple[Tensor,
 
 @contextmanager
 def _hooks(hooks: dict[str, Callable[..., Any]], layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    handles = [layers[name].register_forward_pre_hook(hook) for name, hook in hooks.items()]
-    try:
+    with ExitStack() as stack:
+        for name, hook in hooks.items():
+            stack.enter_context(layers[name].register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -24,7 +24,6 @@ class Solved:
     """A block's weights, and what else goes into its file and report.
 
     Attributes:
-        weights: of the quantized layers.
         notes: what a layer's report should tell, by layer.
         changed: parameters outside the layers that smoothing changed, by name.
         inputs: names of the layers that read one input, those of experts aside, for each input of several.
@@ -39,6 +38,7 @@ class Solved:
 def solve_block(model: StreamedModel, plan: Plan, visit: Visit, probe: Probe, executor: Executor) -> Solved:
     """Solve the layers of the block where a walk is. Smoothing changes the resident block, solving does not."""
     part, found, layers = visit.part, visit.observed, plan.of(visit.part)
+    experts = find_experts(model.model, part.name)
     smoothed = Smoothed()
     if plan.options.smoothing:
         smoothed = smooth_block(
@@ -57,7 +57,7 @@ def solve_block(model: StreamedModel, plan: Plan, visit: Visit, probe: Probe, ex
     }  # fmt: skip
     block = _block_output(model, visit, layers) if plan.blockwise else None
     tasks = block_tasks(
-        layers, found.stats, find_experts(model.model, part.name),
+        layers, found.stats, experts,
         weight=lambda target: model.resident_weight(target).contiguous(), seed=plan.options.seed, block=block,
     )  # fmt: skip
     where = executor if block is None else SameProcess()
@@ -70,7 +70,6 @@ def solve_block(model: StreamedModel, plan: Plan, visit: Visit, probe: Probe, ex
     for name, note in (*found.notes.items(), *smoothed.notes.items(), *recorded.items()):
         if note:
             notes.setdefault(name, []).append(note)
-    experts = find_experts(model.model, part.name)
     plain = {t.name: model.model.get_submodule(t.name) for t in layers if expert_name(t.name, experts) is None}
     inputs = same_inputs(lambda: probe.run(model, part), plain)
     return Solved(weights, {name: "; ".join(own) for name, own in notes.items()}, smoothed.tensors, inputs)

@@ -24,10 +24,8 @@ class Plan:
     """What a run will do: a value that can be printed, stored and compared.
 
     Attributes:
-        layers: by part, the layers that are quantized and their methods.
+        layers: by part, the layers that are quantized and their methods; ``method`` is the one before overrides.
         excluded: why a layer is left as it is, by name.
-        method: before overrides.
-        options: of the run.
     """
 
     layers: Mapping[str, Mapping[Target, Method]]
@@ -110,8 +108,8 @@ def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
     """Which layer is quantized by which settings.
 
     Raises:
-        ValueError: for patterns that are no regular expressions or match nothing, settings that do not exist,
-            for settings that do not fit a layer, all at once, and for experts that cannot share factors as asked.
+        ValueError: for patterns that are no regular expressions or match nothing, settings that do not exist or do not
+            fit a layer, all at once, and for experts that cannot share factors as asked.
     """
     exclude = [_pattern(text, "exclude") for text in options.exclude]
     changes = [_override(text, method) for text in options.override]
@@ -167,11 +165,7 @@ def choose(target: Target, method: Method, changes: Iterable[tuple[re.Pattern[st
 
 
 def refuse_unfit(layers: Mapping[Target, Method]) -> None:
-    """Refuse settings that do not fit their layers.
-
-    Raises:
-        ValueError: all those layers at once, by what is wrong.
-    """
+    """Refuse settings that do not fit their layers, with a ValueError for all at once, by what is wrong."""
     unfit: dict[str, list[str]] = {}
     for target, method in layers.items():
         try:
@@ -194,11 +188,7 @@ def refuse_unfit(layers: Mapping[Target, Method]) -> None:
 
 
 def _check_alike(chosen: Method, method: Method, name: str) -> None:
-    """What is solved together cannot differ from layer to layer.
-
-    Raises:
-        ValueError: naming the setting, the layer and both values.
-    """
+    """What is solved together cannot differ from layer to layer."""
     for key in ("scope", *getattr(method, "block_settings", ())):
         if getattr(chosen, key) != getattr(method, key):
             raise ValueError(
@@ -237,12 +227,38 @@ def _override(text: str, method: Method) -> tuple[re.Pattern[str], dict[str, Any
     return _pattern(pattern, "override"), {key: parsed}
 
 
-def check_activations(plan: Plan) -> None:
-    """Refuse to round activations where that is not possible as asked.
+def mix_widths(plan: Plan) -> Plan:
+    """The plan with some layers' codes made wider, so that the average is as asked, and never above.
 
     Raises:
-        ValueError: naming the options and what does not fit.
+        ValueError: if the average is not between the two widths, or no layer is small enough to be widened.
+
+    Source:
+        LoftQ (arXiv:2310.08659) and LoRDS reach 2.25, 2.5 and 3 bits with 4 bits in the first layers and 2 in the rest.
     """
+    average, low, wide = plan.options.average_bits, plan.method.bits, plan.options.wide_bits
+    if not average:
+        return plan
+    if not low < average <= wide:
+        raise ValueError(
+            f"average_bits must be above the method's bits and at most wide_bits, got {average} with bits {low} and "
+            f"wide_bits {wide}; lower bits or raise wide_bits"
+        )
+    sizes = {target: target.out_features * target.in_features for target, method in plan.jobs() if method.bits == low}
+    room = (average - low) / (wide - low) * sum(sizes.values())
+    mixed = {part: dict(layers) for part, layers in plan.layers.items()}
+    for part in mixed if plan.options.wide_layers == "first" else reversed(list(mixed)):
+        for target, method in plan.layers[part].items():
+            if target in sizes and sizes[target] <= room:
+                mixed[part][target] = replace(method, bits=wide)
+                room -= sizes[target]
+    if mixed == plan.layers:
+        raise ValueError(f"average_bits {average} leaves no room for a single layer of {wide} bits; give more")
+    return replace(plan, layers=mixed)
+
+
+def check_activations(plan: Plan) -> None:
+    """Refuse to round activations where that is not possible as asked, with a ValueError."""
     options = plan.options
     if options.activations != "none" and plan.method.scope == "experts":
         raise ValueError(
@@ -269,13 +285,10 @@ def check_activations(plan: Plan) -> None:
 
 
 def check_weights(plan: Plan, model: StreamedModel, progress: Progress) -> None:
-    """Refuse weights that are not finite numbers, all layers named at once.
+    """Refuse weights that are not finite numbers, with a ValueError that names all those layers.
 
     Reads every weight, which the work will read again: once more in seconds or minutes, so that what would stop a run
     in its last block, after hours, stops it before the first. No other stage sees all weights before the work.
-
-    Raises:
-        ValueError: naming the layers.
     """
     jobs, bad = list(plan.jobs()), []
     kinds = {target.name: model.stored_dtype(target.name + ".weight") for target, _ in jobs}

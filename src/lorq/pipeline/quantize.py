@@ -19,11 +19,10 @@ from lorq.models.texts import SELF, Windows, calibration_windows
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
-from lorq.pipeline.plan import Plan, check_activations, check_weights, estimate, make_plan, make_report
+from lorq.pipeline.plan import Plan, check_activations, check_weights, estimate, make_plan, make_report, mix_widths
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
-from lorq.pipeline.widths import mix_widths
 from lorq.progress import Progress
 from lorq.runtime.device import read_device
 from lorq.storage.atomic import require_space
@@ -133,9 +132,6 @@ def _solve(
     return seconds
 
 
-# -- calibration text ---------------------------------------------------------------------------------------
-
-
 def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | None:
     """Calibration windows, if anything looks at inputs."""
     if not any(plan.observes(method) for _, method in plan.jobs()):
@@ -148,16 +144,14 @@ def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | 
         raise ValueError(f"seq_len must be at most the model's {limit} positions, got {options.seq_len}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    dtype = torch.float32
-
     def write() -> Tensor:
         _require_memory(model)
         return cached_self_windows(
-            lambda: load_dense(folder, dtype),
+            lambda: load_dense(folder, torch.float32),
             tokenizer,
             config,
             fingerprint=model.checkpoint.fingerprint(),
-            dtype=dtype,
+            dtype=torch.float32,
             windows=options.samples,
             length=options.seq_len,
             seed=options.seed,
@@ -212,9 +206,6 @@ def _identity(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-
-
-# -- after the work -----------------------------------------------------------------------------------------
 
 
 def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows: Windows | None) -> Report:

@@ -35,11 +35,7 @@ class Task:
 
 
 def solve_task(task: Task) -> dict[str, QuantizedWeight]:
-    """The quantized weights of a task, by layer; of nothing but the task.
-
-    Raises:
-        ArithmeticError: if a stored part is not finite.
-    """
+    """The quantized weights of a task, by layer; of nothing but the task. All finite, or an ArithmeticError."""
     with _note(task.title):
         solved = task.method.solve(task.problem)
     for name, weight in solved.items():
@@ -74,7 +70,6 @@ def block_tasks(
             derived from statistics is large.
         modules: the block's experts modules by name.
         weight: a layer's weight, (out, in), float32, on the device where the work is done.
-        seed: of the run.
         block: what methods of scope "block" fit, all layers in one task.
     """
 
@@ -107,10 +102,7 @@ def expert_groups(plan: Mapping[Target, Method], modules: Mapping[str, Any]) -> 
     """The experts that methods of scope "experts" solve together: targets by projection, in the experts' order.
 
     Gate and up projections read the same inputs and make one group, unless their settings differ; the down projections
-    make another.
-
-    Raises:
-        ValueError: if some experts of a projection are left out, or have other settings than the rest.
+    make another. A ValueError if some experts of a projection are left out, or have other settings than the rest.
     """
     found: dict[tuple[str, str], list[Target]] = {}
     for target, method in plan.items():
@@ -153,11 +145,7 @@ def _note(name: str) -> Iterator[None]:
 
 
 def check_finite(weight: QuantizedWeight) -> None:
-    """Nothing that is not a number is ever written.
-
-    Raises:
-        ArithmeticError: if a stored part is not finite.
-    """
+    """Nothing that is not a number is ever written: an ArithmeticError instead."""
     parts = [*weight.tensors().values(), *(weight.tile.factors.tensors().values() if weight.tile else ())]
     if not all(bool(torch.isfinite(part.float()).all()) for part in parts if part.is_floating_point()):
         raise ArithmeticError("scales and factors must be finite, got NaN or infinite values; raise the damping")

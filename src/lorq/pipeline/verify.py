@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorq.models.blocks import Calls, Part, StreamedModel
 from lorq.models.experts import find_experts
@@ -26,11 +26,8 @@ _PROBE_SQNR_DB = 60.0
 class Probe:
     """A short window that goes through the quantized blocks in memory, and again as they are on disk.
 
-    Attributes:
-        tokens: random ones; any text would do.
-        hidden: with which the window enters a block.
-        calls: what else the blocks are called with.
-        routes: where the tokens are routed, by experts module; filled the first time.
+    ``hidden`` are the states with which its tokens, random ones, enter a block. ``routes`` tell where they are routed,
+    by experts module; filled the first time.
     """
 
     tokens: Int[Tensor, "length"]
@@ -60,34 +57,22 @@ def probe_tokens(config: Any, seed: int) -> Int[Tensor, "length"]:
     return torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
 
 
-def _leave_activations(model: nn.Module) -> None:
-    """Let packed layers round neither inputs nor outputs.
-
-    Rounding makes a whole step of a difference in the last digit, and the next block many more: after thirty blocks
-    two right models are 30 dB apart.
-    """
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.format = replace(module.format, input_quantization="none", output_quantization="none")
-
-
 def verify(model: StreamedModel, probe: Probe, folder: LorqFolder, progress: Progress) -> None:
     """Read the written shards back into packed layers, block by block, and compare the probe's logits.
 
-    Activations are in full precision on both sides.
-
-    Args:
-        model: the original, whose head makes the logits to be expected.
-        probe: behind the last solved block.
-        folder: what was written.
-        progress: told after each block.
+    The probe is behind the last solved block; the original's head makes the logits to be expected. Activations are in
+    full precision on both sides.
 
     Raises:
         ArithmeticError: if they differ, or are not finite, or tokens take another way (`routed_alike`).
     """
     empty = skeleton(read_config(model.checkpoint.folder))
     swap_layers(empty, folder.formats)
-    _leave_activations(empty)
+    # Rounding activations makes a whole step of a difference in the last digit, and the next block many more: after
+    # thirty blocks two right models are 30 dB apart.
+    for module in empty.modules():
+        if isinstance(module, QuantLinear):
+            module.format = replace(module.format, input_quantization="none", output_quantization="none")
     swap_experts(empty, folder.tiles)
     written = StreamedModel(empty, folder.reader, device=model.device)
     again = replace(Probe.begin(written, probe.tokens), routes=probe.routes)

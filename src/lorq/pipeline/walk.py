@@ -31,7 +31,6 @@ class Streams:
         original: the original model's: ``inputs`` themselves where these are it; a stream of its own for methods that
             fit a block to the original's output; None where nobody needs it.
         quantized: whether ``inputs`` leave each block as it is when the walk goes on, not as it was.
-        calls: what else the blocks are called with.
     """
 
     inputs: Float[Tensor, "windows length width"]
@@ -74,14 +73,11 @@ def advance(stream: Float[Tensor, "windows length width"], run: Run) -> None:
 
 @dataclass(frozen=True)
 class Visit:
-    """A walk at a block, which is resident, its weights the original's.
+    """A walk at a block, which is resident, its weights the original's; ``streams.original`` has left it already.
 
     Attributes:
-        part: the block.
         kept: its tensors that are stored as they are, as the checkpoint has them.
-        streams: ``original`` has left the block already.
-        observed: what its layers are given; nothing where the block is finished.
-        seconds: that this took.
+        observed: what its layers are given, found in so many seconds; nothing where the block is finished.
         rounding: activations and basis of layers, by name, with which ``inputs`` leave the block; filled by who puts
             quantized weights into it.
     """
@@ -97,11 +93,7 @@ class Visit:
 def walk(model: StreamedModel, plan: Plan, streams: Streams, *, finished: Collection[str] = ()) -> Iterator[Visit]:
     """Go through the blocks, each in memory while the walk is there; nothing outside the streams is changed.
 
-    Args:
-        model: of which blocks become resident.
-        plan: which layers are observed, and how.
-        streams: at the first block; behind the last at the end.
-        finished: names of blocks that need not be observed.
+    The streams are at the first block, and behind the last at the end. Blocks named ``finished`` are not observed.
     """
     for part in model.blocks:
         kept = {name: model.stored_tensor(name) for name in plan.kept(part)}

@@ -52,11 +52,7 @@ STEPS: dict[str, Any] = {"cache_implementation": "static", "disable_compile": Tr
 
 
 def check_compiler(device: torch.device) -> None:
-    """Refuse to compile where torch would find no C++ compiler.
-
-    Raises:
-        ValueError: naming what it looks for.
-    """
+    """Refuse to compile, with a ValueError, where torch would find no C++ compiler."""
     from torch._inductor import config, cpp_builder, exc
 
     try:

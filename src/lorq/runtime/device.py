@@ -25,15 +25,7 @@ def read_device(name: str | torch.device) -> torch.device:
 
 
 def read_dtype(name: str | torch.dtype, *, auto: bool = True) -> torch.dtype:
-    """The activation dtype behind a name.
-
-    Args:
-        name: of the dtype.
-        auto: the caller takes "auto" too, which errors then tell.
-
-    Raises:
-        ValueError: if it is none of the three.
-    """
+    """The activation dtype behind one of three names, or a ValueError, which offers "auto" too if that is taken."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     dtype = known.get(str(name).removeprefix("torch."))
     if dtype is None:

@@ -54,7 +54,7 @@ class Tiles(nn.Module):
         return f"grid={f.rows}x{f.columns}, experts={f.experts}, rank={f.rank}, factor_type={f.factor_type}"
 
 
-class QuantExperts(Experts):
+class QuantExperts(nn.Module):
     """Packed experts with tile factors; their low-rank part takes one pass for all experts.
 
     With ``x`` a token's input, ``z`` the same in the experts' basis, ``g`` the router's weights and expert ``e`` in
@@ -63,14 +63,14 @@ class QuantExperts(Experts):
         gate, up:  P = z [right_1 .. right_R]^T once,            gate_e += left_j P_i,   by columns
         down:      a_j = sum over e in column j of g_e right_i h_e,   y += [left_1 .. left_C] [a_1 .. a_C]
 
-    so the down projection's left factors are applied once per token and not once per expert. Equal to
-    ``fused = False``, where each expert adds ``left_j (right_i z)`` of its own, but for the order of sums. Where
-    experts are alike and inputs need no gradient, one call multiplies all those of a projection
-    (`lorq.runtime.experts_at_once`). Projections without tile factors may be of any kind, each expert's in a
-    basis of its own.
+    so the down projection's left factors are applied once per token and not once per expert. Equal to `one_by_one`,
+    where each expert adds ``left_j (right_i z)`` of its own, but for the order of sums. Where experts are alike and
+    inputs need no gradient, one call multiplies all those of a projection (`lorq.runtime.experts_at_once`). Projections
+    without tile factors may be of any kind, each expert's in a basis of its own.
 
     Args:
-        experts: whose layers are taken over; those of projections with tile factors are packed.
+        plain: the experts, which become children of this, under their numbers; layers of projections with tile factors
+            are packed.
         tiles: by projection.
 
     Raises:
@@ -78,44 +78,37 @@ class QuantExperts(Experts):
 
     Source:
         TileQ's LoTileMoE as far as it is known. With one right factor for a grid row the shared projection is exact;
-        with input scales for each expert (``sharing="expert"``) only the unfused form is, and it is used.
+        with input scales for each expert (``sharing="expert"``) only `one_by_one` is, and it is used.
     """
 
-    fused = True
-    low_rank = True  # benchmarks leave it away to see what it costs
-
-    def __init__(self, experts: Experts, tiles: dict[str, Tiles]):
-        nn.Module.__init__(self)
-        self._fused = experts._fused
-        self._modules.update(experts._modules)
+    def __init__(self, plain: Experts, tiles: dict[str, Tiles]):
+        super().__init__()
+        self._plain = (plain,)  # in a tuple, so that it is no child beside its own
+        for name, expert in plain.named_children():
+            self.add_module(name, expert)
         self.tiles = nn.ModuleDict(tiles)
         for name, module in tiles.items():
-            for expert in range(len(self)):
-                layer = getattr(self[expert], name)
+            for number, expert in enumerate(plain):
+                layer = getattr(expert, name)
                 if not isinstance(layer, QuantLinear):
                     raise ValueError(
-                        f"experts that share factors must be packed, {expert}.{name} is a {type(layer).__name__}; "
+                        f"experts that share factors must be packed, {number}.{name} is a {type(layer).__name__}; "
                         "the config belongs to another model"
                     )
-                layer.shared = (module, expert)
+                layer.shared = (module, number)
 
-    def __len__(self) -> int:
-        return len(self._modules) - 1  # the tiles are no expert
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return (self[expert] for expert in range(len(self)))
+    @property
+    def plain(self) -> Experts:
+        """The experts without what they share."""
+        return self._plain[0]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Experts:
         """Experts with dense layers, their parts of the shared factors included."""
-        plain = Experts.__new__(Experts)
-        nn.Module.__init__(plain)
-        plain._fused = self._fused
-        for expert in range(len(self)):
-            own = Expert()
-            for name, layer in self[expert].named_children():
+        dense = [Expert() for _ in self.plain]
+        for own, expert in zip(dense, self.plain, strict=True):
+            for name, layer in expert.named_children():
                 setattr(own, name, layer.dequantize(dtype) if isinstance(layer, QuantLinear) else layer)
-            plain.add_module(str(expert), own)
-        return plain.train(self.training)
+        return self.plain.with_experts(dense).train(self.training)
 
     def forward(
         self,
@@ -125,25 +118,29 @@ class QuantExperts(Experts):
     ) -> Float[Tensor, "tokens in"]:
         """Sum of the chosen experts' outputs, each times its router weight."""
         tiles = self._factors()
-        if not self.fused or any(t.input_scale is not None for t in tiles.values()):
-            return self._unfused(tiles, hidden_states, top_k_index, top_k_weights)
-        layers = layers_of(self)
+        if any(t.input_scale is not None for t in tiles.values()):
+            return self.one_by_one(hidden_states, top_k_index, top_k_weights)
+        layers = layers_of(self.plain)
         if declines_at_once(layers, tuple(self.tiles), hidden_states, top_k_weights) is None:
-            return run_grouped(layers, tiles, self.gated, hidden_states, top_k_index, top_k_weights)
-        return _Pass(self, tiles, hidden_states, top_k_index, top_k_weights).output()
+            return run_grouped(layers, tiles, self.plain.gated, hidden_states, top_k_index, top_k_weights)
+        return _Pass(self.plain, tiles, hidden_states, top_k_index, top_k_weights).output()
 
     def middle(self, expert: int, inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens width"]:
         """What one expert's down projection is given."""
         return self._middle(self._factors(), expert, inputs)
 
     def _factors(self) -> dict[str, TileFactors]:
-        modules = self.tiles.items() if self.low_rank else ()
-        return {name: module.factors() for name, module in modules}  # type: ignore[operator]
+        return {name: module.factors() for name, module in self.tiles.items()}  # type: ignore[operator]
 
-    def _unfused(self, tiles: dict[str, TileFactors], x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """Every expert for itself: the definition of what the fused form computes."""
-        out = torch.zeros_like(x)
-        for expert, token, place in _routed(index, len(self)):
+    def one_by_one(
+        self,
+        x: Float[Tensor, "tokens in"],
+        index: Int[Tensor, "tokens k"],
+        weights: Float[Tensor, "tokens k"],
+    ) -> Float[Tensor, "tokens in"]:
+        """Every expert for itself: the definition of what `forward` computes."""
+        tiles, out = self._factors(), torch.zeros_like(x)
+        for expert, token, place in _routed(index, len(self.plain)):
             middle = self._middle(tiles, expert, x[token])
             answer = self._project(tiles, "down_proj", expert, middle) * weights[token, place, None]
             out.index_add_(0, token, answer.to(out.dtype))
@@ -151,11 +148,11 @@ class QuantExperts(Experts):
 
     def _middle(self, tiles: dict[str, TileFactors], expert: int, inputs: Tensor) -> Tensor:
         gate, up = (self._project(tiles, name, expert, inputs) for name in ("gate_proj", "up_proj"))
-        return self.gated(gate, up)
+        return self.plain.gated(gate, up)
 
     def _project(self, tiles: dict[str, TileFactors], name: str, expert: int, inputs: Tensor) -> Tensor:
         """One projection of one expert, its part of the shared factors included."""
-        layer: Any = getattr(self[expert], name)
+        layer: Any = getattr(self.plain[expert], name)
         if name not in tiles:
             return layer(inputs)
         t, z = tiles[name], layer.into_basis(inputs)
@@ -175,7 +172,7 @@ def _routed(index: Int[Tensor, "tokens k"], experts: int) -> Iterator[tuple[int,
 class _Pass:
     """One pass of tokens through packed experts, low-rank parts fused."""
 
-    def __init__(self, experts: QuantExperts, tiles: dict[str, TileFactors], x: Tensor, index: Tensor, weights: Tensor):
+    def __init__(self, experts: Experts, tiles: dict[str, TileFactors], x: Tensor, index: Tensor, weights: Tensor):
         self.experts, self.tiles, self.x = experts, tiles, x
         self.routed = list(_routed(index, len(experts)))
         self.weights = [weights[token, place, None] for _, token, place in self.routed]
@@ -187,7 +184,7 @@ class _Pass:
         both = zip(self._outputs("gate_proj"), self._outputs("up_proj"), strict=True)
         inputs = [self.experts.gated(gate, up) for gate, up in both]
         layers = self._layers("down_proj")
-        packed = "down_proj" in self.experts.tiles
+        packed = "down_proj" in self.tiles
         if packed:
             inputs = [layer.into_basis(x) for layer, x in zip(layers, inputs, strict=True)]
             self._add_low_rank(out, inputs)
@@ -203,11 +200,11 @@ class _Pass:
     def _outputs(self, name: str) -> list[Tensor]:
         """What gate or up projections give, by routed expert."""
         layers, tokens = self._layers(name), [token for _, token, _ in self.routed]
-        if name not in self.experts.tiles:
+        if name not in self.tiles:
             return [layer(self.x[token]) for layer, token in zip(layers, tokens, strict=True)]
         z = layers[0].into_basis(self.x)  # one basis for all: every expert reads the layer's input
         outputs = [layer.multiply(z[token]) for layer, token in zip(layers, tokens, strict=True)]
-        return [a + b for a, b in zip(outputs, self._shared(name, z), strict=True)] if name in self.tiles else outputs
+        return [a + b for a, b in zip(outputs, self._shared(name, z), strict=True)]
 
     def _shared(self, name: str, z: Tensor) -> list[Tensor]:
         """Low-rank outputs of gate or up by routed expert: one projection, then one product per grid column."""
@@ -227,9 +224,7 @@ class _Pass:
 
     def _add_low_rank(self, out: Tensor, middles: list[Tensor]) -> None:
         """The down projection's: summed over experts in rank space, then one product with all left factors."""
-        t = self.tiles.get("down_proj")
-        if t is None:
-            return
+        t = self.tiles["down_proj"]
         rights, lefts = t.rights(out.dtype), t.lefts(out.dtype)
         cells, columns = t.cells.tolist(), len(lefts)
         sums = out.new_zeros(len(out) * columns, t.rank)

@@ -20,14 +20,20 @@ _STACKED = "weight_packed", "weight_scale", "weight_zero_point", "codebook", "co
 
 
 @torch.inference_mode(False)  # kept: made while measuring, it must serve training too
-def _stack(own: Sequence[Any]) -> dict[str, Tensor]:
-    """A projection's tensors of all experts by local name, experts first, each in one memory that the experts share."""
-    kinds = {local: own[place :: len(_STACKED)] for place, local in enumerate(_STACKED)}
-    given = {local: tensors for local, tensors in kinds.items() if tensors[0] is not None}
-    return {local: one_memory(tensors).unflatten(0, (len(tensors), -1)) for local, tensors in given.items()}
+def _stack(own: Sequence[Any], names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Tensors of all experts, of one after the other, by local name, experts first, in one memory that they share."""
+    kinds = {local: own[place :: len(names)] for place, local in enumerate(names)}
+    return {local: one_memory(tensors).unflatten(0, (len(tensors), -1)) for local, tensors in kinds.items()}
 
 
 _STACKS = Derived(_stack, copies=False)
+
+
+def _stacked(layers: Sequence[QuantLinear]) -> dict[str, Tensor]:
+    """A projection's stored tensors of all experts."""
+    names = tuple(local for local in _STACKED if layers[0]._buffers[local] is not None)
+    buffers = [layer._buffers for layer in layers]
+    return _STACKS.of([own[local] for own in buffers for local in names], names)
 
 
 def declines_stored(
@@ -42,11 +48,11 @@ def declines_stored(
         stored: names of all tensors.
     """
     for name in PROJECTIONS:
-        if name not in tiled:
-            return f"{name} has no shared factors"
-        if tiled[name].input_scale:
+        if name in tiled and tiled[name].input_scale:
             return f"{name} has input scales for each expert"
         own = [layer for layer in formats if layer.startswith(f"{path}.") and layer.endswith(f".{name}")]
+        if name not in tiled and (not own or (name != "down_proj" and formats[own[0]].permuted)):
+            return f"{name} has no shared factors"
         if len({formats[layer] for layer in own}) > 1:
             return f"{name} has experts of several formats"
         if any(f"{layer}.bias" in stored for layer in own):
@@ -75,9 +81,11 @@ def declines_at_once(
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
         return "inputs need gradients"
     for name in PROJECTIONS:
-        if name not in tiled:
-            return f"{name} has no shared factors"
         first = layers[name][0]
+        # Without them experts may be of any kind, and read their common input each in an order of its own.
+        alike = name in tiled or all(isinstance(layer, QuantLinear) for layer in layers[name])
+        if not alike or (name not in tiled and name != "down_proj" and first.format.permuted):
+            return f"{name} has no shared factors"
         why = declines_experts(first.format, first.in_features, x.device, x.dtype, weights.numel() / len(layers[name]))
         if why is not None:
             return why
@@ -112,8 +120,7 @@ def run_grouped(
     (tokens, places), down = index.shape, tiles.get("down_proj")
     known = index < len(layers["down_proj"])
     expert, cell = index.flatten(), torch.where(known, index, 0).flatten()
-    stored = {name: [layer._buffers[local] for layer in layers[name] for local in _STACKED] for name in PROJECTIONS}
-    own = {name: _STACKS.of(tensors) for name, tensors in stored.items()}
+    own = {name: _stacked(layers[name]) for name in PROJECTIONS}
     gate, up = (
         _product(layers[name][0], own[name], layers[name][0].into_basis(x), expert, tiles.get(name))
         for name in ("gate_proj", "up_proj")

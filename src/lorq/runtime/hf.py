@@ -17,7 +17,7 @@ from lorq.runtime.device import read_device, read_dtype
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.same_input import join
-from lorq.runtime.swap import _replace, check_cells, check_permutation, check_tensors, swap_experts, swap_layers
+from lorq.runtime.swap import check_cells, check_permutation, check_tensors, swap_experts, swap_layers
 from lorq.storage.config import LorqConfig
 from lorq.storage.names import INDEX, SENTINEL
 
@@ -66,10 +66,10 @@ class LorqQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantExperts):
-                _replace(model, name, module.dequantize(dtype))
+                model.set_submodule(name, module.dequantize(dtype))
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
-                _replace(model, name, module.dequantize(dtype))
+                model.set_submodule(model, name, module.dequantize(dtype))
         fuse_experts(model)  # so that it is transformers' own model again, to be saved like one
         return model
 
@@ -79,15 +79,7 @@ class LorqQuantizer(HfQuantizer):
         return False
 
     # Set where an adapter or quantization-aware training is attached (`lorq.adapt.adapters`): codes alone do not train.
-    trains = False
-
-    @property
-    def is_trainable(self) -> bool:
-        return self.trains
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return self.trains
+    is_trainable = is_qat_trainable = False
 
 
 def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
@@ -107,20 +99,13 @@ def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str |
 
     folder = resolve_model(model)
     place = read_device(device)
-    if dtype == "auto":
-        kind: Any = torch.float32 if place.type == "cpu" else "auto"
-    else:
-        kind = read_dtype(dtype)
+    automatic = torch.float32 if place.type == "cpu" else "auto"
+    kind = automatic if dtype == "auto" else read_dtype(dtype)
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     return loaded.to(place).eval()
 
 
-def register() -> None:
-    """Tell transformers about ``quant_method: lorq``. Safe to call twice."""
-    if "lorq" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config("lorq")(LorqConfig)
-        register_quantizer("lorq")(LorqQuantizer)
-
-
 # Whoever imports this means the registration.
-register()
+if "lorq" not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config("lorq")(LorqConfig)
+    register_quantizer("lorq")(LorqQuantizer)

@@ -33,16 +33,8 @@ class QuantLinear(nn.Module):
     """``y = x W^T + b`` with ``W`` kept packed.
 
     The stored tensors are buffers under the names of docs/format.md; those a layer does not have are None.
-    Moving the module (``.to(device)``) moves them; asking for another dtype converts the bias and leaves
-    them alone, since codes and scales belong together.
-
-    Args:
-        in_features: width of the input.
-        out_features: width of the output.
-        format: bits, group size, rank and so on.
-        bias: whether there is a bias.
-        dtype: of the bias.
-        device: "meta" makes room without memory.
+    Moving the module (``.to(device)``) moves them; asking for another dtype converts the bias, which alone has one, and
+    leaves them alone, since codes and scales belong together. The device "meta" makes room without memory.
     """
 
     bias: nn.Parameter | None

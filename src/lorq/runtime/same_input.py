@@ -1,13 +1,7 @@
-"""Layers that read one input, such as q, k and v: rotated once, and few tokens in one product.
+"""Layers that read one input, such as q, k and v: rotated once, and few tokens in one product (docs/kernels.md).
 
-What: the first layer that is called multiplies for all of them, and the others take their rows of the result. Their
-tensors lie one after the other in one memory, of which each layer keeps its part.
-
-Why: one token's product with a small layer takes little longer than its call, or its launch on a device.
-
-What is given up: low-rank factors of several layers stand side by side, ``left`` with zeros where another layer's rows
-meet a layer's own columns; layers where those would cost more than calls do multiply by themselves, and so do many
-tokens.
+The first layer that is called multiplies for all of them, and the others take their rows of the result: one token's
+product with a small layer takes little longer than its call, or its launch on a device.
 """
 
 import weakref
@@ -59,10 +53,9 @@ class _Once:
 
 
 class Together:
-    """Layers of one input and one basis.
+    """Layers of one input and one basis, each called with its place among the ``count``.
 
     Args:
-        count: how many there are; each is called with its place among them.
         joins: few tokens are multiplied by all of them at once.
 
     Attributes:
@@ -180,23 +173,14 @@ def _join(known: Sequence[Callable[[], QuantLinear | None]], _: Sequence[Tensor 
 
 def _side_by_side(layers: Sequence[QuantLinear]) -> Tensor:
     """Left factors of all layers as of one, block by block."""
-    lefts: list[Any] = [layer.left for layer in layers]
-    example = next(left for left in lefts if left is not None)
-    rank = sum(left.shape[1] for left in lefts if left is not None)
-    whole: Tensor = example.new_zeros(sum(layer.out_features for layer in layers), rank)
-    row = column = 0
-    for layer, left in zip(layers, lefts, strict=True):
-        if left is not None:
-            whole[row : row + layer.out_features, column : column + left.shape[1]] = left
-            column += left.shape[1]
-        row += layer.out_features
-    return whole
+    example: Any = next(layer.left for layer in layers if layer.left is not None)
+    parts = (example.new_zeros(layer.out_features, 0) if layer.left is None else layer.left for layer in layers)
+    return torch.block_diag(*parts)
 
 
 def fit(layers: Sequence[QuantLinear]) -> bool:
     """Whether layers of one input and basis can be one: their formats fit together, and joining costs little."""
     first = layers[0].format
-
     sizes = code_sizes(first.codes)
     if sizes is None or sizes.scale_rank:
         return False

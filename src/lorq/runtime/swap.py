@@ -17,8 +17,7 @@ from lorq.storage.safetensors_file import read_header
 def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:
     """Put empty `QuantLinear` modules, on the meta device, where the named linear layers are.
 
-    Raises:
-        ValueError: if a name is not a linear layer of the model, or its width does not fit the format.
+    A ValueError if a name is not a linear layer of the model, or its width does not fit the format.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -31,12 +30,15 @@ def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:
                 f"{'not in the model' if layer is None else 'no linear layer'}; the config belongs to another model"
             )
         out, in_ = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
-        _check_fit(name, out, in_, format)
+        try:
+            format.check(out, in_)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}; the config belongs to another model") from None
         bias = layer.bias
         new = QuantLinear(
             in_, out, format, bias=bias is not None, dtype=None if bias is None else bias.dtype, device="meta"
         )
-        _replace(model, name, new.requires_grad_(False))
+        model.set_submodule(name, new.requires_grad_(False))
         parent = model.get_submodule(name.rpartition(".")[0])
         # Some architectures initialise their children's weights from the parent. There is nothing to initialise
         # (check_tensors has seen to it), and looking at a packed layer's weight would decode it.
@@ -47,8 +49,7 @@ def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:
 def swap_experts(model: nn.Module, formats: dict[str, TileFormat]) -> None:
     """Put `QuantExperts` with empty tile factors, on the meta device, where the named experts are.
 
-    Raises:
-        ValueError: if a name is not a projection of experts of the model, or their number differs.
+    A ValueError if a name is not a projection of experts of the model, or their number differs.
     """
     modules: dict[str, dict[str, Tiles]] = {}
     for name, format in formats.items():
@@ -63,15 +64,11 @@ def swap_experts(model: nn.Module, formats: dict[str, TileFormat]) -> None:
         layer = getattr(experts[0], projection)
         modules.setdefault(path, {})[projection] = Tiles(layer.out_features, layer.in_features, format, device="meta")
     for path, tiles in modules.items():
-        _replace(model, path, QuantExperts(model.get_submodule(path), tiles))  # type: ignore[arg-type]
+        model.set_submodule(path, QuantExperts(model.get_submodule(path), tiles))  # type: ignore[arg-type]
 
 
 def check_permutation(name: str, layer: QuantLinear) -> None:
-    """Refuse an order of channels that is none.
-
-    Raises:
-        ValueError: naming the layer.
-    """
+    """Refuse an order of channels that is none, with a ValueError that names the layer."""
     order = layer.permutation
     if order is not None and not torch.equal(order.long().sort()[0].cpu(), torch.arange(layer.in_features)):
         raise ValueError(
@@ -81,11 +78,7 @@ def check_permutation(name: str, layer: QuantLinear) -> None:
 
 
 def check_cells(name: str, tiles: Tiles) -> None:
-    """Refuse cells outside the grid.
-
-    Raises:
-        ValueError: naming the tile factors.
-    """
+    """Refuse cells outside the grid, with a ValueError that names the tile factors."""
     f, cells = tiles.format, tiles.cells.long()
     limits = torch.tensor([f.rows, f.columns], device=cells.device)
     if bool(((cells < 0) | (cells >= limits)).any()):
@@ -95,20 +88,11 @@ def check_cells(name: str, tiles: Tiles) -> None:
         )
 
 
-def _check_fit(name: str, out: int, in_: int, format: LayerFormat) -> None:
-    try:
-        format.check(out, in_)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}; the config belongs to another model") from None
-
-
 def check_tensors(model: Any, files: list[Path]) -> None:
     """Compare what the model needs with what the files hold, before anything is read.
 
-    transformers fills missing tensors with random numbers and drops unexpected ones, with a warning at most.
-
-    Raises:
-        ValueError: if a tensor is missing, unexpected, or of another shape or type than its layer's.
+    transformers fills missing tensors with random numbers and drops unexpected ones, with a warning at most. A
+    ValueError if one is missing, unexpected, or of another shape or type than its layer's.
     """
     stored = {name: entry for file in files for name, entry in read_header(file).tensors.items()}
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
@@ -130,8 +114,3 @@ def check_tensors(model: Any, files: list[Path]) -> None:
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"the folder's tensors do not fit its config: {'; '.join(wrong[:5])}{more}; download it again")
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, module)

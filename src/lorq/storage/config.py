@@ -17,16 +17,7 @@ FORMAT_VERSION = 4
 
 
 class LorqConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a lorq folder (docs/format.md).
-
-    Args:
-        format_version: of the folder; a newer one than this lorq's is refused.
-        lorq_version: that wrote it.
-        method: name of the method.
-        settings: the method's settings.
-        layers: for each quantized layer its format (`write_format`).
-        tiles: for each projection whose experts share factors the fields of `lorq.core.tile_factors.TileFormat`.
-        inputs: names of the layers that read one input, for each input of several.
+    """``quantization_config`` of a lorq folder, whose keys docs/format.md explains.
 
     Raises:
         ValueError: for a newer format version, an unknown or missing key, or a value out of range.
@@ -171,17 +162,10 @@ def write_format(format: LayerFormat) -> dict[str, Any]:
     """A layer's format as a JSON object: flat where version 3 knew the kind of codes, else ``codes`` by itself."""
     rest = {key: value for key, value in vars(format).items() if key != "codes"}
     codes: Any = format.codes
-    own: dict[str, Any]
-    if isinstance(codes, IntGrid):
-        own = {"bits": codes.bits, "group_size": codes.group_size, "symmetric": codes.symmetric}
-    elif isinstance(codes, LevelFormat):
-        own = {"bits": codes.bits, "group_size": codes.group_size, "symmetric": True, "grid": codes.levels}
-        own["scale_rank"] = codes.scale_rank
-    elif isinstance(codes, VectorGrid):
-        own = {"bits": codes.bits, "group_size": codes.group_size, "symmetric": True, "vector": codes.vector}
-        own |= {"codebook_rows": codes.rows, "codebook_columns": codes.columns}
-    else:
+    if not isinstance(codes, IntGrid | LevelFormat | VectorGrid):
         return rest | {"codes": {"kind": codes.kind} | asdict(codes)}
+    keys = {"levels": "grid", "rows": "codebook_rows", "columns": "codebook_columns"}
+    own = {"symmetric": True} | {keys.get(name, name): value for name, value in vars(codes).items()}
     return {key: _FLAT[key][1] for key in _OF_CODES} | own | rest
 
 

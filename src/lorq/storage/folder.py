@@ -23,8 +23,6 @@ class LorqFolder:
     """The one way into a folder that lorq has written.
 
     Attributes:
-        path: of the folder.
-        reader: of its tensors.
         formats: of the quantized layers, by name.
         tiles: of the factors that experts share, by the names that they are stored under.
     """
@@ -54,9 +52,7 @@ class LorqFolder:
     def of_shards(cls, path: Path, records: Mapping[str, Any]) -> "LorqFolder":
         """The shards that are written of a folder that need not be finished; it has no report yet.
 
-        Args:
-            path: of the folder.
-            records: of the shards by name, with the ``formats`` of their layers and ``tiles`` as config.json has them.
+        ``records`` are of the shards by name, with ``formats`` of their layers and ``tiles`` as config.json has them.
         """
         headers = {name: read_header(path / name) for name in records}
         files = {tensor: name for name, header in headers.items() for tensor in header.tensors}

@@ -43,9 +43,7 @@ class SourceCheckpoint:
 
         Like transformers, prefers ``model.safetensors`` where both are present.
 
-        Args:
-            folder: a Hugging Face model folder; its files may be links, as in the hub's cache.
-            index_name: read this index instead, for example ``lorq.safetensors.index.json``.
+        ``index_name`` is an index to read instead. Files may be links, as in the hub's cache.
 
         Raises:
             FileNotFoundError: if the folder, the weights or a listed shard is missing.
@@ -92,9 +90,8 @@ class SourceCheckpoint:
     def fingerprint(self) -> str:
         """sha256 (hex) that tells this model from another or an edited one without reading it all.
 
-        Covers ``config.json``; of every weight file the name, size and header; and of its content 32
-        stretches of 64 KiB, evenly spaced with the first and the last included. Files of up to 2 MiB are
-        covered whole.
+        Covers ``config.json``; of every weight file the name, size and header; and of its content 32 evenly spaced
+        stretches of 64 KiB, the first and the last included.
 
         Raises:
             FileNotFoundError: if ``config.json`` is missing.

@@ -17,9 +17,7 @@ class LayerReport:
         shape: (out, in).
         bits: width of a code.
         rank: of the low-rank part.
-        stop: why the rank is not larger.
-        error_before: relative output error of rounding to nearest on the same kind of grid.
-        error_after: relative output error of the result.
+        stop, error_before, error_after: see `lorq.core.weight.Record`.
         bytes: stored for this layer, everything counted.
         note: what is out of the ordinary, such as an expert that saw too few tokens for statistics of its own.
     """
@@ -47,8 +45,7 @@ class Report:
         kept: parameters left as they were, by name, with the reason where it is not the rule.
         run: calibration text, samples, seed and so on, as asked for.
         checksums: sha256 of each weight file.
-        seconds: wall time of the run; not stored, since it is never the same twice. 0 when read back.
-        stages: seconds of it spent on calibration and on solving; not stored either.
+        seconds, stages: wall time of the run, and of calibration and solving; not stored, as never the same twice.
     """
 
     method: str
@@ -77,7 +74,7 @@ class Report:
         return {module if len(names) > 1 else names[0]: note for (module, note), names in modules.items()}
 
     def as_dict(self) -> dict[str, Any]:
-        """What `lorq inspect --json` prints and the folder keeps."""
+        """What the folder keeps; `lorq inspect --json` prints it with `runs` beside it."""
         head = {"bits_per_weight": self.bits_per_weight, "bytes": self.bytes}
         rest = {k: v for k, v in asdict(self).items() if k not in ("seconds", "stages", "bytes")}
         return head | rest

@@ -1,4 +1,4 @@
-"""Files at the border: hostile until checked when read, whole or absent when written.
+"""Weight files, which are hostile until checked.
 
 Layout of a safetensors file: 8 bytes header length (little endian), the header (JSON: tensor name ->
 dtype, shape, begin and end of its bytes), the bytes. ``read_header`` accepts a file only if the header

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: a model's folder read lazily, a quantized folder written so that no crash harms it.
+"""A quantized folder, written so that no crash harms it.
 
 An unfinished output folder holds shards and ``lorq_journal.jsonl``, and neither an index nor a
 ``config.json``, so nothing can load it. The journal's first line is the identity of the run (what must be
@@ -31,7 +31,6 @@ class CheckpointWriter:
     """Writes a checkpoint shard by shard; a run that is killed at any moment can go on where it was."""
 
     def __init__(self, folder: Path, shards: list[FinishedShard]) -> None:
-        """Use ``create``."""
         self.folder = folder
         self._shards = {shard.name: shard for shard in shards}
 
@@ -42,12 +41,10 @@ class CheckpointWriter:
         """Begin a folder, or with ``resume`` go on with one.
 
         Args:
-            folder: made if missing.
             identity: everything that the bytes depend on (model fingerprint, method, settings, format
                 version ...), as JSON values. A resumed run must have the same.
             overwrite: first remove what an earlier lorq run wrote here; any other file stays.
-            resume: keep the shards that are whole, drop the first broken one and all after it. An empty
-                folder is begun.
+            resume: keep the shards that are whole, drop the first broken one and all after it.
 
         Raises:
             FileExistsError: if the folder has content and no flag allows to use it.
@@ -78,7 +75,7 @@ class CheckpointWriter:
 
         Args:
             name: plain file name ending in ``.safetensors``, not written before.
-            tensors: none of them in an earlier shard; moved to the CPU here.
+            tensors: none of them in an earlier shard.
             record: JSON value that ``completed`` returns.
 
         Raises:

@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from lorq.core.codes import IntCodes, IntGrid
 from lorq.core.linalg import damp, inverse_factor
-from lorq.core.rounding import ROUNDINGS, RangeSearch, gptq, nearest, search_range
+from lorq.core.rounding import ROUNDINGS, RangeSearch, gptq, nearest
+from lorq.core.rounding.clip import search_range
 from lorq.core.stats import output_energy
 
 SEARCHES = {

@@ -27,8 +27,6 @@ def test_it_is_made_once_for_the_same_tensors_and_settings(sums):
     assert derived.of([a, None, b], 1) == 5 and derived.of([a, None, b], 1) == 5 and made == [(1,)]
     assert derived.of([a, None, b], 2) == 5 and derived.of([b]) == 2 and derived.of([a, None, b], 2) == 5
     assert made == [(1,), (2,), ()]
-    derived.forget(a)
-    assert derived.of([a, None, b], 2) == 5 and len(made) == 4
 
 
 def test_it_is_made_again_when_a_tensor_is_another_or_was_written_to(sums):

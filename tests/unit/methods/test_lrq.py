@@ -91,7 +91,7 @@ def test_without_steps_it_is_rounding_to_nearest_bit_for_bit(range_search, scali
         rounded = nearest(weight, None, grid)
     else:
         rounded = clip(weight, prepared(stats.hessian), grid, search)
-    expected = assemble(weight, rounded, None, stop="given", hessian=stats.hessian)
+    expected = assemble(weight, rounded, None, stop="given", stats=stats)
     result = solve_one(method, weight, stats)
     assert same_codes(result, expected)
     record = result.record
@@ -217,7 +217,7 @@ def test_stored_codes_decode_to_the_fake_quantized_weight(bits, scaling, symmetr
     rounded = learned.rounded()
     assert float(rounded.codes.min()) >= 0 and float(rounded.codes.max()) <= 2**bits - 1
     assert torch.equal(rounded.codes, rounded.codes.round())
-    result = assemble(weight, rounded, None, stop="given", hessian=stats.hessian)
+    result = assemble(weight, rounded, None, stop="given", stats=stats)
     assert torch.equal(result.dense(), learned.quantized().detach())
 
 

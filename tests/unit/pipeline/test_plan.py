@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 import lorq
 from lorq.models.blocks import StreamedModel
 from lorq.pipeline.options import Options
-from lorq.pipeline.plan import Plan, check_weights, estimate, make_plan
-from lorq.pipeline.widths import mix_widths
+from lorq.pipeline.plan import Plan, check_weights, estimate, make_plan, mix_widths
 
 
 @pytest.fixture(scope="module")

@@ -53,7 +53,7 @@ def packed(random_weight, random_tiles, generator):
     """Packed experts with random codes, and tile factors for some projections."""
 
     def make(grid=(2, 3), type="int8", tiles=PROJECTIONS, *, family="mixtral", format=FORMAT, input_scale=False):
-        experts = Experts(fused_experts(family, generator))
+        experts = Experts.split(fused_experts(family, generator))
         bases = {}
         for expert, name in itertools.product(range(EXPERTS), PROJECTIONS):
             old = getattr(experts[expert], name)
@@ -81,9 +81,9 @@ def packed(random_weight, random_tiles, generator):
 def dense_twin(experts, family="mixtral", dtype=torch.float64):
     """The model's own fused module with the weights that the packed layers say they have."""
     fused = fused_experts(family, torch.Generator())
-    plain = Experts(fused).to(dtype)
+    plain = Experts.split(fused).to(dtype)
     for expert, name in itertools.product(range(EXPERTS), PROJECTIONS):
-        old, new = getattr(plain[expert], name), getattr(experts[expert], name)
+        old, new = getattr(plain[expert], name), getattr(experts.plain[expert], name)
         old.weight.data = new.value().dense(dtype) if isinstance(new, QuantLinear) else new.weight.data.to(dtype)
         if old.bias is not None:
             old.bias.data = new.bias.data.to(dtype)
@@ -102,8 +102,7 @@ def tokens_for(experts, top_k, generator, tokens=11, *, missed=(), masked=False,
 
 
 def run(experts, given, *, fused):
-    experts.fused = fused
-    return experts(*given)
+    return (experts if fused else experts.one_by_one)(*given)
 
 
 def close(got, expected, tolerance=1e-5):
@@ -174,14 +173,14 @@ def test_each_projection_may_be_with_or_without_tiles(tiles, packed, generator):
     # Those without need not even be packed.
     for expert, name in itertools.product(range(EXPERTS), PROJECTIONS):
         if name not in tiles:
-            setattr(experts[expert], name, getattr(experts[expert], name).dequantize())
+            setattr(experts.plain[expert], name, getattr(experts.plain[expert], name).dequantize())
     check(experts, tokens_for(EXPERTS, 3, generator), "gpt-oss")
 
 
 def test_gate_and_up_may_have_bases_of_their_own(packed, generator):
     experts = packed()
     other = Basis(torch.randperm(HIDDEN, generator=generator), 8, 8)
-    for expert in experts:
+    for expert in experts.plain:
         weight = dataclasses.replace(expert.up_proj.value(), basis=other, low_rank=None)
         layer = QuantLinear.from_weight(weight)
         layer.shared, expert.up_proj = expert.up_proj.shared, layer
@@ -233,7 +232,7 @@ def test_the_gradient_is_that_of_dense_experts(family, fused, packed, generator)
 def test_the_middle_of_one_expert_has_its_part_of_the_shared_factors(packed, generator):
     experts, x = packed(), torch.randn(5, HIDDEN, generator=generator)
     for expert in range(EXPERTS):
-        gate, up = (getattr(experts[expert], name).value().dense(torch.float64) for name in PROJECTIONS[:2])
+        gate, up = (getattr(experts.plain[expert], name).value().dense(torch.float64) for name in PROJECTIONS[:2])
         expected = nn.functional.silu(x.double() @ gate.T) * (x.double() @ up.T)
         close(experts.middle(expert, x), expected)
 
@@ -294,23 +293,29 @@ def test_in_one_product_every_kind_of_codes_carries_tiles(format, packed, genera
     assert len(grouped) == 6
 
 
+@pytest.mark.parametrize("tiles", [(), ("gate_proj",), ("up_proj", "down_proj")], ids=str)
+def test_in_one_product_projections_may_be_without_shared_factors(tiles, packed, generator, grouped):
+    check(packed(tiles=tiles, format=layer_format(3, 16, False, rotation_block=16)), tokens_for(EXPERTS, 3, generator))
+    assert len(grouped) == 1
+
+
 def test_experts_that_were_moved_replaced_or_copied_are_those_that_run(packed, generator, grouped):
     experts, given = packed(), tokens_for(EXPERTS, 3, generator)
     check(experts, given)
-    packed_ = [expert.down_proj.weight_packed for expert in experts]
+    packed_ = [expert.down_proj.weight_packed for expert in experts.plain]
     check(experts, given)
-    assert [expert.down_proj.weight_packed is own for expert, own in zip(experts, packed_, strict=True)] == [
+    assert [expert.down_proj.weight_packed is own for expert, own in zip(experts.plain, packed_, strict=True)] == [
         True
     ] * EXPERTS
     assert {own.untyped_storage().nbytes() for own in packed_} == {EXPERTS * packed_[0].nbytes}
     twin = copy.deepcopy(experts)
-    experts[2].up_proj = packed()[2].up_proj
-    experts[2].up_proj.shared, experts[2].up_proj.permutation = twin[2].up_proj.shared, twin[2].up_proj.permutation
+    experts.plain[2].up_proj = new = packed().plain[2].up_proj
+    new.shared, new.permutation = twin.plain[2].up_proj.shared, twin.plain[2].up_proj.permutation
     check(experts, given)
     experts._apply(lambda tensor: tensor.clone())
     check(experts, given)
     check(twin, given)
-    experts[3].down_proj.weight_scale = experts[3].down_proj.weight_scale * 2
+    experts.plain[3].down_proj.weight_scale = experts.plain[3].down_proj.weight_scale * 2
     check(experts, given)
     assert len(grouped) == 6
 
@@ -319,11 +324,11 @@ def test_why_experts_do_not_run_in_one_product_is_said(packed, generator, monkey
     x, _, weights = tokens_for(EXPERTS, 2, generator)
 
     def why(experts, x=x):
-        return declines_at_once(layers_of(experts), tuple(experts.tiles), x, weights)
+        return declines_at_once(layers_of(experts.plain), tuple(experts.tiles), x, weights)
 
     assert why(packed()) is None
     assert why(packed(), x.double()) == "inputs are torch.float64"
-    many = declines_at_once(layers_of(packed()), PROJECTIONS, x, torch.ones(75, 2))
+    many = declines_at_once(layers_of(packed().plain), PROJECTIONS, x, torch.ones(75, 2))
     assert many is not None and many.startswith("an expert has 25.0 tokens, and more than ")
     with monkeypatch.context() as compiling:
         compiling.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -333,35 +338,38 @@ def test_why_experts_do_not_run_in_one_product_is_said(packed, generator, monkey
     monkeypatch.setattr(lorq.runtime.experts_at_once, "declines_experts", lambda format, *_: declines_experts(format))
     assert why(packed()) is None
     assert why(packed(), x.clone().requires_grad_()) == "inputs need gradients"
-    assert why(packed(tiles=("gate_proj", "up_proj"))) == "down_proj has no shared factors"
+    # Without shared factors experts may have an order of channels each, or not be packed.
+    assert why(packed(tiles=("gate_proj", "down_proj"))) == "up_proj has no shared factors"
+    dense = packed(tiles=("gate_proj", "up_proj"))
+    assert why(dense) is None
+    dense.plain[1].down_proj = dense.plain[1].down_proj.dequantize()
+    assert why(dense) == "down_proj has no shared factors"
+    assert why(packed(tiles=(), format=layer_format(3, 16, False, rotation_block=16))) is None
     assert why(packed(format=layer_format(3, 16, False, 2))) == "experts have low-rank factors of their own, of rank 2"
     assert why(packed(format=layer_format(3, -1, True, scale_rank=2))) == "experts have scales of rank 2"
     quantized = packed(format=layer_format(3, 16, True, input_quantization="token"))
     assert why(quantized) == "experts quantize their inputs or outputs"
     mixed = packed()
-    mixed[2].up_proj = packed(format=layer_format(4, 16, True))[2].up_proj
+    mixed.plain[2].up_proj = packed(format=layer_format(4, 16, True)).plain[2].up_proj
     assert why(mixed) == "up_proj has experts of several formats"
     biased = packed()
-    biased[0].gate_proj.bias = nn.Parameter(torch.zeros(WIDTH))
+    biased.plain[0].gate_proj.bias = nn.Parameter(torch.zeros(WIDTH))
     assert why(biased) == "gate_proj has biases"
 
 
 # ---- the module -------------------------------------------------------------------------------------------
 
 
-def test_it_is_a_list_of_its_experts(packed):
+def test_its_children_are_the_experts_once_and_the_tiles(packed):
     experts = packed()
-    assert len(experts) == EXPERTS and len(list(experts)) == EXPERTS
     assert [name for name, _ in experts.named_children()] == [*map(str, range(EXPERTS)), "tiles"]
-    assert all(a is experts[i] for i, a in enumerate(experts)) and experts[-1] is experts[EXPERTS - 1]
-    with pytest.raises(IndexError):
-        experts[EXPERTS]
+    assert all(a is getattr(experts, str(i)) for i, a in enumerate(experts.plain)) and len(experts.plain) == EXPERTS
 
 
 @types
 def test_a_weight_has_its_part_of_the_shared_factors(type, packed):
     experts = packed((3, 3), type)
-    for name, (number, expert) in itertools.product(PROJECTIONS, enumerate(experts)):
+    for name, (number, expert) in itertools.product(PROJECTIONS, enumerate(experts.plain)):
         layer, f = getattr(expert, name), experts.tiles[name].factors()
         i, j = f.cells[number].tolist()
         left, right = f.left[j].double(), f.right[i].double()
@@ -386,7 +394,7 @@ def test_another_dtype_leaves_what_is_stored_alone(type, packed, generator):
             assert tensor.dtype == torch.bfloat16
         else:
             assert tensor.dtype == before[name].dtype and torch.equal(tensor.double(), before[name].double()), name
-    assert all(layer.shared[0] is experts.tiles["gate_proj"] for layer in (e.gate_proj for e in experts))
+    assert all(layer.shared[0] is experts.tiles["gate_proj"] for layer in (e.gate_proj for e in experts.plain))
     x, index, weights = given
     close(experts(x.bfloat16(), index, weights.bfloat16()), expected, 0.05)
 
@@ -396,12 +404,12 @@ def test_a_copy_shares_its_own_factors_and_not_the_originals(packed, generator):
     expected = run(experts, given, fused=True)
     twin = copy.deepcopy(experts)
     for name in PROJECTIONS:
-        assert {id(getattr(expert, name).shared[0]) for expert in twin} == {id(twin.tiles[name])}
+        assert {id(getattr(expert, name).shared[0]) for expert in twin.plain} == {id(twin.tiles[name])}
         assert twin.tiles[name] is not experts.tiles[name]
     assert torch.equal(run(twin, given, fused=True), expected)
     twin.tiles["down_proj"].left.zero_()
     assert not torch.equal(run(twin, given, fused=True), expected)
-    assert not torch.equal(twin[0].down_proj.weight, experts[0].down_proj.weight)
+    assert not torch.equal(twin.plain[0].down_proj.weight, experts.plain[0].down_proj.weight)
     assert torch.equal(run(experts, given, fused=True), expected)
 
 
@@ -423,7 +431,7 @@ def test_dequantized_they_are_the_models_own_module_again(family, input_scale, p
 
 def test_tiles_for_layers_that_are_not_packed_are_refused(packed, generator):
     tiles = dict(packed(tiles=("up_proj",)).tiles)
-    experts = Experts(fused_experts("mixtral", generator))
+    experts = Experts.split(fused_experts("mixtral", generator))
     with pytest.raises(ValueError, match=r"must be packed, 0\.up_proj is a Linear; the config belongs to another"):
         QuantExperts(experts, tiles)
 
@@ -464,7 +472,7 @@ def test_room_on_meta_takes_no_memory_and_has_the_layout(packed):
 def test_the_state_is_the_layers_and_the_tiles(packed):
     experts = packed((3, 3))
     names = set(experts.state_dict())
-    weight = experts[0].gate_proj.value().tensors()
+    weight = experts.plain[0].gate_proj.value().tensors()
     layers = itertools.product(range(EXPERTS), PROJECTIONS)
     expected = {f"{expert}.{name}.{local}" for expert, name in layers for local in weight}
     tiles = ("left", "right", "left_scale", "right_scale", "cells")

@@ -23,6 +23,7 @@ from lorq.core.codes.levels import (
     start_block,
 )
 from lorq.core.codes.vectors import Codebook, VectorCodes, VectorGrid
+from lorq.core.packing import Layout
 
 
 @runtime_checkable
@@ -47,12 +48,12 @@ class CodesFormat(Protocol):
     def check(self, out: int, in_: int) -> None:
         """Refuse a weight's shape that such codes do not tile, with a ValueError that names the sizes."""
 
-    def layout(self, out: int, in_: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor that is stored of a weight's codes, by local name."""
+    def layout(self, out: int, in_: int) -> Layout:
+        """Every tensor that is stored of a weight's codes."""
         ...
 
     def read(self, tensors: Mapping[str, Tensor], out: int, in_: int) -> "Codes":
-        """The codes behind stored tensors."""
+        """The codes behind stored tensors; the inverse of `Codes.tensors`."""
         ...
 
     def plain(self) -> IntGrid:
@@ -77,7 +78,7 @@ class Codes(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, by local name; `CodesFormat.read` is the inverse."""
+        """The stored tensors, by local name (docs/format.md); `CodesFormat.read` is the inverse."""
         ...
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lorq.core.half import SMALLEST_SCALE, stored_half
-from lorq.core.packing import pack, pack_columns, packed_width, unpack, unpack_columns
+from lorq.core.packing import Layout, pack, pack_columns, packed_width, unpack, unpack_columns
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class IntGrid:
 
     @property
     def top(self) -> int:
-        """The largest code, ``2^bits - 1``."""
+        """The largest code."""
         return 2**self.bits - 1
 
     @property
@@ -59,20 +59,16 @@ class IntGrid:
             asymmetric:  scale = (high - low) / (2^bits - 1),   zero_point = round(-low / scale)
             symmetric:   scale = max(|low|, |high|) / (2^(bits-1) - 1)   (bits = 1: the maximum itself)
 
-        The scale is rounded to float16, the type it is stored in, *before* anything is encoded with it, so
-        that the codes fit the stored grid.
-
-        Returns:
-            ``(scale, zero_point)``, both in the dtype of ``low``; the zero point holds whole numbers.
+        The scale is rounded to float16, as it is stored, *before* anything is encoded with it, so that the codes fit
+        the stored grid. Both come in the dtype of ``low``; the zero point holds whole numbers.
 
         Raises:
             ValueError: if a scale exceeds what float16 holds.
 
         Source:
-            FLRQ, arXiv:2601.05684, eq. 8 (symmetric) and the authors' code (asymmetric). Zero is always
-            inside our range: the code's clamp of the zero point cuts the top off an all-positive group.
-            The symmetric grid also has the code 0, which stands for one step below the paper's lowest
-            level; it costs nothing and serves clipped ranges.
+            FLRQ, arXiv:2601.05684, eq. 8 (symmetric) and the authors' code (asymmetric). Zero is always inside our
+            range: the code's clamp of the zero point cuts the top off an all-positive group. The symmetric grid also
+            has the code 0, one step below the paper's lowest level, which serves clipped ranges.
         """
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
         if self.symmetric:
@@ -85,19 +81,13 @@ class IntGrid:
         return scale, (-low / scale).round().clamp(0, self.top)
 
     def encode(
-        self,
-        weight: Float[Tensor, "..."],
-        scale: Float[Tensor, "..."],
-        zero_point: Float[Tensor, "..."],
+        self, weight: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero_point: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
         """Nearest codes, ``clamp(round(weight / scale + zero_point), 0, 2^bits - 1)``, as floats; shapes broadcast."""
         return (weight / scale + zero_point).round_().clamp_(0, self.top)
 
     def decode(
-        self,
-        codes: Float[Tensor, "..."],
-        scale: Float[Tensor, "..."],
-        zero_point: Float[Tensor, "..."],
+        self, codes: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero_point: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
         """The values behind codes, ``(codes - zero_point) * scale``; shapes broadcast."""
         return (codes - zero_point) * scale
@@ -121,10 +111,9 @@ class IntGrid:
                 "choose a divisor of the width, or -1 for one group per row"
             )
 
-    def layout(self, out: int, in_: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor that is stored of a weight's codes, by local name."""
+    def layout(self, out: int, in_: int) -> Layout:
         groups = in_ // self.group_size
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        layout: Layout = {
             "weight_packed": ((out, packed_width(in_, self.bits)), torch.int32),
             "weight_scale": ((out, groups), torch.float16),
         }
@@ -133,13 +122,11 @@ class IntGrid:
         return layout
 
     def read(self, tensors: Mapping[str, Tensor], out: int, in_: int) -> "IntCodes":
-        """The codes behind stored tensors; the inverse of `IntCodes.tensors`."""
         zero = None if self.symmetric else unpack_columns(tensors["weight_zero_point"], self.bits, out)
         codes = unpack(tensors["weight_packed"], self.bits, in_)
         return IntCodes(codes, tensors["weight_scale"], zero, self)
 
     def plain(self) -> "IntGrid":
-        """What plain rounding to nearest would use."""
         return self
 
 
@@ -148,10 +135,8 @@ class IntCodes:
     """Codes on a grid of equally spaced values.
 
     Attributes:
-        codes: ``0 .. 2^bits - 1``.
         scale: float16, in weight units.
         zero_point: the code of 0.0 for each group; None on symmetric grids.
-        format: bits, group size, symmetry.
     """
 
     codes: UInt8[Tensor, "out in"]
@@ -173,7 +158,6 @@ class IntCodes:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight, (out, in)."""
         return self.codes.shape[0], self.codes.shape[1]
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
@@ -195,7 +179,6 @@ class IntCodes:
         return self.zero_point.to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, by local name (docs/format.md)."""
         tensors = {"weight_packed": pack(self.codes, self.format.bits), "weight_scale": self.scale}
         if self.zero_point is not None:
             tensors["weight_zero_point"] = pack_columns(self.zero_point, self.format.bits)

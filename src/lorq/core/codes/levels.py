@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lorq.core.codes.integer import IntGrid
-from lorq.core.packing import pack, packed_width, unpack
+from lorq.core.packing import Layout, pack, packed_width, unpack
 
 # Where NormalFloat's outermost quantile lies: halfway between those of the largest of 15 and of 16 normal samples.
 _NORMAL_OFFSET = 0.9677083
@@ -56,9 +56,7 @@ def levels(kind: str, bits: int, device: torch.device | str = "cpu") -> Float[Te
 class LevelGrid:
     """Fixed levels times a scale: a code ``c`` stands for ``levels[c] * scale``, whatever shape the scale has.
 
-    Args:
-        bits: width of a code, 2..8.
-        kind: "integer" or "normal-float", see `levels`.
+    Bits (2..8) and kind are those of `levels`.
     """
 
     bits: int
@@ -91,12 +89,7 @@ def level_values(
 ) -> Float[Tensor, "..."]:
     """``levels[codes]`` for codes of any integer or floating-point type.
 
-    Args:
-        codes: positions.
-        kind: of the levels.
-        bits: width of a code.
-        dtype: of the result.
-        table: the levels, where they are at hand: a program that is being traced must not meet the kept ones.
+    ``table`` has the levels, where they are at hand: a program that is being traced must not meet the kept ones.
     """
     if kind == "integer":
         return codes.to(dtype) - 2 ** (bits - 1)
@@ -138,14 +131,10 @@ class LevelFormat:
         return LevelGrid(self.bits, self.levels)
 
     def check(self, out: int, in_: int) -> None:
-        """Refuse shapes that the groups do not tile, as `IntGrid.check` does."""
         IntGrid(self.bits, self.group_size).check(out, in_)
 
-    def layout(self, out: int, in_: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor that is stored of a weight's codes, by local name."""
-        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "weight_packed": ((out, packed_width(in_, self.bits)), torch.int32)
-        }
+    def layout(self, out: int, in_: int) -> Layout:
+        layout: Layout = {"weight_packed": ((out, packed_width(in_, self.bits)), torch.int32)}
         if not self.scale_rank:
             return layout | {"weight_scale": ((out, in_ // self.group_size), torch.float16)}
         return layout | {
@@ -154,7 +143,6 @@ class LevelFormat:
         }
 
     def read(self, tensors: Mapping[str, Tensor], out: int, in_: int) -> "LevelCodes":
-        """The codes behind stored tensors; the inverse of `LevelCodes.tensors`."""
         scale: Tensor | LowRankScale
         if self.scale_rank:
             scale = LowRankScale(tensors["scale_left"], tensors["scale_right"])
@@ -172,9 +160,7 @@ class LevelFormat:
 class LowRankScale:
     """The scale of every weight, ``S = left right``, signs included.
 
-    Attributes:
-        left: B of the paper, float16 where it is stored.
-        right: A of the paper, likewise.
+    They are B and A of the paper, float16 where they are stored.
     """
 
     left: Float[Tensor, "out rank"]
@@ -194,9 +180,7 @@ class LevelCodes:
     """Codes of fixed levels and the scale they are under.
 
     Attributes:
-        codes: positions in the table of levels.
         scale: of each group, float16; or one of low rank for each weight.
-        format: bits, levels, group size or rank.
         table: the levels, where they were read with the codes; they are not stored.
     """
 
@@ -207,7 +191,6 @@ class LevelCodes:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight, (out, in)."""
         return self.codes.shape[0], self.codes.shape[1]
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
@@ -218,7 +201,6 @@ class LevelCodes:
         return (values.unflatten(1, (self.scale.shape[1], -1)) * self.scale.to(dtype).unsqueeze(-1)).flatten(1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, by local name (docs/format.md)."""
         packed = {"weight_packed": pack(self.codes, self.format.bits)}
         if isinstance(self.scale, LowRankScale):
             return packed | {"scale_left": self.scale.left, "scale_right": self.scale.right}

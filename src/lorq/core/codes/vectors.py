@@ -9,7 +9,7 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from lorq.core.codes.integer import IntGrid
-from lorq.core.packing import pack, packed_width, unpack
+from lorq.core.packing import Layout, pack, packed_width, unpack
 
 # Weights of a vector by bits, as GPTVQ (arXiv:2402.15319) has them.
 VECTOR_LENGTHS = {2: 4, 3: 2, 4: 2}
@@ -19,13 +19,12 @@ VECTOR_LENGTHS = {2: 4, 3: 2, 4: 2}
 class VectorGrid:
     """Short vectors of weights, each standing for one entry of a codebook times a scale.
 
-    A code stands for ``vector`` neighbouring weights of a row. A codebook of ``2^(bits vector)`` entries serves
-    ``rows`` x ``columns`` weights; its entries are int8 with one float16 scale. Each row and group of
-    ``group_size`` columns has a scale of its own besides.
+    A codebook's ``2^(bits vector)`` entries are int8 with one float16 scale; each row and group of columns has a scale
+    of its own besides.
 
     Args:
         bits: stored bits per weight; ``bits * vector`` is the width of a code, at most 8.
-        vector: weights that share a code.
+        vector: neighbouring weights of a row that share a code.
         rows: rows that share a codebook; must divide the height.
         columns: columns that share a codebook; a multiple of ``vector`` that divides the width.
         group_size: columns that share a scale; a multiple of ``columns`` that divides the width.
@@ -73,8 +72,7 @@ class VectorGrid:
                 f"got {self.group_size}; choose {in_} for one scale per row"
             )
 
-    def layout(self, out: int, in_: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor that is stored of a weight's codes, by local name."""
+    def layout(self, out: int, in_: int) -> Layout:
         tiles = out // self.rows, in_ // self.columns
         return {
             "weight_packed": ((out, packed_width(in_ // self.vector, self.code_bits)), torch.int32),
@@ -84,11 +82,9 @@ class VectorGrid:
         }
 
     def read(self, tensors: Mapping[str, Tensor], out: int, in_: int) -> "VectorCodes":
-        """The codes behind stored tensors; the inverse of `VectorCodes.tensors`."""
         codes = unpack(tensors["weight_packed"], self.code_bits, in_ // self.vector)
-        return VectorCodes(
-            codes, tensors["weight_scale"], Codebook(tensors["codebook"], tensors["codebook_scale"]), self
-        )
+        book = Codebook(tensors["codebook"], tensors["codebook_scale"])
+        return VectorCodes(codes, tensors["weight_scale"], book, self)
 
     def plain(self) -> IntGrid:
         """What plain rounding to nearest would use: single weights of as many bits, a range for each group."""
@@ -97,12 +93,7 @@ class VectorGrid:
 
 @dataclass(frozen=True)
 class Codebook:
-    """The codebooks of a weight: entry ``k`` of tile ``(r, c)`` is ``entries[r, c, k] * scale[r, c]``.
-
-    Attributes:
-        entries: int8.
-        scale: float16.
-    """
+    """The codebooks of a weight: entry ``k`` of tile ``(r, c)`` is ``entries[r, c, k] * scale[r, c]``."""
 
     entries: Int8[Tensor, "row_tiles column_tiles entries vector"]
     scale: Float[Tensor, "row_tiles column_tiles"]
@@ -119,8 +110,6 @@ class VectorCodes:
     Attributes:
         codes: one for each ``vector`` neighbouring columns.
         scale: float16, in weight units.
-        codebook: as stored.
-        format: bits, vector length, tile and group sizes.
     """
 
     codes: UInt8[Tensor, "out vectors"]
@@ -130,7 +119,6 @@ class VectorCodes:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the weight, (out, in)."""
         return self.codes.shape[0], self.codes.shape[1] * self.format.vector
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
@@ -153,7 +141,6 @@ class VectorCodes:
         return (grouped * self.scale.to(dtype).unsqueeze(-1)).flatten(1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The stored tensors, by local name (docs/format.md)."""
         return {
             "weight_packed": pack(self.codes, self.format.code_bits),
             "weight_scale": self.scale,

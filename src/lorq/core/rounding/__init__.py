@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lorq.core.codes import IntCodes, IntGrid
-from lorq.core.rounding.clip import RangeSearch, clip, search_range
+from lorq.core.rounding.clip import RangeSearch, clip
 from lorq.core.rounding.gptq import gptq, gptq_levels
 from lorq.core.rounding.gptvq import gptvq
 from lorq.core.rounding.nearest import nearest, nearest_levels
@@ -15,14 +15,4 @@ from lorq.core.stats import PreparedHessian
 Rounding = Callable[[Tensor, PreparedHessian, IntGrid, RangeSearch | None], IntCodes]
 ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "clip": clip, "gptq": gptq}
 
-__all__ = [
-    "ROUNDINGS",
-    "RangeSearch",
-    "clip",
-    "gptq",
-    "gptq_levels",
-    "gptvq",
-    "nearest",
-    "nearest_levels",
-    "search_range",
-]
+__all__ = ["ROUNDINGS", "RangeSearch", "clip", "gptq", "gptq_levels", "gptvq", "nearest", "nearest_levels"]

@@ -21,7 +21,6 @@ class RangeSearch:
     """Which ranges to try: the shares ``1 - i / steps`` of the full one, for ``i < depth * steps``.
 
     Attributes:
-        steps: fineness; positive.
         depth: how far to shrink; 0.8 ends just above a fifth of the range.
         mode: "saturate" clamps to ``+- share * max|w|`` and then takes what range is left (the paper's and
             AWQ's way); "scale" multiplies both ends by the share.
@@ -52,18 +51,10 @@ def search_range(
     which is the mean of ``(x_g . (Q(w) - w))^2`` over the calibration tokens. What a low-rank part adds to
     the layer cancels in the difference.
 
-    Args:
-        target: what is to be rounded.
-        hessian: of the inputs; only its blocks on the diagonal are read.
-        grid: the kind of grid.
-        search: the ranges to try.
-
-    Returns:
-        ``(scale, zero_point)``.
+    Of the Hessian only the blocks on the diagonal are read.
 
     Source:
-        AWQ's automatic clipping, as FLRQ's authors' code uses it. They average over at most 512 tokens; the
-        Hessian block holds all of them for less work.
+        AWQ's automatic clipping, as FLRQ's authors' code uses it, on at most 512 tokens; the Hessian has all.
     """
     groups = grid.grouped(target)
     count, size = groups.shape[1:]
@@ -105,7 +96,7 @@ def clip(
     """Saturating clip search (`search_range`), then rounding to nearest: the paper's quantizer.
 
     Source:
-        FLRQ, arXiv:2601.05684, algorithm 2. Its text says that the largest magnitudes are zeroed, its figure
-        and the authors' code saturate them; this saturates.
+        FLRQ, arXiv:2601.05684, algorithm 2. Its text zeroes the largest magnitudes; its figure, its code and this
+        saturate them.
     """
     return encode_on(target, *search_range(target, hessian.matrix, grid, search or RangeSearch()), grid)

@@ -30,11 +30,7 @@ def gptq(
     Args:
         target: what is to be rounded; unchanged.
         hessian: of the inputs; damped in ``U``, as it is for the range search.
-        grid: the kind of grid.
         search: range search for each group; None takes the full range.
-
-    Returns:
-        The codes and their grid.
 
     Raises:
         ValueError: if the damped Hessian is not positive definite.
@@ -72,17 +68,13 @@ def gptq_levels(
     *,
     upper: Float[Tensor, "in in"],
 ) -> Float[Tensor, "out in"]:
-    """Codes on fixed levels under a given scale of each weight, by the same passing on of errors.
+    """Codes, as floats, on fixed levels under a given scale of each weight, by the same passing on of errors.
 
     Args:
         target: what is to be rounded; unchanged.
         scale: of each weight, of either sign.
-        grid: the levels.
         upper: ``U`` of `gptq`, that is `lorq.core.stats.PreparedHessian.inverse_factor`; a diagonal one gives
             nearest codes.
-
-    Returns:
-        The codes, as floats.
 
     Source:
         GPTQ, arXiv:2210.17323; the scale is there before the first column, so that nothing is fitted on the way.
@@ -108,12 +100,7 @@ def _feed_back(
 ) -> None:
     """Round the weight's columns one by one, in place in ``codes``; ``columns`` become what was rounded.
 
-    Args:
-        columns: the weight's.
-        codes: to be filled.
-        upper: ``U``.
-        blocks: of columns whose mutual updates are done one by one.
-        encode: codes of a column by its number and content, and what they stand for.
+    ``encode`` makes a column's codes of its number and content, and what they stand for.
     """
     diagonal = upper.diagonal().tolist()
     for start, end in blocks:

@@ -27,7 +27,6 @@ def gptvq(
 
     Args:
         target: what is to be rounded; unchanged.
-        grid: sizes of vectors, codebooks and groups.
         upper: ``U``, that is `lorq.core.stats.PreparedHessian.inverse_factor`; the identity gives nearest vectors.
         iterations: of k-means.
 
@@ -35,9 +34,8 @@ def gptvq(
         ValueError: if the sizes do not divide the shape.
 
     Source:
-        GPTVQ, arXiv:2402.15319, algorithm 1, without its normalisation of blocks and its later gradient steps on
-        the codebooks. Deviations: a scale for each row and group (rows differ in size), and the assignment weighs
-        a vector's errors by the whole ``U_bb``, where the paper has its diagonal.
+        GPTVQ, arXiv:2402.15319, algorithm 1, without normalisation of blocks and later gradient steps. Deviations: a
+        scale for each row and group, and the whole ``U_bb`` in the assignment, where the paper has its diagonal.
     """
     (out, width), size = target.shape, grid.columns
     grid.check(out, width)
@@ -47,7 +45,9 @@ def gptvq(
     for start in range(0, width, size):
         end = start + size
         if start % grid.group_size == 0:
-            scales.append(_row_scale(columns[start : start + grid.group_size]))
+            # Root mean square of each row's weights, as float16 holds it.
+            size_of_rows = columns[start : start + grid.group_size].square().mean(0).sqrt()
+            scales.append(stored_half(size_of_rows.clamp(min=SMALLEST_SCALE)).to(target.dtype))
         scale = scales[-1]
         book = _fit_tiles(columns[start:end], upper.diagonal()[start:end], scale, grid, iterations)
         books.append(book)
@@ -55,11 +55,6 @@ def gptvq(
         columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     codebook = Codebook(torch.cat([b.entries for b in books], 1), torch.cat([b.scale for b in books], 1))
     return VectorCodes(codes.T.contiguous(), torch.stack(scales, 1).to(torch.float16), codebook, grid)
-
-
-def _row_scale(columns: Float[Tensor, "columns out"]) -> Float[Tensor, "out"]:
-    """Root mean square of each row's weights, as float16 holds it."""
-    return stored_half(columns.square().mean(0).sqrt().clamp(min=SMALLEST_SCALE)).to(columns.dtype)
 
 
 def _fit_tiles(
@@ -116,11 +111,7 @@ def fit_codebooks(
     The start is deterministic: points evenly spread over the order of their Mahalanobis distance from the mean. A
     centre that no point is nearest to stays where it is.
 
-    Args:
-        points: what is to be represented.
-        weights: cost of an error in each coordinate of each point; positive.
-        entries: number of centres.
-        iterations: Lloyd steps, at least 0.
+    ``weights`` are the costs ``w`` of an error in each coordinate of each point, positive.
 
     Source:
         GPTVQ, arXiv:2402.15319, section 3.2 and its "Mahalanobis" initialisation.

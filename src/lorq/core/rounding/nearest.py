@@ -43,13 +43,7 @@ def nearest_levels(
     *,
     shares: tuple[float, ...] = (1.0,),
 ) -> LevelCodes:
-    """Nearest levels under one scale for each group, see `lorq.core.scale_factors.block_scales`.
-
-    Args:
-        target: what is to be rounded.
-        grid: the levels.
-        group_size: columns that share a scale; must divide the width.
-        shares: of the range that covers the group, to try.
+    """Nearest levels under one scale for each group, as `lorq.core.scale_factors.block_scales` finds it.
 
     Raises:
         ValueError: if a scale exceeds what float16 holds.
