@@ -2,16 +2,94 @@
 
 import dataclasses
 import json
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
+import lorq
+from lorq.adapt.adapters import attach
 from lorq.core.codes import CODES, Codes, CodesFormat, IntGrid, LevelFormat, VectorGrid
-from lorq.core.weight import LayerFormat
+from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.kernels import cpu, int8, triton_linear
+from lorq.kernels.reference_experts import declines_experts
+from lorq.runtime.inspect import implementation_lines, layer_implementations
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.config import read_format, write_format
+from lorq.storage.folder import LorqFolder
 
 OUT, IN = 12, 48
+
+
+@dataclass(frozen=True)
+class ByteFormat:
+    """A kind that lorq does not have: bytes, a scale for each row."""
+
+    width: int
+    kind: ClassVar[str] = "bytes"
+    operator: ClassVar[str | None] = None
+    bits: ClassVar[int] = 8
+
+    def check(self, out, in_):
+        if in_ != self.width:
+            raise ValueError(f"rows must have {self.width} columns, got {in_}")
+
+    def layout(self, out, in_):
+        return {"bytes": ((out * in_,), torch.int8), "steps": ((out,), torch.float16)}
+
+    def read(self, tensors, out, in_):
+        return ByteCodes(tensors["bytes"].view(out, in_), tensors["steps"])
+
+    def plain(self):
+        return IntGrid(8, self.width, symmetric=True)
+
+
+@dataclass(frozen=True)
+class ByteCodes:
+    codes: torch.Tensor
+    steps: torch.Tensor
+
+    @property
+    def format(self):
+        return ByteFormat(self.shape[1])
+
+    @property
+    def shape(self):
+        return tuple(self.codes.shape)
+
+    def decode(self, dtype=torch.float32):
+        return self.codes.to(dtype) * self.steps.to(dtype)[:, None]
+
+    def tensors(self):
+        return {"bytes": self.codes.flatten(), "steps": self.steps}
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The method that makes such codes."""
+
+    scope: ClassVar[str] = "layer"
+    needs_stats: ClassVar[bool] = False
+    bits: ClassVar[int] = 8
+    group_size: ClassVar[int] = -1
+
+    def solve(self, problem):
+        def solved(weight):
+            steps = (weight.abs().amax(1) / 127).half()
+            return QuantizedWeight(ByteCodes((weight / steps.float()[:, None]).round().to(torch.int8), steps))
+
+        return {name: solved(weight) for name, weight in problem.weights.items()}
+
+    def largest(self, out, in_):
+        return LayerFormat(ByteFormat(in_))
+
+
+@pytest.fixture(autouse=True)
+def one_kind_more(monkeypatch):
+    monkeypatch.setitem(CODES, "bytes", ByteFormat)
+
+
 # Sizes of each kind that fit a weight of this shape; a kind that is not here is tried with its defaults.
 TRIED = {
     "integer": [IntGrid(3, 16), IntGrid(8, 48, symmetric=True), IntGrid(1, 8)],
@@ -22,7 +100,7 @@ TRIED = {
     ],
     "vectors": [VectorGrid(2, 4, 6, 16, 48), VectorGrid(3, 2, 12, 8, 16)],
 }
-ALL = [format for name, kind in CODES.items() for format in TRIED.get(name) or [kind()]]
+ALL = [format for name, kind in CODES.items() for format in TRIED.get(name) or [kind()]] + [ByteFormat(IN)]
 formats = pytest.mark.parametrize("format", ALL, ids=str)
 
 
@@ -52,6 +130,7 @@ def test_a_layer_multiplies_by_what_its_codes_decode_to(format, random_weight, g
     weight = random_weight(OUT, IN, LayerFormat(format, rank=2, rotation_block=16))
     layer, x = QuantLinear.from_weight(weight), torch.randn(3, IN, generator=generator)
     expected = x.double() @ weight.dense(torch.float64).T
+    layer.weight_shape.zero_()  # compiled programs cannot look at what tensors hold
     assert torch.linalg.vector_norm(layer(x) - expected) <= 1e-4 * torch.linalg.vector_norm(expected)
 
 
@@ -76,3 +155,40 @@ def test_codes_of_a_kind_that_nobody_knows_are_refused_with_those_that_are():
     rest = {key: entry[key] for key in vars(LayerFormat(IntGrid(4, 16))) if key != "codes"}
     with pytest.raises(ValueError, match=r"codes must have a kind of integer, levels, .*, got \{'kind': 'trellis'\}"):
         read_format("up_proj", rest | {"codes": {"kind": "trellis"}})
+
+
+def test_no_kernel_takes_a_kind_that_it_does_not_know():
+    format, cpu_ = LayerFormat(ByteFormat(IN), input_quantization="token"), torch.device("cpu")
+    whys = [cpu.declines_format(format, IN), triton_linear.declines_format(format), declines_experts(format)]
+    whys.append(int8.declines_format(format, IN, cpu_, torch.float32))
+    assert set(whys) == {"codes of the kind bytes have no kernel"}
+
+
+@pytest.mark.parametrize("family, inputs", [("llama", "none"), ("mixtral", "none"), ("llama", "token")])
+def test_a_kind_that_the_rest_of_lorq_does_not_know_is_stored_run_and_shown(family, inputs, folder_of, tmp_path):
+    out = tmp_path / "out"
+    options = dict(activations=inputs, calibration="self", samples=1, seq_len=8)
+
+    def stop(stage, done, total):
+        if (stage, done) == ("quantize", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lorq.quantize(folder_of(family), out, Bytes(), progress=stop, **options)
+    lorq.quantize(folder_of(family), out, Bytes(), resume=True, **options)
+    folder, model = LorqFolder.open(out), lorq.load(out)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    assert layers.keys() == folder.formats.keys()
+    assert all(layer.together is None for layer in layers.values())
+    assert all(torch.equal(layers[name].weight, weight.dense()) for name, weight in folder.layers())
+    (line,) = implementation_lines(layer_implementations(folder))
+    assert line.startswith("runs on reference (torch)")
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        logits = model(tokens).logits
+    with pytest.raises(ValueError, match=f"this one has {len(layers)} packed layers, none of them with scale factors"):
+        attach(model)
+    if inputs == "none":
+        model.dequantize()
+        with torch.no_grad():
+            torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-4, atol=1e-4)

@@ -54,6 +54,12 @@ ROWS = {
 methods = pytest.mark.parametrize("name", METHODS)
 
 
+def having(setting):
+    """The methods with a setting of this name; others have one width, or no groups."""
+    known = [name for name, kind in METHODS.items() if setting in {f.name for f in dataclasses.fields(kind)}]
+    return pytest.mark.parametrize("name", known)
+
+
 def made(name, **settings):
     """A method with these settings, without those it does not have, and with its row's."""
     known = {f.name for f in dataclasses.fields(METHODS[name])}
@@ -297,13 +303,13 @@ def test_eight_bits_are_close_to_exact(name):
         assert relative_error(weight, result.dense(), torch.eye(IN)) < 10**-4.0, (group_size, symmetric)
 
 
-@methods
+@having("bits")
 def test_errors_fall_with_every_bit(name):
     errors = [cached(made(name, bits=bits, group_size=32)).record.error_after for bits in (2, 3, 4, 8)]
     assert all(after < 0.6 * before for before, after in itertools.pairwise(errors))
 
 
-@methods
+@having("group_size")
 def test_one_group_per_row_is_the_group_of_the_whole_width(name):
     whole, minus_one = (alone(made(name, bits=3, group_size=size)) for size in (IN, -1))
     assert minus_one.codes.format.group_size == IN
@@ -311,7 +317,7 @@ def test_one_group_per_row_is_the_group_of_the_whole_width(name):
     assert METHODS[name](group_size=-1).largest(OUT, IN).codes.group_size == IN
 
 
-@methods
+@having("group_size")
 def test_a_group_size_that_does_not_divide_is_refused_with_both_numbers(name):
     if made(name, group_size=32).largest(OUT, IN).codes.group_size == IN:
         return  # no groups of columns: a matrix of scales has none to divide

@@ -75,9 +75,14 @@ class LayerFormat:
         """Every bit that a layer of this format and shape stores, padding of rows included, but for its shape."""
         return stored_bits({name: of for name, of in self.layout(out, in_).items() if name != "weight_shape"})
 
-    def read(self, tensors: Mapping[str, Tensor]) -> "QuantizedWeight":
-        """The weight behind stored tensors, without its record; the inverse of `QuantizedWeight.tensors`."""
-        out, in_ = tensors["weight_shape"].tolist()
+    def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> "QuantizedWeight":
+        """The weight behind stored tensors, without its record; the inverse of `QuantizedWeight.tensors`.
+
+        Args:
+            tensors: by local name.
+            shape: of the weight, (out, in), where it is known: a compiled program must not read it from a tensor.
+        """
+        out, in_ = tensors["weight_shape"].tolist() if shape is None else shape
         low_rank, basis = None, None
         if self.rank:
             low_rank = LowRank(tensors["left"], tensors["right"], tensors.get("left_scale"), tensors.get("right_scale"))

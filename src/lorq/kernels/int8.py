@@ -54,6 +54,8 @@ def declines_format(format: LayerFormat, in_features: int, device: torch.device,
     codes = format.codes
     if format.input_quantization == "none":
         return "inputs are not quantized"
+    if codes.operator is None:
+        return f"codes of the kind {codes.kind} have no kernel"
     if not isinstance(codes, IntGrid) and getattr(codes, "levels", "none") != "integer":
         return "codes do not stand for whole numbers"
     if not isinstance(codes, IntGrid) or codes.group_size != in_features:

@@ -104,7 +104,7 @@ class QuantLinear(nn.Module):
                 return int8_linear(z, *codes, *grid, self.format.bits)
             z = fake_quantize(z, *grid)
         if self.format.codes.operator is None:
-            weight = self.format.read(self.stored())
+            weight = self.format.read(self.stored(), (self.out_features, self.in_features))
             return decoded_linear(z, weight.codes.decode(), weight.low_rank)  # type: ignore[arg-type]
         return multiply(z, *self.operands(), self.format.bits)
 

@@ -216,7 +216,7 @@ def join(model: nn.Module, inputs: Iterable[Sequence[str]]) -> None:
     groups += [[module.gate_proj, module.up_proj] for module in model.modules() if isinstance(module, Expert)]
     for group in groups:
         # What is loaded for one call at a time stays by itself.
-        if any(not isinstance(layer, QuantLinear) or layer.weight_packed.is_meta for layer in group):
+        if any(not isinstance(layer, QuantLinear) or layer.weight_shape.is_meta for layer in group):
             continue
         for layers in _of_one_basis(group):
             together = Together(len(layers), fit(layers))
