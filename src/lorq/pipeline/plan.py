@@ -13,7 +13,7 @@ from lorq.methods import Method
 from lorq.models.blocks import Part, StreamedModel, Target
 from lorq.models.experts import find_experts, routing_layers
 from lorq.pipeline.dense_activations import KEYS_AND_VALUES
-from lorq.pipeline.options import Options, method_name
+from lorq.pipeline.options import Options, method_name, read_method, read_options
 from lorq.pipeline.tasks import expert_formats
 from lorq.progress import Progress
 from lorq.storage.report import LayerReport, Report
@@ -21,7 +21,7 @@ from lorq.storage.report import LayerReport, Report
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do: a value that can be compared.
+    """What a run will do: a value that can be printed, stored and compared.
 
     Attributes:
         layers: by part, the layers that are quantized and their methods; ``method`` is the one before overrides.
@@ -70,6 +70,38 @@ class Plan:
     def observes(self, method: Method) -> bool:
         """Whether the inputs of a layer with this method are looked at."""
         return method.needs_stats or self.options.activations == "tensor" or self.options.smoothing > 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values; `from_dict` makes an equal plan of them."""
+        return {
+            "method": self.name,
+            "settings": self.settings,
+            "options": asdict(self.options),
+            "layers": {
+                part: [
+                    asdict(target) | {"settings": {k: v for k, v in vars(method).items() if v != self.settings[k]}}
+                    for target, method in layers.items()
+                ]
+                for part, layers in self.layers.items()
+            },
+            "excluded": dict(self.excluded),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
+        """The plan that `as_dict` has described.
+
+        Raises:
+            ValueError, TypeError: for names, settings and options that do not exist.
+        """
+        method = replace(read_method(values["method"]), **values["settings"])
+        layers: dict[str, dict[Target, Method]] = {}
+        for part, entries in values["layers"].items():
+            layers[part] = {}
+            for entry in entries:
+                target = Target(**{key: value for key, value in entry.items() if key != "settings"})
+                layers[part][target] = replace(method, **entry["settings"])
+        return cls(layers, dict(values["excluded"]), method, read_options(dict(values["options"])))
 
 
 def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:

@@ -1,8 +1,8 @@
-"""A plan is a value, the same for the same request, and what does not fit is refused with the numbers."""
+"""A plan is a value: it goes through JSON and is the same, and what does not fit is refused with the numbers."""
 
+import json
 import re
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 import lorq
 from lorq.models.blocks import StreamedModel
-from lorq.pipeline.options import Options, method_name, read_method, read_options
-from lorq.pipeline.plan import check_weights, estimate, make_plan, mix_widths
+from lorq.pipeline.options import Options
+from lorq.pipeline.plan import Plan, check_weights, estimate, make_plan, mix_widths
 
 
 @pytest.fixture(scope="module")
@@ -21,29 +21,33 @@ def models(folder_of):
 
 
 @pytest.mark.parametrize("name", lorq.METHODS)
-def test_one_request_makes_one_plan(name, models):
+def test_a_plan_goes_through_json_and_is_the_same(name, models):
     method = lorq.METHODS[name](**{"group_size": 32} if name != "lrq-paper" else {})
     options = Options(exclude=("o_proj",), override=("down_proj:bits=8",), average_bits=method.bits + 0.5, wide_bits=8)
     if method.bits == 2 or name == "lords-paper":
         options = Options(exclude=("o_proj",), smoothing=0.25, activations="token")
-    plan, again = (mix_widths(make_plan(models["mixtral"], method, options)) for _ in range(2))
+    plan = mix_widths(make_plan(models["mixtral"], method, options))
+    again = Plan.from_dict(json.loads(json.dumps(plan.as_dict())))
     assert again == plan and list(again.jobs()) == list(plan.jobs())
-    assert plan.name == name and method_name(read_method(name)) == name
-    assert plan != replace(plan, options=replace(options, seed=7))
+    assert (again.name, again.stream, list(again.excluded)) == (name, plan.stream, list(plan.excluded))
+    assert again != Plan.from_dict(plan.as_dict() | {"options": plan.as_dict()["options"] | {"seed": 7}})
 
 
-def test_an_override_changes_what_it_names_and_nothing_else(models):
+def test_a_plan_names_only_settings_that_a_layer_has_of_its_own(models):
     plan = make_plan(models["llama"], lorq.GPTQ(group_size=32), Options(override=("down_proj:bits=8",)))
-    own = {target.name.rpartition(".")[2]: method for target, method in plan.layers["model.layers.1"].items()}
-    assert own.pop("down_proj") == replace(plan.method, bits=8) and len(own) == 6
-    assert set(own.values()) == {plan.method}
+    entries = plan.as_dict()["layers"]["model.layers.1"]
+    own = {entry["name"].rpartition(".")[2]: entry["settings"] for entry in entries}
+    assert own.pop("down_proj") == {"bits": 8} and len(own) == 6 and not any(own.values())
 
 
-def test_an_unknown_method_or_option_is_refused():
+def test_a_plan_of_an_unknown_method_or_setting_is_refused(models):
+    stored = make_plan(models["llama"], lorq.GPTQ(group_size=32), Options()).as_dict()
     with pytest.raises(ValueError, match=r"must be one of flrq, .*, got 'gptx'"):
-        read_method("gptx")
+        Plan.from_dict(stored | {"method": "gptx"})
+    with pytest.raises(TypeError, match="depth"):
+        Plan.from_dict(stored | {"settings": {"depth": 3}})
     with pytest.raises(TypeError, match="unknown options: speed"):
-        read_options({"speed": 3})
+        Plan.from_dict(stored | {"options": {"speed": 3}})
 
 
 def test_everything_of_a_part_is_quantized_or_kept(models):
