@@ -3,7 +3,7 @@
 import multiprocessing
 import pickle
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 
 import pytest
 import torch
@@ -172,6 +172,18 @@ def test_layers_solved_in_another_process_have_the_same_bytes(family, method, fo
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as executor:
         lorq.quantize(folder_of(family), tmp_path / "there", method, **run, executor=executor)
     assert folder_digests(tmp_path / "here") == folder_digests(tmp_path / "there")
+
+
+def test_an_executor_that_leaves_a_layer_out_is_refused(folder_of, run, tmp_path):
+    class Lazy(SameProcess):
+        def submit(self, function, task):
+            done = super().submit(function, task).result()
+            answer = Future()
+            answer.set_result({name: weight for name, weight in done.items() if "up_proj" not in name})
+            return answer
+
+    with pytest.raises(RuntimeError, match=r"this one left out model.layers.0.mlp.up_proj"):
+        lorq.quantize(folder_of("llama"), tmp_path / "out", lorq.Nearest(group_size=32), **run, executor=Lazy())
 
 
 def task(**others):

@@ -29,26 +29,40 @@ class Range:
 
 
 def check_settings(settings: Any) -> None:
-    """Refuse what a dataclass's annotations exclude: words that are not in a `Literal`, numbers outside a `Range`.
+    """Refuse what a dataclass's annotations exclude: other types, words that are not in a `Literal`, numbers outside a
+    `Range`.
 
     Raises:
         ValueError: naming the setting, its rule and the value.
     """
-    for name, rule in _rules(settings.__class__).items():
+    for name, (kind, rule) in _rules(settings.__class__).items():
         value = getattr(settings, name)
-        if value not in rule:
+        # True and False are whole numbers to Python.
+        if kind in _TYPES and (
+            not isinstance(value, _TYPES[kind][0]) or (kind is not bool and isinstance(value, bool))
+        ):
+            raise ValueError(f"{name} must be {_TYPES[kind][1]}, got {value!r}")
+        if rule is not None and value not in rule:
             known = str(rule) if isinstance(rule, Range) else f"one of {', '.join(rule)}"
             raise ValueError(f"{name} must be {known}, got {value!r}")
 
 
+_TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "True or False"), int: ((int,), "a whole number (int)"), float: ((int, float), "a number"),
+    str: ((str,), "a text"),
+}  # fmt: skip
+
+
 @functools.cache
-def _rules(kind: type) -> dict[str, Range | tuple[str, ...]]:
-    rules: dict[str, Range | tuple[str, ...]] = {}
+def _rules(kind: type) -> dict[str, tuple[type, Range | tuple[str, ...] | None]]:
+    """The type of each setting, and what it may be besides."""
+    rules: dict[str, tuple[type, Range | tuple[str, ...] | None]] = {}
     for name, hint in get_type_hints(kind, include_extras=True).items():
         if get_origin(hint) is Literal:
-            rules[name] = get_args(hint)
+            rules[name] = object, get_args(hint)
         elif get_origin(hint) is Annotated:
-            for mark in hint.__metadata__:
-                if isinstance(mark, Range):
-                    rules[name] = mark
+            ranges = [mark for mark in hint.__metadata__ if isinstance(mark, Range)]
+            rules[name] = get_args(hint)[0], ranges[0] if ranges else None
+        elif isinstance(hint, type):
+            rules[name] = hint, None
     return rules

@@ -64,6 +64,9 @@ def solve_block(model: StreamedModel, plan: Plan, visit: Visit, probe: Probe, ex
     with quantized_activations(model.model, {name: (own, None) for name, own in activations.items()}):
         calls = [where.submit(solve_task, task) for task in tasks]
         solved = {name: weight for call in calls for name, weight in call.result().items()}
+    missing = [t.name for t in layers if t.name not in solved]
+    if missing:
+        raise RuntimeError(f"an executor must answer every task whole, this one left out {', '.join(missing)}")
     weights = {t: replace(solved[t.name], activations=activations[t.name]) for t in layers}
     notes: dict[str, list[str]] = {}
     recorded = {target.name: weight.record.note for target, weight in weights.items()}

@@ -1,6 +1,7 @@
 """What is asked of a run, whatever the method."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lorq.core.checks import Range, check_settings
@@ -57,8 +58,8 @@ class Options:
     kv_cache: Literal["none", "token"] = "none"
     exclude: tuple[str, ...] = ()
     override: tuple[str, ...] = ()
-    average_bits: float = 0.0
-    wide_bits: int = 4
+    average_bits: Annotated[float, Range(0, 8)] = 0.0
+    wide_bits: Annotated[int, Range(2, 8)] = 4
     wide_layers: Literal["first", "last"] = "first"
     spill_bytes: Annotated[int, Range(0)] = 2 << 30
     dry_run: bool = False
@@ -76,6 +77,8 @@ def read_options(options: dict[str, Any]) -> Options:
             options[key] = (options[key],)
         elif key in options:
             options[key] = tuple(options[key])
+    if isinstance(options.get("calibration"), Path):
+        options["calibration"] = str(options["calibration"])
     chosen = Options(**options)
     check_settings(chosen)
     if chosen.smoothing and chosen.activations == "none":
@@ -88,6 +91,8 @@ def read_options(options: dict[str, Any]) -> Options:
 
 def read_method(method: str | Method) -> Method:
     if not isinstance(method, str):
+        if isinstance(method, type) or not isinstance(method, Method):
+            raise TypeError(f"method must be a name or a method such as lorq.FLRQ(bits=3), got {method!r}")
         return method
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")

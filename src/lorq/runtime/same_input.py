@@ -70,6 +70,7 @@ class Together:
         self.program: list[Tensor | None] | None = None
         self._few: dict[torch.dtype, int] = {}
         self._images, self._parts = _Once(count), _Once(count)
+        self._orders = Derived(lambda orders: torch.equal(*orders), copies=True)
         self._joined = Derived(partial(_join, self.layers), copies=True)  # `left` is copied
 
     def __reduce__(self) -> tuple[type["Together"], tuple[int, bool]]:
@@ -81,8 +82,11 @@ class Together:
         # do not count their changes.
         if torch.compiler.is_compiling() or x.is_inference():
             return layer.turn(x)
-        image: Tensor = self._images.take(place, x, lambda: layer.turn(x))
-        return image
+        order, image = self._images.take(place, x, lambda: (layer.permutation, layer.turn(x)))
+        return image if self._alike(order, layer.permutation) else layer.turn(x)
+
+    def _alike(self, one: Tensor | None, other: Tensor | None) -> bool:
+        return one is other or (one is not None and other is not None and self._orders.of([one, other]))
 
     def product(self, layer: QuantLinear, place: int, x: Tensor) -> Tensor | None:
         """The layer's part of the product with ``x``; None where it is to multiply by itself."""
@@ -154,12 +158,15 @@ def _seen(layer: QuantLinear) -> tuple[int, ...]:
 def _join(known: Sequence[Callable[[], QuantLinear | None]], _: Sequence[Tensor | None]) -> _One | None:
     """Several layers as one, whose memory they share from then on.
 
-    None where one learns, does not count its changes, or lies on another device.
+    None where one learns, does not count its changes, or lies on another device, or orders of channels differ.
     """
     layers = [layer for own in known if (layer := own()) is not None]
     tensors = [layer.operands() for layer in layers]
     given = [tensor for own in tensors for tensor in own if tensor is not None]
     if any(isinstance(t, nn.Parameter) or t.is_inference() for t in given) or len({t.device for t in given}) > 1:
+        return None
+    first = layers[0].permutation
+    if first is not None and not all(torch.equal(first, layer.permutation) for layer in layers):  # type: ignore[arg-type]
         return None
     joined: list[Tensor | None] = []
     for name, own in zip(STORED_NAMES, zip(*tensors, strict=True), strict=True):

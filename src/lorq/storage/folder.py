@@ -12,7 +12,7 @@ from lorq.core.tile_factors import TileFactors, TileFormat
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
 from lorq.storage.config import LorqConfig, read_format
 from lorq.storage.json_files import damaged, read_json
-from lorq.storage.names import INDEX
+from lorq.storage.names import INDEX, REPORT_NAME
 from lorq.storage.reader import SourceCheckpoint
 from lorq.storage.report import Report, read_report
 from lorq.storage.safetensors_file import read_header
@@ -20,7 +20,7 @@ from lorq.storage.safetensors_file import read_header
 
 @dataclass(frozen=True)
 class LorqFolder:
-    """The one way into a folder that lorq has written.
+    """The one way into a folder that lorq has written: ``LorqFolder.open(path).weight(name).dense()`` is a matrix.
 
     Attributes:
         formats: of the quantized layers, by name.
@@ -41,11 +41,17 @@ class LorqFolder:
             ValueError: if a file is damaged, or of a newer format than this lorq reads.
         """
         path = Path(path)
-        read_report(path)  # tells best what is missing of folders that are not lorq's, or unfinished
+        report = read_report(path)  # tells best what is missing of folders that are not lorq's, or unfinished
         own = read_json(path / "config.json").get("quantization_config")
         if not isinstance(own, dict) or own.get("quant_method") != "lorq":
             raise damaged(path / "config.json", "quantization_config.quant_method must be 'lorq'")
         config = LorqConfig(**own)
+        told = {layer.name for layer in report.layers}
+        if told != config.layers.keys():
+            other = ", ".join(sorted(told ^ config.layers.keys())[:3])
+            raise damaged(
+                path / REPORT_NAME, f"its layers must be those of config.json; {other} is in one of them alone"
+            )
         return cls(path, SourceCheckpoint.open(path, index_name=INDEX), config.formats(), config.tile_formats())
 
     @classmethod
@@ -81,6 +87,8 @@ class LorqFolder:
         Raises:
             KeyError: if there is no such layer.
         """
+        if name not in self.formats:
+            raise KeyError(f"{self.path} has no quantized layer {name}; the first is {next(iter(self.formats), None)}")
         weight = self.formats[name].read(self.tensors(name))
         experts, _, own = name.rpartition(".")
         module, _, number = experts.rpartition(".")

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import pytest
 
 from lorq.core.checks import Range, check_settings
@@ -16,6 +17,7 @@ class Settings:
     count: Annotated[int, Range(2)] = 2
     found: Annotated[int, Range(3, 8, "what fits")] = -1
     free: str = "anything"
+    truth: bool = False
     fixed: ClassVar[str] = "nothing to check"
 
     def __post_init__(self):
@@ -46,6 +48,14 @@ def test_the_ends_of_a_range_are_in_it(kind, settings):
         ({"count": 1}, "count must be at least 2, got 1"),
         ({"found": 0}, "found must be between 3 and 8, or -1 for what fits, got 0"),
         ({"found": -2}, "found must be between 3 and 8, or -1 for what fits, got -2"),
+        ({"count": 3.0}, r"count must be a whole number \(int\), got 3.0"),
+        ({"count": "3"}, r"count must be a whole number \(int\), got '3'"),
+        ({"count": True}, r"count must be a whole number \(int\), got True"),
+        ({"count": np.int64(3)}, r"count must be a whole number \(int\), got np.int64\(3\)"),
+        ({"share": None}, "share must be a number, got None"),
+        ({"truth": "no"}, "truth must be True or False, got 'no'"),
+        ({"truth": 1}, "truth must be True or False, got 1"),
+        ({"free": 1}, "free must be a text, got 1"),
     ],
     ids=str,
 )

@@ -103,6 +103,18 @@ def test_layers_of_one_input_answer_as_by_themselves(format, bias, attention, pr
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 200])
+def test_another_order_of_channels_is_seen(tokens, attention, generator):
+    module = attention(FORMATS["permuted"])
+    x = torch.randn(tokens, 48, generator=generator)
+    check(module, x)
+    module.k.permutation = module.k.permutation.flip(0)
+    check(module, x)
+    module.k.permutation.copy_(module.q.permutation)
+    check(module, x)
+
+
 def test_layers_of_other_ranks_join(attention, products, generator):
     own = {"q": layer_format(4, 16, False, 5, "int8"), "v": layer_format(4, 16, False, 1, "int8")}
     module = attention(layer_format(4, 16, False), own)

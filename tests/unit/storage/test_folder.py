@@ -51,6 +51,10 @@ def test_folders_that_are_not_lorqs_or_not_finished_are_refused(written, folder_
     )
     with pytest.raises(ValueError, match=r"quant_method must be 'lorq'"):
         LorqFolder.open(tmp_path / "copy")
+    del config["quantization_config"]["layers"]["model.layers.1.self_attn.o_proj"]
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"must be those of config.json; model.layers.1.self_attn.o_proj is in one"):
+        LorqFolder.open(tmp_path / "copy")
     (tmp_path / "copy" / JOURNAL).write_text("")
     with pytest.raises(FileNotFoundError, match=r"unfinished run .*--resume"):
         LorqFolder.open(tmp_path / "copy")
