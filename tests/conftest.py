@@ -94,7 +94,7 @@ def random_weight(generator):
             sizes = (out, format.rank), (format.rank, in_)
             # Smaller than the codes' part, as in models: else sums that all but cancel measure nothing.
             left, right = (torch.randn(shape, generator=generator) / 24 for shape in sizes)
-            tensors |= vars(store_factors(left, right, type=format.factor_type))
+            tensors |= vars(store_factors(left, right, factor_type=format.factor_type))
         if format.input_quantization == "tensor":  # from -2.82 to 3.18
             tensors |= {"input_scale": torch.tensor([6 / 255]), "input_zero_point": torch.tensor([120]).int()}
         return format.read(tensors)

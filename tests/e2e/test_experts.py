@@ -266,7 +266,7 @@ def first_layer(folder, text_file):
     model, seen = load(folder), []
     experts = model.model.layers[0].mlp.experts
     experts.register_forward_pre_hook(lambda module, args: seen.append(args))
-    tokens = calibration_windows(str(text_file), byte_tokenizer(128), **SMALL).tokens
+    tokens = calibration_windows(str(text_file), byte_tokenizer(128), **SMALL, self_writer=torch.empty).tokens
     for window in tokens:
         logits_of(model, window[None])
     hidden, index, weights = (torch.cat(parts).detach() for parts in zip(*seen, strict=True))

@@ -223,7 +223,8 @@ def test_experts_with_few_tokens_are_named_with_their_numbers(made, folder_of, q
         counts.append(int(found[1]))
     experts, seen = load(folder_of("qwen2-moe")), []
     experts.model.layers[1].mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    for window in calibration_windows(report.run["calibration"], byte_tokenizer(128), **SMALL).tokens:
+    text = report.run["calibration"]
+    for window in calibration_windows(text, byte_tokenizer(128), **SMALL, self_writer=torch.empty).tokens:
         experts(input_ids=window[None], use_cache=False)
     assert counts == torch.bincount(torch.cat(seen).flatten(), minlength=5).tolist()
     few = quantize(folder_of("qwen2-moe"), tmp_path / "out", expert_tokens=min(counts) + 1)

@@ -122,7 +122,7 @@ def test_streams_go_where_the_option_says(method, stream, streams, folder_of, te
     """Blocks are doubled as a stand-in for being quantized."""
     model = StreamedModel.open(folder_of("llama"))
     plan = make_plan(model, method, Options(stream=stream))
-    windows = calibration_windows(str(text_file), tokenizer, samples=3, seq_len=16, self_writer=None).tokens
+    windows = calibration_windows(str(text_file), tokenizer, samples=3, seq_len=16, self_writer=torch.empty).tokens
 
     def states(changed):
         """What enters and leaves each block, if blocks are changed before they are left."""

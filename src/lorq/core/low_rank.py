@@ -80,40 +80,42 @@ def factor_layout(out: int, in_: int, rank: int, factor_type: str) -> Layout:
     return layout
 
 
-def store_factors(left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"], *, type: str) -> LowRank | None:
+def store_factors(
+    left: Float[Tensor, "out rank"], right: Float[Tensor, "rank in"], *, factor_type: str
+) -> LowRank | None:
     """Round factors to the type they are stored in; None if the rank is 0.
 
     Each pair is first balanced to equal largest magnitudes, ``max|l| = max|r|``, which leaves the product
     alone and keeps both inside float16's range.
 
     Args:
-        type: a name of `FACTOR_TYPES`. "int8" stores ``round(v / s)``, ``s = max|v| / 127`` for each vector; "e4m3"
-            stores ``v / s`` as float8, ``s = max|v| / 448``; both keep ``s`` in float16.
+        factor_type: a name of `FACTOR_TYPES`. "int8" stores ``round(v / s)``, ``s = max|v| / 127`` for each vector;
+            "e4m3" stores ``v / s`` as float8, ``s = max|v| / 448``; both keep ``s`` in float16.
 
     Raises:
         ValueError: for other types, or if a factor does not fit float16.
     """
-    factor_bits(type)  # refuses unknown types
+    factor_bits(factor_type)  # refuses unknown types
     if left.shape[1] == 0:
         return None
     size_left, size_right = left.abs().amax(0), right.abs().amax(1)
     balance = (size_right / size_left.clamp(min=1e-30)).clamp(1e-30, 1e30).sqrt()
     left, right = left * balance, right / balance.unsqueeze(1)
     stored_half(torch.stack([left.abs().amax(), right.abs().amax()]), "low-rank factors")
-    left_codes, left_scale = store_vectors(left.T, type)
-    right_codes, right_scale = store_vectors(right, type)
+    left_codes, left_scale = store_vectors(left.T, factor_type)
+    right_codes, right_scale = store_vectors(right, factor_type)
     return LowRank(left_codes.T.contiguous(), right_codes, left_scale, right_scale)
 
 
-def store_vectors(vectors: Float[Tensor, "*rank n"], type: str) -> tuple[Tensor, Float[Tensor, "*rank"] | None]:
+def store_vectors(vectors: Float[Tensor, "*rank n"], factor_type: str) -> tuple[Tensor, Float[Tensor, "*rank"] | None]:
     """Vectors as they are stored, and a float16 scale for each where they take 8 bits."""
-    dtype, top = FACTOR_TYPES[type]
-    if type == "float16":
+    dtype, top = FACTOR_TYPES[factor_type]
+    if factor_type == "float16":
         return vectors.to(dtype), None
     # 2^-24 is float16's smallest positive number: a vector of zeros must not divide by zero.
     scale = (vectors.abs().amax(-1) / top).clamp(min=2.0**-24).to(torch.float16)
     codes = (vectors / scale.to(vectors.dtype).unsqueeze(-1)).clamp(-top, top)
-    return (codes.round() if type == "int8" else codes).to(dtype), scale
+    return (codes.round() if factor_type == "int8" else codes).to(dtype), scale
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def r1svd(
     metric: Metric,
     *,
     rank: int,
-    type: str = "int8",
+    factor_type: str = "int8",
     form: str = "block",
     iterations: int = 2,
     generator: torch.Generator,
@@ -156,7 +158,7 @@ def r1svd(
     Args:
         target: what the factors shall approximate, in weight units.
         metric: ``C``.
-        rank, type: number of pairs, at most min(out, in); of the stored factors, see `store_factors`.
+        rank, factor_type: number of pairs, at most min(out, in); of the stored factors, see `store_factors`.
         form: "rank1" starts each pair from a Gaussian vector (the paper); "block" from one blocked sketch of
             all pairs, which needs fewer products with ``A``.
         iterations: power iterations for each pair ("rank1") or of the blocked sketch ("block").
@@ -169,7 +171,7 @@ def r1svd(
         LoPRo, eq. 10-12 (R1SVD). Deviations: the left vector is fitted again to the rounded right one; the singular
         value lives in the vectors' scales; e4m3 on its range for unit vectors in e5m2; any metric.
     """
-    factor_bits(type)  # refuses unknown types
+    factor_bits(factor_type)  # refuses unknown types
     if not 0 <= rank <= min(target.shape):
         raise ValueError(
             f"rank must be between 0 and min(out, in) = {min(target.shape)} for a target of shape "
@@ -189,7 +191,7 @@ def r1svd(
             # What earlier rounding left over turns the vector a little; one power step follows it.
             v = rest.T @ (rest @ starts[k])
             v = v / v.norm().clamp(min=1e-30)
-        pairs.append(_stored_pair(rest, v, metric, type))
+        pairs.append(_stored_pair(rest, v, metric, factor_type))
     left = torch.cat([pair.left for pair in pairs], 1)
     right = torch.cat([pair.right for pair in pairs])
     left_scales = [pair.left_scale for pair in pairs if pair.left_scale is not None]
@@ -197,15 +199,15 @@ def r1svd(
     return LowRank(left, right, *(torch.cat(scales) for scales in (left_scales, right_scales) if scales))
 
 
-def _stored_pair(rest: Float[Tensor, "out in"], v: Float[Tensor, "in"], metric: Metric, type: str) -> LowRank:
+def _stored_pair(rest: Float[Tensor, "out in"], v: Float[Tensor, "in"], metric: Metric, factor_type: str) -> LowRank:
     """Round one pair and take it out of ``rest``, in place."""
     one = v.new_ones(1, 1)
-    rounded = store_factors(one, metric.undo(v.unsqueeze(0)), type=type)
+    rounded = store_factors(one, metric.undo(v.unsqueeze(0)), factor_type=factor_type)
     assert rounded is not None
     right = rounded.dense(v.dtype)  # (1, in), as it will be stored but for a factor
     image = metric.apply(right)  # (1, in)
     left = rest @ image.T / image.square().sum().clamp(min=1e-30)  # (out, 1)
-    pair = store_factors(left, right, type=type)
+    pair = store_factors(left, right, factor_type=factor_type)
     assert pair is not None
     stored_left, stored_right = pair.factors(v.dtype)
     rest.addmm_(stored_left, metric.apply(stored_right), alpha=-1)

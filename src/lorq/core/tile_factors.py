@@ -232,7 +232,7 @@ def fit_tiles(
     grid: tuple[int, int],
     *,
     rank: int,
-    type: str,
+    factor_type: str,
     iterations: int,
     generator: torch.Generator,
 ) -> TileFactors:
@@ -249,7 +249,7 @@ def fit_tiles(
         metrics: ``C_i``, one for each grid row.
         cells, grid: row and column of each expert; how many there are.
         rank: factor pairs.
-        type: of the stored factors, see `lorq.core.low_rank.store_factors`.
+        factor_type: of the stored factors, see `lorq.core.low_rank.store_factors`.
         iterations, generator: of the subspace iteration and its test vectors.
 
     Source:
@@ -262,11 +262,11 @@ def fit_tiles(
     starts = _right_vectors(rest, rows, columns, grid, rank=rank, iterations=iterations, generator=generator)
     lefts, rights = [], []  # of (grid columns, out) and (grid rows, in)
     for start in starts:
-        left, right = _fit_pair(rest, start, metrics, rows, columns, grid, type)
+        left, right = _fit_pair(rest, start, metrics, rows, columns, grid, factor_type)
         lefts.append(left)
         rights.append(right)
-    stored_left, left_scale = store_vectors(torch.stack(lefts, 1), type)  # (columns, rank, out)
-    stored_right, right_scale = store_vectors(torch.stack(rights, 1), type)
+    stored_left, left_scale = store_vectors(torch.stack(lefts, 1), factor_type)  # (columns, rank, out)
+    stored_right, right_scale = store_vectors(torch.stack(rights, 1), factor_type)
     return TileFactors(stored_left.transpose(1, 2).contiguous(), stored_right, left_scale, right_scale, cells)
 
 
@@ -310,7 +310,7 @@ def _fit_pair(
     rows: Int[Tensor, "experts"],
     columns: Int[Tensor, "experts"],
     grid: tuple[int, int],
-    type: str,
+    factor_type: str,
 ) -> tuple[Float[Tensor, "columns out"], Float[Tensor, "rows in"]]:
     """One rounded pair, taken out of ``rest`` in place."""
 
@@ -326,16 +326,16 @@ def _fit_pair(
     left = best_left(start)
     v = torch.zeros_like(start).index_add_(0, rows, (left[columns].unsqueeze(1) @ rest).squeeze(1))
     right = torch.stack([metric.undo(part[None])[0] for metric, part in zip(metrics, v, strict=True)])
-    right = _as_stored(right / right.abs().amax().clamp(min=1e-30), type)
+    right = _as_stored(right / right.abs().amax().clamp(min=1e-30), factor_type)
     left = best_left(seen(right))
     balance = left.abs().amax().clamp(min=1e-30).sqrt()  # both sides within float16
-    left, right = _as_stored(left / balance, type), _as_stored(right * balance, type)
+    left, right = _as_stored(left / balance, factor_type), _as_stored(right * balance, factor_type)
     rest.sub_(left[columns].unsqueeze(2) * seen(right)[rows].unsqueeze(1))
     return left, right
 
 
-def _as_stored(vectors: Float[Tensor, "rows n"], type: str) -> Float[Tensor, "rows n"]:
+def _as_stored(vectors: Float[Tensor, "rows n"], factor_type: str) -> Float[Tensor, "rows n"]:
     """What reading the stored vectors gives back."""
-    codes, scale = store_vectors(vectors, type)
+    codes, scale = store_vectors(vectors, factor_type)
     read = codes.to(vectors.dtype)
     return read if scale is None else read * scale.to(vectors.dtype).unsqueeze(1)

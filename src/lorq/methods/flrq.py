@@ -149,7 +149,7 @@ class FLRQ:
             right = torch.linalg.solve_triangular(scaling, right, upper=False, left=False)
         else:
             right = right / scaling
-        return store_factors(left, right, type=self.factor_type), choice.stop
+        return store_factors(left, right, factor_type=self.factor_type), choice.stop
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """The format at the rank where the budget ends."""

@@ -206,7 +206,7 @@ class LoPRo:
 
     def _fit(self, target: Tensor, metric: Metric, generator: torch.Generator) -> LowRank | None:
         return r1svd(
-            target, metric, rank=min(self.rank, *target.shape), type=self.factor_type, form=self.sketch,
+            target, metric, rank=min(self.rank, *target.shape), factor_type=self.factor_type, form=self.sketch,
             iterations=self.iterations, generator=generator,
         )  # fmt: skip
 

@@ -154,7 +154,7 @@ class TileQ(LoPRo):
     ) -> TileFactors:
         grid = grid_of(len(stats), self.grid_rows, self.grid_columns)
         rank = min(self.rank, grid[0] * rest.shape[2], grid[1] * rest.shape[1])
-        given = {"rank": rank, "type": self.factor_type, "iterations": self.iterations}
+        given = {"rank": rank, "factor_type": self.factor_type, "iterations": self.iterations}
         if self.sharing == "expert":
             scales = torch.stack([activation_scale(s, self.exponent) for s in stats])
             inputs = scales.reciprocal().clamp(2.0**-14, torch.finfo(torch.float16).max).to(torch.float16)

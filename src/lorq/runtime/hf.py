@@ -69,7 +69,7 @@ class LorqQuantizer(HfQuantizer):
                 model.set_submodule(name, module.dequantize(dtype))
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantLinear):
-                model.set_submodule(model, name, module.dequantize(dtype))
+                model.set_submodule(name, module.dequantize(dtype))
         fuse_experts(model)  # so that it is transformers' own model again, to be saved like one
         return model
 

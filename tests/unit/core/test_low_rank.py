@@ -41,7 +41,7 @@ def factors(generator, out=20, rank=4, in_=30):
 def test_sixteen_bit_factors_are_balanced_and_within_float16s_rounding(generator):
     left, right = factors(generator)
     before = left.clone(), right.clone()
-    stored = store_factors(left, right, type="float16")
+    stored = store_factors(left, right, factor_type="float16")
     assert stored.left.dtype == stored.right.dtype == torch.float16
     assert stored.left_scale is None and stored.right_scale is None and stored.rank == 4
     assert_close(stored.left.abs().amax(0), stored.right.abs().amax(1), rtol=2**-10, atol=0)
@@ -53,7 +53,7 @@ def test_sixteen_bit_factors_are_balanced_and_within_float16s_rounding(generator
 
 def test_eight_bit_factors_are_within_half_a_step_of_each_vector(generator):
     left, right = factors(generator)
-    stored = store_factors(left, right, type="int8")
+    stored = store_factors(left, right, factor_type="int8")
     assert stored.left.dtype == stored.right.dtype == torch.int8
     assert stored.left_scale.dtype == stored.right_scale.dtype == torch.float16
     assert torch.equal(stored.left.abs().amax(0), torch.full((4,), 127, dtype=torch.int8))
@@ -69,7 +69,7 @@ def test_eight_bit_factors_are_within_half_a_step_of_each_vector(generator):
 @pytest.mark.parametrize("type, tolerance", [("float16", 2**-10), ("int8", 0.02), ("e4m3", 0.04)])
 def test_the_product_survives_storage(type, tolerance, generator):
     left, right = factors(generator)
-    stored = store_factors(left, right, type=type)
+    stored = store_factors(left, right, factor_type=type)
     exact = left.double() @ right.double()
     error = torch.linalg.matrix_norm(stored.dense(torch.float64) - exact) / torch.linalg.matrix_norm(exact)
     assert float(error) < tolerance
@@ -77,7 +77,7 @@ def test_the_product_survives_storage(type, tolerance, generator):
 
 def test_powers_of_two_are_stored_exactly_in_sixteen_bits():
     left, right = torch.tensor([[4.0], [-2.0]]), torch.tensor([[0.25, 0.125, 0.0]])
-    stored = store_factors(left, right, type="float16")
+    stored = store_factors(left, right, factor_type="float16")
     assert torch.equal(stored.dense(), left @ right)
     assert float(stored.left.abs().max()) == float(stored.right.abs().max()) == 1
 
@@ -86,38 +86,38 @@ def test_powers_of_two_are_stored_exactly_in_sixteen_bits():
 def test_vectors_of_zeros_stay_zero(type, generator):
     left, right = factors(generator)
     left[:, 1], right[2], left[:, 3], right[3] = 0, 0, 0, 0
-    dense = store_factors(left, right, type=type).dense(torch.float64)
+    dense = store_factors(left, right, factor_type=type).dense(torch.float64)
     assert torch.isfinite(dense).all()
     # Two entries, each off by at most 2^-4 of itself in e4m3.
     share = 0.13 if type == "e4m3" else 0.01
     assert_close(dense, torch.outer(left[:, 0], right[0]).double(), rtol=0, atol=share * float(dense.abs().max()))
-    nothing = store_factors(torch.zeros(3, 2), torch.zeros(2, 5), type=type)
+    nothing = store_factors(torch.zeros(3, 2), torch.zeros(2, 5), factor_type=type)
     assert torch.equal(nothing.dense(), torch.zeros(3, 5))
 
 
 @types
 def test_rank_zero_stores_nothing(type):
-    assert store_factors(torch.zeros(5, 0), torch.zeros(0, 6), type=type) is None
+    assert store_factors(torch.zeros(5, 0), torch.zeros(0, 6), factor_type=type) is None
 
 
 @types
 def test_balance_keeps_a_large_and_a_small_side_inside_float16(type):
-    stored = store_factors(torch.tensor([[1e9], [5e8]]), torch.tensor([[1e-9, -1e-9]]), type=type)
+    stored = store_factors(torch.tensor([[1e9], [5e8]]), torch.tensor([[1e-9, -1e-9]]), factor_type=type)
     assert_close(stored.dense(), torch.tensor([[1.0, -1.0], [0.5, -0.5]]), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("value, shown", [(1e6, "1e+06"), (float("nan"), "nan"), (float("inf"), "nan")], ids=str)
 def test_factors_that_do_not_fit_float16_are_refused_with_the_value(value, shown):
     with pytest.raises(ValueError, match=re.escape(f"at most 65504), got {shown}")):
-        store_factors(torch.full((2, 1), value), torch.full((1, 3), value), type="float16")
+        store_factors(torch.full((2, 1), value), torch.full((1, 3), value), factor_type="float16")
 
 
 @pytest.mark.parametrize("type", ["int4", "e5m2", ""])
 def test_other_types_are_refused_by_every_function(type, generator):
     with pytest.raises(ValueError, match=f"factor_type must be one of float16, int8, e4m3, got '{type}'"):
-        store_factors(torch.ones(2, 1), torch.ones(1, 2), type=type)
+        store_factors(torch.ones(2, 1), torch.ones(1, 2), factor_type=type)
     with pytest.raises(ValueError, match=f"got '{type}'"):
-        r1svd(torch.ones(2, 3), white(3), rank=1, type=type, generator=generator)
+        r1svd(torch.ones(2, 3), white(3), rank=1, factor_type=type, generator=generator)
     with pytest.raises(ValueError, match=f"got '{type}'"):
         factor_bits(type)
 
@@ -137,14 +137,14 @@ def test_low_rank_multiplies_its_scales_in():
 
 @pytest.mark.parametrize("type, bits", [("float16", 16), ("int8", 8), ("e4m3", 8)])
 def test_the_width_is_that_of_the_stored_dtype(type, bits, generator):
-    stored = store_factors(*factors(generator), type=type)
+    stored = store_factors(*factors(generator), factor_type=type)
     assert factor_bits(type) == bits == 8 * stored.left.element_size() == 8 * stored.right.element_size()
     assert stored.factor_type == type
 
 
 def test_e4m3_factors_reach_448_and_are_within_half_a_step_of_their_binade(generator):
     left, right = factors(generator)
-    stored = store_factors(left, right, type="e4m3")
+    stored = store_factors(left, right, factor_type="e4m3")
     assert stored.left.dtype == stored.right.dtype == torch.float8_e4m3fn
     assert torch.equal(stored.left.float().abs().amax(0), torch.full((4,), 448.0))
     assert torch.equal(stored.right.float().abs().amax(1), torch.full((4,), 448.0))
@@ -163,8 +163,8 @@ def test_vectors_in_e4m3_are_scaled_clear_of_its_underflow(length, raw_is_over, 
     v = torch.randn(length, generator=generator)
     v = v / v.norm()
     assert relative(v.to(torch.float8_e4m3fn).float() - v, v) > raw_is_over
-    column = store_factors(v[:, None], torch.ones(1, 1), type="e4m3")
-    row = store_factors(torch.ones(1, 1), v[None], type="e4m3")
+    column = store_factors(v[:, None], torch.ones(1, 1), factor_type="e4m3")
+    row = store_factors(torch.ones(1, 1), v[None], factor_type="e4m3")
     assert relative(column.dense()[:, 0] - v, v) < 0.028
     assert relative(row.dense()[0] - v, v) < 0.028
 
@@ -219,7 +219,7 @@ def test_the_hessian_metrics_norm_is_the_output_error(correlated, generator):
 def test_a_matrix_of_low_rank_is_recovered_to_float16s_rounding(name, form, rank, metrics, generator):
     metric, c = metrics(48)[name]
     target = torch.randn(40, rank, generator=generator) @ torch.randn(rank, 48, generator=generator)
-    found = r1svd(target, metric, rank=rank, type="float16", form=form, iterations=4, generator=generator)
+    found = r1svd(target, metric, rank=rank, factor_type="float16", form=form, iterations=4, generator=generator)
     assert found.rank == rank and found.left_scale is None
     # Entries are off by 2^-12 on average; each vector's by a little less.
     assert relative((found.dense() - target) @ c, target @ c) < 2**-11
@@ -232,7 +232,7 @@ def test_the_residual_is_that_of_the_truncated_svd(type, form, name, metrics, ge
     metric, c = metrics(128)[name]
     # In the metric the spectrum is k^-0.5: flat enough that stored precision is no part of the matter.
     target = metric.undo(spectrum_of(generator, power(0.5)))
-    found = r1svd(target, metric, rank=12, type=type, form=form, iterations=8, generator=generator)
+    found = r1svd(target, metric, rank=12, factor_type=type, form=form, iterations=8, generator=generator)
     values = torch.linalg.svdvals(target.double() @ c.double())
     error = float(torch.linalg.norm((target.double() - found.dense(torch.float64)) @ c.double()))
     optimal = float(values[12:].norm())
@@ -253,9 +253,9 @@ def test_rounding_inside_the_deflation_beats_rounding_after_it(decay, type, form
     for name, (metric, c) in metrics(128).items():
         for seed in range(3):
             target = metric.undo(spectrum_of(seeded(seed), values))
-            inside = r1svd(target, metric, rank=16, type=type, form=form, iterations=4, generator=seeded(seed))
+            inside = r1svd(target, metric, rank=16, factor_type=type, form=form, iterations=4, generator=seeded(seed))
             left, right = sketch(metric.apply(target), rank=16, form=form, iterations=4, generator=seeded(seed))
-            after = store_factors(left, metric.undo(right), type=type)
+            after = store_factors(left, metric.undo(right), factor_type=type)
             errors = [relative((target - part.dense()) @ c, target @ c) for part in (inside, after)]
             assert errors[0] * gain < errors[1], (name, seed)
 
@@ -268,7 +268,7 @@ def test_factors_of_many_decades_need_a_float_type(correlated, generator):
     optimal = float(power(1.0)[16:].norm())
     error = {}
     for type in FACTOR_TYPES:
-        found = r1svd(target, metric, rank=16, type=type, iterations=4, generator=seeded())
+        found = r1svd(target, metric, rank=16, factor_type=type, iterations=4, generator=seeded())
         error[type] = float(torch.linalg.norm((target - found.dense()) * alpha)) / optimal
     assert error["float16"] < 1.001 and error["e4m3"] < 1.03
     assert error["int8"] > 1.2
@@ -277,7 +277,7 @@ def test_factors_of_many_decades_need_a_float_type(correlated, generator):
 @types
 @forms
 def test_rank_zero_is_no_factors(type, form, generator):
-    assert r1svd(torch.randn(4, 6), white(6), rank=0, type=type, form=form, generator=generator) is None
+    assert r1svd(torch.randn(4, 6), white(6), rank=0, factor_type=type, form=form, generator=generator) is None
 
 
 @types
@@ -286,8 +286,8 @@ def test_the_same_seed_gives_the_same_bits_and_the_target_is_unchanged(type, for
     metric, _ = metrics(32)["hessian"]
     target = torch.randn(20, 32, generator=generator)
     before = target.clone()
-    first, second = (r1svd(target, metric, rank=4, type=type, form=form, generator=seeded(3)) for _ in range(2))
-    other = r1svd(target, metric, rank=4, type=type, form=form, generator=seeded(4))
+    first, second = (r1svd(target, metric, rank=4, factor_type=type, form=form, generator=seeded(3)) for _ in range(2))
+    other = r1svd(target, metric, rank=4, factor_type=type, form=form, generator=seeded(4))
     for part in ("left", "right"):
         assert torch.equal(getattr(first, part).float(), getattr(second, part).float())
     assert not torch.equal(first.left.float(), other.left.float())
@@ -301,7 +301,7 @@ def test_more_pairs_never_leave_more_in_the_metric(type, form, metrics, generato
     target = metric.undo(spectrum_of(generator, power(1.0, 40), 40, 48))
     errors = [
         relative(
-            (target - r1svd(target, metric, rank=rank, type=type, form=form, generator=seeded()).dense()) @ c,
+            (target - r1svd(target, metric, rank=rank, factor_type=type, form=form, generator=seeded()).dense()) @ c,
             target @ c,
         )
         for rank in (1, 2, 4, 8, 16, 40)
@@ -311,7 +311,7 @@ def test_more_pairs_never_leave_more_in_the_metric(type, form, metrics, generato
 
 @types
 def test_a_target_of_zeros_stays_zero(type, generator):
-    found = r1svd(torch.zeros(6, 8), white(8), rank=2, type=type, generator=generator)
+    found = r1svd(torch.zeros(6, 8), white(8), rank=2, factor_type=type, generator=generator)
     assert found.rank == 2 and not found.dense().any()
 
 

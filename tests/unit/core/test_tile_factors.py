@@ -217,7 +217,7 @@ def test_placing_pays(generator):
 
 def fit(targets, cells, grid, *, rank, type="float16", metrics=None, iterations=4, seed=0):
     return fit_tiles(
-        targets, metrics or [PLAIN] * grid[0], cells, grid, rank=rank, type=type, iterations=iterations,
+        targets, metrics or [PLAIN] * grid[0], cells, grid, rank=rank, factor_type=type, iterations=iterations,
         generator=seeded(seed),
     )  # fmt: skip
 

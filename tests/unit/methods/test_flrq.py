@@ -113,7 +113,7 @@ def test_no_epochs_are_one_shot_of_sketch_rank_and_clip(layer):
         weight * alpha, left, right, bits=3, factor_bits=16, budget=1.0, slope_window=2, slope_threshold=0.01,
         warm_up=2, measure="group", group_size=32,
     )  # fmt: skip
-    low_rank = store_factors(left[:, : choice.rank], right[: choice.rank] / alpha, type="float16")
+    low_rank = store_factors(left[:, : choice.rank], right[: choice.rank] / alpha, factor_type="float16")
     rounded = clip(
         weight - low_rank.dense(),
         prepared(shrink(stats.hessian, 0.2)),
@@ -145,7 +145,9 @@ def test_codes_first_without_epochs_fit_the_low_rank_to_what_rounding_misses(lay
     rank = result.format.rank
     assert rank > 0
     assert same_codes(result.codes, rounded)
-    assert torch.equal(result.low_rank.dense(), store_factors(left[:, :rank], right[:rank], type="float16").dense())
+    assert torch.equal(
+        result.low_rank.dense(), store_factors(left[:, :rank], right[:rank], factor_type="float16").dense()
+    )
 
 
 @pytest.mark.parametrize("rounding", ["clip", "nearest", "gptq"])

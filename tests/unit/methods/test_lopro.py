@@ -130,7 +130,7 @@ def test_one_pass_is_the_two_parts_in_order(order, sketch, layer):
         return gptq(rest, prepared(hessian), IntGrid(3, 32), SEARCHES["scale"])
 
     def fitted(rest):
-        return r1svd(rest, metric, rank=4, type="e4m3", form=sketch, iterations=2, generator=seeded())
+        return r1svd(rest, metric, rank=4, factor_type="e4m3", form=sketch, iterations=2, generator=seeded())
 
     if order == "codes-then-low-rank":
         codes = rounded(target)
@@ -245,7 +245,7 @@ def test_the_paper_orders_by_what_the_low_rank_part_leaves(importance, layer):
     settings = {"bits": 3, "group_size": 32, "rank": 6, "importance": importance, "iterations": 4}
     result = solve(weight, stats, order="low-rank-then-codes", metric="activation", exponent=1.0, **settings)
     metric = Metric.activation(stats.mean_abs)  # a constant on it changes nothing
-    low_rank = r1svd(weight, metric, rank=6, type="int8", form="block", iterations=4, generator=seeded())
+    low_rank = r1svd(weight, metric, rank=6, factor_type="int8", form="block", iterations=4, generator=seeded())
     m, h = (weight - low_rank.dense()).abs().sum(0), stats.hessian.diagonal()
     score = {"log": m / (h / h.min()).log2().add(1), "ratio": m / h, "hessian": -h, "residual": m}[importance]
     found = score[result.basis.permutation.long()]

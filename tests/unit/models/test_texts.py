@@ -216,7 +216,8 @@ def test_calibration_reads_a_text_and_sums_its_tokens(tokenizer, tmp_path):
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps("abcdefgh" * 9), encoding="utf-8")
     result, again, other = (
-        calibration_windows(str(path), tokenizer, samples=samples, seq_len=4, self_writer=None) for samples in (3, 3, 2)
+        calibration_windows(str(path), tokenizer, samples=samples, seq_len=4, self_writer=lambda: pytest.fail("called"))
+        for samples in (3, 3, 2)
     )
     assert torch.equal(result.tokens, token_windows("abcdefgh" * 9, tokenizer, windows=3, length=4, what="x"))
     assert result.source == str(path)
