@@ -25,7 +25,7 @@ from lorq.models.texts import calibration_windows
 from lorq.pipeline.observe import routed_alike
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.names import REPORT_NAME
-from lorq.storage.reader import SourceCheckpoint
+from lorq.storage.reader import WeightFiles
 from lorq.storage.report import html_page, read_report
 
 SMALL = {"samples": 4, "seq_len": 32}
@@ -119,7 +119,7 @@ def test_experts_stored_one_by_one_and_fused_give_the_same_bytes(family, folder_
     digests, tensors = [], []
     for store in (shutil.copytree, as_fused, as_split):
         source = Path(store(folder_of(family), tmp_path / store.__name__))
-        tensors.append(len(SourceCheckpoint.open(source).names))
+        tensors.append(len(WeightFiles.open(source).names))
         quantize(source, tmp_path / f"out-{store.__name__}")
         found = folder_digests(tmp_path / f"out-{store.__name__}")
         digests.append({name: digest for name, digest in found.items() if name.endswith(".safetensors")})
@@ -131,7 +131,7 @@ def test_experts_stored_one_by_one_and_fused_give_the_same_bytes(family, folder_
 
 def test_one_expert_of_a_fused_tensor_is_read_alone(folder_of, tmp_path):
     folder = as_fused(folder_of("mixtral"), tmp_path / "fused")
-    checkpoint, name = SourceCheckpoint.open(folder), "model.layers.1.mlp.experts.gate_up_proj"
+    checkpoint, name = WeightFiles.open(folder), "model.layers.1.mlp.experts.gate_up_proj"
     whole = checkpoint.tensor(name)
     assert whole.shape == (4, 192, 64)
     for expert in range(4):

@@ -16,7 +16,7 @@ from lorq.storage.config import write_format
 from lorq.storage.folder import LorqFolder
 from lorq.storage.json_files import some_of
 from lorq.storage.names import COMPANIONS, REPORT_NAME
-from lorq.storage.reader import SourceCheckpoint
+from lorq.storage.reader import WeightFiles
 from lorq.storage.writer import CheckpointWriter
 
 
@@ -77,7 +77,7 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
     writer.finish(config=config, files=files | {REPORT_NAME: new.to_bytes()})
 
 
-def _check_own_folder(model: nn.Module, layers: Mapping[str, QuantLinear], source: SourceCheckpoint) -> None:
+def _check_own_folder(model: nn.Module, layers: Mapping[str, QuantLinear], source: WeightFiles) -> None:
     """Refuse a folder that lacks a layer, or has anything beside them that the model has not."""
     own = model.state_dict()
     wrong = [name for name in layers if f"{name}.weight_packed" not in source.files]

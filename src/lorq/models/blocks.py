@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorq.models.skeleton import Source, find_blocks, find_sources, get_tensor, put_tensor, read_config, skeleton
+from lorq.models.skeleton import Stored, find_blocks, find_stored, get_tensor, put_tensor, read_config, skeleton
 from lorq.storage.atomic import TEMPORARY
-from lorq.storage.reader import SourceCheckpoint
+from lorq.storage.reader import WeightFiles
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class StreamedModel:
     def __init__(
         self,
         model: Any,
-        checkpoint: SourceCheckpoint,
+        checkpoint: WeightFiles,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -88,7 +88,7 @@ class StreamedModel:
     @classmethod
     def open(cls, folder: Path, **where: Any) -> "StreamedModel":
         """The model of a Hugging Face folder; options as of the class."""
-        return cls(skeleton(read_config(folder)), SourceCheckpoint.open(folder), **where)
+        return cls(skeleton(read_config(folder)), WeightFiles.open(folder), **where)
 
     @property
     def blocks(self) -> tuple[Part, ...]:
@@ -99,10 +99,10 @@ class StreamedModel:
         """What comes before and after the blocks."""
         return self.parts[0], self.parts[-1]
 
-    def _match_names(self) -> dict[str, Source]:
+    def _match_names(self) -> dict[str, Stored]:
         """Where every parameter and stored buffer lies, by its name in the model."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
-        stored = find_sources(self.model, self.checkpoint)
+        stored = find_stored(self.model, self.checkpoint)
         tied = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         found = {name: stored[name] for name in shapes if name in stored}
         missing = [name for name in shapes if name not in found and name not in tied]
@@ -196,7 +196,7 @@ class StreamedModel:
         read = {self._sources[name] for name in names}
         names += [name for name in sorted(self._tied) if self._sources.get(name) in read]
         names = [name for name in names if name not in self._resident]
-        loaded: dict[Source, Tensor] = {}  # tied parameters share one tensor
+        loaded: dict[Stored, Tensor] = {}  # tied parameters share one tensor
         for name in names:
             source = self._sources[name]
             if source not in loaded:

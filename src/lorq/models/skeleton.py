@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorq.models.experts import FusedPart, find_experts, split_experts
-from lorq.storage.reader import SourceCheckpoint
+from lorq.storage.reader import WeightFiles
 
 
 def read_config(folder: Path) -> Any:
@@ -70,18 +70,18 @@ def find_blocks(model: Any) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Source:
+class Stored:
     """Where a parameter's values are: in a stored tensor, or, where experts are stored fused, in a part of one."""
 
     name: str
     part: FusedPart | None = None
 
-    def shape(self, checkpoint: SourceCheckpoint) -> tuple[int, ...]:
+    def shape(self, checkpoint: WeightFiles) -> tuple[int, ...]:
         """Shape of the parameter, from the header."""
         shape = checkpoint.shape(self.name)
         return shape if self.part is None else tuple(self.part.of(torch.empty(shape[1:], device="meta")).shape)
 
-    def read(self, checkpoint: SourceCheckpoint) -> Tensor:
+    def read(self, checkpoint: WeightFiles) -> Tensor:
         """The parameter; of a fused tensor only the one expert is read."""
         if self.part is None:
             return checkpoint.tensor(self.name)
@@ -89,7 +89,7 @@ class Source:
         return self.part.of(checkpoint.tensor(self.name, self.part.expert)).clone(memory_format=torch.contiguous_format)
 
 
-def find_sources(model: Any, checkpoint: SourceCheckpoint) -> dict[str, Source]:
+def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
     """Where each of the model's parameters and stored buffers lies, as far as the checkpoint has them.
 
     Names are changed as transformers changes them when it loads, such as embed_out to lm_head. Experts may be
@@ -111,7 +111,7 @@ def find_sources(model: Any, checkpoint: SourceCheckpoint) -> dict[str, Source]:
         # Some checkpoints were saved from the bare model, without the head's prefix.
         return next((like for like in (name, name.removeprefix(prefix), prefix + name) if like in known), "")
 
-    found: dict[str, Source] = {}
+    found: dict[str, Stored] = {}
     for stored in checkpoint.names:
         name = stored
         for change in changes:
@@ -121,12 +121,12 @@ def find_sources(model: Any, checkpoint: SourceCheckpoint) -> dict[str, Source]:
         taken = next(((c, *hit) for c in converters if (hit := c.rename_source_key(name))[1] is not None), None)
         if taken and (place := find(taken[1])) in fused:
             converter, _, pattern = taken
-            found[_one_of(converter, str(pattern), name, place, experts)] = Source(stored)
+            found[_one_of(converter, str(pattern), name, place, experts)] = Stored(stored)
             continue
         # Like transformers: a name that only fits before it is renamed is kept.
         place = find(name) or find(stored)
         if place in own:
-            found[place] = Source(stored)
+            found[place] = Stored(stored)
         elif place in fused:
             count, shape = len(experts[place.rpartition(".")[0]]), checkpoint.shape(stored)
             if len(shape) not in (2, 3) or shape[0] != count:
@@ -134,7 +134,7 @@ def find_sources(model: Any, checkpoint: SourceCheckpoint) -> dict[str, Source]:
                     f"{checkpoint.folder}: {stored} must hold {count} experts as the config says, its shape is "
                     f"{shape}; config.json belongs to another model"
                 )
-            found |= {parameter: Source(stored, part) for parameter, part in fused[place]}
+            found |= {parameter: Stored(stored, part) for parameter, part in fused[place]}
     return found
 
 

@@ -13,7 +13,7 @@ from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
 from lorq.storage.config import LorqConfig, read_format
 from lorq.storage.json_files import damaged, read_json
 from lorq.storage.names import INDEX, REPORT_NAME
-from lorq.storage.reader import SourceCheckpoint
+from lorq.storage.reader import WeightFiles
 from lorq.storage.report import Report, read_report
 from lorq.storage.safetensors_file import read_header
 
@@ -28,7 +28,7 @@ class LorqFolder:
     """
 
     path: Path
-    reader: SourceCheckpoint
+    reader: WeightFiles
     formats: dict[str, LayerFormat]
     tiles: dict[str, TileFormat]
 
@@ -52,7 +52,7 @@ class LorqFolder:
             raise damaged(
                 path / REPORT_NAME, f"its layers must be those of config.json; {other} is in one of them alone"
             )
-        return cls(path, SourceCheckpoint.open(path, index_name=INDEX), config.formats(), config.tile_formats())
+        return cls(path, WeightFiles.open(path, index_name=INDEX), config.formats(), config.tile_formats())
 
     @classmethod
     def of_shards(cls, path: Path, records: Mapping[str, Any]) -> "LorqFolder":
@@ -64,7 +64,7 @@ class LorqFolder:
         files = {tensor: name for name, header in headers.items() for tensor in header.tensors}
         formats = {n: read_format(n, entry) for record in records.values() for n, entry in record["formats"].items()}
         tiles = {n: TileFormat(**entry) for record in records.values() for n, entry in record["tiles"].items()}
-        return cls(path, SourceCheckpoint(path, headers, files), formats, tiles)
+        return cls(path, WeightFiles(path, headers, files), formats, tiles)
 
     @cached_property
     def config(self) -> dict[str, Any]:

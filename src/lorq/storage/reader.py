@@ -30,7 +30,7 @@ _SAMPLES = 32  # per file: 2 MiB of each are read, 60 MiB of a model in 30 shard
 
 
 @dataclass(frozen=True)
-class SourceCheckpoint:
+class WeightFiles:
     """A folder of safetensors weights, of which only the headers have been read."""
 
     folder: Path
@@ -38,7 +38,7 @@ class SourceCheckpoint:
     files: dict[str, str]  # tensor -> weight file
 
     @classmethod
-    def open(cls, folder: Path, *, index_name: str | None = None) -> "SourceCheckpoint":
+    def open(cls, folder: Path, *, index_name: str | None = None) -> "WeightFiles":
         """Read and check the headers of ``model.safetensors``, or of the shards that an index lists.
 
         Like transformers, prefers ``model.safetensors`` where both are present.

@@ -21,7 +21,7 @@ from lorq.storage import writer as checkpoint
 from lorq.storage.atomic import TEMPORARY, require_space
 from lorq.storage.names import INDEX, JOURNAL
 from lorq.storage.out_folder import check_out
-from lorq.storage.reader import SourceCheckpoint, verify_shards
+from lorq.storage.reader import WeightFiles, verify_shards
 from lorq.storage.safetensors_file import DTYPES, read_header
 from lorq.storage.writer import CheckpointWriter
 
@@ -86,7 +86,7 @@ def write_index(folder: Path, weight_map: Any) -> None:
 
 
 def test_every_tensor_comes_back(model: Path) -> None:
-    source = SourceCheckpoint.open(model)
+    source = WeightFiles.open(model)
     expected = tensors_of(0) | tensors_of(1)
     assert source.names == tuple(sorted(expected))
     for name, tensor in expected.items():
@@ -97,13 +97,13 @@ def test_every_tensor_comes_back(model: Path) -> None:
 
 def test_a_single_file_needs_no_index(tmp_path: Path) -> None:
     save_file(tensors_of(0), tmp_path / "model.safetensors")
-    assert SourceCheckpoint.open(tmp_path).names == tuple(sorted(tensors_of(0)))
+    assert WeightFiles.open(tmp_path).names == tuple(sorted(tensors_of(0)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_every_dtype_of_the_table_is_the_one_that_safetensors_means(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2, 3).to(dtype), "none": torch.zeros(0, 4)}, tmp_path / "model.safetensors")
-    source = SourceCheckpoint.open(tmp_path)
+    source = WeightFiles.open(tmp_path)
     assert source.tensor("x").dtype == source.dtype("x") == dtype
 
 
@@ -117,14 +117,14 @@ def test_reading_one_tensor_leaves_the_others_alone(tmp_path: Path) -> None:
     path = raw_safetensors(tmp_path / "model.safetensors", header, (7).to_bytes(4, "little"))
     os.truncate(path, path.stat().st_size + size)
     (tmp_path / "config.json").write_text("{}")
-    source = SourceCheckpoint.open(tmp_path)
+    source = WeightFiles.open(tmp_path)
     assert source.tensor("small").tolist() == [7]
     assert source.shape("huge") == (size,)
     assert len(source.fingerprint()) == 64
 
 
 def test_a_file_cut_after_it_was_opened_is_noticed(model: Path) -> None:
-    source = SourceCheckpoint.open(model)
+    source = WeightFiles.open(model)
     shard = model / "model-00001-of-00002.safetensors"
     os.truncate(shard, shard.stat().st_size - 4)
     with pytest.raises(ValueError, match=r"truncated: tensor 'layer.0.\w+' has \d+ bytes, file has \d+"):
@@ -138,36 +138,36 @@ def test_files_of_a_hub_cache_are_links(model: Path, tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     for blob in blobs.iterdir():
         (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
-    assert SourceCheckpoint.open(snapshot).names == SourceCheckpoint.open(blobs).names
+    assert WeightFiles.open(snapshot).names == WeightFiles.open(blobs).names
 
 
 def test_an_unknown_tensor_is_named(model: Path) -> None:
     with pytest.raises(KeyError, match=r"no tensor 'nope' among its 4: layer\.0\.packed"):
-        SourceCheckpoint.open(model).tensor("nope")
+        WeightFiles.open(model).tensor("nope")
 
 
 def test_the_fingerprint_tells_models_apart(model: Path, tmp_path: Path) -> None:
-    seen = {SourceCheckpoint.open(model).fingerprint()}
+    seen = {WeightFiles.open(model).fingerprint()}
     copy = shutil.copytree(model, tmp_path / "copy")
-    assert SourceCheckpoint.open(copy).fingerprint() in seen, "the place does not count"
+    assert WeightFiles.open(copy).fingerprint() in seen, "the place does not count"
     shard = copy / "model-00002-of-00002.safetensors"
     for position in (-1, -100):
         data = bytearray(shard.read_bytes())
         data[position] ^= 1
         shard.write_bytes(data)
-        seen.add(SourceCheckpoint.open(copy).fingerprint())
+        seen.add(WeightFiles.open(copy).fingerprint())
     (copy / "config.json").write_text('{"model_type": "lama"}')
-    seen.add(SourceCheckpoint.open(copy).fingerprint())
+    seen.add(WeightFiles.open(copy).fingerprint())
     assert len(seen) == 4
     (copy / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"config.json does not exist; download"):
-        SourceCheckpoint.open(copy).fingerprint()
+        WeightFiles.open(copy).fingerprint()
 
 
 def test_the_fingerprint_covers_two_mebibytes_whole(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2**21 - 100, dtype=torch.uint8)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    source = SourceCheckpoint.open(tmp_path)
+    source = WeightFiles.open(tmp_path)
     before = source.fingerprint()
     for position in range(200, 2**21 - 100, 150_001):
         with (tmp_path / "model.safetensors").open("r+b") as file:
@@ -182,27 +182,27 @@ def test_the_fingerprint_covers_two_mebibytes_whole(tmp_path: Path) -> None:
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"gone does not exist"):
-        SourceCheckpoint.open(tmp_path / "gone")
+        WeightFiles.open(tmp_path / "gone")
 
 
 def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor .*, only: notes.txt"):
-        SourceCheckpoint.open(tmp_path)
+        WeightFiles.open(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nor lorq.safetensors.index.json"):
-        SourceCheckpoint.open(tmp_path, index_name=INDEX)
+        WeightFiles.open(tmp_path, index_name=INDEX)
 
 
 def test_pickle_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(ValueError, match=r"pickle weights only \(pytorch_model.bin\).*save_pretrained"):
-        SourceCheckpoint.open(tmp_path)
+        WeightFiles.open(tmp_path)
 
 
 def test_an_unfinished_run_is_no_source(tmp_path: Path) -> None:
     CheckpointWriter.create(tmp_path, IDENTITY).write_shard(SHARDS[0], tensors_of(0), {})
     with pytest.raises(FileNotFoundError, match=r"unfinished lorq run; finish it with --resume"):
-        SourceCheckpoint.open(tmp_path, index_name=INDEX)
+        WeightFiles.open(tmp_path, index_name=INDEX)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_an_unfinished_run_is_no_source(tmp_path: Path) -> None:
 def test_an_index_may_only_name_files_beside_it(name: Any, model: Path) -> None:
     write_index(model, {"layer.0.scale": name})
     with pytest.raises(ValueError, match=r"weight_map\['layer.0.scale'\]: must name a plain file name"):
-        SourceCheckpoint.open(model)
+        WeightFiles.open(model)
 
 
 @pytest.mark.parametrize(
@@ -237,26 +237,26 @@ def test_an_index_may_only_name_files_beside_it(name: Any, model: Path) -> None:
 def test_a_damaged_index_is_refused(text: str, message: str, model: Path) -> None:
     (model / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message + r"(.|\n)*download or write it again"):
-        SourceCheckpoint.open(model)
+        WeightFiles.open(model)
 
 
 def test_missing_shards_are_counted_and_named(model: Path) -> None:
     (model / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lists 2 weight files, 1 of them are missing: model-00002"):
-        SourceCheckpoint.open(model)
+        WeightFiles.open(model)
 
 
 def test_an_index_must_not_promise_more_than_the_shards_hold(model: Path) -> None:
     first = "model-00001-of-00002.safetensors"
     write_index(model, {"layer.0.scale": first, "layer.7.scale": first})
     with pytest.raises(ValueError, match=r"1 tensors are listed but not in their shard: layer.7.scale in"):
-        SourceCheckpoint.open(model)
+        WeightFiles.open(model)
 
 
 def test_a_tensor_in_two_shards_is_refused(model: Path) -> None:
     save_file(tensors_of(0) | tensors_of(1), model / "model-00002-of-00002.safetensors")
     with pytest.raises(ValueError, match=r"2 tensors are in model-00002-of-.* and in another shard: layer.0"):
-        SourceCheckpoint.open(model)
+        WeightFiles.open(model)
 
 
 def test_a_truncated_file_says_both_sizes(model: Path) -> None:
@@ -264,13 +264,13 @@ def test_a_truncated_file_says_both_sizes(model: Path) -> None:
     size = shard.stat().st_size
     os.truncate(shard, size - 5)
     with pytest.raises(ValueError, match=rf"00001.*truncated: header says {size} bytes, file has {size - 5}"):
-        SourceCheckpoint.open(model)
+        WeightFiles.open(model)
     os.truncate(shard, 40)
     with pytest.raises(ValueError, match=r"truncated: header ends at byte \d+, file has 40"):
-        SourceCheckpoint.open(model)
+        WeightFiles.open(model)
     os.truncate(shard, 3)
     with pytest.raises(ValueError, match=r"truncated: header ends at byte \d+, file has 3"):
-        SourceCheckpoint.open(model)
+        WeightFiles.open(model)
 
 
 def entry(dtype: Any = "I32", shape: Any = (2,), offsets: Any = (0, 8), **more: Any) -> dict[str, Any]:
@@ -330,7 +330,7 @@ def test_files_that_are_something_else_are_refused(tmp_path: Path) -> None:
 def test_json_of_any_length_is_not_read(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     monkeypatch.setattr(json_files, "MAX_JSON_BYTES", 20)
     with pytest.raises(ValueError, match=r"JSON must be at most 20 bytes, got at least 21"):
-        SourceCheckpoint.open(model)
+        WeightFiles.open(model)
 
 
 # Writing
@@ -343,7 +343,7 @@ def test_what_is_written_can_be_read(whole: dict[str, bytes], tmp_path: Path) ->
     assert list(index["weight_map"]) == sorted(expected)
     assert index["metadata"]["total_size"] == 4 * (5 * 7 * 4 + 3 * 2)
     assert json.loads(whole["config.json"]) == CONFIG
-    source = SourceCheckpoint.open(tmp_path / "whole", index_name=INDEX)
+    source = WeightFiles.open(tmp_path / "whole", index_name=INDEX)
     for name, tensor in expected.items():
         assert torch.equal(source.tensor(name), tensor)
     assert all(torch.equal(load_file(tmp_path / "whole" / SHARDS[2])[k], v) for k, v in tensors_of(2).items())
@@ -505,7 +505,7 @@ def test_a_crash_at_any_step_is_recovered(
         except PowerCut:
             machine.steps_left = 10**9
         if (folder / "config.json").exists():  # then it must be complete, whether or not lorq knows
-            assert len(SourceCheckpoint.open(folder, index_name=INDEX).names) == 8
+            assert len(WeightFiles.open(folder, index_name=INDEX).names) == 8
         if (folder / "config.json").exists() and not (folder / JOURNAL).exists():
             with pytest.raises(FileExistsError, match="already complete"):
                 resume(folder)
