@@ -5,11 +5,11 @@ import sys
 import time
 
 import torch
-from lorq.generate import STEPS, compile_steps
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorq
 from lorq.models.locate import resolve_model
+from lorq.runtime.compiled import STEPS, compile_steps
 
 out, original = sys.argv[1], resolve_model(sys.argv[2])
 prompt = AutoTokenizer.from_pretrained(out)("The capital of France is", return_tensors="pt")

@@ -1,6 +1,7 @@
 """What README and docs state is run: Python, commands, the format's example and tables; links and data files hold."""
 
 import csv
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -113,3 +114,24 @@ def test_what_a_page_links_to_is_there(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if "://" not in target:
             assert (path.parent / target.split("#")[0]).exists(), target
+
+
+def test_names_of_lorq_in_pages_and_scripts_exist():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.py")]
+    # The log and the changelog tell of what was; a name in a page is a word of its own, no part of a file's name.
+    text = "\n".join(p.read_text(encoding="utf-8") for p in pages if p.stem not in ("log", "CHANGELOG"))
+    names = {tuple(found.split(".")) for found in re.findall(r"(?<![\w./-])lorq((?:\.[A-Za-z_]\w*)+)(?![\w/-])", text)}
+    names |= {
+        (*module.split("."), name.strip())
+        for module, imported in re.findall(r"^from lorq\.?([\w.]*) import (.+)$", text, re.MULTILINE)
+        for name in imported.split(",")
+    }
+    source = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "src").rglob("*.py"))
+    names |= {tuple(found.split(".")) for found in re.findall(r"`lorq\.([\w.]+)`", source)}
+    assert len(names) > 40
+    for parts in names:
+        value = importlib.import_module("lorq")
+        for part in (part for part in parts if part and "safetensors" not in parts):
+            if not hasattr(value, part):
+                importlib.import_module(f"{value.__name__}.{part}")
+            value = getattr(value, part)
