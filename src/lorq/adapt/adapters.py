@@ -32,17 +32,22 @@ class Adapters:
     active: str = BASE
 
 
+def has_product_scale(layer: QuantLinear) -> bool:
+    codes = layer.format.codes
+    return isinstance(codes, LevelFormat) and codes.scale_rank > 0
+
+
 def lords_format(layer: QuantLinear) -> LevelFormat:
     """The codes' format of a layer whose scale is a product."""
     codes = layer.format.codes
-    assert isinstance(codes, LevelFormat) and codes.scale_rank, codes
+    assert isinstance(codes, LevelFormat) and has_product_scale(layer), codes
     return codes
 
 
 def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The layers whose scale is a product, by name; a ValueError if there are none."""
     packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
-    found = {name: layer for name, layer in packed.items() if getattr(layer.format.codes, "scale_rank", 0)}
+    found = {name: layer for name, layer in packed.items() if has_product_scale(layer)}
     if not found:
         raise untrainable("this one", len(packed))
     return found

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorq.core.activations import Activations
 from lorq.core.basis import Basis, check_block
-from lorq.core.codes import Codes, CodesFormat
+from lorq.core.codes import Codes, CodesFormat, LevelFormat
 from lorq.core.low_rank import LowRank, factor_layout
 from lorq.core.packing import Layout, stored_bits
 from lorq.core.tile_factors import TileFactors
@@ -171,7 +171,8 @@ class QuantizedWeight:
         """Columns of the low-rank part, its own or its tile's, or of the scale's factors."""
         if self.low_rank is not None:
             return self.low_rank.rank
-        return getattr(self.codes.format, "scale_rank", 0)
+        format = self.codes.format
+        return format.scale_rank if isinstance(format, LevelFormat) else 0
 
     @property
     def format(self) -> LayerFormat:

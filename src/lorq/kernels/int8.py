@@ -28,7 +28,7 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 from lorq.core.activations import TOP, quantize_activations
-from lorq.core.codes import IntGrid
+from lorq.core.codes import IntGrid, LevelFormat
 from lorq.core.packing import unpack, unpack_columns
 from lorq.core.weight import LayerFormat
 from lorq.kernels.derived import Derived
@@ -56,7 +56,8 @@ def declines_format(format: LayerFormat, in_features: int, device: torch.device,
         return "inputs are not quantized"
     if codes.operator is None:
         return f"codes of the kind {codes.kind} have no kernel"
-    if not isinstance(codes, IntGrid) and getattr(codes, "levels", "none") != "integer":
+    product_scale = isinstance(codes, LevelFormat) and codes.levels == "integer"
+    if not isinstance(codes, IntGrid) and not product_scale:
         return "codes do not stand for whole numbers"
     if not isinstance(codes, IntGrid) or codes.group_size != in_features:
         return "a row has more than one scale"

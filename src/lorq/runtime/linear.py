@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorq.core.codes import levels
+from lorq.core.codes import LevelFormat, levels
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
 from lorq.kernels import fake_quantize, int8_linear, multiply, turn
 from lorq.kernels.int8 import declines_format
@@ -117,8 +117,10 @@ class QuantLinear(nn.Module):
     @property
     def levels(self) -> Tensor | None:
         """What codes stand for where that is not whole numbers, on the layer's device."""
-        name = getattr(self.format.codes, "levels", "integer")
-        return None if name == "integer" else levels(name, self.format.bits, self.weight_packed.device)
+        codes = self.format.codes
+        if not isinstance(codes, LevelFormat) or codes.levels == "integer":
+            return None
+        return levels(codes.levels, codes.bits, self.weight_packed.device)
 
     def value(self) -> QuantizedWeight:
         """What is stored, an expert's part of shared factors included, as a value without its record."""
