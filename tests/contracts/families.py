@@ -1,0 +1,272 @@
+"""The table of families: every causal architecture of transformers, built small, quantized, loaded, compared, generating.
+
+    python tests/contracts/families.py              # prints a line for each
+    python tests/contracts/families.py gemma3 llama # those model types
+    python tests/contracts/families.py --record     # writes src/lorq/families.csv, which `lorq families` prints
+
+A family is a class that transformers builds from a model type. Each is looked at in a process of its own, forked
+from this one, so that a trace or an endless loop in one is a line of the table and stops nothing.
+"""
+
+import csv
+import inspect
+import logging
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+import transformers
+from helpers import BYTES, byte_tokenizer
+from torch import nn
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+import lorq
+
+TABLE = Path(__file__).parents[2] / "src" / "lorq" / "families.csv"
+SECONDS = 120
+WORKS, REFUSED, BROKEN, UNBUILT = "works", "refused", "broken", "not built"
+# Sizes by the name of a setting: the first pattern that fits it decides. Widths are multiples of 16.
+SIZES = (
+    (r"^(vocab_size|.*_vocab_size|vocab_size_per_layer_input|tokenizer_vocab_size)$", BYTES + 4),
+    (r"^(bos|eos|pad|sep|cls|decoder_start|forced_bos|forced_eos|mask|unk)_token_id$", None),
+    (r"^(image|video|audio|vision|boi|eoi|img|boa|eoa|speech)\w*_token_(id|index)$|^\w+_token_index$", BYTES + 2),
+    (r"(kv|key_value|query_group|kv_n)_?(heads|groups)|num_kv|n_head_kv|num_query_groups", 2),
+    (r"experts_per_tok|top_?k(_experts)?$|num_selected|moe_k$|num_experts_per_token|topk", 2),
+    (r"n_group|topk_group|num_expert_group", 1),
+    (r"shared_experts$", 1),
+    (r"^(num|n|moe_num)_?\w*experts$|ffn_config_experts|num_experts$", 4),
+    (r"(moe|expert|shared)\w*_(intermediate_size|ffn\w*|size)$", 32),
+    (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
+    (r"num_(mtp|nextn)\w*|mtp_num\w*|num_nextn_predict_layers", 0),
+    (r"(q_lora|kv_lora|lora)_rank", 32),
+    (r"qk_rope_head_dim|qk_nope_head_dim|v_head_dim|qk_head_dim|head_dim|\w+_head_dim|attention_head_dim|d_head$", 16),
+    (r"^(num|n|encoder|decoder)\w*_?heads?$|attention_heads", 4),
+    (r"^(num|n|encoder|decoder)\w*_layers?$|num_hidden_layers|^depth$|num_blocks", 2),
+    (r"max_position|n_positions|max_seq_len|max_sequence|n_ctx|max_target|max_source|seq_length|max_context", 128),
+    (r"(intermediate|ffn|feed_?forward)\w*(size|dim)|d_ff|d_inner|n_inner|encoder_ffn_dim|decoder_ffn_dim", 128),
+    (r"^(hidden_size|d_model|n_embd|dim|embed_dim|width|hidden_dim|emb_dim|embedding_size|embedding_dim|model_dim)$", 64),
+    (r"^(word_embed_proj_dim|out_hidden_size|text_hidden_size|projection_dim|output_dim|lm_hidden_dim)$", 64),
+    (r"state_size|d_state|ssm_state|mamba_d_state", 16),
+    (r"sliding_window$|attention_window|local_window|window_size", 8),
+    (r"^image_size$", 32),
+    (r"^(patch_size|spatial_patch_size)$", 8),
+)  # fmt: skip
+# What the sizes above do not make right, by model type.
+OWN: dict[str, dict[str, Any]] = {}
+
+
+def small(kind: type, own: dict[str, Any]) -> Any:
+    """A config of a class with small sizes, those of its parts' configs included."""
+    fields = {}
+    for name, value in _defaults(kind).items():
+        part = getattr(kind, "sub_configs", {}).get(name)
+        if part is not None and isinstance(part, type) and part.__name__ != "AutoConfig":
+            continue
+        for pattern, size in SIZES:
+            if re.search(pattern, name):
+                if size is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+                    fields[name] = size
+                break
+    return _nested(kind, fields, own)
+
+
+def _nested(kind: type, fields: dict[str, Any], own: dict[str, Any]) -> Any:
+    for name, part in getattr(kind, "sub_configs", {}).items():
+        mine = own.get(name, {})
+        if part.__name__ == "AutoConfig":
+            default = _defaults(kind).get(name)
+            like = mine.get("model_type") or (default or {}).get("model_type")
+            if not like:
+                continue
+            part = CONFIG_MAPPING[like]
+        fields[name] = small(part, {key: value for key, value in mine.items() if key != "model_type"})
+    return kind(**fields | {key: value for key, value in own.items() if key not in getattr(kind, "sub_configs", {})})
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    """Settings of a config class and their values where nothing is given."""
+    given = {
+        name: p.default
+        for name, p in inspect.signature(kind.__init__).parameters.items()
+        if name not in ("self", "kwargs") and p.default is not inspect.Parameter.empty
+    }
+    try:
+        return kind().to_dict()
+    except Exception:
+        return given
+
+
+def families() -> list[tuple[str, str]]:
+    """Every model type with its causal class, and those that only a class with images or sounds is for."""
+    causal = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    found = list(causal.items())
+    for mapping in (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,):
+        found += [(kind, name) for kind, name in mapping.items() if causal.get(kind) != name]
+    return found
+
+
+def build(kind: str, name: str, folder: Path) -> None:
+    """A random model in a folder, with a tokenizer of bytes."""
+    torch.manual_seed(0)
+    config = small(CONFIG_MAPPING[kind], OWN.get(kind, {}))
+    config.is_decoder = True
+    model = getattr(transformers, name)(config).eval().float()
+    for path, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim == 1 and not leaf.startswith(("A_", "dt", "D")):
+                # A fresh model has norms of 1 and biases of 0, which would hide that one is forgotten.
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+            elif isinstance(module, nn.Linear | Conv1D) or "expert" in path.lower():
+                parameter.data = 0.15 * torch.randn(parameter.shape)
+            elif isinstance(module, nn.Embedding):
+                parameter.data = 0.5 * torch.randn(parameter.shape)
+    model.save_pretrained(folder)
+    byte_tokenizer(128).save_pretrained(folder)
+
+
+def look(kind: str, name: str, work: Path) -> tuple[str, str]:
+    """The verdict on a family, and the reason."""
+    try:
+        build(kind, name, work / "m")
+        dense = getattr(transformers, name).from_pretrained(work / "m", dtype=torch.float32).eval()
+        windows = torch.randint(BYTES, (2, 24), generator=torch.Generator().manual_seed(5))
+        if not torch.isfinite(logits(dense, windows)).all():
+            return UNBUILT, "logits of the small model are not finite"
+    except Exception as error:
+        return UNBUILT, said(error)
+    (work / "text.txt").write_text("".join(f"Line {i}: {i * i} is the square of {i}.\n" for i in range(40)))
+    for method, options in ((lorq.Nearest, {}), (lorq.GPTQ, dict(calibration=str(work / "text.txt")))):
+        out = work / method.__name__
+        try:
+            quantize(work / "m", out, method, options)
+        except (ValueError, ImportError) as error:
+            return (REFUSED, said(error)) if mine(error) else (BROKEN, said(error))
+        packed = load(kind, name, out)
+        expected, got = logits(twin(dense, packed), windows), logits(packed, windows)
+        largest = expected.abs().max().item()
+        if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * largest):
+            return BROKEN, f"logits differ by {(got - expected).abs().max().item() / largest:.1e} of the largest"
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    try:
+        expected = dense.generate(windows[:1, :12], **options)
+    except Exception as error:
+        return WORKS, f"but transformers does not generate with it: {said(error)}"
+    if packed.generate(windows[:1, :12], **options).shape != expected.shape:
+        return BROKEN, "generates another number of tokens"
+    return WORKS, ""
+
+
+def quantize(folder: Path, out: Path, method: Any, options: dict[str, Any]) -> None:
+    """In groups of 16 where they fit, else by rows."""
+    options = dict(samples=4, seq_len=32, device="cpu") | options
+    try:
+        lorq.quantize(folder, out, method(bits=4, group_size=16), **options)
+    except ValueError as error:
+        if "group_size" not in str(error):
+            raise
+        lorq.quantize(folder, out, method(bits=4, group_size=-1), **options)
+
+
+def load(kind: str, name: str, folder: Path) -> Any:
+    if modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) == name:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return lorq.load(folder, dtype="float32", device="cpu")
+
+
+def twin(dense: Any, packed: Any) -> Any:
+    """The original with every quantized weight replaced by what its stored tensors stand for."""
+    import copy
+
+    from lorq.models.experts import split_experts
+    from lorq.runtime.linear import QuantLinear
+
+    model = copy.deepcopy(dense)
+    split_experts(model)
+    layers = {name: layer for name, layer in packed.named_modules() if isinstance(layer, QuantLinear)}
+    assert layers
+    for name, layer in layers.items():
+        weight = layer.format.read(layer.stored()).dense()
+        own = model.get_submodule(name)
+        own.weight.data = weight.T.contiguous() if isinstance(own, Conv1D) else weight
+    return model
+
+
+@torch.no_grad()
+def logits(model: Any, windows: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=windows, use_cache=False).logits
+
+
+def said(error: BaseException) -> str:
+    """An error in a line, without what differs from run to run."""
+    text = str(error).strip().splitlines()
+    line = text[0] if text else ""
+    line = re.sub(r"/\S*/(m|Nearest|GPTQ)\b", "MODEL", line)
+    return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
+
+
+def mine(error: BaseException) -> bool:
+    """Whether lorq has refused, and not something below it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{os.sep}lorq{os.sep}" in last.filename or isinstance(error, ImportError)
+
+
+def in_a_process(kind: str, name: str) -> tuple[str, str]:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory(prefix="lorq-families-") as folder:
+            os.environ["LORQ_CACHE"] = f"{folder}/cache"
+            try:
+                found = look(kind, name, Path(folder))
+            except BaseException as error:
+                if "LORQ_TRACE" in os.environ:
+                    traceback.print_exc()
+                place = traceback.extract_tb(error.__traceback__)[-1]
+                found = BROKEN, f"{type(error).__name__}: {said(error)} ({Path(place.filename).name}:{place.lineno})"
+        there.send(found)
+
+    process = context.Process(target=work)
+    process.start()
+    there.close()
+    try:
+        found = here.recv() if here.poll(SECONDS) else (BROKEN, f"not done after {SECONDS} seconds")
+    except EOFError:
+        found = BROKEN, "the process died"
+    process.kill()
+    process.join()
+    return found
+
+
+def main(arguments: list[str]) -> None:
+    torch.set_num_threads(1)
+    logging.disable()
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    chosen = [f for f in families() if not (wanted := set(arguments) - {"--record"}) or wanted & {*f}]
+    rows = []
+    for kind, name in chosen:
+        began = time.monotonic()
+        rows.append((kind, name, *in_a_process(kind, name)))
+        print(*rows[-1], f"{time.monotonic() - began:.1f}", sep=" | ", flush=True)
+    counts = {v: sum(row[2] == v for row in rows) for v in (WORKS, REFUSED, BROKEN, UNBUILT)}
+    print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    if "--record" in arguments:
+        with TABLE.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([("model_type", "class", "verdict", "reason"), *rows])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
