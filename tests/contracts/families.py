@@ -38,12 +38,12 @@ SECONDS = 120
 WORKS, REFUSED, BROKEN, UNBUILT = "works", "refused", "broken", "not built"
 # Sizes by the name of a setting: the first pattern that fits it decides. Widths are multiples of 16.
 SIZES = (
-    (r"^(vocab_size|.*_vocab_size|vocab_size_per_layer_input|tokenizer_vocab_size)$", BYTES + 4),
-    (r"^(bos|eos|pad|sep|cls|decoder_start|forced_bos|forced_eos|mask|unk)_token_id$", None),
-    (r"^(image|video|audio|vision|boi|eoi|img|boa|eoa|speech)\w*_token_(id|index)$|^\w+_token_index$", BYTES + 2),
+    (r"^(vocab_size|.*_vocab_size|vocab_size_per_layer_input|tokenizer_vocab_size)$", BYTES + 16),
+    (r"^(bos|eos|pad)_token_id$", {"bos": BYTES, "eos": BYTES + 1, "pad": 1}),
+    (r"_token_(id|index)$", BYTES + 2),
+    (r"n_group$|topk_group|num_expert_group", 1),
     (r"(kv|key_value|query_group|kv_n)_?(heads|groups)|num_kv|n_head_kv|num_query_groups", 2),
     (r"experts_per_tok|top_?k(_experts)?$|num_selected|moe_k$|num_experts_per_token|topk", 2),
-    (r"n_group|topk_group|num_expert_group", 1),
     (r"shared_experts$", 1),
     (r"^(num|n|moe_num)_?\w*experts$|ffn_config_experts|num_experts$", 4),
     (r"(moe|expert|shared)\w*_(intermediate_size|ffn\w*|size)$", 32),
@@ -73,9 +73,13 @@ def small(kind: type, own: dict[str, Any]) -> Any:
         part = getattr(kind, "sub_configs", {}).get(name)
         if part is not None and isinstance(part, type) and part.__name__ != "AutoConfig":
             continue
+        if isinstance(value, dict) and "mrope_section" in value:
+            fields[name] = value | {"mrope_section": _sections(value)}
         for pattern, size in SIZES:
-            if re.search(pattern, name):
-                if size is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+            if found := re.search(pattern, name):
+                if isinstance(size, dict):  # tokens
+                    fields[name] = size[found[1]]
+                elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
                     fields[name] = size
                 break
     return _nested(kind, fields, own)
@@ -92,6 +96,12 @@ def _nested(kind: type, fields: dict[str, Any], own: dict[str, Any]) -> Any:
             part = CONFIG_MAPPING[like]
         fields[name] = small(part, {key: value for key, value in mine.items() if key != "model_type"})
     return kind(**fields | {key: value for key, value in own.items() if key not in getattr(kind, "sub_configs", {})})
+
+
+def _sections(rope: dict[str, Any]) -> list[int]:
+    """Parts of a head of 16 that turn with time, height and width."""
+    half = int(16 * rope.get("partial_rotary_factor", 1)) // 2
+    return [half - 2 * (half // 3), half // 3, half // 3]
 
 
 def _defaults(kind: type) -> dict[str, Any]:
@@ -157,7 +167,7 @@ def look(kind: str, name: str, work: Path) -> tuple[str, str]:
         largest = expected.abs().max().item()
         if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * largest):
             return BROKEN, f"logits differ by {(got - expected).abs().max().item() / largest:.1e} of the largest"
-    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0)
+    options = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
     try:
         expected = dense.generate(windows[:1, :12], **options)
     except Exception as error:
@@ -210,7 +220,7 @@ def logits(model: Any, windows: torch.Tensor) -> torch.Tensor:
 def said(error: BaseException) -> str:
     """An error in a line, without what differs from run to run."""
     text = str(error).strip().splitlines()
-    line = text[0] if text else ""
+    line = " ".join(text[:3]) if "Strict" in type(error).__name__ else text[0] if text else ""
     line = re.sub(r"/\S*/(m|Nearest|GPTQ)\b", "MODEL", line)
     return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 

@@ -59,7 +59,7 @@ class StreamedModel:
 
     Raises:
         ValueError: if no decoder blocks are found, or tensors that the model needs are missing
-            or of another shape, or weights are neither in linear layers nor in experts that can be split.
+            or of another shape.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class StreamedModel:
         self._parameters = {name for name, _ in model.named_parameters()}
         self._resident: set[str] = set()
         blocks = find_blocks(model)
-        self._refuse_fused(blocks)
         self._sources = self._match_names()
         tied = dict(getattr(model, "all_tied_weights_keys", {}) or {})
         self._tied = {name for name, origin in tied.items() if self._sources.get(name) == self._sources.get(origin)}
@@ -125,18 +124,6 @@ class StreamedModel:
                 "config.json belongs to another model"
             )
         return found
-
-    def _refuse_fused(self, blocks: list[str]) -> None:
-        """`split_experts` takes apart what it knows; what is left would stay as it is without a word."""
-        for block in blocks:
-            for name, parameter in self.model.get_submodule(block).named_parameters(prefix=block):
-                if parameter.ndim >= 3:
-                    path, _, local = name.rpartition(".")
-                    raise ValueError(
-                        f"{type(self.model).__name__} is not supported: {path} "
-                        f"({type(self.model.get_submodule(path)).__name__}) keeps weights outside linear layers, in "
-                        f"{local} of shape {tuple(parameter.shape)}, and not as transformers' fused experts do"
-                    )
 
     def _find_parts(self, blocks: list[str]) -> tuple[Part, ...]:
         names = list(self.model.state_dict(keep_vars=True))

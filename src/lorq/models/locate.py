@@ -130,6 +130,6 @@ def _decode_gguf(path: Path, folder: Path) -> None:
 
 def load_dense(folder: Path, dtype: "torch.dtype") -> Any:
     """The whole original model."""
-    from transformers import AutoModelForCausalLM
+    from lorq.models.skeleton import model_class, read_config  # and with them torch
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return model_class(read_config(folder)).from_pretrained(folder, dtype=dtype).eval()

@@ -28,45 +28,103 @@ def read_config(folder: Path) -> Any:
     return config
 
 
+def model_class(config: Any) -> Any:
+    """The transformers class that a config's weights are for: a causal language model, or one that also sees or hears.
+
+    Raises:
+        ValueError: if transformers has no such class, or the config was made for another.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    kinds = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )  # fmt: skip
+    classes = [kind[type(config)] for kind in kinds if type(config) in kind]
+    if not classes:
+        raise ValueError(
+            f"MODEL must be a causal language model, got the model type {config.model_type!r}, for which "
+            "transformers has no AutoModelForCausalLM"
+        )
+    stated = config.architectures or []
+    fitting = [kind for kind in classes if not stated or kind.__name__ in stated]
+    if not fitting:
+        # BERT and its like have a causal class too, but these weights were not made for it.
+        names = " or ".join(dict.fromkeys(kind.__name__ for kind in classes))
+        raise ValueError(f"MODEL must be a causal language model ({names}), its config says {', '.join(stated)}")
+    return fitting[0]
+
+
 def skeleton(config: Any) -> Any:
     """The model without memory for its parameters; buffers that are computed, not stored, are real.
 
     Fused experts are taken apart (`lorq.models.experts`).
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
-            f"MODEL must be a causal language model, got the model type {config.model_type!r}, for which "
-            "transformers has no AutoModelForCausalLM"
-        )
-    expected, stated = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", ""), config.architectures or []
-    if stated and expected not in stated:
-        # BERT and its like have a causal class too, but these weights were not made for it.
-        raise ValueError(f"MODEL must be a causal language model ({expected}), its config says {', '.join(stated)}")
+    kind = model_class(config)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        model = kind._from_config(config, dtype=torch.float32).eval()
     split_experts(model)
     return model
 
 
 def find_blocks(model: Any) -> list[str]:
-    """Names of the decoder blocks, in order; a ValueError where there is not exactly one list of them."""
+    """Names of the decoder blocks of the text model, in order.
+
+    They are the list whose items transformers declares (``_no_split_modules``); where it declares none, or lists of
+    other things with it, the list that holds most of the text model's weights.
+
+    Raises:
+        ValueError: where there is not exactly one list of them.
+    """
+    decoder = model.get_decoder()
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in decoder.named_modules(prefix=path):
+        if isinstance(module, nn.ModuleList) and len(module) and not name.startswith(tuple(f"{l}." for l in lists)):
+            lists[name] = module
     declared = set(getattr(model, "_no_split_modules", None) or ())
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and {type(item).__name__ for item in module} <= declared
-    ]
-    if len(lists) != 1:
+    found = [name for name, module in lists.items() if {type(item).__name__ for item in module} <= declared]
+    if not found:
+        sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in lists.items()}
+        found = [name for name, size in sizes.items() if 2 * size > sum(sizes.values())]
+    if len(found) != 1:
         raise ValueError(
             f"{type(model).__name__} is not supported: lorq needs exactly one list of decoder blocks "
-            f"({', '.join(sorted(declared)) or 'none declared'}), found {len(lists)}"
+            f"({', '.join(sorted(declared)) or 'none declared'}), found {', '.join(found or lists) or 'none'}"
         )
-    name, module = lists[0]
-    return [f"{name}.{i}" for i in range(len(module))]
+    return [f"{found[0]}.{i}" for i in range(len(lists[found[0]]))]
+
+
+def kept_modules(model: Any, blocks: list[str]) -> dict[str, str]:
+    """What in the blocks has weights of its own and is neither a linear layer nor a norm, each with the reason to keep it.
+
+    Raises:
+        ValueError: where that is most of the blocks' weights.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    reasons: dict[str, str] = {}
+    kept: dict[str, Tensor] = {}
+    rest, routers = 0, {name.rpartition(".")[0] for name in find_experts(model)}
+    for block in blocks:
+        for path, module in model.get_submodule(block).named_modules(prefix=block):
+            own = dict(module.named_parameters(recurse=False))
+            if isinstance(module, nn.Linear | Conv1D):
+                rest += module.weight.numel()
+                continue
+            other = {leaf: p for leaf, p in own.items() if p.ndim > 1 or leaf not in ("weight", "bias")}
+            kept |= {f"{path}.{leaf}": p for leaf, p in other.items()}
+            if other and path.rpartition(".")[0] not in routers:
+                reasons[path] = f"{type(module).__name__} is no linear layer: {', '.join(other)} kept"
+    size = sum(p.numel() for p in kept.values())
+    if size > rest:
+        name = max(kept, key=lambda name: kept[name].numel())
+        raise ValueError(
+            f"{type(model).__name__} is not supported: {size / (size + rest):.0%} of its blocks' weights are outside "
+            f"linear layers, such as {name} of shape {tuple(kept[name].shape)}, in no form that lorq takes apart"
+        )
+    return reasons
 
 
 @dataclass(frozen=True)

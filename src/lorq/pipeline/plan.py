@@ -12,6 +12,7 @@ from lorq.core.weight import layer_bytes
 from lorq.methods import Method
 from lorq.models.blocks import Part, StreamedModel, Target
 from lorq.models.experts import find_experts, routing_layers
+from lorq.models.skeleton import kept_modules
 from lorq.pipeline.dense_activations import KEYS_AND_VALUES
 from lorq.pipeline.options import Options, method_name, read_method, read_options
 from lorq.pipeline.tasks import expert_formats
@@ -140,7 +141,7 @@ def select(model: StreamedModel, exclude: Iterable[re.Pattern[str]]) -> tuple[di
     """The layers to quantize, by part, and the others' names, each with the reason."""
     routing = routing_layers(model.model)
     selected: dict[str, list[Target]] = {}
-    excluded: dict[str, str] = {}
+    excluded = kept_modules(model.model, [part.name for part in model.blocks])
     for part in model.blocks:
         selected[part.name] = []
         for target in part.targets:

@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from lorq.models.experts import fuse_experts, split_experts
 from lorq.models.locate import resolve_model
+from lorq.models.skeleton import model_class
 from lorq.runtime.device import read_device, read_dtype
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
@@ -83,7 +84,7 @@ class LorqQuantizer(HfQuantizer):
 
 
 def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
-    """A model ready to run: `AutoModelForCausalLM.from_pretrained` with lorq's names for things.
+    """A model ready to run: `from_pretrained` of the class that the folder names, with lorq's names for things.
 
     Args:
         model: a lorq folder, or anything that `lorq.quantize` takes.
@@ -95,13 +96,14 @@ def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str |
         FileNotFoundError: if there is no such model, or the folder is unfinished.
         ValueError: if the folder is damaged, or of a newer format than this lorq reads.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = resolve_model(model)
     place = read_device(device)
     automatic = torch.float32 if place.type == "cpu" else "auto"
     kind = automatic if dtype == "auto" else read_dtype(dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    loaded: Any = model_class(config).from_pretrained(folder, dtype=kind)
     return loaded.to(place).eval()
 
 
