@@ -10,6 +10,7 @@ from this one, so that a trace or an endless loop in one is a line of the table 
 
 import csv
 import inspect
+import json
 import logging
 import multiprocessing
 import os
@@ -131,7 +132,10 @@ def build(kind: str, name: str, folder: Path) -> None:
     torch.manual_seed(0)
     config = small(CONFIG_MAPPING[kind], OWN.get(kind, {}))
     config.is_decoder = True
-    model = getattr(transformers, name)(config).eval().float()
+    chosen = getattr(transformers, name)
+    if chosen.config_class is type(config.get_text_config()):  # the language model of a composite
+        config = config.get_text_config()
+    model = chosen(config).eval().float()
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             if parameter.ndim == 1 and not leaf.startswith(("A_", "dt", "D")):
@@ -162,7 +166,7 @@ def look(kind: str, name: str, work: Path) -> tuple[str, str]:
             quantize(work / "m", out, method, options)
         except (ValueError, ImportError) as error:
             return (REFUSED, said(error)) if mine(error) else (BROKEN, said(error))
-        packed = load(kind, name, out)
+        packed = load(name, out)
         expected, got = logits(twin(dense, packed), windows), logits(packed, windows)
         largest = expected.abs().max().item()
         if not torch.allclose(got, expected, rtol=1e-4, atol=1e-4 * largest):
@@ -188,7 +192,8 @@ def quantize(folder: Path, out: Path, method: Any, options: dict[str, Any]) -> N
         lorq.quantize(folder, out, method(bits=4, group_size=-1), **options)
 
 
-def load(kind: str, name: str, folder: Path) -> Any:
+def load(name: str, folder: Path) -> Any:
+    kind = json.loads((folder / "config.json").read_bytes())["model_type"]
     if modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind) == name:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return lorq.load(folder, dtype="float32", device="cpu")

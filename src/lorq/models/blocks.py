@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorq.models.skeleton import Stored, find_blocks, find_stored, get_tensor, put_tensor, read_config, skeleton
+from lorq.models.skeleton import find_blocks, get_tensor, put_tensor, read_config, skeleton
+from lorq.models.stored import Stored, find_stored
 from lorq.storage.atomic import TEMPORARY
 from lorq.storage.reader import WeightFiles
 
@@ -152,7 +153,7 @@ class StreamedModel:
     @property
     def unused_tensors(self) -> list[str]:
         """Tensors of the checkpoint that the architecture has no place for."""
-        return sorted(set(self.checkpoint.names) - {source.name for source in self._sources.values()})
+        return sorted(set(self.checkpoint.names).difference(*(source.names for source in self._sources.values())))
 
     def stored_tensor(self, name: str) -> Tensor:
         """A tensor as the checkpoint keeps it, by its name in the model."""

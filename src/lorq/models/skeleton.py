@@ -1,15 +1,12 @@
-"""Architectures: a model's config, its skeleton without memory, its decoder blocks, its tensors' names."""
+"""Architectures: a model's config, its skeleton without memory, its decoder blocks."""
 
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorq.models.experts import FusedPart, find_experts, split_experts
-from lorq.storage.reader import WeightFiles
+from lorq.models.experts import find_experts, split_experts
 
 
 def read_config(folder: Path) -> Any:
@@ -34,18 +31,24 @@ def model_class(config: Any) -> Any:
     Raises:
         ValueError: if transformers has no such class, or the config was made for another.
     """
+    import transformers
     from transformers.models.auto import modeling_auto as auto
 
     kinds = (
         auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
     )  # fmt: skip
     classes = [kind[type(config)] for kind in kinds if type(config) in kind]
+    stated = config.architectures or []
+    if not classes:
+        # Some are for a part of a model that has a class of its own, such as mllama's text model.
+        named = [getattr(transformers, name, None) for name in stated]
+        classes = [kind for kind in named if kind and kind.config_class is type(config) and kind.can_generate()]
+        classes = [] if getattr(config, "is_encoder_decoder", False) else classes
     if not classes:
         raise ValueError(
             f"MODEL must be a causal language model, got the model type {config.model_type!r}, for which "
             "transformers has no AutoModelForCausalLM"
         )
-    stated = config.architectures or []
     fitting = [kind for kind in classes if not stated or kind.__name__ in stated]
     if not fitting:
         # BERT and its like have a causal class too, but these weights were not made for it.
@@ -125,91 +128,6 @@ def kept_modules(model: Any, blocks: list[str]) -> dict[str, str]:
             f"linear layers, such as {name} of shape {tuple(kept[name].shape)}, in no form that lorq takes apart"
         )
     return reasons
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a parameter's values are: in a stored tensor, or, where experts are stored fused, in a part of one."""
-
-    name: str
-    part: FusedPart | None = None
-
-    def shape(self, checkpoint: WeightFiles) -> tuple[int, ...]:
-        """Shape of the parameter, from the header."""
-        shape = checkpoint.shape(self.name)
-        return shape if self.part is None else tuple(self.part.of(torch.empty(shape[1:], device="meta")).shape)
-
-    def read(self, checkpoint: WeightFiles) -> Tensor:
-        """The parameter; of a fused tensor only the one expert is read."""
-        if self.part is None:
-            return checkpoint.tensor(self.name)
-        # A copy, so that the rest of the expert's tensor is given back.
-        return self.part.of(checkpoint.tensor(self.name, self.part.expert)).clone(memory_format=torch.contiguous_format)
-
-
-def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
-    """Where each of the model's parameters and stored buffers lies, as far as the checkpoint has them.
-
-    Names are changed as transformers changes them when it loads, such as embed_out to lm_head. Experts may be
-    stored one by one, which transformers would merge, or fused; a ValueError for ways that lorq does not read.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-    changes = get_model_conversion_mapping(model)
-    converters = [change for change in changes if isinstance(change, WeightConverter)]
-    own, experts = set(model.state_dict(keep_vars=True)), find_experts(model)
-    fused: dict[str, list[tuple[str, FusedPart]]] = {}  # fused tensor -> the parameters that are parts of it
-    for path, module in experts.items():
-        for local, tensor, part in module.parts():
-            fused.setdefault(f"{path}.{tensor}", []).append((f"{path}.{local}", part))
-    known, prefix = own | set(fused), model.base_model_prefix + "."
-
-    def find(name: str) -> str:
-        # Some checkpoints were saved from the bare model, without the head's prefix.
-        return next((like for like in (name, name.removeprefix(prefix), prefix + name) if like in known), "")
-
-    found: dict[str, Stored] = {}
-    for stored in checkpoint.names:
-        name = stored
-        for change in changes:
-            if isinstance(change, WeightRenaming):
-                name, _ = change.rename_source_key(name)
-        # At most one converter takes a tensor.
-        taken = next(((c, *hit) for c in converters if (hit := c.rename_source_key(name))[1] is not None), None)
-        if taken and (place := find(taken[1])) in fused:
-            converter, _, pattern = taken
-            found[_one_of(converter, str(pattern), name, place, experts)] = Stored(stored)
-            continue
-        # Like transformers: a name that only fits before it is renamed is kept.
-        place = find(name) or find(stored)
-        if place in own:
-            found[place] = Stored(stored)
-        elif place in fused:
-            count, shape = len(experts[place.rpartition(".")[0]]), checkpoint.shape(stored)
-            if len(shape) not in (2, 3) or shape[0] != count:
-                raise ValueError(
-                    f"{checkpoint.folder}: {stored} must hold {count} experts as the config says, its shape is "
-                    f"{shape}; config.json belongs to another model"
-                )
-            found |= {parameter: Stored(stored, part) for parameter, part in fused[place]}
-    return found
-
-
-def _one_of(converter: Any, pattern: str, name: str, fused: str, experts: dict[str, Any]) -> str:
-    """The parameter of one expert that transformers would merge into a fused tensor."""
-    path, _, tensor = fused.rpartition(".")
-    halves = ("gate_proj", "up_proj") if tensor.startswith("gate_up_proj") else ("down_proj",)
-    merge = ["MergeModulelist(dim=0)", "Concatenate(dim=1)"][: len(halves)]
-    steps = [repr(step) for step in converter.operations]
-    number = re.search(pattern.replace("*.", r"(\d+)\."), name)
-    plain = steps == merge and len(converter.source_patterns) == len(halves) and experts[path].takes_apart_in_order
-    if not (plain and number):
-        raise ValueError(
-            f"{name} is stored in a way that lorq does not read: transformers makes {fused} by {', '.join(steps)}"
-        )
-    leaf = "bias" if tensor.endswith("_bias") else "weight"
-    return f"{path}.{int(number[1])}.{halves[converter.source_patterns.index(pattern)]}.{leaf}"
 
 
 def get_tensor(model: nn.Module, name: str) -> Tensor:

@@ -11,7 +11,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from lorq.models.experts import fuse_experts, split_experts
+from lorq.models.experts import find_experts, fuse_experts, split_experts
 from lorq.models.locate import resolve_model
 from lorq.models.skeleton import model_class
 from lorq.runtime.device import read_device, read_dtype
@@ -43,6 +43,9 @@ class LorqQuantizer(HfQuantizer):
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         split_experts(model)
+        for name in find_experts(model):
+            # Some architectures initialise fused experts from the parent; there are none any more.
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         swap_layers(model, self.quantization_config.formats())
         swap_experts(model, self.quantization_config.tile_formats())
         if checkpoint_files:
