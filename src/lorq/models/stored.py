@@ -15,12 +15,20 @@ from lorq.storage.reader import WeightFiles
 
 @dataclass(frozen=True, eq=False)
 class Conversion:
-    """How transformers makes parameters of stored tensors: one of its converters, and the tensors, by its patterns."""
+    """How transformers makes parameters of stored tensors: one of its converters, and the tensors, by its patterns.
+
+    ``one`` is the shape of one expert's slice of a fused tensor, where that is made.
+    """
 
     converter: Any
     target: str
     sources: dict[str, list[str]]
     model: Any
+    one: tuple[int, ...] | None = None
+
+    def get_parameter(self, name: str) -> Tensor:
+        """What converters ask of the model whose parameters they make, for a shape."""
+        return self.model.get_parameter(name) if self.one is None else torch.empty((1, *self.one), device="meta")
 
     def of(self, checkpoint: WeightFiles, *, headers: bool = False) -> dict[str, Tensor]:
         """The parameters by their names; from headers alone they have shapes and no values."""
@@ -44,7 +52,7 @@ class Conversion:
         converter = copy(self.converter)
         converter.collected_tensors = tensors
         converter.layer_targets = {}
-        return converter.convert(self.target, model=self.model, config=self.model.config)
+        return converter.convert(self.target, model=self, config=self.model.config)
 
 
 def _whole(checkpoint: WeightFiles, name: str, header: bool) -> Tensor:
@@ -140,7 +148,8 @@ def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
             if place in fused and (expert := _one_of(converter, str(pattern), name, place, experts)):
                 found[expert] = Stored(stored)
             else:
-                made = Conversion(converter, place, {}, model)
+                path, _, tensor = place.rpartition(".")
+                made = Conversion(converter, place, {}, model, experts[path].slice_shape(tensor) if place in fused else None)
                 converted.setdefault((id(converter), place), made).sources.setdefault(str(pattern), []).append(stored)
             continue
         # Like transformers: a name that only fits before it is renamed is kept.
@@ -183,7 +192,7 @@ def _converted(
 def _one_of(converter: Any, pattern: str, name: str, fused: str, experts: dict[str, Any]) -> str:
     """The parameter of one expert that transformers would merge, unchanged, into a fused tensor; "" if it changes it."""
     path, _, tensor = fused.rpartition(".")
-    halves = ("gate_proj", "up_proj") if tensor.startswith("gate_up_proj") else ("down_proj",)
+    halves = ("gate_proj", "up_proj") if tensor.startswith("gate_up_proj") else (tensor.removesuffix("_bias"),)
     merge = ["MergeModulelist(dim=0)", "Concatenate(dim=1)"][: len(halves)]
     plain = [repr(step) for step in converter.operations] == merge and len(converter.source_patterns) == len(halves)
     number = expert_number(pattern, name)
