@@ -1,4 +1,4 @@
-"""The table of families: every causal architecture of transformers, built small, quantized, loaded, compared, generating.
+"""The table of families: every causal architecture of transformers, built small, from the folder to the answer.
 
     python tests/contracts/families.py              # prints a line for each
     python tests/contracts/families.py gemma3 llama # those model types
@@ -56,7 +56,7 @@ SIZES = (
     (r"^(num|n|encoder|decoder)\w*_layers?$|num_hidden_layers|^depth$|num_blocks", 2),
     (r"max_position|n_positions|max_seq_len|max_sequence|n_ctx|max_target|max_source|seq_length|max_context", 128),
     (r"(intermediate|ffn|feed_?forward)\w*(size|dim)|d_ff|d_inner|n_inner|encoder_ffn_dim|decoder_ffn_dim", 128),
-    (r"^(hidden_size|d_model|n_embd|dim|embed_dim|width|hidden_dim|emb_dim|embedding_size|embedding_dim|model_dim)$", 64),
+    (r"^(hidden_size|d_model|n_embd|dim|(embed|hidden|emb|embedding|model)_dim|width|embedding_size)$", 64),
     (r"^(word_embed_proj_dim|out_hidden_size|text_hidden_size|projection_dim|output_dim|lm_hidden_dim)$", 64),
     (r"state_size|d_state|ssm_state|mamba_d_state", 16),
     (r"sliding_window$|attention_window|local_window|window_size", 8),

@@ -1,11 +1,12 @@
 """Mixture-of-experts layers as ordinary linear layers: transformers' fused tensors taken apart, and put back.
 
 transformers keeps all experts of a layer in two tensors, ``gate_up_proj`` (experts, 2 * width, hidden), or ``up_proj``
-where there is no gate, and ``down_proj`` (experts, hidden, width). A low-rank quantizer wants each projection of each expert on its own, so
-`split_experts` puts an `Experts` module there: ``experts.3.gate_proj`` is then a linear layer like any other.
+where there is no gate, and ``down_proj`` (experts, hidden, width). A low-rank quantizer wants each projection of each
+expert on its own, so `split_experts` puts an `Experts` module there: ``experts.3.gate_proj`` is then a linear layer like
+any other.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -150,18 +151,18 @@ class Experts(nn.ModuleList):
                 torch.stack([getattr(getattr(expert, projection), leaf).detach() for expert in self])
                 for projection in (*self.entries, "down_proj")
             )
-            first = ("gate_up_proj", self._join(*entries, 1)) if fused.has_gate else ("up_proj", entries[0])
+            first = ("gate_up_proj", self._join(entries, 1)) if fused.has_gate else ("up_proj", entries[0])
             for name, tensor in (first, ("down_proj", down)):
                 if fused.is_transposed and leaf == "weight":
                     tensor = tensor.mT.contiguous()
                 fused.register_parameter(name + ending, nn.Parameter(tensor, requires_grad=False))
         return fused.train(self.training)
 
-    def _join(self, gate: Tensor, up: Tensor, dim: int) -> Tensor:
+    def _join(self, gate_and_up: Sequence[Tensor], dim: int) -> Tensor:
         """Gate and up as the class keeps them along a dimension: one after the other, or by turns."""
         if self._fused[0].is_concatenated:
-            return torch.cat([gate, up], dim)
-        return torch.stack([gate, up], dim + 1).flatten(dim, dim + 1)
+            return torch.cat(tuple(gate_and_up), dim)
+        return torch.stack(tuple(gate_and_up), dim + 1).flatten(dim, dim + 1)
 
     def middle(self, expert: int, inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens width"]:
         """What one expert's down projection is given."""
@@ -176,7 +177,7 @@ class Experts(nn.ModuleList):
         if type(fused).__name__ in _ROWS:
             gate, up = projected
             return up * fused.act_fn(gate)
-        return fused._apply_gate(self._join(*projected, 1))
+        return fused._apply_gate(self._join(projected, 1))
 
     def forward(
         self,

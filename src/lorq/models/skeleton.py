@@ -34,10 +34,12 @@ def model_class(config: Any) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
-    kinds = (
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
-    )  # fmt: skip
-    classes = [kind[type(config)] for kind in kinds if type(config) in kind]
+    tables = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
+    classes: list[Any] = [table[type(config)] for table in tables if type(config) in table]
     stated = config.architectures or []
     if not classes:
         # Some are for a part of a model that has a class of its own, such as mllama's text model.
@@ -100,7 +102,7 @@ def find_blocks(model: Any) -> list[str]:
 
 
 def kept_modules(model: Any, blocks: list[str]) -> dict[str, str]:
-    """What in the blocks has weights of its own and is neither a linear layer nor a norm, each with the reason to keep it.
+    """What in the blocks has weights and is neither a linear layer nor a norm, each with the reason to keep it.
 
     Raises:
         ValueError: where that is most of the blocks' weights.

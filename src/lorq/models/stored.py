@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps what a model needs: other names, fused experts, and what transformers converts when it loads."""
+"""Where a checkpoint keeps what a model needs: other names, fused experts, what transformers converts when it loads."""
 
 import re
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorq.models.experts import FusedPart, find_experts
+from lorq.storage.json_files import some_of
 from lorq.storage.reader import WeightFiles
 
 
@@ -52,7 +53,15 @@ class Conversion:
         converter = copy(self.converter)
         converter.collected_tensors = tensors
         converter.layer_targets = {}
-        return converter.convert(self.target, model=self, config=self.model.config)
+        try:
+            return converter.convert(self.target, model=self, config=self.model.config)
+        except (ValueError, RuntimeError, LookupError, AttributeError, TypeError) as error:
+            names = [name for names in self.sources.values() for name in names]
+            steps = ", ".join(map(repr, converter.operations))
+            raise ValueError(
+                f"{self.target} could not be made of {some_of(names)} as transformers makes it ({steps}): {error}; "
+                "the checkpoint is damaged or of another architecture"
+            ) from error
 
 
 def _whole(checkpoint: WeightFiles, name: str, header: bool) -> Tensor:
@@ -88,7 +97,9 @@ class Stored:
     @property
     def names(self) -> list[str]:
         """All stored tensors that it is made of."""
-        return [self.name] if self.conversion is None else [n for names in self.conversion.sources.values() for n in names]
+        return (
+            [self.name] if self.conversion is None else [n for names in self.conversion.sources.values() for n in names]
+        )
 
     def shape(self, checkpoint: WeightFiles) -> tuple[int, ...]:
         """Shape of the parameter, from the header."""
@@ -139,7 +150,9 @@ def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
 
     found: dict[str, Stored] = {}
     converted: dict[tuple[int, str], Conversion] = {}
-    for stored in sorted(checkpoint.names, key=dot_natural_key):  # in transformers' order: some renamings wait for another
+    for stored in sorted(
+        checkpoint.names, key=dot_natural_key
+    ):  # in transformers' order: some renamings wait for another
         name = apply_renamings(stored, renamings)
         # At most one converter takes a tensor.
         taken = next(((c, *hit) for c in converters if (hit := c.rename_source_key(name))[1] is not None), None)
@@ -149,7 +162,9 @@ def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
                 found[expert] = Stored(stored)
             else:
                 path, _, tensor = place.rpartition(".")
-                made = Conversion(converter, place, {}, model, experts[path].slice_shape(tensor) if place in fused else None)
+                made = Conversion(
+                    converter, place, {}, model, experts[path].slice_shape(tensor) if place in fused else None
+                )
                 converted.setdefault((id(converter), place), made).sources.setdefault(str(pattern), []).append(stored)
             continue
         # Like transformers: a name that only fits before it is renamed is kept.
@@ -190,7 +205,7 @@ def _converted(
 
 
 def _one_of(converter: Any, pattern: str, name: str, fused: str, experts: dict[str, Any]) -> str:
-    """The parameter of one expert that transformers would merge, unchanged, into a fused tensor; "" if it changes it."""
+    """The parameter of one expert that transformers would merge into a fused tensor; "" where it changes it besides."""
     path, _, tensor = fused.rpartition(".")
     halves = ("gate_proj", "up_proj") if tensor.startswith("gate_up_proj") else (tensor.removesuffix("_bias"),)
     merge = ["MergeModulelist(dim=0)", "Concatenate(dim=1)"][: len(halves)]
