@@ -2,8 +2,8 @@
 
 transformers keeps all experts of a layer in two tensors, ``gate_up_proj`` (experts, 2 * width, hidden), or ``up_proj``
 where there is no gate, and ``down_proj`` (experts, hidden, width). A low-rank quantizer wants each projection of each
-expert on its own, so `split_experts` puts an `Experts` module there: ``experts.3.gate_proj`` is then a linear layer like
-any other.
+expert on its own, so `split_experts` puts an `Experts` module there: ``experts.3.gate_proj`` is then a linear layer
+like any other.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
