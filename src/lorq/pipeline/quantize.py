@@ -16,6 +16,7 @@ from lorq.models.locate import load_dense, resolve_model
 from lorq.models.self_text import cached_self_windows
 from lorq.models.skeleton import read_config
 from lorq.models.texts import SELF, Windows, calibration_windows
+from lorq.pipeline.check_walk import check_walk
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
@@ -84,7 +85,8 @@ def quantize(
     # What is finished is on the disk already; the head room is for index, report and journal.
     finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if chosen.resume else 0
     require_space(out, max(0, largest.bytes - finished) + (1 << 20))
-    if not begun:  # a run that was begun has checked these weights
+    if not begun:  # a run that was begun has checked this model
+        check_walk(streamed, plan)
         check_weights(plan, streamed, progress)
     if chosen.dry_run:
         if chosen.calibration != SELF:
