@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorq.models.calls import Answer, Recorder, Room, Stream
-from lorq.models.skeleton import find_blocks, get_tensor, put_tensor, read_config, skeleton
+from lorq.models.skeleton import find_blocks, get_tensor, is_linear, put_tensor, read_config, skeleton
 from lorq.models.stored import Stored, find_stored
 from lorq.storage.reader import WeightFiles
 
@@ -141,7 +141,7 @@ class StreamedModel:
 
         found = []
         for name, module in self.model.get_submodule(block).named_modules(prefix=block):
-            if isinstance(module, nn.Linear | Conv1D):
+            if is_linear(module):
                 transposed = isinstance(module, Conv1D)
                 out, in_ = reversed(module.weight.shape) if transposed else module.weight.shape
                 found.append(Target(name, out, in_, transposed))

@@ -101,22 +101,27 @@ def find_blocks(model: Any) -> list[str]:
     return [f"{found[0]}.{i}" for i in range(len(lists[found[0]]))]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by its weight and does nothing else; some that are called linear do more."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
 def kept_modules(model: Any, blocks: list[str]) -> dict[str, str]:
     """What in the blocks has weights and is neither a linear layer nor a norm, each with the reason to keep it.
 
     Raises:
         ValueError: where that is most of the blocks' weights.
     """
-    from transformers.pytorch_utils import Conv1D
-
     reasons: dict[str, str] = {}
     kept: dict[str, Tensor] = {}
     rest, routers = 0, {name.rpartition(".")[0] for name in find_experts(model)}
     for block in blocks:
         for path, module in model.get_submodule(block).named_modules(prefix=block):
             own = dict(module.named_parameters(recurse=False))
-            if isinstance(module, nn.Linear | Conv1D):
-                rest += module.weight.numel()
+            if is_linear(module):
+                rest += own["weight"].numel()
                 continue
             other = {leaf: p for leaf, p in own.items() if p.ndim > 1 or leaf not in ("weight", "bias")}
             kept |= {f"{path}.{leaf}": p for leaf, p in other.items()}

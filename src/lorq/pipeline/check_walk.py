@@ -1,6 +1,7 @@
 """One look before the work: walking through the blocks must give what the model itself computes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -8,24 +9,29 @@ from torch import nn
 
 from lorq.models.blocks import Part, StreamedModel
 from lorq.models.experts import expert_name, find_experts
-from lorq.pipeline.observe import shared_inputs
+from lorq.pipeline.observe import seen_inputs
 from lorq.pipeline.plan import Plan
 from lorq.pipeline.verify import SAME_SQNR_DB, probe_tokens, sqnr_db
 
 # So many weights are all read to look at every block: a second or two.
 _ALL_WEIGHTS = 1 << 29
+_NOT_CALLED = "is not called when the model runs on text alone, kept as it is"
 
 
-def check_walk(model: StreamedModel, plan: Plan) -> None:
+def check_walk(model: StreamedModel, plan: Plan) -> Plan:
     """Compare logits of a window that walks through blocks with those of the model's own forward.
 
     It is the second of two, so that what a block is called with for the first cannot pass for its own. Each block is in
-    memory while it works; of large models only the first two work, and the first of every other class.
+    memory while it works; of large models only the first two work, and the first of every other kind.
+
+    Returns:
+        The plan without layers that are not called, such as a decoder's attention to an encoder, or layers of which the
+        block reads the weight and multiplies by itself: what their inputs are would never be seen.
 
     Raises:
-        ValueError: if they differ, the model cannot be walked through at all, or layers that are to be observed are not
-            used.
+        ValueError: if they differ, or the model cannot be walked through at all.
     """
+    silent: dict[str, str] = {}
     name, tokens = type(model.model).__name__, probe_tokens(model.model.config.get_text_config(), 0)
     with model.resident(*model.outside):
         try:
@@ -33,7 +39,11 @@ def check_walk(model: StreamedModel, plan: Plan) -> None:
 
             def walk_on(block: Part) -> None:
                 run = partial(model.run, block, stream, 1)
-                shared_inputs(run, _observed(model, plan, block))
+                layers = _layers(model, plan, block)
+                called = seen_inputs(run, layers)
+                for local in {name.removeprefix(block.name) for name in layers.keys() - called.keys()}:
+                    alike = [other for other in model.blocks if _kind(model, other) == _kind(model, block)]
+                    silent.update(dict.fromkeys((other.name + local for other in alike), _NOT_CALLED))
                 stream.hidden[1] = run()
 
             expected = model.own_logits(tokens[1], walk_on, _looked_at(model)).cpu()
@@ -49,13 +59,22 @@ def check_walk(model: StreamedModel, plan: Plan) -> None:
             f"{name} is not supported: its blocks one by one must give the model's own logits to "
             f"{SAME_SQNR_DB:.0f} dB, got {near:.1f} dB; it hands more from block to block than lorq follows"
         )
+    layers = {part: {t: m for t, m in own.items() if t.name not in silent} for part, own in plan.layers.items()}
+    if not any(layers.values()):
+        raise ValueError(f"{name} is not supported: none of the layers to quantize is called when it runs on text")
+    return replace(plan, layers=layers, excluded=silent | dict(plan.excluded))
 
 
-def _observed(model: StreamedModel, plan: Plan, block: Part) -> dict[str, nn.Module]:
-    """The layers whose inputs are looked at, but experts', which not every text reaches."""
+def _layers(model: StreamedModel, plan: Plan, block: Part) -> dict[str, nn.Module]:
+    """The layers to quantize, but experts', which not every text reaches."""
     experts = find_experts(model.model, block.name)
-    names = [t.name for t, m in plan.of(block).items() if plan.observes(m) and expert_name(t.name, experts) is None]
+    names = [target.name for target in plan.of(block) if expert_name(target.name, experts) is None]
     return {name: model.model.get_submodule(name) for name in names}
+
+
+def _kind(model: StreamedModel, block: Part) -> tuple[object, ...]:
+    """What a block is made of: its class, and the layers in it."""
+    return type(model.model.get_submodule(block.name)), *(t.name.removeprefix(block.name) for t in block.targets)
 
 
 def _looked_at(model: StreamedModel) -> Sequence[Part]:
@@ -63,5 +82,5 @@ def _looked_at(model: StreamedModel) -> Sequence[Part]:
     modules = [model.model.get_submodule(block.name) for block in model.blocks]
     if sum(p.numel() for module in modules for p in module.parameters()) <= _ALL_WEIGHTS:
         return model.blocks
-    kinds = [type(module) for module in modules]
+    kinds = [_kind(model, block) for block in model.blocks]
     return [block for i, block in enumerate(model.blocks) if i == 1 or kinds[i] not in kinds[:i]]

@@ -81,12 +81,12 @@ def quantize(
         of_text = ("calibration", "calibration_tokens", "samples", "seq_len")
         check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in of_text})
     check_activations(plan)
+    plan = check_walk(streamed, plan)
     largest = estimate(plan, streamed)
     # What is finished is on the disk already; the head room is for index, report and journal.
     finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if chosen.resume else 0
     require_space(out, max(0, largest.bytes - finished) + (1 << 20))
     if not begun:  # a run that was begun has checked this model
-        check_walk(streamed, plan)
         check_weights(plan, streamed, progress)
     if chosen.dry_run:
         if chosen.calibration != SELF:
