@@ -64,13 +64,72 @@ SIZES = (
     (r"^(patch_size|spatial_patch_size)$", 8),
 )  # fmt: skip
 # What the sizes above do not make right, by model type.
-OWN: dict[str, dict[str, Any]] = {}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
+_ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": _MAMBA | {"attn_layer_indices": [1]},
+    "bigbird_pegasus": {"block_size": 8},
+    "blt": {
+        "patch_in_forward": False,
+        "encoder_config": {"hidden_size_global": 64, "hidden_size": 64},
+        "decoder_config": {"hidden_size_global": 64, "hidden_size": 64},
+        "global_config": {"hidden_size": 64},
+        "encoder_hash_byte_group_size": [2, 3], "encoder_hash_byte_group_vocab": 64, "cross_attn_k": 1,
+    },
+    "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "ctrl": {"dff": 128},
+    "cpmant": {"position_bias_num_buckets": 32, "prompt_length": 4, "dim_ff": 128, "position_bias_max_distance": 64},
+    "dbrx": {
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+    },
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
+    "gemma3n_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [128] * 4, "laurel_rank": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "activation_sparsity_pattern": [0.9, 0.0] * 2,
+        "hidden_size_per_layer_input": 16,
+    },
+    "gemma4_text": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 16,
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": None},
+    "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": _MAMBA,
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"qk_head_dim": 32, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
+    "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "ministral": {"head_dim": 16},
+    "mistral4": {"rope_parameters": _ROPE, "qk_head_dim": 32, "head_dim": 32},
+    "nemotron": {"num_key_value_heads": 2},
+    "reformer": {
+        "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"],
+        "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 4, "attention_head_size": 16,
+    },
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "attention_head_dim": 32,
+        "attention_hidden_size": 128, "mamba_dt_rank": 16, "n_mamba_heads": 2, "num_key_value_heads": 4,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "attention_head_dim": 32,
+        "attention_hidden_size": 128, "n_mamba_heads": 8, "mamba_headdim": 16, "num_key_value_heads": 4,
+        "hybrid_layer_ids": [1, 2], "adapter_rank": 16,
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
+}  # fmt: skip
 
 
 def small(kind: type, own: dict[str, Any]) -> Any:
     """A config of a class with small sizes, those of its parts' configs included."""
-    fields = {}
-    for name, value in _defaults(kind).items():
+    fields: dict[str, Any] = {}
+    defaults = _defaults(kind)
+    for name, value in defaults.items():
         part = getattr(kind, "sub_configs", {}).get(name)
         if part is not None and isinstance(part, type) and part.__name__ != "AutoConfig":
             continue
@@ -83,7 +142,23 @@ def small(kind: type, own: dict[str, Any]) -> Any:
                 elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
                     fields[name] = size
                 break
-    return _nested(kind, fields, own)
+    if defaults.get("kv_lora_rank"):
+        fields["num_key_value_heads"] = 4
+    return _nested(kind, fields | _layer_kinds(defaults), own)
+
+
+def _layer_kinds(defaults: dict[str, Any]) -> dict[str, Any]:
+    """As few layers as have one of every kind."""
+    count = next((name for name in ("num_hidden_layers", "num_layers") if name in defaults), "")
+    kinds = {
+        name: list(dict.fromkeys(value))
+        for name, value in defaults.items()
+        if isinstance(value, list) and value and isinstance(value[0], str) and len(value) == defaults.get(count)
+    }
+    most = max(map(len, kinds.values()), default=1)
+    if most == 1:
+        return {name: value * 2 for name, value in kinds.items()}
+    return {name: value + value[-1:] * (most - len(value)) for name, value in kinds.items()} | {count: most}
 
 
 def _nested(kind: type, fields: dict[str, Any], own: dict[str, Any]) -> Any:

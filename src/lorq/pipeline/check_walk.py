@@ -35,7 +35,10 @@ def check_walk(model: StreamedModel, plan: Plan) -> Plan:
     name, tokens = type(model.model).__name__, probe_tokens(model.model.config.get_text_config(), 0)
     with model.resident(*model.outside):
         try:
+            before = [(parameter, parameter._version) for parameter in model.model.parameters()]
             stream = model.embed(tokens)
+            if any(parameter._version != version for parameter, version in before):
+                raise ValueError(f"{name} is not supported: it changes its weights while it runs, and packed ones stay")
 
             def walk_on(block: Part) -> None:
                 run = partial(model.run, block, stream, 1)
