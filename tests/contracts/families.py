@@ -95,7 +95,7 @@ OWN: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
         "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 16,
     },
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": None},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": _MAMBA,
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -105,7 +105,10 @@ OWN: dict[str, dict[str, Any]] = {
     "longcat_flash": {"qk_head_dim": 32, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "ministral": {"head_dim": 16},
-    "mistral4": {"rope_parameters": _ROPE, "qk_head_dim": 32, "head_dim": 32},
+    "mistral4": {
+        "rope_parameters": _ROPE | {"original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.1},
+        "head_dim": 16, "qk_head_dim": 32,
+    },
     "nemotron": {"num_key_value_heads": 2},
     "reformer": {
         "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"],

@@ -140,6 +140,8 @@ def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
 def select(model: StreamedModel, exclude: Iterable[re.Pattern[str]]) -> tuple[dict[str, list[Target]], dict[str, str]]:
     """The layers to quantize, by part, and the others' names, each with the reason."""
     routing = routing_layers(model.model)
+    tied = dict(getattr(model.model, "all_tied_weights_keys", {}) or {})
+    shared = {*tied, *tied.values()}
     selected: dict[str, list[Target]] = {}
     excluded = kept_modules(model.model, [part.name for part in model.blocks])
     for part in model.blocks:
@@ -150,6 +152,8 @@ def select(model: StreamedModel, exclude: Iterable[re.Pattern[str]]) -> tuple[di
                 excluded[target.name] = f"excluded by {hit}"
             elif target.name in routing:
                 excluded[target.name] = routing[target.name]
+            elif f"{target.name}.weight" in shared:
+                excluded[target.name] = "shares its weight with another layer, kept as it is"
             else:
                 selected[part.name].append(target)
     return selected, excluded

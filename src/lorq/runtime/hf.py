@@ -1,9 +1,11 @@
 """The transformers hook: `from_pretrained` on a lorq folder builds packed layers, or fails loudly."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -17,6 +19,7 @@ from lorq.models.skeleton import model_class
 from lorq.runtime.device import read_device, read_dtype
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
+from lorq.runtime.other_class import Renaming, renaming
 from lorq.runtime.same_input import join
 from lorq.runtime.swap import check_cells, check_permutation, check_tensors, swap_experts, swap_layers
 from lorq.storage.config import LorqConfig
@@ -28,16 +31,19 @@ class LorqQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: LorqConfig
+    _renaming = Renaming()
 
     def update_attn_implementation(self, config: Any) -> Any:
         # The one hook that sees the model's config before its files are looked for (transformers 5.23).
-        if getattr(config, "transformers_weights", None) == SENTINEL:
+        # The text model's part of a config has no name of weights.
+        if getattr(config, "transformers_weights", None) in (None, SENTINEL):
             config.transformers_weights = INDEX
         return config
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         # The folder has the model's own names, experts one by one; transformers would rename and merge them.
-        return []
+        change = self._renaming
+        return [WeightRenaming("^" + re.escape(change.old), change.new)] if change.old else []
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -46,10 +52,12 @@ class LorqQuantizer(HfQuantizer):
         for name in find_experts(model):
             # Some architectures initialise fused experts from the parent; there are none any more.
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
-        swap_layers(model, self.quantization_config.formats())
-        swap_experts(model, self.quantization_config.tile_formats())
+        formats, tiles = self.quantization_config.formats(), self.quantization_config.tile_formats()
+        self._renaming = change = renaming(model, formats)
+        swap_layers(model, {change(name): format for name, format in formats.items()})
+        swap_experts(model, {change(name): format for name, format in tiles.items()})
         if checkpoint_files:
-            check_tensors(model, [Path(file) for file in checkpoint_files])
+            check_tensors(model, [Path(file) for file in checkpoint_files], change)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -64,7 +72,7 @@ class LorqQuantizer(HfQuantizer):
                 check_permutation(name, module)
             elif isinstance(module, Tiles) and not module.cells.is_meta:
                 check_cells(name, module)
-        join(model, self.quantization_config.inputs)
+        join(model, [[self._renaming(name) for name in names] for names in self.quantization_config.inputs])
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
