@@ -3,6 +3,7 @@
 Nothing here imports torch or transformers before a command begins: help and wrong input come at once.
 """
 
+import csv
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import Parameter
+from rich.markup import escape
 from rich.table import Table
 
 import lorq
@@ -245,6 +247,34 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     console.print("[bold]3. Talk[/bold]: What is the capital of France?")
     generate(str(folder), "What is the capital of France?", tokens=48)
     console.print(f"\nTry it: lorq generate {folder} 'your question'     lorq inspect {folder}", markup=False)
+
+
+@app.command
+def families(pattern: str = "", *, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+    """The model types of transformers, and whether lorq works with them: each was built small, quantized, loaded,
+    compared with its dense weights, and generated. What is refused is refused with that reason before any work.
+
+    Args:
+        pattern: a part of a model type or class, such as gemma; left out, all of them.
+        json_: print one JSON list.
+    """
+    with Path(__file__).with_name("families.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if pattern.lower() in f"{row['model_type']} {row['class']}".lower()]
+    if json_:
+        print(json.dumps(rows))
+        return
+    if not rows:
+        raise ValueError(
+            f"PATTERN must be a part of a model type or class, {pattern!r} is in none; lorq families lists"
+        )
+    table = Table()
+    for title in ("model type", "class", "", "reason"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(row["model_type"], row["class"], row["verdict"], escape(row["reason"]))
+    console.print(table)
+    works = sum(row["verdict"] == "works" for row in rows)
+    console.print(f"{works} of {len(rows)} work", markup=False)
 
 
 # What a command keeps when it is interrupted.

@@ -66,7 +66,14 @@ SIZES = (
 # What the sizes above do not make right, by model type.
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16}
 _ROPE = {"rope_theta": 10000.0, "rope_type": "default"}
+# Vision and language: parts of a head of 16 that turn with time, height and width.
+_TURNS = {"text_config": {"rope_parameters": _ROPE | {"mrope_section": [2, 3, 3]}}}
 OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "glm_ocr"), _TURNS),
+    **dict.fromkeys(("glm4v", "glm46v", "glmga"), _TURNS),
+    "glm4v_moe": {"text_config": {
+        "rope_parameters": _ROPE | {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}, "head_dim": 16,
+    }},
     "bamba": _MAMBA | {"attn_layer_indices": [1]},
     "bigbird_pegasus": {"block_size": 8},
     "blt": {
@@ -76,7 +83,11 @@ OWN: dict[str, dict[str, Any]] = {
         "global_config": {"hidden_size": 64},
         "encoder_hash_byte_group_size": [2, 3], "encoder_hash_byte_group_vocab": 64, "cross_attn_k": 1,
     },
+    "chameleon": {"vocabulary_map": {"<image>": 5}},
     "codegen": {"rotary_dim": 8},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    },
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "ctrl": {"dff": 128},
     "cpmant": {"position_bias_num_buckets": 32, "prompt_length": 4, "dim_ff": 128, "position_bias_max_distance": 64},
@@ -85,6 +96,9 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     },
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots3_note": {"audio_config": {"adapter_in_dim": 64}, "text_config": {"per_layer_config": None}},
+    "dots3_note_text": {"per_layer_config": None},
+    "emu3": {"vocabulary_map": {"<image>": 5}},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
     "gemma3n_text": {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "intermediate_size": [128] * 4, "laurel_rank": 16,
@@ -95,11 +109,13 @@ OWN: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 16,
         "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 16,
     },
+    "glm5_next": {"text_config": {"index_topk": 16}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "gptj": {"rotary_dim": 8},
     "granitemoehybrid": _MAMBA,
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
+    "hunyuan_vl": {"text_config": {"head_dim": 16}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "longcat_flash": {"qk_head_dim": 32, "zero_expert_num": 2, "expert_ffn_hidden_size": 32},
@@ -114,6 +130,7 @@ OWN: dict[str, dict[str, Any]] = {
         "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"],
         "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 4, "attention_head_size": 16,
     },
+    "step3p7": {"text_config": {"sliding_window": 8}},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "num_hidden_layers": 3, "attention_head_dim": 32,
@@ -211,8 +228,9 @@ def build(kind: str, name: str, folder: Path) -> None:
     config = small(CONFIG_MAPPING[kind], OWN.get(kind, {}))
     config.is_decoder = True
     chosen = getattr(transformers, name)
-    if chosen.config_class is type(config.get_text_config()):  # the language model of a composite
-        config = config.get_text_config()
+    if chosen.config_class is not type(config):  # the language model of a composite
+        parts = [getattr(config, part, None) for part in config.sub_configs]
+        config = next((part for part in parts if type(part) is chosen.config_class), config)
     model = chosen(config).eval().float()
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -231,9 +249,15 @@ def look(kind: str, name: str, work: Path) -> tuple[str, str]:
     """The verdict on a family, and the reason."""
     try:
         build(kind, name, work / "m")
-        dense = getattr(transformers, name).from_pretrained(work / "m", dtype=torch.float32).eval()
+        chosen = getattr(transformers, name)
+        dense, info = chosen.from_pretrained(work / "m", dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):
+            return (
+                UNBUILT,
+                f"transformers does not find {missing[0]} and {len(missing) - 1} more when it loads what it saved",
+            )
         windows = torch.randint(BYTES, (2, 24), generator=torch.Generator().manual_seed(5))
-        if not torch.isfinite(logits(dense, windows)).all():
+        if not torch.isfinite(logits(dense.eval(), windows)).all():
             return UNBUILT, "logits of the small model are not finite"
     except Exception as error:
         return UNBUILT, said(error)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from lorq.models.experts import find_experts, split_experts
 
@@ -83,6 +84,8 @@ def find_blocks(model: Any) -> list[str]:
         ValueError: where there is not exactly one list of them.
     """
     decoder = model.get_decoder()
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        decoder = model.base_model  # some call their head so
     path = next(name for name, module in model.named_modules() if module is decoder)
     lists: dict[str, nn.ModuleList] = {}
     for name, module in decoder.named_modules(prefix=path):
@@ -105,7 +108,17 @@ def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by its weight and does nothing else; some that are called linear do more."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | Conv1D) and type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear | Conv1D)
+    # A class of its own: tried with a small weight.
+    numbers = torch.arange(35, dtype=torch.float32).sin()
+    small = {"weight": numbers.view(7, 5)} | ({} if module.bias is None else {"bias": numbers[:7]})
+    x = numbers[:15].view(1, 3, 5)
+    try:
+        out = torch.func.functional_call(module, small, (x,))
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError):
+        return False
+    return isinstance(out, Tensor) and out.shape == (1, 3, 7) and torch.allclose(out, linear(x, **small), atol=1e-5)
 
 
 def kept_modules(model: Any, blocks: list[str]) -> dict[str, str]:
@@ -126,7 +139,7 @@ def kept_modules(model: Any, blocks: list[str]) -> dict[str, str]:
             other = {leaf: p for leaf, p in own.items() if p.ndim > 1 or leaf not in ("weight", "bias")}
             kept |= {f"{path}.{leaf}": p for leaf, p in other.items()}
             if other and path.rpartition(".")[0] not in routers:
-                reasons[path] = f"{type(module).__name__} is no linear layer: {', '.join(other)} kept"
+                reasons[path] = f"no linear layer ({type(module).__name__}): {', '.join(other)} kept as stored"
     size = sum(p.numel() for p in kept.values())
     if size > rest:
         name = max(kept, key=lambda name: kept[name].numel())
