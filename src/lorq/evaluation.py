@@ -92,7 +92,7 @@ def evaluate(
     if adapter is not None:
         read_adapter_config(Path(adapter))  # before the model is read
     original_folder = None if reference is None else resolve_model(reference)
-    limit = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    limit = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
     if limit is not None and window > limit:
         raise ValueError(f"window must be at most the model's {limit} positions, got {window}")
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -72,7 +72,7 @@ def generate(
         read_adapter_config(Path(adapter))  # before the model is read
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = _read_prompt(tokenizer, prompt, chat=chat)
-    limit = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None)
+    limit = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
     length = inputs["input_ids"].shape[1]
     if limit is not None and length + tokens > limit:
         raise ValueError(

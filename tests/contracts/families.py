@@ -96,8 +96,7 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     },
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note": {"audio_config": {"adapter_in_dim": 64}, "text_config": {"per_layer_config": None}},
-    "dots3_note_text": {"per_layer_config": None},
+    "dots3_note": {"audio_config": {"adapter_in_dim": 64}},
     "emu3": {"vocabulary_map": {"<image>": 5}},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
     "gemma3n_text": {
@@ -367,6 +366,7 @@ def in_a_process(kind: str, name: str) -> tuple[str, str]:
 
 
 def main(arguments: list[str]) -> None:
+    lorq.quantize, lorq.load, lorq.Nearest  # noqa: B018  # imported before the processes fork
     torch.set_num_threads(1)
     logging.disable()
     warnings.simplefilter("ignore")

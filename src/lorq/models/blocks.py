@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorq.models.calls import Answer, Recorder, Room, Stream
-from lorq.models.skeleton import find_blocks, get_tensor, is_linear, put_tensor, read_config, skeleton
+from lorq.models.skeleton import find_blocks, find_towers, get_tensor, is_linear, put_tensor, read_config, skeleton
 from lorq.models.stored import Stored, find_stored
 from lorq.storage.reader import WeightFiles
 
@@ -75,6 +75,7 @@ class StreamedModel:
                     module._buffers[name] = buffer.to(self.device)
         self._parameters = {name for name, _ in model.named_parameters()}
         self._resident: set[str] = set()
+        self._towers = find_towers(model)
         self._answers: dict[type[nn.Module], Answer] = {}
         blocks = find_blocks(model)
         self._sources = self._match_names()
@@ -173,14 +174,14 @@ class StreamedModel:
     def resident(self, *parts: Part, stored: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Keep parts in memory for the duration, in the model's compute dtype; what is there already is left alone.
 
-        Tensors tied to those of the parts come along. ``stored`` has tensors that the caller has read, by name; it is
-        emptied, so that none is held twice.
+        Tensors tied to those of the parts come along, those of towers, which text does not pass, stay away. ``stored``
+        has tensors that the caller has read, by name; it is emptied, so that none is held twice.
         """
         given = {} if stored is None else stored
         names = [name for part in parts for name in part.tensors]
         read = {self._sources[name] for name in names}
         names += [name for name in sorted(self._tied) if self._sources.get(name) in read]
-        names = [name for name in names if name not in self._resident]
+        names = [name for name in names if name not in self._resident and not name.startswith(self._towers)]
         loaded: dict[Stored, Tensor] = {}  # tied parameters share one tensor
         for name in names:
             source = self._sources[name]
@@ -191,6 +192,7 @@ class StreamedModel:
                 loaded[source] = tensor.to(self.device, tensor.dtype if keep else self.dtype)
             put_tensor(self.model, name, loaded[source])
         del loaded
+        given.clear()
         self._resident.update(names)
         try:
             yield

@@ -83,10 +83,7 @@ def find_blocks(model: Any) -> list[str]:
     Raises:
         ValueError: where there is not exactly one list of them.
     """
-    decoder = model.get_decoder()
-    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
-        decoder = model.base_model  # some call their head so
-    path = next(name for name, module in model.named_modules() if module is decoder)
+    path, decoder = _decoder(model)
     lists: dict[str, nn.ModuleList] = {}
     for name, module in decoder.named_modules(prefix=path):
         if isinstance(module, nn.ModuleList) and len(module) and not name.startswith(tuple(f"{l}." for l in lists)):
@@ -102,6 +99,23 @@ def find_blocks(model: Any) -> list[str]:
             f"({', '.join(sorted(declared)) or 'none declared'}), found {', '.join(found or lists) or 'none'}"
         )
     return [f"{found[0]}.{i}" for i in range(len(lists[found[0]]))]
+
+
+def _decoder(model: Any) -> tuple[str, Any]:
+    """The text model, and where it is."""
+    decoder = model.get_decoder()
+    if not any(isinstance(module, nn.ModuleList) for module in decoder.modules()):
+        decoder = model.base_model  # some call their head so
+    return next(name for name, module in model.named_modules() if module is decoder), decoder
+
+
+def find_towers(model: Any) -> tuple[str, ...]:
+    """Prefixes of the names in models beside the text model, such as one that sees."""
+    from transformers import PreTrainedModel
+
+    path = _decoder(model)[0] + "."
+    names = [f"{name}." for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    return tuple(name for name in names if path != "." and not path.startswith(name) and not name.startswith(path))
 
 
 def is_linear(module: nn.Module) -> bool:

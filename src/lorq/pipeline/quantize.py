@@ -141,7 +141,7 @@ def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | 
     from transformers import AutoTokenizer
 
     options, folder, config = plan.options, model.checkpoint.folder, model.model.config
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and options.seq_len > limit:
         raise ValueError(f"seq_len must be at most the model's {limit} positions, got {options.seq_len}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
