@@ -142,6 +142,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
 }  # fmt: skip
+OWN["gemma3n"] = {"text_config": OWN["gemma3n_text"], "vision_config": {"architecture": "mobilenetv3_small_050"}}
 
 
 def small(kind: type, own: dict[str, Any]) -> Any:

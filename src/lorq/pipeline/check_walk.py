@@ -63,7 +63,7 @@ def check_walk(model: StreamedModel, plan: Plan) -> Plan:
             f"{SAME_SQNR_DB:.0f} dB, got {near:.1f} dB; it hands more from block to block than lorq follows"
         )
     layers = {part: {t: m for t, m in own.items() if t.name not in silent} for part, own in plan.layers.items()}
-    if not any(layers.values()):
+    if any(plan.layers.values()) and not any(layers.values()):
         raise ValueError(f"{name} is not supported: none of the layers to quantize is called when it runs on text")
     return replace(plan, layers=layers, excluded=silent | dict(plan.excluded))
 

@@ -143,7 +143,10 @@ def select(model: StreamedModel, exclude: Iterable[re.Pattern[str]]) -> tuple[di
     tied = dict(getattr(model.model, "all_tied_weights_keys", {}) or {})
     shared = {*tied, *tied.values()}
     selected: dict[str, list[Target]] = {}
-    excluded = kept_modules(model.model, [part.name for part in model.blocks])
+    blocks = [part.name for part in model.blocks]
+    inside = tuple(f"{block}." for block in blocks)
+    excluded = {name: reason for name, reason in routing.items() if name.startswith(inside)}
+    excluded |= kept_modules(model.model, blocks)
     for part in model.blocks:
         selected[part.name] = []
         for target in part.targets:
@@ -151,7 +154,7 @@ def select(model: StreamedModel, exclude: Iterable[re.Pattern[str]]) -> tuple[di
             if hit:
                 excluded[target.name] = f"excluded by {hit}"
             elif target.name in routing:
-                excluded[target.name] = routing[target.name]
+                continue
             elif f"{target.name}.weight" in shared:
                 excluded[target.name] = "shares its weight with another layer, kept as it is"
             else:
