@@ -2,7 +2,8 @@
 
     python tests/contracts/families.py              # prints a line for each
     python tests/contracts/families.py gemma3 llama # those model types
-    python tests/contracts/families.py --record     # writes src/lorq/families.csv, which `lorq families` prints
+    python tests/contracts/families.py --record     # writes src/lorq/families.csv, which `lorq families` prints; with
+                                                    # model types only their rows
 
 A family is a class that transformers builds from a model type. Each is looked at in a process of its own, forked
 from this one, so that a trace or an endless loop in one is a line of the table and stops nothing.
@@ -95,8 +96,14 @@ OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
     },
+    "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1, "topk_method": "greedy"},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "dots3_note": {"audio_config": {"adapter_in_dim": 64}},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64, "per_layer_config": {}},
+        "audio_config": {"adapter_out_dim": 64, "adapter_input_size": 64},
+        "text_config": {"per_layer_config": {}, "head_dim": 32},
+    },
+    "dots3_note_text": {"per_layer_config": {}, "head_dim": 32},
     "emu3": {"vocabulary_map": {"<image>": 5}},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128},
     "gemma3n_text": {
@@ -109,9 +116,10 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2, "global_head_dim": 16,
     },
     "glm5_next": {"text_config": {"index_topk": 16}},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1], "downsample_rate": "1/2"},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "gptj": {"rotary_dim": 8},
-    "granitemoehybrid": _MAMBA,
+    "granitemoehybrid": _MAMBA | {"layer_types": ["linear_attention", "full_attention"]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "hunyuan_vl": {"text_config": {"head_dim": 16}},
@@ -124,6 +132,8 @@ OWN: dict[str, dict[str, Any]] = {
         "rope_parameters": _ROPE | {"original_max_position_embeddings": 128, "llama_4_scaling_beta": 0.1},
         "head_dim": 16, "qk_head_dim": 32,
     },
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "nemotron": {"num_key_value_heads": 2},
     "reformer": {
         "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"],
@@ -373,7 +383,8 @@ def main(arguments: list[str]) -> None:
     warnings.simplefilter("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    chosen = [f for f in families() if not (wanted := set(arguments) - {"--record"}) or wanted & {*f}]
+    wanted = set(arguments) - {"--record"}
+    chosen = [family for family in families() if not wanted or wanted & {*family}]
     rows = []
     for kind, name in chosen:
         began = time.monotonic()
@@ -382,6 +393,9 @@ def main(arguments: list[str]) -> None:
     counts = {v: sum(row[2] == v for row in rows) for v in (WORKS, REFUSED, BROKEN, UNBUILT)}
     print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     if "--record" in arguments:
+        known = {} if not wanted else {tuple(row[:2]): row for row in csv.reader(TABLE.open(encoding="utf-8"))}
+        known |= {tuple(row[:2]): row for row in rows}
+        rows = [known[family] for family in families()]
         with TABLE.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file, lineterminator="\n").writerows([("model_type", "class", "verdict", "reason"), *rows])
 

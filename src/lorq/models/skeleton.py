@@ -88,6 +88,9 @@ def find_blocks(model: Any) -> list[str]:
     for name, module in decoder.named_modules(prefix=path):
         if isinstance(module, nn.ModuleList) and len(module) and not name.startswith(tuple(f"{l}." for l in lists)):
             lists[name] = module
+    # Models in the text model, such as an encoder of images, have blocks of their own.
+    within = tuple(f"{name}." for name, module in decoder.named_modules(prefix=path) if _is_model(module, decoder))
+    lists = {name: module for name, module in lists.items() if not name.startswith(within)} or lists
     declared = set(getattr(model, "_no_split_modules", None) or ())
     found = [name for name, module in lists.items() if {type(item).__name__ for item in module} <= declared]
     if not found:
@@ -109,12 +112,17 @@ def _decoder(model: Any) -> tuple[str, Any]:
     return next(name for name, module in model.named_modules() if module is decoder), decoder
 
 
-def find_towers(model: Any) -> tuple[str, ...]:
-    """Prefixes of the names in models beside the text model, such as one that sees."""
+def _is_model(module: nn.Module, whole: nn.Module) -> bool:
+    """Whether a part of a model is one of transformers' models."""
     from transformers import PreTrainedModel
 
+    return isinstance(module, PreTrainedModel) and module is not whole
+
+
+def find_towers(model: Any) -> tuple[str, ...]:
+    """Prefixes of the names in models beside the text model, such as one that sees."""
     path = _decoder(model)[0] + "."
-    names = [f"{name}." for name, module in model.named_modules() if name and isinstance(module, PreTrainedModel)]
+    names = [f"{name}." for name, module in model.named_modules() if _is_model(module, model)]
     return tuple(name for name in names if path != "." and not path.startswith(name) and not name.startswith(path))
 
 
