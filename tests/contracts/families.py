@@ -135,6 +135,11 @@ OWN: dict[str, dict[str, Any]] = {
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16,
+        "indexer_compress_ratio": 4, "hc_lowrank": 16,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 64},
     "reformer": {
         "axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 16], "attn_layers": ["local", "lsh"],
         "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 4, "attention_head_size": 16,
@@ -152,6 +157,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 32},
 }  # fmt: skip
+OWN["qwen4_exp"] = {"text_config": OWN["qwen4_exp_text"]}
 OWN["gemma3n"] = {"text_config": OWN["gemma3n_text"], "vision_config": {"architecture": "mobilenetv3_small_050"}}
 
 
