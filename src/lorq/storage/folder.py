@@ -78,7 +78,7 @@ class LorqFolder:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The stored tensors of a quantized layer, or of shared factors, by local name, its bias left out."""
-        within = [stored for stored in self.reader.names if stored.startswith(f"{name}.")]
+        within = self.reader.by_module.get(name, [])
         return {s.removeprefix(f"{name}."): self.reader.tensor(s) for s in within if not s.endswith(".bias")}
 
     def weight(self, name: str) -> QuantizedWeight:

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library; keeps a wrong length from filling memory
+# config.json and the index of a mixture with 70,000 projections of experts have 50 MB each.
+MAX_JSON_BYTES = 1 << 30
 
 
 def damaged(path: Path | str, what: str) -> ValueError:
@@ -14,16 +15,17 @@ def damaged(path: Path | str, what: str) -> ValueError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; errors are those of ``parse_json``."""
-    with path.open("rb") as file:
-        return parse_json(file.read(MAX_JSON_BYTES + 1), where=path)
+    """The JSON object in a file; errors are those of ``parse_json``, or that it is too long."""
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise damaged(path, f"JSON must be at most {MAX_JSON_BYTES} bytes, got {size}")
+    return parse_json(path.read_bytes(), where=path)
 
 
 def parse_json(raw: bytes, *, where: Path | str) -> dict[str, Any]:
     """A JSON object in which no key appears twice.
 
     Raises:
-        ValueError: if it is too long, not UTF-8, not JSON, nested too deep, not an object, or repeats a key.
+        ValueError: if it is not UTF-8, not JSON, nested too deep, not an object, or repeats a key.
     """
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -34,8 +36,6 @@ def parse_json(raw: bytes, *, where: Path | str) -> dict[str, Any]:
             result[key] = value
         return result
 
-    if len(raw) > MAX_JSON_BYTES:
-        raise damaged(where, f"JSON must be at most {MAX_JSON_BYTES} bytes, got at least {len(raw)}")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -69,10 +70,18 @@ class WeightFiles:
         headers = {name: read_header(folder / name) for name in shards}
         return cls(folder, headers, _locate(headers, weight_map, index))
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """All tensor names, sorted."""
         return tuple(sorted(self.files))
+
+    @cached_property
+    def by_module(self) -> dict[str, list[str]]:
+        """The names of each module's own tensors, sorted, by module."""
+        found: dict[str, list[str]] = {}
+        for name in self.names:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, from the header."""

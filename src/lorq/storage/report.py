@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorq.storage.json_files import json_bytes, parse_json
+from lorq.storage.json_files import json_bytes, read_json
 from lorq.storage.names import JOURNAL, REPORT_NAME
 
 
@@ -96,7 +96,7 @@ def read_report(folder: Path) -> Report:
         raise FileNotFoundError(f"{folder} is an unfinished run and has no report yet; finish it with --resume")
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {REPORT_NAME}: lorq did not write this folder")
-    content = parse_json(path.read_bytes(), where=path)
+    content = read_json(path)
     try:
         content = {key: value for key, value in content.items() if key != "bits_per_weight"}
         layers = tuple(LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in content.pop("layers"))
