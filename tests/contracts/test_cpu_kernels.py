@@ -396,7 +396,7 @@ def _sparse(path, small, rows):
 
 
 def test_the_far_end_of_a_weight_of_gigabytes_is_read(module, random_weight, generator, tmp_path):
-    """Words, scales and entries are numbered in 64 bits: 2^31 words of 8 GiB, and an expert that begins behind as many."""
+    """Words, scales and entries are numbered in 64 bits: there are 2^31 words, 8 GiB, and an expert behind as many."""
     vectors = layer_format(2, 8192, True, vector=4, codebook_rows=64, codebook_columns=8192)
     for format in (layer_format(4, 128, False), layer_format(2, 8192, True), vectors):
         out, in_, rows = 64, 8192, 2**36 // (8192 * format.bits)

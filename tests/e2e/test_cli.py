@@ -426,7 +426,7 @@ def quantized_already(folder):
         ("unknown_model_type", r"nonesuch"),
         ("truncated", r"model.safetensors: truncated: header says \d+ bytes, file has \d+"),
         ("malformed", r"model.safetensors: not valid JSON"),
-        ("outside", r"must name a plain file name.*'\.\./x\.safetensors'"),
+        ("outside", r"must name a file in or below its folder.*'\.\./x\.safetensors'"),
         ("pickled", r"pickle weights only \(pytorch_model.bin\).*safetensors"),
         ("tensor_missing", r"lacks 1 tensors.*model.layers.1.mlp.up_proj.weight"),
         ("wrong_shape", r"model.layers.1.mlp.up_proj.*96.*128|model.layers.1.mlp.up_proj.*128.*96"),

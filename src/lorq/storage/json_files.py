@@ -14,6 +14,11 @@ def damaged(path: Path | str, what: str) -> ValueError:
     return ValueError(f"{path}: {what}; the file is damaged, download or write it again")
 
 
+def inconsistent(path: Path | str, what: str) -> ValueError:
+    """The error for files that contradict each other, each of them whole."""
+    return ValueError(f"{path}: {what}; the folder's files do not belong together: is it one model's, and whole?")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; errors are those of ``parse_json``, or that it is too long."""
     if (size := path.stat().st_size) > MAX_JSON_BYTES:
@@ -55,16 +60,26 @@ def plain_name(name: Any, *, where: Path | str, suffix: str = "") -> str:
 
     ValueError otherwise. It may still be a link: a hub cache is links into its ``blobs`` folder.
     """
-    if (
-        not isinstance(name, str)
-        or name in ("", ".", "..")
-        or not name.isprintable()
-        or not name.endswith(suffix)
-        or not PurePosixPath(name).name == name == PureWindowsPath(name).name
-    ):
+    if not _is_plain(name) or not name.endswith(suffix):
         wanted = f"a plain file name ending in {suffix}" if suffix else "a plain file name"
         raise ValueError(f"{where}: must name {wanted}, without a folder, got {_short(name)}")
+    return str(name)
+
+
+def name_below(name: Any, *, where: Path | str, suffix: str = "") -> str:
+    """`plain_name`, but the file may be in folders below, ``a/b.safetensors``."""
+    if not isinstance(name, str) or not name.endswith(suffix) or not all(map(_is_plain, name.split("/"))):
+        raise ValueError(f"{where}: must name a file in or below its folder that ends in {suffix}, got {_short(name)}")
     return name
+
+
+def _is_plain(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and name.isprintable()
+        and PurePosixPath(name).name == name == PureWindowsPath(name).name
+    )
 
 
 def some_of(names: Iterable[str]) -> str:

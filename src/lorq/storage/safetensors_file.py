@@ -64,7 +64,7 @@ def read_header(path: Path) -> Header:
         ValueError: if the file is truncated, or the header breaks a rule of the format.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"weight file {path} does not exist; download it again")
+        raise FileNotFoundError(f"weight file {path} does not exist; is the folder whole?")
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -107,7 +107,9 @@ def _stored_tensor(entry: Any, what: str, path: Path) -> StoredTensor:
 def _are_counts(values: Any) -> bool:
     """A short list of sizes or offsets that torch and files can have; a bool is no integer here."""
     return (
-        isinstance(values, list) and len(values) <= 64 and all(type(value) is int and 0 <= value < _MOST for value in values)
+        isinstance(values, list)
+        and len(values) <= 64
+        and all(type(value) is int and 0 <= value < _MOST for value in values)
     )
 
 

@@ -1,0 +1,147 @@
+"""Folders as people have them: what transformers loads of a folder is quantized, and what lorq cannot is named."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import tiny_folder
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import lorq
+
+NEAREST = lorq.Nearest(group_size=32)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("source") / "llama", "llama", tie_word_embeddings=False)
+
+
+@pytest.fixture
+def source(original, tmp_path):
+    """A copy that may be changed."""
+    return shutil.copytree(original, tmp_path / "source")
+
+
+@pytest.fixture(scope="module")
+def expected(original, tmp_path_factory):
+    """Checksums of the shards that the original gives."""
+    return lorq.quantize(original, tmp_path_factory.mktemp("expected") / "out", NEAREST).checksums
+
+
+def shard(folder, *, under="", listed=None, twice=()):
+    """Replace model.safetensors by two shards and an index that lists ``listed`` besides what is there."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / under).mkdir(exist_ok=True)
+    names = sorted(tensors)
+    parts = {f"{under}a.safetensors": names[:9], f"{under}b.safetensors": [*names[9:], *twice]}
+    for file, own in parts.items():
+        save_file({name: tensors[name] for name in own}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, own in parts.items() for name in own} | (listed or {})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return names
+
+
+def checksums(source, tmp_path):
+    AutoModelForCausalLM.from_pretrained(source)  # what lorq takes is what transformers takes
+    return lorq.quantize(source, tmp_path / "out", NEAREST).checksums
+
+
+def test_an_index_may_list_what_nobody_needs(source, expected, tmp_path):
+    shard(source, listed={"model.layers.0.self_attn.rotary_emb.inv_freq": "b.safetensors"})
+    assert checksums(source, tmp_path) == expected
+
+
+def test_an_index_may_name_the_other_shard(source, expected, tmp_path):
+    shard(source, listed={"lm_head.weight": "b.safetensors"})
+    assert checksums(source, tmp_path) == expected
+
+
+def test_shards_may_lie_in_folders_below(source, expected, tmp_path):
+    shard(source, under="weights/")
+    assert checksums(source, tmp_path) == expected
+
+
+def test_a_tensor_may_be_twice_the_same(source, expected, tmp_path):
+    shard(source, twice=["lm_head.weight"])
+    assert checksums(source, tmp_path) == expected
+
+
+def test_a_tensor_that_differs_between_shards_is_named_and_nothing_called_damaged(source, tmp_path):
+    shard(source, twice=["lm_head.weight"])
+    tensors = load_file(source / "b.safetensors")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, source / "b.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"1 tensors are in b.safetensors and otherwise in another shard: lm_head"
+    ) as e:
+        lorq.quantize(source, tmp_path / "out", NEAREST)
+    assert "do not belong together" in str(e.value)
+    assert not any(word in str(e.value) for word in ("damaged", "download"))
+
+
+def test_a_tensor_that_is_needed_and_in_no_shard_is_named(source, tmp_path):
+    shard(source)
+    tensors = load_file(source / "b.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, source / "b.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors that LlamaForCausalLM needs, such as model.norm.weight"):
+        lorq.quantize(source, tmp_path / "out", NEAREST)
+
+
+@pytest.mark.parametrize("as_index", [False, True])
+def test_the_weights_that_the_config_names_are_those_that_count(as_index, source, expected, tmp_path):
+    if as_index:
+        shard(source)
+        named = (source / "model.safetensors.index.json").rename(source / "these.safetensors.index.json")
+    else:
+        named = (source / "model.safetensors").rename(source / "these.safetensors")
+    other = tiny_folder(tmp_path / "other", "llama", tie_word_embeddings=False, seed=1)
+    shutil.copy(other / "model.safetensors", source)
+    config = json.loads((source / "config.json").read_text()) | {"transformers_weights": named.name}
+    (source / "config.json").write_text(json.dumps(config))
+    assert checksums(source, tmp_path) == expected
+
+
+@pytest.mark.parametrize("named", ["../x.safetensors", "/x.safetensors", "x.bin", 7])
+def test_the_config_names_weights_of_its_folder(named, source, tmp_path):
+    config = json.loads((source / "config.json").read_text()) | {"transformers_weights": named}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"transformers_weights: must name a file in or below its folder .*, got"):
+        lorq.quantize(source, tmp_path / "out", NEAREST)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64], ids=str)
+def test_weights_of_a_rare_floating_type_are_quantized_as_what_they_stand_for(dtype, source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    rare = {name: t.to(dtype) if "proj" in name else t for name, t in tensors.items()}
+    save_file(rare, source / "model.safetensors", metadata={"format": "pt"})
+    lorq.quantize(source, tmp_path / "rare", NEAREST)
+    save_file({name: t.float() for name, t in rare.items()}, source / "model.safetensors", metadata={"format": "pt"})
+    lorq.quantize(source, tmp_path / "plain", NEAREST)
+    tokens = torch.arange(20)[None]
+    rare, plain = (lorq.load(tmp_path / name, device="cpu")(tokens).logits for name in ("rare", "plain"))
+    assert torch.equal(rare, plain)
+
+
+def test_a_float8_that_is_no_number_is_found_before_the_work(source, tmp_path):
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj"
+    tensors[f"{name}.weight"][3, 5] = torch.nan
+    tensors[f"{name}.weight"] = tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=rf"weights must be finite, NaN or infinite values are in {name} \(1 of 8192\)"
+    ):
+        lorq.quantize(source, tmp_path / "out", NEAREST, dry_run=True)
+
+
+def test_float8_with_scales_is_refused_by_name(source, tmp_path):
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantization}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"source is already quantized \(fp8\); give the original model"):
+        lorq.quantize(source, tmp_path / "out", NEAREST)
