@@ -7,11 +7,12 @@ import pytest
 import torch
 from helpers import tiny_folder
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorq
 
 NEAREST = lorq.Nearest(group_size=32)
+TEXT = dict(calibration="python-docs-odd", samples=2, seq_len=32)
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +146,39 @@ def test_float8_with_scales_is_refused_by_name(source, tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"source is already quantized \(fp8\); give the original model"):
         lorq.quantize(source, tmp_path / "out", NEAREST)
+
+
+def test_files_beside_the_weights_travel_to_the_end(source, tmp_path):
+    """Code that loads the original loads the quantized model too, and what stays behind is said."""
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "modeling_own.OwnLM"}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\n\nclass Own(LlamaConfig):\n    pass\n"
+    )
+    (source / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_own import Own\n\n"
+        "class OwnLM(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    (source / "LICENSE").write_text("as you like")
+    with (source / "rows.parquet").open("wb") as file:
+        file.truncate(10**9)
+    report = lorq.quantize(source, tmp_path / "out", lorq.LoRDS(bits=3, group_size=32, refine_steps=0), **TEXT)
+    assert report.notes == {"rows.parquet": "not copied, 1000000000 bytes, more than 100000000"}
+    assert lorq.read_report(tmp_path / "out").notes == report.notes
+    lorq.adapt.save(lorq.load(tmp_path / "out", device="cpu"), tmp_path / "saved", base=tmp_path / "out")
+    for folder in (tmp_path / "out", tmp_path / "saved"):
+        assert (folder / "LICENSE").read_text() == "as you like" and not (folder / "rows.parquet").exists()
+        assert AutoTokenizer.from_pretrained(folder).get_chat_template("tools") == "{{ messages }}"
+        loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        assert type(loaded).__name__ == "OwnLM"
+
+
+def test_code_that_is_missing_is_not_asked_for(source, tmp_path):
+    config = json.loads((source / "config.json").read_text()) | {"auto_map": {"AutoConfig": "gone.Own"}}
+    (source / "config.json").write_text(json.dumps(config))
+    lorq.quantize(source, tmp_path / "out", NEAREST)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)

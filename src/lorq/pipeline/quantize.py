@@ -3,6 +3,7 @@
 import os
 import time
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from lorq.models.blocks import StreamedModel
 from lorq.models.locate import load_dense, resolve_model
 from lorq.models.self_text import cached_self_windows
 from lorq.models.skeleton import read_config
-from lorq.models.texts import SELF, Windows, calibration_windows
+from lorq.models.texts import SELF, TEXTS, Windows, calibration_windows
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
@@ -26,9 +27,12 @@ from lorq.pipeline.walk import Streams, walk
 from lorq.progress import Progress
 from lorq.runtime.device import read_device
 from lorq.storage.atomic import require_space
+from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.config import FORMAT_VERSION
 from lorq.storage.folder import LorqFolder
-from lorq.storage.names import COMPANIONS, JOURNAL, REPORT_NAME, SENTINEL
+from lorq.storage.journal import read_journal
+from lorq.storage.lock import owned
+from lorq.storage.names import JOURNAL, REPORT_NAME, SENTINEL
 from lorq.storage.out_folder import check_out
 from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter, check_begun
@@ -83,22 +87,32 @@ def quantize(
     largest = estimate(plan, streamed)
     # What is finished is on the disk already; the head room is for index, report and journal.
     finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if chosen.resume else 0
-    require_space(out, max(0, largest.bytes - finished) + (1 << 20))
-    if not begun:  # a run that was begun has checked these weights
-        check_weights(plan, streamed, progress)
-    if chosen.dry_run:
-        if chosen.calibration != SELF:
-            _windows(plan, streamed, progress)
-        return replace(largest, seconds=time.monotonic() - started)
-    began = time.monotonic()
-    windows = _windows(plan, streamed, progress)
-    text_seconds = time.monotonic() - began
-    identity = _identity(plan, streamed, windows)
-    writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
-    stages = _solve(plan, streamed, windows, writer, executor or SameProcess(), progress)
-    stages["calibration"] += text_seconds
-    report = _finish(plan, streamed, writer, windows)
-    return replace(report, seconds=time.monotonic() - started, stages=stages)
+    beside = sum(file.stat().st_size for file in find_companions(source)[0].values())
+    require_space(out, max(0, largest.bytes - finished) + beside + (1 << 20))
+    with nullcontext() if chosen.dry_run else owned(out):
+        if not begun:  # a run that was begun has checked these weights
+            check_weights(plan, streamed, progress)
+        if chosen.dry_run:
+            if chosen.calibration != SELF:
+                _windows(plan, streamed, progress)
+            return replace(largest, seconds=time.monotonic() - started)
+        began = time.monotonic()
+        windows = _windows(plan, streamed, progress)
+        if begun and windows is not None:
+            windows = _as_begun(out, windows)
+        text_seconds = time.monotonic() - began
+        identity = _identity(plan, streamed, windows)
+        writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
+        stages = _solve(plan, streamed, windows, writer, executor or SameProcess(), progress)
+        stages["calibration"] += text_seconds
+        report = _finish(plan, streamed, writer, windows)
+        return replace(report, seconds=time.monotonic() - started, stages=stages)
+
+
+def _as_begun(out: Path, windows: Windows) -> Windows:
+    """The windows under the name that the run began with, where they are the same under another."""
+    then = read_journal(out / JOURNAL).identity
+    return replace(windows, source=then["calibration"]) if then["calibration_tokens"] == windows.sha256 else windows
 
 
 def _solve(
@@ -111,8 +125,9 @@ def _solve(
     memory meanwhile would take gigabytes from large vocabularies, all the time.
     """
     commit, seconds = Commit(model, plan, writer), {"calibration": 0.0, "solving": 0.0}
-    stored = {name: model.stored_tensor(name) for name in plan.kept(*model.outside)}
-    commit.outside(stored)
+    with model.checkpoint.hashed() as source:
+        stored = {name: model.stored_tensor(name) for name in plan.kept(*model.outside)}
+    commit.outside(stored, source())
     with model.resident(*model.outside, stored=stored):
         tokens = torch.empty(0, 1, dtype=torch.int64) if windows is None else windows.tokens
         streams = Streams.begin(model, plan, tokens, writer.folder)
@@ -121,7 +136,7 @@ def _solve(
     for number, visit in enumerate(walk(model, plan, streams, finished=finished), 1):
         began = time.monotonic()
         if visit.part.name in finished:
-            solved = commit.read(visit.part)
+            solved = commit.read(visit)
         else:
             solved = solve_block(model, plan, visit, probe, executor)
             seconds["calibration"] += visit.seconds
@@ -158,9 +173,11 @@ def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | 
             progress=lambda done, total: progress("write calibration text", done, total),
         )
 
-    return calibration_windows(
+    windows = calibration_windows(
         options.calibration, tokenizer, samples=options.samples, seq_len=options.seq_len, self_writer=write
     )  # fmt: skip
+    # Where a file lies is nobody's business and differs from machine to machine.
+    return windows if windows.source in (SELF, *TEXTS) else replace(windows, source=Path(windows.source).name)
 
 
 def _require_memory(model: StreamedModel) -> None:
@@ -215,9 +232,9 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
         plan, model, layers, stored=sum(record["bytes"] for record in records),
         run_info=_run_info(plan, model, windows), checksums=writer.shard_checksums(),
     )  # fmt: skip
-    files: dict[str, bytes | Path] = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    files[REPORT_NAME] = report.to_bytes()
-    config = read_config(folder).to_dict() | {
+    beside, left = find_companions(folder)
+    report = replace(report, run=report.run | ({"not_copied": left} if left else {}))
+    config = with_code_of(read_config(folder).to_dict(), beside) | {
         "transformers_weights": SENTINEL,
         "quantization_config": {
             "quant_method": "lorq", "format_version": FORMAT_VERSION, "lorq_version": __version__,
@@ -229,5 +246,5 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
     }  # fmt: skip
     # Where the model was read from is nobody's business and would differ from machine to machine.
     config.pop("_name_or_path", None)
-    writer.finish(config=config, files=files)
+    writer.finish(config=config, files={**beside, REPORT_NAME: report.to_bytes()})
     return report

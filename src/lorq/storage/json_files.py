@@ -69,7 +69,8 @@ def plain_name(name: Any, *, where: Path | str, suffix: str = "") -> str:
 def name_below(name: Any, *, where: Path | str, suffix: str = "") -> str:
     """`plain_name`, but the file may be in folders below, ``a/b.safetensors``."""
     if not isinstance(name, str) or not name.endswith(suffix) or not all(map(_is_plain, name.split("/"))):
-        raise ValueError(f"{where}: must name a file in or below its folder that ends in {suffix}, got {_short(name)}")
+        ending = f" that ends in {suffix}" if suffix else ""
+        raise ValueError(f"{where}: must name a file in or below its folder{ending}, got {_short(name)}")
     return name
 
 

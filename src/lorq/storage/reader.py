@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class WeightFiles:
     folder: Path
     headers: dict[str, Header]  # by weight file
     files: dict[str, str]  # tensor -> weight file
+    _seen: list[dict[str, bytes]] = field(default_factory=list, repr=False, compare=False)  # see `hashed`
 
     @classmethod
     def open(cls, folder: Path, *, index_name: str | None = None) -> "WeightFiles":
@@ -98,7 +100,21 @@ class WeightFiles:
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         """Read one tensor, or one index of its first dimension; KeyError if the checkpoint has no such tensor."""
         file = self._file(name)
-        return read_tensor(self.folder / file, self.headers[file], name, index)
+        tensor = read_tensor(self.folder / file, self.headers[file], name, index)
+        for seen in self._seen:
+            content = tensor.reshape(-1).view(torch.uint8).numpy()
+            seen[json.dumps([name, index])] = hashlib.sha256(content.data).digest()
+        return tensor
+
+    @contextmanager
+    def hashed(self) -> Iterator[Callable[[], str]]:
+        """A function that gives the sha256 (hex) of all tensors, and parts of them, that are read meanwhile."""
+        seen: dict[str, bytes] = {}
+        self._seen.append(seen)
+        try:
+            yield lambda: hashlib.sha256(b"".join(key.encode() + seen[key] for key in sorted(seen))).hexdigest()
+        finally:
+            self._seen.remove(seen)
 
     def fingerprint(self) -> str:
         """sha256 (hex) that tells this model from another or an edited one without reading it all.
