@@ -12,6 +12,8 @@ from lorq.core.linalg import cholesky, damp, inverse_factor, shrink
 
 # Rows of the Gram matrix that are summed at a time.
 _STRIP = 256
+# Columns of a Hessian that `output_energy` multiplies at a time.
+_WIDE_STRIP = 1024
 TokenWeights = Literal["equal", "plain"]
 
 
@@ -158,8 +160,17 @@ class StatsAccumulator:
 def output_energy(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, ""]:
     """``tr(D H D^T)``: mean squared change of a layer's output if its weight changes by ``delta``.
 
+    ``H`` is symmetric: only its upper triangle is multiplied, strip by strip, which is half the work.
+
     Example:
         >>> output_energy(torch.tensor([[3.0, 4.0]]), torch.eye(2))
         tensor(25.)
     """
-    return ((delta @ hessian) * delta).sum()
+    energy = delta.new_zeros(())
+    for start in range(0, hessian.shape[1], _WIDE_STRIP):
+        columns = slice(start, start + _WIDE_STRIP)
+        half = delta[:, columns] @ hessian[columns, columns]
+        if start:
+            half = torch.addmm(half, delta[:, :start], hessian[:start, columns], alpha=2)
+        energy = energy + (half * delta[:, columns]).sum()
+    return energy
