@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lorq.models.locate import full_path
+
 if TYPE_CHECKING:  # importing a model class takes seconds; here it is only named
     import transformers
 Split = Literal["calibration", "evaluation"]
@@ -84,7 +86,7 @@ def load_text(source: str, *, split: Split = "calibration") -> str:
         raise ValueError(f"split must be 'calibration' or 'evaluation', got {split!r}")
     if source in TEXTS:
         return TEXTS[source](split)
-    path = Path(source).expanduser()
+    path = full_path(source)
     if not path.is_file():
         raise FileNotFoundError(
             f"text must be one of {', '.join(TEXTS)} or a file; got {source!r}, and no such file exists"
