@@ -165,6 +165,11 @@ TEXTS: dict[str, Callable[[Split], str]] = {
 }
 
 
+def text_name(source: str) -> str:
+    """A text's name, of a file without its folder: that is nobody's business and differs from machine to machine."""
+    return source if source in (SELF, *TEXTS) else Path(source).name
+
+
 def token_windows(
     text: str,
     tokenizer: "transformers.PreTrainedTokenizerBase",

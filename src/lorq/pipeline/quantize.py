@@ -16,7 +16,7 @@ from lorq.models.blocks import StreamedModel
 from lorq.models.locate import cache_dir, full_path, load_dense, refuse_adapter, resolve_model
 from lorq.models.self_text import cached_self_windows
 from lorq.models.skeleton import read_config
-from lorq.models.texts import SELF, TEXTS, Windows, calibration_windows
+from lorq.models.texts import SELF, Windows, calibration_windows, text_name
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
@@ -191,8 +191,7 @@ def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | 
     windows = calibration_windows(
         options.calibration, tokenizer, samples=options.samples, seq_len=options.seq_len, self_writer=write
     )  # fmt: skip
-    # Where a file lies is nobody's business and differs from machine to machine.
-    return windows if windows.source in (SELF, *TEXTS) else replace(windows, source=Path(windows.source).name)
+    return replace(windows, source=text_name(windows.source))
 
 
 def _require_memory(model: StreamedModel) -> None:
