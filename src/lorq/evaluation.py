@@ -83,7 +83,7 @@ def evaluate(
 
     from lorq.adapt.adapters import load_adapter
     from lorq.kernels.cpu import check_products
-    from lorq.models.texts import load_text, token_windows
+    from lorq.models.texts import load_text, text_name, token_windows
     from lorq.quality import bits_per_weight, evaluate_model
     from lorq.runtime.hf import load
 
@@ -99,8 +99,8 @@ def evaluate(
     tokens = token_windows(
         load_text(text, split="evaluation"), tokenizer, windows=windows or None, length=window, what=text
     )
-    if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text:
-        _log.warning("%s was calibrated on %s itself; these figures flatter it", model, text)
+    if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text_name(text):
+        _log.warning("%s was calibrated on %s; if it is this text, these figures flatter it", model, text_name(text))
     measured = load(folder, device=device, dtype=dtype)
     if adapter is not None:
         load_adapter(measured, adapter)

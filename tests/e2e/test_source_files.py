@@ -1,12 +1,16 @@
 """Folders as people have them: what transformers loads of a folder is quantized, and what lorq cannot is named."""
 
 import json
+import re
 import shutil
+from collections import namedtuple
 
+import numpy
 import pytest
 import torch
 from helpers import tiny_folder
 from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lorq
@@ -182,3 +186,97 @@ def test_code_that_is_missing_is_not_asked_for(source, tmp_path):
     lorq.quantize(source, tmp_path / "out", NEAREST)
     assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
     AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+
+
+def test_a_folder_with_an_adapter_is_refused_with_the_remedy(source, tmp_path):
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"also has an adapter .* merge it into the weights first .* or remove"):
+        lorq.quantize(source, tmp_path / "out", NEAREST)
+
+
+def test_a_config_that_transformers_cannot_read_is_one_line(source, tmp_path):
+    config = json.loads((source / "config.json").read_text()) | {"dtype": "torch.float16"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"the config of .*source could not be read: .*torch.float16"):
+        lorq.quantize(source, tmp_path / "out", NEAREST)
+
+
+# Places
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Sets how many bytes are free."""
+    usage = namedtuple("Usage", "total used free")
+    return lambda free: monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**15, 0, free))
+
+
+def refused(source, out, message, **options):
+    stages = []
+    with pytest.raises(OSError, match=message) as caught:
+        lorq.quantize(source, out, progress=lambda stage, *_: stages.append(stage), **options)
+    assert not stages and not out.exists(), "before any work, and nothing is left"
+    return caught.value
+
+
+def test_a_disk_without_room_is_said_before_the_work(original, disk, tmp_path):
+    disk(10**6)
+    assert refused(original, tmp_path / "out", r"out needs \d+ bytes, 1000000 are free", method=NEAREST).errno == 28
+
+
+def test_room_is_asked_for_hidden_states_and_files_beside_the_weights(source, disk, tmp_path):
+    large = dict(calibration="python-docs", samples=100, seq_len=128, method=lorq.GPTQ(group_size=32))
+    disk(4 * 10**6)
+    needed = int(re.search(r"needs (\d+)", str(refused(source, tmp_path / "out", "needs", **large, spill_bytes=0)))[1])
+    assert needed > 4 * 100 * 128 * 64
+    (source / "tokenizer.model").write_bytes(bytes(10**6))
+    again = str(refused(source, tmp_path / "out", "needs", **large, spill_bytes=0))
+    assert f"needs {needed + 10**6} bytes" in again
+    lorq.quantize(source, tmp_path / "out", **large | {"samples": 2}, dry_run=True)
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_work(original, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    refused(
+        original, tmp_path / "file" / "out", r"out cannot be written to \(Not a directory\); choose", method=NEAREST
+    )
+
+
+def test_a_second_run_into_a_folder_is_refused_before_the_work(original, tmp_path):
+    out = tmp_path / "out"
+
+    def second(stage, done, total):
+        if (stage, done) in (("check weights", 1), ("quantize", 1)):
+            for flags in ({}, {"overwrite": True}, {"resume": True}):
+                with pytest.raises(FileExistsError, match="another run is writing"):
+                    lorq.quantize(original, out, NEAREST, **flags)
+
+    lorq.quantize(original, out, NEAREST, progress=second)
+    assert not [path for path in out.iterdir() if path.name.endswith(".tmp")]
+
+
+def test_a_gguf_file_that_was_written_anew_is_decoded_anew(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("LORQ_CACHE", str(tmp_path / "cache"))
+
+    def write(last):
+        w = gguf.GGUFWriter(str(tmp_path / "model.gguf"), "llama")
+        w.add_context_length(64), w.add_embedding_length(32), w.add_block_count(1), w.add_feed_forward_length(32)
+        w.add_head_count(2), w.add_head_count_kv(2), w.add_layer_norm_rms_eps(1e-5), w.add_vocab_size(258)
+        w.add_rope_dimension_count(16), w.add_tokenizer_model("gpt2"), w.add_tokenizer_pre("default")
+        w.add_token_list([*sorted(ByteLevel.alphabet()), "<s>", "ab"]), w.add_token_merges(["a b"])
+        w.add_token_types([1] * 256 + [3, 1]), w.add_bos_token_id(256), w.add_eos_token_id(256)
+        shapes = {"token_embd": (258, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+        shapes |= {f"blk.0.{n}": (32, 32) for n in ("attn_q", "attn_k", "attn_v", "attn_output")}
+        shapes |= {f"blk.0.{n}": (32, 32) for n in ("ffn_gate", "ffn_up", "ffn_down")} | {"output": (258, 32)}
+        for name, shape in shapes.items():
+            w.add_tensor(f"{name}.weight", numpy.full(shape, last if name == "output" else 1.0, numpy.float32))
+        w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+        return tmp_path / "model.gguf"
+
+    for last in (0.25, -0.5):
+        assert lorq.load(write(last), device="cpu").lm_head.weight[0, 0].item() == last
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "total used free")(10**9, 0, 1000))
+    with pytest.raises(OSError, match=r"needs \d+ bytes, 1000 are free") as caught:
+        lorq.load(write(0.75))
+    assert "set LORQ_CACHE" in caught.value.__notes__[0]

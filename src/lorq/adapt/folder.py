@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from lorq.models.locate import full_path
 from lorq.storage.json_files import read_json
 
 ADAPTER_CONFIG = "lorq_adapter.json"
@@ -33,7 +34,7 @@ def check_trainable(model: str | Path) -> None:
 
     Anything but a folder is not looked at.
     """
-    path = Path(model).expanduser() / "config.json"
+    path = full_path(model) / "config.json"
     if path.is_file():
         quantization = read_json(path).get("quantization_config")
         layers = quantization.get("layers") if isinstance(quantization, dict) else None

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lorq.models.locate import full_path
+
 if TYPE_CHECKING:  # importing a model class takes seconds; here it is only named
     import transformers
 Split = Literal["calibration", "evaluation"]
@@ -84,7 +86,7 @@ def load_text(source: str, *, split: Split = "calibration") -> str:
         raise ValueError(f"split must be 'calibration' or 'evaluation', got {split!r}")
     if source in TEXTS:
         return TEXTS[source](split)
-    path = Path(source).expanduser()
+    path = full_path(source)
     if not path.is_file():
         raise FileNotFoundError(
             f"text must be one of {', '.join(TEXTS)} or a file; got {source!r}, and no such file exists"
@@ -161,6 +163,11 @@ TEXTS: dict[str, Callable[[Split], str]] = {
     "wikitext2": _wikitext2,
     "c4": _c4,
 }
+
+
+def text_name(source: str) -> str:
+    """A text's name, of a file without its folder: that is nobody's business and differs from machine to machine."""
+    return source if source in (SELF, *TEXTS) else Path(source).name
 
 
 def token_windows(

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lorq.methods import Method
 from lorq.models.blocks import StreamedModel
-from lorq.models.locate import load_dense, resolve_model
+from lorq.models.locate import cache_dir, full_path, load_dense, refuse_adapter, resolve_model
 from lorq.models.self_text import cached_self_windows
 from lorq.models.skeleton import read_config
-from lorq.models.texts import SELF, TEXTS, Windows, calibration_windows
+from lorq.models.texts import SELF, Windows, calibration_windows, text_name
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
@@ -72,10 +72,12 @@ def quantize(
     """
     started = time.monotonic()
     chosen, solver = read_options(options), read_method(method)
-    source, out = resolve_model(model), Path(out)
-    if out.resolve() == source.resolve():
+    out, own = Path(out), full_path(model)
+    if own.exists() and out.resolve() == own.resolve():
         raise FileExistsError(f"the output folder must not be the model's own, got {out} for both")
     check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
+    source = resolve_model(model)
+    refuse_adapter(source)
     progress = progress or (lambda *_: None)
     streamed = StreamedModel.open(source, device=read_device(chosen.device))
     plan = mix_widths(make_plan(streamed, solver, chosen))
@@ -87,8 +89,10 @@ def quantize(
     largest = estimate(plan, streamed)
     # What is finished is on the disk already; the head room is for index, report and journal.
     finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if chosen.resume else 0
+    if chosen.calibration == SELF and _observes(plan):
+        cache_dir()  # the text goes there: refuses what has no such place
     beside = sum(file.stat().st_size for file in find_companions(source)[0].values())
-    require_space(out, max(0, largest.bytes - finished) + beside + (1 << 20))
+    require_space(out, max(0, largest.bytes - finished) + beside + _spilled_bytes(plan, streamed) + (1 << 20))
     with nullcontext() if chosen.dry_run else owned(out):
         if not begun:  # a run that was begun has checked these weights
             check_weights(plan, streamed, progress)
@@ -107,6 +111,17 @@ def quantize(
         stages["calibration"] += text_seconds
         report = _finish(plan, streamed, writer, windows)
         return replace(report, seconds=time.monotonic() - started, stages=stages)
+
+
+def _spilled_bytes(plan: Plan, model: StreamedModel) -> int:
+    """Of hidden states that do not fit in memory, as `Streams.begin` puts them into files beside the result."""
+    options, width = plan.options, int(model.model.config.get_text_config().hidden_size)
+    size = 4 * options.samples * options.seq_len * width if _observes(plan) else 0
+    return size * (2 if plan.blockwise else 1) if size > options.spill_bytes else 0
+
+
+def _observes(plan: Plan) -> bool:
+    return any(plan.observes(method) for _, method in plan.jobs())
 
 
 def _as_begun(out: Path, windows: Windows) -> Windows:
@@ -149,7 +164,7 @@ def _solve(
 
 def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | None:
     """Calibration windows, if anything looks at inputs."""
-    if not any(plan.observes(method) for _, method in plan.jobs()):
+    if not _observes(plan):
         return None
     from transformers import AutoTokenizer
 
@@ -176,8 +191,7 @@ def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | 
     windows = calibration_windows(
         options.calibration, tokenizer, samples=options.samples, seq_len=options.seq_len, self_writer=write
     )  # fmt: skip
-    # Where a file lies is nobody's business and differs from machine to machine.
-    return windows if windows.source in (SELF, *TEXTS) else replace(windows, source=Path(windows.source).name)
+    return replace(windows, source=text_name(windows.source))
 
 
 def _require_memory(model: StreamedModel) -> None:

@@ -8,18 +8,20 @@ next begins. So every file under its final name is in the journal, and a line wi
 that this shard is made again. ``finish`` writes ``config.json`` last and then removes the journal.
 """
 
-import hashlib
+import errno
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lorq.storage.atomic import TEMPORARY, rename_synced, room_for, sync_folder, write_synced
+from lorq.storage.atomic import TEMPORARY, rename_synced, room_for, sha256_of, sync_file, sync_folder, write_synced
 from lorq.storage.journal import FinishedShard, append_line, differences, read_journal, write_journal
 from lorq.storage.json_files import json_bytes, name_below, plain_name, read_json, some_of
 from lorq.storage.lock import LOCK
@@ -95,11 +97,11 @@ class CheckpointWriter:
             if twice := tensors.keys() & set(other.tensors):
                 raise ValueError(f"{name} repeats {len(twice)} tensors of {other.name}: {some_of(twice)}")
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        data = save(on_cpu, metadata={"format": "pt"})  # safetensors does not order more than one key
-        shard = FinishedShard(name, hashlib.sha256(data).hexdigest(), len(data), sorted(tensors), record)
         path = self.folder / name
-        with room_for(path, len(data)):
-            temporary = write_synced(path, data)
+        with room_for(path, sum(tensor.nbytes for tensor in on_cpu.values())):
+            temporary = _save_synced(path, on_cpu)
+            size, checksum = temporary.stat().st_size, sha256_of(temporary)
+            shard = FinishedShard(name, checksum, size, sorted(tensors), record)
             append_line(self.folder / JOURNAL, {"shard": asdict(shard)})
             rename_synced(temporary, path)
         self._shards[name] = shard
@@ -143,6 +145,18 @@ class CheckpointWriter:
                 rename_synced(write_synced(self.folder / name, data), self.folder / name)
         (self.folder / JOURNAL).unlink()
         sync_folder(self.folder)
+
+
+def _save_synced(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """`write_synced` of tensors, none of which is copied for it: a block of a large mixture has gigabytes."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})  # safetensors does not order more than one key
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
+    sync_file(temporary)
+    return temporary
 
 
 def check_begun(folder: Path, settings: dict[str, Any]) -> None:

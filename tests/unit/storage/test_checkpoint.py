@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import resource
 import shutil
 import stat
 import subprocess
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from lorq.storage import json_files
@@ -388,6 +391,21 @@ def test_json_may_be_longer_than_a_header(tmp_path: Path) -> None:
 
 
 # Writing
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of memory")
+def test_tensors_are_not_copied_to_be_written(tmp_path: Path) -> None:
+    """A block of a large mixture has gigabytes; what is held twice would need as many more."""
+
+    def peak() -> int:
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+    writer, large = CheckpointWriter.create(tmp_path / "out", IDENTITY), torch.ones(2**27, dtype=torch.uint8)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins again
+    before = peak()
+    writer.write_shard(SHARDS[0], {"x": large}, {})
+    assert peak() - before < 2**25
+    assert (tmp_path / "out" / SHARDS[0]).read_bytes() == safetensors_bytes({"x": large}, metadata={"format": "pt"})
 
 
 def test_what_is_written_can_be_read(whole: dict[str, bytes], tmp_path: Path) -> None:
@@ -799,16 +817,29 @@ def test_room_is_asked_for_before_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
-def test_a_full_disk_keeps_what_is_finished(whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_full_disk_keeps_what_is_finished(
+    whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "out"
     writer = start(folder, 2)
-    temporary = folder / (SHARDS[2] + TEMPORARY)
-    temporary.symlink_to("/dev/full")
-    size = len(whole[SHARDS[2]])
-    with pytest.raises(OSError, match=rf"no space left in .*out: lorq-00002.* needs {size} bytes, \d+ are free"):
-        writer.write_shard(SHARDS[2], tensors_of(2), {})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:  # what safetensors says of a disk, in the words of the system
+        with pytest.raises(OSError, match="File too large") as caught:
+            writer.write_shard(SHARDS[2], tensors_of(2), {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG and sorted(contents(folder)) == [*SHARDS[:2], JOURNAL]
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    size = sum(tensor.nbytes for tensor in tensors_of(2).values())
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(OSError, match=rf"no space left in .*out: lorq-00002.* needs {size} bytes, \d+ are free"):
+            writer.write_shard(SHARDS[2], tensors_of(2), {})
     assert sorted(contents(folder)) == [*SHARDS[:2], JOURNAL]
-    assert Path("/dev/full").is_char_device()
     writer.write_shard(SHARDS[2], tensors_of(2), {})
     (folder / (INDEX + TEMPORARY)).symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"index.json needs \d+ bytes.*what is finished is kept.*--resume"):
