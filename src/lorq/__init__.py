@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from lorq import _autoload
+from lorq import _autoload, pools
 from lorq.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -52,4 +52,5 @@ def __dir__() -> list[str]:
     return sorted([*_public(), "__version__"])
 
 
+pools.set_up()
 _autoload.register()

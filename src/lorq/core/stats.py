@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorq.core.checks import all_finite
 from lorq.core.linalg import cholesky, damp, inverse_factor, shrink
 
 # Rows of the Gram matrix that are summed at a time.
@@ -116,7 +117,7 @@ class StatsAccumulator:
             ValueError: if a weight is negative or not finite.
         """
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        if not bool(torch.isfinite(x).all()):
+        if not all_finite(x):
             bad = int((~torch.isfinite(x)).sum())
             raise FloatingPointError(
                 f"calibration inputs must be finite, got {bad} NaN or infinite values of {x.numel()}; "

@@ -15,6 +15,7 @@ from lorq.core.activations import Activations
 from lorq.core.basis import Basis
 from lorq.models.blocks import Calls, Part, StreamedModel, hidden_states
 from lorq.models.experts import find_experts
+from lorq.pipeline.check_weights import check_resident
 from lorq.pipeline.dense_activations import quantized_activations
 from lorq.pipeline.observe import Observed, Observer, observed
 from lorq.pipeline.plan import Plan
@@ -103,6 +104,7 @@ def walk(model: StreamedModel, plan: Plan, streams: Streams, *, finished: Collec
             with model.checkpoint.hashed() as source:
                 kept = {name: model.stored_tensor(name) for name in plan.kept(part)}
                 stack.enter_context(model.resident(part, stored=dict(kept)))
+            check_resident(plan, model, part)
             run, began = partial(model.run, part, calls=streams.calls), time.monotonic()
             if streams.original is not None and (streams.original is not streams.inputs or part.name in finished):
                 advance(streams.original, run)
