@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,3 +77,18 @@ def test_a_file_is_known_by_its_content_and_read_once(tmp_path: Path, monkeypatc
     (tmp_path / "other").mkdir()
     shutil.copy2(file, tmp_path / "other" / "model.gguf")
     assert _content_of(tmp_path / "other" / "model.gguf") == second and len(reads) == 3
+
+
+def test_a_hub_gives_what_may_travel_and_no_weights_of_other_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda _, **rest: asked.update(rest) or "/cache")
+    assert locate.resolve_model("some/where") == Path("/cache")
+    wanted = [
+        *("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"),
+        *("qwen.tiktoken", "modeling_own.py", "LICENSE", "chat_template.jinja", "additional_chat_templates/a.jinja"),
+    ]
+    others = ["pytorch_model.bin", "consolidated.safetensors", "original/params.json", "model.gguf", "onnx/model.onnx"]
+    assert list(filter_repo_objects([*wanted, *others], **asked)) == wanted
