@@ -11,9 +11,9 @@ _LIMITS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 def set_up(groups: Path = Path("/sys/fs/cgroup")) -> None:
     """Let threads that wait give way, and start no more of them than this process may run; what is set stays.
 
-    A thread that waits for the others spins meanwhile: libgomp's do so for some 15 ms, each time, though the thread that
-    they wait for has no processor because of them. Beside two busy processes that makes work take ten times as long. A
-    thousand turns, 50 microseconds, outlast the gaps between a model's products.
+    A thread that waits for the others spins: libgomp's do so for some 15 ms, each time, though the one they wait for
+    has no processor because of them. Beside two busy processes work takes ten times as long so. A thousand turns, 50
+    microseconds, outlast the gaps between a model's products.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

@@ -20,7 +20,8 @@ def environment(monkeypatch):
 @pytest.mark.parametrize(
     "files, threads",
     [
-        ({"cpu.max": "200000 100000\n"}, "2"), ({"cpu.max": "150000 100000\n"}, "2"), ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu.max": "200000 100000\n"}, "2"), ({"cpu.max": "150000 100000\n"}, "2"),
+        ({"cpu.max": "max 100000\n"}, None),
         ({"cpu.max": "1600000 100000\n"}, None), ({}, None), ({"cpu.max": "what\n"}, None),
         ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, "3"),
         ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),

@@ -112,7 +112,9 @@ class Commit:
     def _write(self, shard: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         self.settle()
-        self._under_way.append(self.disk.submit(self.writer.write_shard, shard, tensors, record | {"bytes": size}))
+        self._under_way.append(
+            self.disk.submit(self.writer.write_shard, shard, dict(tensors), record | {"bytes": size})
+        )
 
     def settle(self) -> None:
         """Wait until all that was given to the disk is on it; raises what went wrong there."""
