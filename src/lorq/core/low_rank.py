@@ -138,6 +138,10 @@ class Metric:
         """``C = diag(alpha)``: each input channel weighs as much as its activations."""
         return cls(lambda e: e * alpha, lambda v: v / alpha)
 
+    def scaled(self, exponent: Tensor) -> "Metric":
+        """``C / 2^exponent``."""
+        return Metric(lambda e: torch.ldexp(self.apply(e), -exponent), lambda v: torch.ldexp(self.undo(v), exponent))
+
 
 def r1svd(
     target: Float[Tensor, "out in"],
@@ -177,7 +181,11 @@ def r1svd(
             f"rank must be between 0 and min(out, in) = {min(target.shape)} for a target of shape "
             f"{tuple(target.shape)}, got {rank}"
         )
-    rest = metric.apply(target).clone()
+    rest = metric.apply(target)
+    # Inputs may be so small that factors would leave float16's range, and squares float32's. In steps of four, so that
+    # no digit of any factor changes.
+    exponent = torch.frexp(rest.abs().amax()).exponent // 2 * 2
+    metric, rest = metric.scaled(exponent), torch.ldexp(rest, -exponent)
     # The rank-1 form asks this only to check the other options.
     sketched = rank if form == "block" else 0
     _, starts = sketch(rest, rank=sketched, form=form, iterations=iterations, generator=generator)

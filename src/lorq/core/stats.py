@@ -51,6 +51,11 @@ class InputStats:
         """Tokens that the layer gets in use, at least 1."""
         return max(1, self.tokens if self.routed is None else self.routed)
 
+    @property
+    def empty(self) -> bool:
+        """The inputs are always zero, or too small to have squares: they tell nothing of the weight."""
+        return bool((self.hessian.diagonal().abs() <= torch.finfo(torch.float32).tiny).all())
+
     def smoothed(self, scale: Float[Tensor, "in"]) -> "InputStats":
         """Of the same inputs with each channel divided by ``scale``, the tokens weighted as before."""
         return replace(
@@ -147,15 +152,14 @@ class StatsAccumulator:
         """The means over all counted tokens.
 
         Raises:
-            ValueError: if no token was counted, or none with a weight.
+            ValueError: if no token was counted.
         """
         if not self.tokens:
             raise ValueError("statistics need at least one token, got 0; was the layer ever run?")
-        if not self.weight:
-            raise ValueError(f"the weights of {self.tokens} tokens must sum to more than 0, got {self.weight}")
-        upper = self.gram.triu() / self.weight
+        weight = self.weight or 1.0  # no token with a weight is as good as inputs of zeros
+        upper = self.gram.triu() / weight
         gram = upper + upper.triu(1).T
-        return InputStats(gram, self.magnitude / self.weight, self.tokens, low=self.low, high=self.high)
+        return InputStats(gram, self.magnitude / weight, self.tokens, low=self.low, high=self.high)
 
 
 def output_energy(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, ""]:

@@ -18,6 +18,7 @@ from lorq.models.locate import cache_dir, full_path, load_dense, refuse_adapter,
 from lorq.models.self_text import cached_self_windows
 from lorq.models.skeleton import read_config
 from lorq.models.texts import SELF, Windows, calibration_windows, text_name
+from lorq.pipeline.check_walk import check_walk
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.one_block import solve_block
@@ -97,6 +98,8 @@ def quantize(
     require_space(out, max(0, largest.bytes - finished) + beside + _spilled_bytes(plan, streamed) + (1 << 20))
     with nullcontext() if chosen.dry_run else owned(out):
         check_kinds(plan, streamed)
+        if not begun:  # a run that was begun has checked this model
+            check_walk(streamed, plan)
         if chosen.dry_run:
             check_weights(plan, streamed, progress)
             if chosen.calibration != SELF:
