@@ -79,4 +79,4 @@ def all_finite(values: "Tensor") -> bool:
         >>> all_finite(torch.tensor([1.0, 2.0])), all_finite(torch.tensor([1.0, torch.nan, 2.0]))
         (True, False)
     """
-    return not values.numel() or all(math.isfinite(value) for value in values.aminmax())
+    return not values.numel() or all(math.isfinite(value) for value in values.detach().aminmax())

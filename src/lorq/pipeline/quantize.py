@@ -18,7 +18,7 @@ from lorq.models.locate import cache_dir, full_path, load_dense, refuse_adapter,
 from lorq.models.self_text import cached_self_windows
 from lorq.models.skeleton import read_config
 from lorq.models.texts import SELF, Windows, calibration_windows, text_name
-from lorq.pipeline.check_walk import check_walk
+from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.one_block import solve_block
@@ -99,14 +99,16 @@ def quantize(
     with nullcontext() if chosen.dry_run else owned(out):
         check_kinds(plan, streamed)
         if not begun:  # a run that was begun has checked this model
-            check_walk(streamed, plan)
+            check_walk(streamed, plan, progress)
         if chosen.dry_run:
-            check_weights(plan, streamed, progress)
+            if not looks_at_all(streamed):
+                check_weights(plan, streamed, progress)
             if chosen.calibration != SELF:
                 _windows(plan, streamed, progress)
             return replace(largest, seconds=time.monotonic() - started)
         # Without calibration the work is as fast as the check.
-        with checking_ahead(plan, streamed) if _observes(plan) else nullcontext(lambda: None) as refuse:
+        ahead = _observes(plan) and not looks_at_all(streamed)
+        with checking_ahead(plan, streamed) if ahead else nullcontext(lambda: None) as refuse:
             began = time.monotonic()
             windows = _windows(plan, streamed, progress)
             if begun and windows is not None:
