@@ -9,12 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.checks import all_finite
-from lorq.core.linalg import cholesky, damp, inverse_factor, shrink
+from lorq.core.linalg import WIDE_STRIP, cholesky, damp, inverse_factor, shrink
 
 # Rows of the Gram matrix that are summed at a time.
 _STRIP = 256
-# Columns of a Hessian that `output_energy` multiplies at a time.
-_WIDE_STRIP = 1024
 TokenWeights = Literal["equal", "plain"]
 
 
@@ -172,8 +170,8 @@ def output_energy(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"
         tensor(25.)
     """
     energy = delta.new_zeros(())
-    for start in range(0, hessian.shape[1], _WIDE_STRIP):
-        columns = slice(start, start + _WIDE_STRIP)
+    for start in range(0, hessian.shape[1], WIDE_STRIP):
+        columns = slice(start, start + WIDE_STRIP)
         half = delta[:, columns] @ hessian[columns, columns]
         if start:
             half = torch.addmm(half, delta[:, :start], hessian[:start, columns], alpha=2)
