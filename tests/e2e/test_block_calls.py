@@ -182,23 +182,31 @@ def test_hidden_states_must_come_to_a_block_as_the_one_before_has_left_them(fold
 # ---- quantizing -------------------------------------------------------------------------------------------
 
 
+GPTQ, LRQ = lorq.GPTQ(bits=8, group_size=16), lorq.LRQ(bits=8, group_size=16, steps=1)
+
+
 @pytest.mark.parametrize(
     "kind, method, options",
     [
-        ("falcon", lorq.FLRQ(bits=4, group_size=16), {}),
-        ("gemma4_text", lorq.GPTQ(bits=8, group_size=16), {"stream": "quantized"}),
-        ("gemma4_text", lorq.LRQ(bits=8, group_size=16, steps=2), {"activations": "token", "smoothing": 0.5}),
-        ("gemma4_text", lorq.LRQ(bits=8, group_size=16, steps=2), {"stream": "original"}),
-        ("gemma3n_text", lorq.GPTQ(bits=8, group_size=16), {"exclude": EXCLUDED["gemma3n_text"]}),
+        ("falcon", GPTQ, {}),
+        ("gemma4_text", LRQ, {"activations": "token", "smoothing": 0.5}),
+        ("gemma4_text", LRQ, {"stream": "original"}),
+        ("gemma3n_text", GPTQ, {"stream": "quantized", "exclude": EXCLUDED["gemma3n_text"]}),
     ],
-    ids=["falcon", "gemma4 quantized", "gemma4 lrq", "gemma4 lrq original", "gemma3n"],
+    ids=["falcon", "gemma4 lrq", "gemma4 lrq original", "gemma3n quantized"],
 )
-def test_they_are_quantized_in_memory_and_in_files_alike(kind, method, options, folder_of_kind, text_file, tmp_path):
+def test_they_are_quantized(kind, method, options, folder_of_kind, text_file, tmp_path):
     folder, windows = folder_of_kind(kind), windows_of(2)
     given = {"calibration": str(text_file), "samples": 3, "seq_len": 24, **options}
-    lorq.quantize(folder, tmp_path / "memory", method, **given)
     lorq.quantize(folder, tmp_path / "files", method, **given, spill_bytes=0)
-    assert folder_digests(tmp_path / "memory") == folder_digests(tmp_path / "files")
-    expected, got = own_logits(folder, windows), own_logits(tmp_path / "memory", windows)
-    near = 20 * torch.log10(expected.norm() / (expected - got).norm()).item()
-    assert near > (10 if method.bits == 4 else 25)
+    expected, got = own_logits(folder, windows), own_logits(tmp_path / "files", windows)
+    assert 20 * torch.log10(expected.norm() / (expected - got).norm()).item() > 25
+    if "activations" in options:
+        lorq.quantize(folder, tmp_path / "memory", method, **given)
+        assert folder_digests(tmp_path / "memory") == folder_digests(tmp_path / "files")
+
+
+def test_a_disk_without_room_for_the_windows_is_told_of(tmp_path):
+    with pytest.raises(OSError, match=rf"needs a file of 4000000000.0 GB in {tmp_path}: .*; take fewer samples"):
+        Room(0, tmp_path).take((10**9, 10**9))
+    assert list(tmp_path.iterdir()) == []

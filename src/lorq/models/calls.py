@@ -32,8 +32,13 @@ class Room:
             self._left = None if self._left is None else self._left - bytes_
             return torch.empty(*shape, dtype=dtype)
         with tempfile.NamedTemporaryFile(dir=self._folder, prefix=".hidden-", suffix=TEMPORARY) as file:
-            # Not a sparse file: a disk that fills up later would kill the process.
-            os.posix_fallocate(file.fileno(), 0, bytes_)
+            try:  # not a sparse file: a disk that fills up later would kill the process
+                os.posix_fallocate(file.fileno(), 0, bytes_)
+            except OSError as error:
+                raise OSError(
+                    f"what is kept of the calibration windows needs a file of {bytes_ / 1e9:.1f} GB in {self._folder}: "
+                    f"{error.strerror}; take fewer samples, or raise spill_bytes to keep it in memory"
+                ) from error
             return torch.from_file(file.name, shared=True, size=size, dtype=dtype).view(*shape)
 
 
