@@ -13,7 +13,7 @@ import lorq
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.stats import InputStats
 from lorq.models.blocks import StreamedModel
-from lorq.models.texts import calibration_windows
+from lorq.models.windows import Encoder, text_windows
 from lorq.pipeline import quantize as stages
 from lorq.pipeline.options import Options
 from lorq.pipeline.plan import make_plan
@@ -122,7 +122,7 @@ def test_streams_go_where_the_option_says(method, stream, streams, folder_of, te
     """Blocks are doubled as a stand-in for being quantized."""
     model = StreamedModel.open(folder_of("llama"))
     plan = make_plan(model, method, Options(stream=stream))
-    windows = calibration_windows(str(text_file), tokenizer, samples=3, seq_len=16, self_writer=torch.empty).tokens
+    windows = text_windows(str(text_file), Encoder(tokenizer, (), 257), samples=3, seq_len=16).tokens
 
     def states(changed):
         """What enters and leaves each block, if blocks are changed before they are left."""

@@ -15,7 +15,7 @@ from lorq.models.experts import find_experts, routing_layers
 from lorq.pipeline.dense_activations import KEYS_AND_VALUES
 from lorq.pipeline.options import Options, method_name, read_method, read_options
 from lorq.pipeline.tasks import expert_formats
-from lorq.progress import Progress
+from lorq.progress import CHECK, Progress
 from lorq.storage.report import LayerReport, Report
 
 
@@ -294,12 +294,13 @@ def check_weights(plan: Plan, model: StreamedModel, progress: Progress) -> None:
     kinds = {target.name: model.stored_dtype(target.name + ".weight") for target, _ in jobs}
     if whole := [f"{name} is {kind}" for name, kind in kinds.items() if not kind.is_floating_point]:
         raise ValueError(f"weights must be floating point, {_some(whole)}; give the original")
+    progress(CHECK, 0, len(jobs))
     for done, (target, _) in enumerate(jobs):
         weight = model.stored_tensor(target.name + ".weight")
         wrong = int((~torch.isfinite(weight)).sum())
         if wrong:
             bad.append(f"{target.name} ({wrong} of {weight.numel()})")
-        progress("check weights", done + 1, len(jobs))
+        progress(CHECK, done + 1, len(jobs))
     if bad:
         raise ValueError(
             f"weights must be finite, NaN or infinite values are in {', '.join(bad)}; "
