@@ -81,14 +81,15 @@ def generate(
     from lorq.adapt.adapters import load_adapter
     from lorq.models.windows import Encoder
     from lorq.runtime.compiled import STEPS, check_compiler, compile_steps
-    from lorq.runtime.device import read_device
+    from lorq.runtime.device import own_defaults, read_device
     from lorq.runtime.hf import load
 
     progress(IMPORT, 1, 1)
     if compile:
         check_compiler(read_device(device))
-    encoder = Encoder.open(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    inputs = _read_prompt(encoder, prompt, chat=chat)
+    with own_defaults():
+        encoder = Encoder.open(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        inputs = _read_prompt(encoder, prompt, chat=chat)
     length = inputs["input_ids"].shape[1]
     if encoder.positions is not None and length + tokens > encoder.positions:
         raise ValueError(

@@ -80,7 +80,10 @@ def read_options(options: dict[str, Any]) -> Options:
         if isinstance(options.get(key), str):
             options[key] = (options[key],)
         elif key in options:
-            options[key] = tuple(options[key])
+            given = options[key]
+            if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
+                raise TypeError(f"{key} must be a text or a list of texts, got {given!r}")
+            options[key] = tuple(given)
     if isinstance(options.get("calibration"), Path):
         options["calibration"] = str(options["calibration"])
     chosen = Options(**options)
