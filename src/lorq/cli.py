@@ -24,10 +24,22 @@ import lorq
 from lorq.adapt.folder import check_trainable, read_adapter_config
 from lorq.adapt.settings import Settings
 from lorq.bench.commands import bench_app
-from lorq.models.texts import check_text
+from lorq.models.locate import resolve_model
+from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, READ, no_progress
 from lorq.refusals import check_early, check_place, explained, given, is_unexpected
-from lorq.show import Notes, command, console, notes, print_figures, print_pieces, print_summary, progress_bars, quiet
+from lorq.show import (
+    Notes,
+    command,
+    console,
+    download_bars,
+    notes,
+    print_figures,
+    print_pieces,
+    print_summary,
+    progress_bars,
+    quiet,
+)
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
 from lorq.storage.report import html_page, read_report
@@ -289,11 +301,15 @@ def _run(arguments: list[str]) -> None:
         del app["quantize"]
         app.command(_quantize_command(kind(), Options(), tuple(METHODS)))
     chosen, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
-    if bound.arguments.get("text") is not None:
-        check_text(bound.arguments["text"])
+    for name in ("text", "evaluation", "calibration"):
+        if (text := bound.arguments.get(name)) not in (None, SELF):
+            check_text(text, name)
     for name in ("model", "reference"):
         if (model := bound.arguments.get(name)) is not None:
             check_place(model)
+            if not Path(model).expanduser().exists():  # on the hub
+                with download_bars(str(model)):
+                    resolve_model(model)
     chosen(*bound.args, **bound.kwargs)
 
 

@@ -94,14 +94,30 @@ class Notes(logging.Handler):
 
 def quiet() -> None:
     """Keep transformers' own bars and notices out of ours, without importing it for that."""
-    if "transformers" not in sys.modules:
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        return
-    from transformers.utils import logging as transformers_logging
+    from huggingface_hub.utils import disable_progress_bars
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    disable_progress_bars()  # and transformers, when it is imported, follows
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+
+
+@contextmanager
+def download_bars(what: str) -> Iterator[None]:
+    """The hub's own bars on a terminal, and a line where a download begins and ends."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    lines = _ProgressLines()
+    lines(f"download {what}", 0, 1)
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        disable_progress_bars()
+    lines(f"download {what}", 1, 1)
 
 
 def print_summary(report: Report, out: Path | None) -> None:

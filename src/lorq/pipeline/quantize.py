@@ -15,7 +15,7 @@ from lorq.models.blocks import StreamedModel
 from lorq.models.locate import load_dense, resolve_model
 from lorq.models.self_text import cached_self_windows, check_self_windows
 from lorq.models.skeleton import read_config
-from lorq.models.texts import SELF
+from lorq.models.texts import SELF, check_text
 from lorq.models.tokenizer import tokenizer_if_any
 from lorq.models.windows import Encoder, Windows, text_windows
 from lorq.pipeline.commit import Commit
@@ -72,6 +72,8 @@ def quantize(
     started = time.monotonic()
     progress = progress or no_progress
     chosen, solver = read_options(options), read_method(method)
+    if chosen.calibration != SELF:
+        check_text(chosen.calibration, "calibration")
     progress(OPEN, 0, 1)
     source, out = resolve_model(model), Path(out).expanduser()
     if out.resolve() == source.resolve():
