@@ -24,7 +24,7 @@ import lorq
 from lorq.adapt.folder import check_trainable, read_adapter_config
 from lorq.adapt.settings import Settings
 from lorq.bench.commands import bench_app
-from lorq.models.locate import resolve_model
+from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, READ, no_progress
 from lorq.refusals import check_early, check_place, explained, given, is_unexpected
@@ -79,7 +79,7 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
         if json_:
             print(json.dumps(report.as_dict()))
             return
-        print_summary(report, None if options.dry_run else out.expanduser())
+        print_summary(report, None if options.dry_run else full_path(out))
 
     if methods:
         quantize.__annotations__ |= {
@@ -117,7 +117,7 @@ def inspect(
         verify: compare every weight file with its checksum first.
         html: write a page with plots to this file.
     """
-    out = out.expanduser()
+    out = full_path(out)
     report = read_report(out)  # refuses other folders before torch is there
     from lorq.runtime.inspect import expert_lines, implementation_lines, layer_implementations
     from lorq.storage.folder import LorqFolder
@@ -129,7 +129,7 @@ def inspect(
         verify_shards(out, report.checksums)
         notes.print(f"{len(report.checksums)} weight files match their checksums")
     if html:
-        html = html.expanduser()
+        html = full_path(html)
         html.write_text(html_page(report, title=str(out)), encoding="utf-8")
         notes.print(f"wrote {html}")
     if json_:
@@ -206,7 +206,7 @@ def adapt(
 
 def _new_folder(out: Path) -> Path:
     """Refuse to write into what is there: these commands read a folder, and have no --overwrite."""
-    out = out.expanduser()
+    out = full_path(out)
     if out.is_dir() and (present := [entry.name for entry in out.iterdir()]):
         raise FileExistsError(
             f"{out} must be a new folder, it has {some_of(present)}; choose another, or delete it first"
@@ -250,7 +250,7 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     from lorq.demo import demo_model
 
     quiet()
-    folder = folder.expanduser()
+    folder = full_path(folder)
     source, unfinished = demo_model(), (folder / JOURNAL).exists()
     console.print(f"1. Quantize {source.name} to {bits} bits", style="bold")
     with progress_bars() as progress:
@@ -307,7 +307,7 @@ def _run(arguments: list[str]) -> None:
     for name in ("model", "reference"):
         if (model := bound.arguments.get(name)) is not None:
             check_place(model)
-            if not Path(model).expanduser().exists():  # on the hub
+            if not full_path(model).exists():  # on the hub
                 with download_bars(str(model)):
                     resolve_model(model)
     chosen(*bound.args, **bound.kwargs)

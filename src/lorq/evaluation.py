@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from lorq.adapt.folder import read_adapter_config
 from lorq.core.checks import Dtype, Products, Range, check_arguments
 from lorq.models.locate import resolve_model
-from lorq.models.texts import StartToken, check_text, load_text
+from lorq.models.texts import StartToken, check_text, load_text, text_name
 from lorq.models.tokenizer import check_tokenizer
 from lorq.progress import EVALUATE, IMPORT, READ, Progress, no_progress
 from lorq.storage.names import REPORT_NAME
@@ -111,8 +111,10 @@ def evaluate(
         encoder = Encoder.open(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False), start_token)
         content = load_text(text, split="evaluation")
         tokens = token_windows(content, encoder, windows=windows or None, length=window, what=text)
-        if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text:
-            _log.warning("%s was calibrated on %s itself; these figures flatter it", model, text)
+        if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text_name(text):
+            _log.warning(
+                "%s was calibrated on %s; if it is this text, these figures flatter it", model, text_name(text)
+            )
         places = [folder] if original is None else [folder, original]
         models = []
         for number, place in enumerate(places):

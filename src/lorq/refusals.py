@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from lorq.core.checks import check_name
-from lorq.models.locate import check_model
+from lorq.models.locate import check_model, full_path
 from lorq.models.texts import SELF, check_text
 from lorq.storage.out_folder import check_out
 
@@ -40,7 +40,7 @@ def check_early(arguments: list[str]) -> None:
     if len(words) > 1:
         check_place(words[1])
     if len(words) > 2 and not {"--overwrite", "--resume"} & set(arguments):
-        model, out = (Path(word).expanduser() for word in words[1:3])
+        model, out = (full_path(word) for word in words[1:3])
         if out.resolve() != model.resolve():  # which has an error of its own
             check_out(out)
     if (method := given(arguments, "--method")) is not None:
@@ -55,7 +55,7 @@ def check_place(model: str | Path) -> None:
     Raises:
         FileNotFoundError, ValueError: as `check_model` does; after seconds at most, however the network is.
     """
-    path = Path(model).expanduser()
+    path = full_path(model)
     if path.exists():
         check_model(model)
         return

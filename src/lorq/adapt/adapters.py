@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lorq.adapt.folder import ADAPTER_CONFIG, ADAPTER_VERSION, read_adapter_config, untrainable
 from lorq.core.codes import LevelFormat, LowRankScale
+from lorq.models.locate import full_path
 from lorq.runtime.device import own_defaults
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.atomic import rename_synced, write_synced
@@ -207,7 +208,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
         ValueError: if there is no such adapter, or it is the base, which its own folder has.
         FileExistsError: if the folder is a model's, or a file.
     """
-    state, folder = adapters_of(model), Path(folder).expanduser()
+    state, folder = adapters_of(model), full_path(folder)
     name = state.active if name is None else name
     if name not in state.known or name == BASE:
         own = [known for known in state.known if known != BASE]
@@ -250,7 +251,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None, 
         FileNotFoundError: if the folder has no adapter.
         ValueError: if it belongs to another base, is damaged or of a newer version, or the name is taken.
     """
-    folder = Path(folder).expanduser()
+    folder = full_path(folder)
     config = read_adapter_config(folder)
     if (expected := base_hash(model)) != config.get("base"):
         raise ValueError(

@@ -13,7 +13,7 @@ from lorq.demo import demo_model
 from lorq.models.locate import cached_folder, load_dense
 from lorq.models.texts import load_text
 from lorq.models.windows import Encoder, token_windows
-from lorq.storage.names import COMPANIONS
+from lorq.storage.companions import find_companions
 
 
 def cut_mlp(
@@ -117,9 +117,9 @@ def expert_model(*, sparse: bool = False) -> Path:
 
     def make(folder: Path) -> None:
         _cut(source, sparse).half().save_pretrained(folder)
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copy(source / name, folder / name)
+        for name, file in find_companions(source)[0].items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copy(file, folder / name)
 
     return cached_folder(f"experts/{source.name}-{'sparse' if sparse else 'dense'}-{_RECIPE}", make)
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lorq.models.locate import cache_dir
+from lorq.models.locate import cache_dir, make_room
 from lorq.models.windows import check_window_counts, start_token_of
 from lorq.progress import duration
 
@@ -178,11 +178,7 @@ def cached_self_windows(
     vocabulary = config.get_text_config().vocab_size
     if (kept := _read_cached(path, shape=(windows, length), vocabulary=vocabulary)) is not None:
         return kept
-    try:  # before the sampling, which takes minutes
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        error.add_note("while making lorq's cache folder; set LORQ_CACHE to a writable folder")
-        raise
+    make_room(path.parent, 8 * windows * length + (1 << 12))  # before the sampling, which takes minutes
     model = load_model()
     if model.dtype != dtype:
         raise ValueError(f"load_model must give a model of the dtype stated, {dtype}, got {model.dtype}")

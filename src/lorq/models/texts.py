@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from lorq.models.locate import full_path
+
 Split = Literal["calibration", "evaluation"]
 # Whether windows of a text begin with a start token; "auto" as the tokenizer begins a text by itself.
 StartToken = Literal["auto", "always", "never"]
@@ -44,7 +46,7 @@ def load_text(source: str | Path, *, split: Split = "calibration", what: str = "
     source = check_text(source, what)
     if source in TEXTS:
         return TEXTS[source](split)
-    path = Path(source).expanduser()
+    path = full_path(source)
     suffix = path.suffix.lower()
     try:
         # utf-8-sig: editors of other systems begin a file with a byte order mark, which is no text.
@@ -72,7 +74,7 @@ def check_text(source: str | Path, what: str = "text") -> str:
     if not isinstance(source, str | Path):
         raise TypeError(f"{what} must be the name of a text or the path of a file, got {str(source)[:60]!r}")
     source = str(source)
-    if source in TEXTS or (path := Path(source).expanduser()).is_file():
+    if source in TEXTS or (path := full_path(source)).is_file():
         return source
     there = os.listdir(path.parent) if path.parent.is_dir() else []
     close = get_close_matches(source, TEXTS, 1) or [
@@ -184,3 +186,8 @@ TEXTS: dict[str, Callable[[Split], str]] = {
     "wikitext2": _wikitext2,
     "c4": _c4,
 }
+
+
+def text_name(source: str) -> str:
+    """A text's name, of a file without its folder: that is nobody's business and differs from machine to machine."""
+    return source if source in (SELF, *TEXTS) else Path(source).name

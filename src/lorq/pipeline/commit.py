@@ -36,11 +36,12 @@ class Commit:
     def _shard_of(self, block: Part) -> str:
         return shard_name(self.model.blocks.index(block) + 1, len(self.model.blocks))
 
-    def outside(self, stored: dict[str, Tensor]) -> None:
-        """Write what lies outside the blocks, unless it is written."""
+    def outside(self, stored: dict[str, Tensor], source: str) -> None:
+        """Write what lies outside the blocks, unless it is written; ``source`` is the checksum of what was read."""
         shard = shard_name(0, len(self.model.blocks))
-        if shard not in self.writer.completed:
-            self._write(shard, stored, {"layers": [], "formats": {}, "tiles": {}, "inputs": []})
+        if shard in self.writer.completed:
+            return self._require_same(shard, "what lies outside the blocks", source)
+        self._write(shard, stored, {"layers": [], "formats": {}, "tiles": {}, "inputs": [], "source": source})
 
     def block(self, visit: Visit, solved: Solved, probe: Probe) -> None:
         """Write a block, unless it is written, and re-enter it with the solved weights; the probe goes through it."""
@@ -54,9 +55,19 @@ class Commit:
         probe.advance(self.model, visit.part)
         visit.rounding.update({t.name: (weight.activations, weight.basis) for t, weight in solved.weights.items()})
 
-    def read(self, block: Part) -> Solved:
+    def _require_same(self, shard: str, what: str, source: str) -> None:
+        """Refuse to go on where the model is no longer the one of which a shard was made."""
+        then = self.writer.completed[shard]["source"]
+        if then != source:
+            raise ValueError(
+                f"{what} of {self.model.checkpoint.folder} must be as it was when {shard} was made, its checksum was "
+                f"{then[:12]} and is {source[:12]}: the weights have changed; begin again with --overwrite"
+            )
+
+    def read(self, visit: Visit) -> Solved:
         """A block that an earlier run has written."""
-        shard = self._shard_of(block)
+        block, shard = visit.part, self._shard_of(visit.part)
+        self._require_same(shard, block.name, visit.source)
         folder = LorqFolder.of_shards(self.writer.folder, {shard: self.writer.completed[shard]})
         weights = {target: folder.weight(target.name) for target in self.plan.of(block)}
         kept = self.plan.kept(block) if self.plan.options.smoothing else []
@@ -67,7 +78,13 @@ class Commit:
         """A block's tensors, and what the journal keeps of its layers."""
         modules = find_experts(self.model.model, visit.part.name)
         tensors = visit.kept | solved.changed
-        record: dict[str, Any] = {"layers": [], "formats": {}, "tiles": {}, "inputs": solved.inputs}
+        record: dict[str, Any] = {
+            "layers": [],
+            "formats": {},
+            "tiles": {},
+            "inputs": solved.inputs,
+            "source": visit.source,
+        }
         for target, weight in solved.weights.items():
             tensors |= {f"{target.name}.{local}": t for local, t in weight.tensors().items()}
             record["formats"][target.name] = write_format(weight.format)

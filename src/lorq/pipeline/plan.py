@@ -297,6 +297,8 @@ def check_weights(plan: Plan, model: StreamedModel, progress: Progress) -> None:
     progress(CHECK, 0, len(jobs))
     for done, (target, _) in enumerate(jobs):
         weight = model.stored_tensor(target.name + ".weight")
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            weight = weight.float()  # as the work will have it; torch asks no float8 whether it is finite
         wrong = int((~torch.isfinite(weight)).sum())
         if wrong:
             bad.append(f"{target.name} ({wrong} of {weight.numel()})")

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import torch
 
 from lorq.methods import Method
 from lorq.models.blocks import StreamedModel
-from lorq.models.locate import load_dense, resolve_model
+from lorq.models.locate import cache_dir, full_path, load_dense, refuse_adapter, resolve_model
 from lorq.models.self_text import cached_self_windows, check_self_windows
 from lorq.models.skeleton import read_config
-from lorq.models.texts import SELF, check_text
+from lorq.models.texts import SELF, check_text, text_name
 from lorq.models.tokenizer import tokenizer_if_any
 from lorq.models.windows import Encoder, Windows, text_windows
 from lorq.pipeline.commit import Commit
@@ -28,9 +29,12 @@ from lorq.pipeline.walk import Streams, walk
 from lorq.progress import OPEN, QUANTIZE, WRITE, Progress, no_progress
 from lorq.runtime.device import own_defaults, read_device
 from lorq.storage.atomic import require_space
+from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.config import FORMAT_VERSION
 from lorq.storage.folder import LorqFolder
-from lorq.storage.names import COMPANIONS, JOURNAL, REPORT_NAME, SENTINEL
+from lorq.storage.journal import read_journal
+from lorq.storage.lock import owned
+from lorq.storage.names import JOURNAL, REPORT_NAME, SENTINEL
 from lorq.storage.out_folder import check_out
 from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter, check_begun
@@ -74,11 +78,13 @@ def quantize(
     chosen, solver = read_options(options), read_method(method)
     if chosen.calibration != SELF:
         check_text(chosen.calibration, "calibration")
-    progress(OPEN, 0, 1)
-    source, out = resolve_model(model), Path(out).expanduser()
-    if out.resolve() == source.resolve():
+    out, own = full_path(out), full_path(model)
+    if own.exists() and out.resolve() == own.resolve():
         raise FileExistsError(f"the output folder must not be the model's own, got {out} for both")
     check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
+    progress(OPEN, 0, 1)
+    source = resolve_model(model)
+    refuse_adapter(source)
     streamed = StreamedModel.open(source, device=read_device(chosen.device))
     plan = mix_widths(make_plan(streamed, solver, chosen))
     progress(OPEN, 1, 1)
@@ -90,21 +96,42 @@ def quantize(
     largest = estimate(plan, streamed)
     # What is finished is on the disk already; the head room is for index, report and journal.
     finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if chosen.resume else 0
-    require_space(out, max(0, largest.bytes - finished) + (1 << 20))
-    calibration = _calibration(plan, streamed, progress)
-    if not begun:  # a run that was begun has checked these weights
-        check_weights(plan, streamed, progress)
-    if chosen.dry_run:
-        return replace(largest, seconds=time.monotonic() - started)
-    began = time.monotonic()
-    windows = calibration()
-    text_seconds = time.monotonic() - began
-    identity = _identity(plan, streamed, windows)
-    writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
-    stages = _solve(plan, streamed, windows, writer, executor or SameProcess(), progress)
-    stages["calibration"] += text_seconds
-    report = _finish(plan, streamed, writer, windows)
-    return replace(report, seconds=time.monotonic() - started, stages=stages)
+    beside = sum(file.stat().st_size for file in find_companions(source)[0].values())
+    require_space(out, max(0, largest.bytes - finished) + beside + _spilled_bytes(plan, streamed) + (1 << 20))
+    with nullcontext() if chosen.dry_run else owned(out):
+        calibration = _calibration(plan, streamed, progress)
+        if not begun:  # a run that was begun has checked these weights
+            check_weights(plan, streamed, progress)
+        if chosen.dry_run:
+            return replace(largest, seconds=time.monotonic() - started)
+        began = time.monotonic()
+        windows = calibration()
+        if begun and windows is not None:
+            windows = _as_begun(out, windows)
+        text_seconds = time.monotonic() - began
+        identity = _identity(plan, streamed, windows)
+        writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
+        stages = _solve(plan, streamed, windows, writer, executor or SameProcess(), progress)
+        stages["calibration"] += text_seconds
+        report = _finish(plan, streamed, writer, windows)
+        return replace(report, seconds=time.monotonic() - started, stages=stages)
+
+
+def _spilled_bytes(plan: Plan, model: StreamedModel) -> int:
+    """Of hidden states that do not fit in memory, as `Streams.begin` puts them into files beside the result."""
+    options, width = plan.options, int(model.model.config.get_text_config().hidden_size)
+    size = 4 * options.samples * options.seq_len * width if _observes(plan) else 0
+    return size * (2 if plan.blockwise else 1) if size > options.spill_bytes else 0
+
+
+def _observes(plan: Plan) -> bool:
+    return any(plan.observes(method) for _, method in plan.jobs())
+
+
+def _as_begun(out: Path, windows: Windows) -> Windows:
+    """The windows under the name that the run began with, where they are the same under another."""
+    then = read_journal(out / JOURNAL).identity
+    return replace(windows, source=then["calibration"]) if then["calibration_tokens"] == windows.sha256 else windows
 
 
 def _solve(
@@ -117,8 +144,9 @@ def _solve(
     memory meanwhile would take gigabytes from large vocabularies, all the time.
     """
     commit, seconds = Commit(model, plan, writer), {"calibration": 0.0, "solving": 0.0}
-    stored = {name: model.stored_tensor(name) for name in plan.kept(*model.outside)}
-    commit.outside(stored)
+    with model.checkpoint.hashed() as source:
+        stored = {name: model.stored_tensor(name) for name in plan.kept(*model.outside)}
+    commit.outside(stored, source())
     with model.resident(*model.outside, stored=stored):
         tokens = torch.empty(0, 1, dtype=torch.int64) if windows is None else windows.tokens
         streams = Streams.begin(model, plan, tokens, writer.folder)
@@ -128,7 +156,7 @@ def _solve(
     for number, visit in enumerate(walk(model, plan, streams, finished=finished), 1):
         began = time.monotonic()
         if visit.part.name in finished:
-            solved = commit.read(visit.part)
+            solved = commit.read(visit)
         else:
             solved = solve_block(model, plan, visit, probe, executor)
             seconds["calibration"] += visit.seconds
@@ -144,16 +172,17 @@ def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callab
 
     So everything that can be refused is refused before gigabytes of weights are read.
     """
-    if not any(plan.observes(method) for _, method in plan.jobs()):
+    if not _observes(plan):
         return lambda: None
     options, folder, config = plan.options, model.checkpoint.folder, model.model.config
     if options.calibration != SELF:
         encoder = Encoder.open(folder, config, options.start_token)
         read = text_windows(options.calibration, encoder, samples=options.samples, seq_len=options.seq_len)
-        return lambda: read
+        return lambda: replace(read, source=text_name(read.source))
     tokenizer = tokenizer_if_any(folder)
     size = {"windows": options.samples, "length": options.seq_len}
     check_self_windows(tokenizer, config, **size)
+    cache_dir()  # the text goes there: refuses what has no such place
 
     def write() -> Windows:
         _require_memory(model)
@@ -221,9 +250,9 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
         plan, model, layers, stored=sum(record["bytes"] for record in records),
         run_info=_run_info(plan, model, windows), checksums=writer.shard_checksums(),
     )  # fmt: skip
-    files: dict[str, bytes | Path] = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    files[REPORT_NAME] = report.to_bytes()
-    config = read_config(folder).to_dict() | {
+    beside, left = find_companions(folder)
+    report = replace(report, run=report.run | ({"not_copied": left} if left else {}))
+    config = with_code_of(read_config(folder).to_dict(), beside) | {
         "transformers_weights": SENTINEL,
         "quantization_config": {
             "quant_method": "lorq", "format_version": FORMAT_VERSION, "lorq_version": __version__,
@@ -235,5 +264,5 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
     }  # fmt: skip
     # Where the model was read from is nobody's business and would differ from machine to machine.
     config.pop("_name_or_path", None)
-    writer.finish(config=config, files=files)
+    writer.finish(config=config, files={**beside, REPORT_NAME: report.to_bytes()})
     return report

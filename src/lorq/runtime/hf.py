@@ -19,7 +19,10 @@ from lorq.runtime.linear import QuantLinear
 from lorq.runtime.same_input import join
 from lorq.runtime.swap import check_cells, check_permutation, check_tensors, swap_experts, swap_layers
 from lorq.storage.config import LorqConfig
-from lorq.storage.names import INDEX, SENTINEL
+from lorq.storage.folder import check_report
+from lorq.storage.json_files import read_json
+from lorq.storage.names import INDEX, REPORT_NAME, SENTINEL
+from lorq.storage.report import read_report
 
 
 class LorqQuantizer(HfQuantizer):
@@ -46,7 +49,15 @@ class LorqQuantizer(HfQuantizer):
         swap_experts(model, self.quantization_config.tile_formats())
         if checkpoint_files:
             check_tensors(model, [Path(file) for file in checkpoint_files])
+            self._check_beside(Path(checkpoint_files[0]).parent)
         return model
+
+    def _check_beside(self, folder: Path) -> None:
+        """What `LorqFolder.open` refuses of a folder's JSON, as far as it is there: a hub gives no report along."""
+        if (folder / "config.json").is_file():
+            read_json(folder / "config.json")  # transformers minds no key that is there twice
+        if (folder / REPORT_NAME).is_file():
+            check_report(folder, read_report(folder), self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
