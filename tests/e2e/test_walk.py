@@ -16,7 +16,7 @@ import lorq
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.stats import InputStats
 from lorq.models.blocks import StreamedModel
-from lorq.models.texts import calibration_windows
+from lorq.models.windows import Encoder, text_windows
 from lorq.pipeline import quantize as stages
 from lorq.pipeline.options import Options
 from lorq.pipeline.plan import make_plan
@@ -132,7 +132,7 @@ def test_an_error_of_the_work_gives_way_to_weights_that_cause_it(large, run, tmp
     def fail(*_):
         raise ArithmeticError("logits must be finite")
 
-    monkeypatch.setattr(stages, "_windows", fail)
+    monkeypatch.setattr(stages, "_calibration", lambda *_: fail)
     with pytest.raises(ValueError, match=r"in model.layers.3.mlp.up_proj \(1 of 8192\)"):
         lorq.quantize(large, tmp_path / "out", GPTQ, **run)
     assert not (tmp_path / "out").exists()
@@ -188,7 +188,7 @@ def test_streams_go_where_the_option_says(method, stream, streams, folder_of, te
     """Blocks are doubled as a stand-in for being quantized."""
     model = StreamedModel.open(folder_of("llama"))
     plan = make_plan(model, method, Options(stream=stream))
-    windows = calibration_windows(str(text_file), tokenizer, samples=3, seq_len=16, self_writer=torch.empty).tokens
+    windows = text_windows(str(text_file), Encoder(tokenizer, (), 257), samples=3, seq_len=16).tokens
 
     def states(changed):
         """What enters and leaves each block, if blocks are changed before they are left."""

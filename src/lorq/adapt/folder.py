@@ -10,13 +10,14 @@ ADAPTER_CONFIG = "lorq_adapter.json"
 ADAPTER_VERSION = 1
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """What an adapter's folder says of itself: version, base, ranks.
 
     Raises:
         FileNotFoundError: if the folder has no adapter.
         ValueError: if it is damaged, or of a newer version.
     """
+    folder = full_path(folder)
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise FileNotFoundError(

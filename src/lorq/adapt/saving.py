@@ -10,7 +10,8 @@ from torch import nn
 
 from lorq.adapt.adapters import BASE, adapters_of, base_hash, half_factors, lords_layers, use_adapter
 from lorq.core.weight import layer_bytes
-from lorq.models.locate import resolve_model
+from lorq.models.locate import full_path, resolve_model
+from lorq.runtime.device import own_defaults
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.companions import find_companions
 from lorq.storage.config import write_format
@@ -22,6 +23,7 @@ from lorq.storage.reader import WeightFiles
 from lorq.storage.writer import CheckpointWriter
 
 
+@own_defaults()
 def merge(model: nn.Module) -> None:
     """Make the adapter in use the model's own: its factors in float16 are the base from now on.
 
@@ -36,6 +38,7 @@ def merge(model: nn.Module) -> None:
     use_adapter(model, BASE)
 
 
+@own_defaults()
 def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: str = "merged") -> None:
     """Write a trained or merged model as an ordinary lorq folder.
 
@@ -51,7 +54,11 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
         ValueError: if the base is no folder of this model.
         ArithmeticError: if a factor is not finite in float16.
     """
-    folder, out, layers = LorqFolder.open(resolve_model(base or model.name_or_path)), Path(out), lords_layers(model)
+    folder, out, layers = (
+        LorqFolder.open(resolve_model(base or model.name_or_path)),
+        full_path(out),
+        lords_layers(model),
+    )
     report, source, config = folder.report, folder.reader, folder.config
     _check_own_folder(model, layers, source)
     halves = {name: half_factors(layer) for name, layer in layers.items()}

@@ -9,7 +9,7 @@ import torch
 from lorq.core.checks import all_finite
 from lorq.models.blocks import Part, StreamedModel, Target
 from lorq.pipeline.plan import Plan, some
-from lorq.progress import Progress
+from lorq.progress import CHECK, Progress, no_progress
 
 # So many numbers at a time, torch starts no team of threads: the check ahead would have one beside the work's.
 _ONE_THREAD = (1 << 15) - 1
@@ -27,9 +27,10 @@ def check_weights(plan: Plan, model: StreamedModel, progress: Progress) -> None:
 
     def targets() -> Iterator[Target]:
         jobs = list(plan.jobs())
+        progress(CHECK, 0, len(jobs))
         for done, (target, _) in enumerate(jobs, 1):
             yield target
-            progress("check weights", done, len(jobs))
+            progress(CHECK, done, len(jobs))
 
     _refuse(_wrong(model, targets()))
 
@@ -37,7 +38,7 @@ def check_weights(plan: Plan, model: StreamedModel, progress: Progress) -> None:
 def check_resident(plan: Plan, model: StreamedModel, part: Part) -> None:
     """The same of a part that is in memory already; the others are read where one of its weights is refused."""
     if not all(all_finite(model.resident_weight(target)) for target in plan.of(part)):
-        check_weights(plan, model, lambda *_: None)
+        check_weights(plan, model, no_progress)
 
 
 @contextmanager
@@ -76,6 +77,8 @@ def _wrong(model: StreamedModel, targets: Iterable[Target], at_once: int = 0) ->
     found = []
     for target in targets:
         weight = model.tensor_aside(target.name + ".weight").flatten()
+        if weight.itemsize == 1:  # float8, as the work will have it; torch does not compare it
+            weight = weight.float()
         if not all(all_finite(part) for part in weight.split(at_once or max(1, len(weight)))):
             found.append(f"{target.name} ({int((~torch.isfinite(weight)).sum())} of {weight.numel()})")
     return found

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorq.methods import Method
 from lorq.models.blocks import StreamedModel
 from lorq.models.locate import cache_dir, full_path, load_dense, refuse_adapter, resolve_model
-from lorq.models.self_text import cached_self_windows
+from lorq.models.self_text import cached_self_windows, check_self_windows
 from lorq.models.skeleton import read_config
-from lorq.models.texts import SELF, Windows, calibration_windows, text_name
+from lorq.models.texts import SELF, check_text, text_name
+from lorq.models.tokenizer import tokenizer_if_any
+from lorq.models.windows import Encoder, Windows, text_windows
 from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
@@ -27,8 +28,8 @@ from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, mak
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
-from lorq.progress import Progress
-from lorq.runtime.device import read_device
+from lorq.progress import OPEN, QUANTIZE, WRITE, Progress, no_progress
+from lorq.runtime.device import own_defaults, read_device
 from lorq.storage.atomic import require_space
 from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.config import FORMAT_VERSION
@@ -42,6 +43,7 @@ from lorq.storage.writer import CheckpointWriter, check_begun
 from lorq.version import __version__
 
 
+@own_defaults()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -74,43 +76,44 @@ def quantize(
         FileNotFoundError, FileExistsError, OSError: for missing models, used folders, full disks.
     """
     started = time.monotonic()
+    progress = progress or no_progress
     chosen, solver = read_options(options), read_method(method)
-    out, own = Path(out), full_path(model)
+    if chosen.calibration != SELF:
+        check_text(chosen.calibration, "calibration")
+    out, own = full_path(out), full_path(model)
     if own.exists() and out.resolve() == own.resolve():
         raise FileExistsError(f"the output folder must not be the model's own, got {out} for both")
     check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
+    progress(OPEN, 0, 1)
     source = resolve_model(model)
     refuse_adapter(source)
-    progress = progress or (lambda *_: None)
     streamed = StreamedModel.open(source, device=read_device(chosen.device))
     plan = mix_widths(make_plan(streamed, solver, chosen))
+    progress(OPEN, 1, 1)
     begun = chosen.resume and (out / JOURNAL).is_file()
     if begun:  # the text is compared when it is read
-        of_text = ("calibration", "calibration_tokens", "samples", "seq_len")
+        of_text = ("calibration", "calibration_tokens", "samples", "seq_len", "start_token")
         check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in of_text})
     check_activations(plan)
     largest = estimate(plan, streamed)
     # What is finished is on the disk already; the head room is for index, report and journal.
     finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if chosen.resume else 0
-    if chosen.calibration == SELF and _observes(plan):
-        cache_dir()  # the text goes there: refuses what has no such place
     beside = sum(file.stat().st_size for file in find_companions(source)[0].values())
     require_space(out, max(0, largest.bytes - finished) + beside + _spilled_bytes(plan, streamed) + (1 << 20))
     with nullcontext() if chosen.dry_run else owned(out):
         check_kinds(plan, streamed)
+        calibration = _calibration(plan, streamed, progress)
         if not begun:  # a run that was begun has checked this model
             check_walk(streamed, plan, progress)
         if chosen.dry_run:
             if not looks_at_all(streamed):
                 check_weights(plan, streamed, progress)
-            if chosen.calibration != SELF:
-                _windows(plan, streamed, progress)
             return replace(largest, seconds=time.monotonic() - started)
         # Without calibration the work is as fast as the check.
         ahead = _observes(plan) and not looks_at_all(streamed)
         with checking_ahead(plan, streamed) if ahead else nullcontext(lambda: None) as refuse:
             began = time.monotonic()
-            windows = _windows(plan, streamed, progress)
+            windows = calibration()
             if begun and windows is not None:
                 windows = _as_begun(out, windows)
             text_seconds = time.monotonic() - began
@@ -162,6 +165,7 @@ def _solve(
         streams = Streams.begin(model, plan, tokens, folder)
         probe = Probe.begin(model, probe_tokens(model.model.config.get_text_config(), plan.options.seed))
     finished = commit.finished
+    progress(QUANTIZE, 0, len(model.blocks))
     for number, visit in enumerate(walk(model, plan, streams, finished=finished), 1):
         refuse()
         began = time.monotonic()
@@ -172,42 +176,40 @@ def _solve(
             seconds["calibration"] += visit.seconds
             seconds["solving"] += time.monotonic() - began
         commit.block(visit, solved, probe)
-        progress("quantize", number, len(model.blocks))
+        progress(QUANTIZE, number, len(model.blocks))
     commit.settle()
     verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), progress)
     return seconds
 
 
-def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | None:
-    """Calibration windows, if anything looks at inputs."""
+def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callable[[], Windows | None]:
+    """Calibration windows, if anything looks at inputs: those of a text are read at once, the model's own when called.
+
+    So everything that can be refused is refused before gigabytes of weights are read.
+    """
     if not _observes(plan):
-        return None
-    from transformers import AutoTokenizer
-
+        return lambda: None
     options, folder, config = plan.options, model.checkpoint.folder, model.model.config
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and options.seq_len > limit:
-        raise ValueError(f"seq_len must be at most the model's {limit} positions, got {options.seq_len}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if options.calibration != SELF:
+        encoder = Encoder.open(folder, config, options.start_token)
+        read = text_windows(options.calibration, encoder, samples=options.samples, seq_len=options.seq_len)
+        return lambda: replace(read, source=text_name(read.source))
+    tokenizer = tokenizer_if_any(folder)
+    size = {"windows": options.samples, "length": options.seq_len}
+    check_self_windows(tokenizer, config, **size)
+    cache_dir()  # the text goes there: refuses what has no such place
 
-    def write() -> Tensor:
+    def write() -> Windows:
         _require_memory(model)
-        return cached_self_windows(
-            lambda: load_dense(folder, torch.float32),
-            tokenizer,
-            config,
-            fingerprint=model.checkpoint.fingerprint(),
-            dtype=torch.float32,
-            windows=options.samples,
-            length=options.seq_len,
-            seed=options.seed,
-            progress=lambda done, total: progress("write calibration text", done, total),
-        )
+        progress(WRITE, 0, options.samples * (options.seq_len - 1))
+        tokens = cached_self_windows(
+            lambda: load_dense(folder, torch.float32), tokenizer, config, fingerprint=model.checkpoint.fingerprint(),
+            dtype=torch.float32, seed=options.seed, **size,
+            progress=lambda done, total: progress(WRITE, done, total),
+        )  # fmt: skip
+        return Windows(tokens, SELF, start_token=True)
 
-    windows = calibration_windows(
-        options.calibration, tokenizer, samples=options.samples, seq_len=options.seq_len, self_writer=write
-    )  # fmt: skip
-    return replace(windows, source=text_name(windows.source))
+    return write
 
 
 def _require_memory(model: StreamedModel) -> None:
@@ -234,6 +236,7 @@ def _run_info(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict
         "lorq_version": __version__,
         "model": model.checkpoint.fingerprint(),
         "calibration": None if windows is None else windows.source,
+        "start_token": None if windows is None else windows.start_token,
         "calibration_tokens": None if windows is None else windows.sha256,
         "stream": plan.stream,
         "device_type": model.device.type,

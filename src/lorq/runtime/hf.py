@@ -13,7 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from lorq.models.experts import fuse_experts, split_experts
 from lorq.models.locate import resolve_model
-from lorq.runtime.device import read_device, read_dtype
+from lorq.runtime.device import own_defaults, read_device, read_dtype
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.same_input import join
@@ -95,6 +95,7 @@ class LorqQuantizer(HfQuantizer):
     is_trainable = is_qat_trainable = False
 
 
+@own_defaults()
 def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
     """A model ready to run: `AutoModelForCausalLM.from_pretrained` with lorq's names for things.
 

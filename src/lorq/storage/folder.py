@@ -40,7 +40,7 @@ class LorqFolder:
             FileNotFoundError: if it is no finished lorq folder, or a file is missing.
             ValueError: if a file is damaged, or of a newer format than this lorq reads.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         report = read_report(path)  # tells best what is missing of folders that are not lorq's, or unfinished
         own = read_json(path / "config.json").get("quantization_config")
         if not isinstance(own, dict) or own.get("quant_method") != "lorq":

@@ -88,13 +88,14 @@ class Report:
         return json_bytes(self.as_dict())
 
 
-def read_report(folder: Path) -> Report:
+def read_report(folder: str | Path) -> Report:
     """The report of a finished lorq folder.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it is damaged.
     """
+    folder = Path(folder).expanduser()
     path = folder / REPORT_NAME
     if (folder / JOURNAL).exists():
         raise FileNotFoundError(f"{folder} is an unfinished run and has no report yet; finish it with --resume")
