@@ -30,11 +30,12 @@ def check_walk(model: StreamedModel, plan: Plan, progress: Progress) -> None:
             used, or weights are not finite.
     """
     name, tokens = type(model.model).__name__, probe_tokens(model.model.config.get_text_config(), 0)
+    blocks = _looked_at(model)
+    progress(CHECK, 0, len(blocks))
     with model.resident(*model.outside):
         try:
             stream = model.embed(tokens)
 
-            blocks = _looked_at(model)
             seen: list[Part] = []
 
             def walk_on(block: Part) -> None:
