@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import lorq
 from lorq.models.blocks import StreamedModel
 from lorq.models.experts import split_experts
+from lorq.pipeline.walk import advance
 from lorq.runtime.linear import QuantLinear
 
 LINEARS = {  # of both blocks; three for each expert
@@ -114,13 +116,11 @@ def sqnr_db(expected, got):
 @families
 def test_walking_block_by_block_gives_the_logits_of_the_whole_model(family, folder_of, original, windows):
     streamed = StreamedModel.open(folder_of(family))
-    hidden = torch.empty(*windows.shape, 64)
-    calls = streamed.embed(windows, hidden)
+    stream = streamed.embed(windows)
     for block in streamed.blocks:
         with streamed.resident(block):
-            for i in range(len(windows)):
-                hidden[i] = streamed.run(block, hidden[i], calls)
-    got = torch.stack([streamed.logits(window, hidden[i]) for i, window in enumerate(windows)])
+            advance(stream, partial(streamed.run, block))
+    got = torch.stack([streamed.logits(*both) for both in zip(windows, stream.hidden, strict=True)])
     expected = logits_of(original(family), windows)
     # float32 sums over 64 and 128 products, in the same order but for the batch.
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())

@@ -393,7 +393,7 @@ def test_a_finished_model_still_refuses_to_be_saved_by_transformers(base, tmp_pa
     model = lorq.load(base)
     lorq.adapt.attach(model)
     lorq.adapt.use_adapter(model)
-    with pytest.raises(Exception, match=r"(?i)quantiz|serializ"):
+    with pytest.raises(ValueError, match=r"is not saved again.*copy the folder it was loaded from"):
         model.save_pretrained(tmp_path / "x")
     assert not list(tmp_path.glob("x/*.safetensors"))
     assert all(isinstance(layer, QuantLinear) for layer in lords_layers(model).values())

@@ -141,8 +141,8 @@ def block_loss(
     def loss(windows: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
         made = weights()
         device = next(iter(made.values())).device
-        inputs, targets = block.inputs[windows].to(device), block.targets[windows].to(device).float()
-        errors = (block.forward(made, inputs).float() - targets).square().mean(-1)  # (batch, length)
+        targets = block.targets[windows].to(device).float()
+        errors = (block.forward(made, windows).float() - targets).square().mean(-1)  # (batch, length)
         if token_weights == "equal":
             # A token of zeros gets a finite weight.
             errors = errors / targets.square().mean(-1).clamp(min=1e-30)

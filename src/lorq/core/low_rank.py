@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.half import stored_half
+from lorq.core.linalg import times_lower
 from lorq.core.packing import Layout
 from lorq.core.sketch import rank1_sketch, sketch
 
@@ -131,12 +132,19 @@ class Metric:
     @classmethod
     def hessian(cls, factor: Float[Tensor, "in in"]) -> "Metric":
         """``C`` the lower Cholesky factor of the Hessian: the norm is the output error."""
-        return cls(lambda e: e @ factor, lambda v: torch.linalg.solve_triangular(factor, v, upper=False, left=False))
+        return cls(
+            lambda e: times_lower(e, factor),
+            lambda v: torch.linalg.solve_triangular(factor, v, upper=False, left=False),
+        )
 
     @classmethod
     def activation(cls, alpha: Float[Tensor, "in"]) -> "Metric":
         """``C = diag(alpha)``: each input channel weighs as much as its activations."""
         return cls(lambda e: e * alpha, lambda v: v / alpha)
+
+    def scaled(self, exponent: Tensor) -> "Metric":
+        """``C / 2^exponent``."""
+        return Metric(lambda e: torch.ldexp(self.apply(e), -exponent), lambda v: torch.ldexp(self.undo(v), exponent))
 
 
 def r1svd(
@@ -177,7 +185,11 @@ def r1svd(
             f"rank must be between 0 and min(out, in) = {min(target.shape)} for a target of shape "
             f"{tuple(target.shape)}, got {rank}"
         )
-    rest = metric.apply(target).clone()
+    rest = metric.apply(target)
+    # Inputs may be so small that factors would leave float16's range, and squares float32's. In steps of four, so that
+    # no digit of any factor changes.
+    exponent = torch.frexp(rest.abs().amax()).exponent // 2 * 2
+    metric, rest = metric.scaled(exponent), torch.ldexp(rest, -exponent)
     # The rank-1 form asks this only to check the other options.
     sketched = rank if form == "block" else 0
     _, starts = sketch(rest, rank=sketched, form=form, iterations=iterations, generator=generator)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lorq.core.stats import InputStats
@@ -17,14 +17,14 @@ class BlockOutput:
     """What a decoder block makes of its layers' weights, and what it should make.
 
     Attributes:
-        forward: the block's output for given weights, by layer, and hidden states (batch, length, width), of the same
-            shape; differentiable in the weights. It also quantizes activations if the run asks for it.
-        inputs: of the quantized stream. May be a file mapped into memory; only batches move to the weights' device.
-        targets: outputs of the original block in the original stream; likewise.
+        forward: the block's output (batch, length, width) for given weights, by layer, and the windows of given
+            numbers, as they come in the quantized stream; differentiable in the weights. It also quantizes activations
+            if the run asks for it.
+        targets: outputs of the original block in the original stream. May be a file mapped into memory; only batches
+            move to the weights' device.
     """
 
-    forward: Callable[[Mapping[str, Tensor], Tensor], Tensor]
-    inputs: Float[Tensor, "windows length width"]
+    forward: Callable[[Mapping[str, Tensor], Int[Tensor, "batch"]], Tensor]
     targets: Float[Tensor, "windows length width"]
 
 

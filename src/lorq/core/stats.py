@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.linalg import cholesky, damp, inverse_factor, shrink
+from lorq.core.checks import all_finite
+from lorq.core.linalg import WIDE_STRIP, cholesky, damp, inverse_factor, shrink
 
 # Rows of the Gram matrix that are summed at a time.
 _STRIP = 256
@@ -47,6 +48,11 @@ class InputStats:
     def load(self) -> int:
         """Tokens that the layer gets in use, at least 1."""
         return max(1, self.tokens if self.routed is None else self.routed)
+
+    @property
+    def empty(self) -> bool:
+        """The inputs are always zero, or too small to have squares: they tell nothing of the weight."""
+        return bool((self.hessian.diagonal().abs() <= torch.finfo(torch.float32).tiny).all())
 
     def smoothed(self, scale: Float[Tensor, "in"]) -> "InputStats":
         """Of the same inputs with each channel divided by ``scale``, the tokens weighted as before."""
@@ -114,7 +120,7 @@ class StatsAccumulator:
             ValueError: if a weight is negative or not finite.
         """
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        if not bool(torch.isfinite(x).all()):
+        if not all_finite(x):
             bad = int((~torch.isfinite(x)).sum())
             raise FloatingPointError(
                 f"calibration inputs must be finite, got {bad} NaN or infinite values of {x.numel()}; "
@@ -144,22 +150,30 @@ class StatsAccumulator:
         """The means over all counted tokens.
 
         Raises:
-            ValueError: if no token was counted, or none with a weight.
+            ValueError: if no token was counted.
         """
         if not self.tokens:
             raise ValueError("statistics need at least one token, got 0; was the layer ever run?")
-        if not self.weight:
-            raise ValueError(f"the weights of {self.tokens} tokens must sum to more than 0, got {self.weight}")
-        upper = self.gram.triu() / self.weight
+        weight = self.weight or 1.0  # no token with a weight is as good as inputs of zeros
+        upper = self.gram.triu() / weight
         gram = upper + upper.triu(1).T
-        return InputStats(gram, self.magnitude / self.weight, self.tokens, low=self.low, high=self.high)
+        return InputStats(gram, self.magnitude / weight, self.tokens, low=self.low, high=self.high)
 
 
 def output_energy(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, ""]:
     """``tr(D H D^T)``: mean squared change of a layer's output if its weight changes by ``delta``.
 
+    ``H`` is symmetric: only its upper triangle is multiplied, strip by strip, which is half the work.
+
     Example:
         >>> output_energy(torch.tensor([[3.0, 4.0]]), torch.eye(2))
         tensor(25.)
     """
-    return ((delta @ hessian) * delta).sum()
+    energy = delta.new_zeros(())
+    for start in range(0, hessian.shape[1], WIDE_STRIP):
+        columns = slice(start, start + WIDE_STRIP)
+        half = delta[:, columns] @ hessian[columns, columns]
+        if start:
+            half = torch.addmm(half, delta[:, :start], hessian[:start, columns], alpha=2)
+        energy = energy + (half * delta[:, columns]).sum()
+    return energy

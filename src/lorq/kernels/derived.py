@@ -16,7 +16,7 @@ class Derived(Generic[T]):
     held weakly: what was made goes with the first of them that goes, so that no memory is taken for another's.
 
     Args:
-        make: of the tensors and settings. May move the tensors to other memory.
+        make: of the tensors and settings.
         copies: what is made depends on what the tensors hold, so that it is made again when one was written to. Nothing
             is kept then where one was made in inference mode, which counts no changes.
 
@@ -32,8 +32,16 @@ class Derived(Generic[T]):
         # By the id of the first tensor: what was seen of all, settings, what was made, who says when a tensor goes.
         self._kept: dict[int, tuple[list[int], tuple[Any, ...], T, list[weakref.ref[Tensor]]]] = {}
 
-    def of(self, tensors: Sequence[Tensor | None], *settings: Any) -> T:
-        """What is made of these tensors, of which the first must be one, with these settings."""
+    def of(
+        self,
+        tensors: Sequence[Tensor | None],
+        *settings: Any,
+        replace: Callable[[T], Sequence[Tensor | None]] | None = None,
+    ) -> T:
+        """What is made of these tensors, of which the first must be one, with these settings.
+
+        ``replace`` puts others in the tensors' place when it was made, which it is kept for.
+        """
         # In line: a layer asks at every call.
         seen = [0 if t is None else t.data_ptr() for t in tensors]
         if self._copies:
@@ -45,6 +53,9 @@ class Derived(Generic[T]):
         kept = self._kept.get(key)
         if kept is None or kept[0] != seen or kept[1] != settings:
             value = self._make(tensors, *settings)
+            if replace is not None:
+                tensors = replace(value)
+                key = id(tensors[0])
             seen = [0 if t is None else t.data_ptr() for t in tensors] + (_contents(tensors) if self._copies else [])
             live = [weakref.ref(t, self._forgetter(key)) for t in tensors if t is not None]
             kept = self._kept[key] = seen, settings, value, live

@@ -175,7 +175,7 @@ class LoRDS:
         parameters = [part for layer in layers.values() for part in (layer.left, layer.right)]
         descent = Descent(self.refine_steps, self.refine_rate, self.batch)
         order = problem.generator(next(iter(layers)))
-        outcome = minimise(parameters, loss, len(block.inputs), descent, generator=order)
+        outcome = minimise(parameters, loss, len(block.targets), descent, generator=order)
         note = f"block: {outcome}"
         return {
             name: assemble(weight, layers[name].rounded(), None, stop="given", stats=problem.stats[name], note=note)

@@ -212,7 +212,7 @@ class LRQ:
         loss = block_loss(block, lambda: {name: s.quantized() for name, s in scalings.items()}, self.loss_weights)
         parameters = [parameter for scaling in scalings.values() for parameter in scaling.parameters()]
         order = generators[next(iter(generators))]  # where the first layer's has got to
-        outcome = minimise(parameters, loss, len(block.inputs), self._descent, generator=order)
+        outcome = minimise(parameters, loss, len(block.targets), self._descent, generator=order)
         note = f"block: {outcome}"
         return {
             name: assemble(s.weight, s.rounded(), None, stop="given", stats=problem.stats[name], note=note)

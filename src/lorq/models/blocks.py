@@ -1,11 +1,11 @@
 """A causal language model of which one part at a time has memory: the embeddings, a decoder block, or the head."""
 
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lorq.models.calls import Answer, Recorder, Room, Stream
 from lorq.models.skeleton import Stored, find_blocks, find_stored, get_tensor, put_tensor, read_config, skeleton
-from lorq.storage.atomic import TEMPORARY
 from lorq.storage.reader import WeightFiles
 
 
@@ -46,10 +46,6 @@ class Part:
     targets: tuple[Target, ...] = ()
 
 
-# What the model hands to each block besides the hidden states, by the block's name: masks, rotary angles and the like.
-Calls = Mapping[str, tuple[tuple[Any, ...], dict[str, Any]]]
-
-
 class StreamedModel:
     """A model skeleton whose parameters are read when they are needed and given back afterwards.
 
@@ -78,6 +74,7 @@ class StreamedModel:
                     module._buffers[name] = buffer.to(self.device)
         self._parameters = {name for name, _ in model.named_parameters()}
         self._resident: set[str] = set()
+        self._answers: dict[type[nn.Module], Answer] = {}
         blocks = find_blocks(model)
         self._refuse_fused(blocks)
         self._sources = self._match_names()
@@ -171,6 +168,10 @@ class StreamedModel:
         """A tensor as the checkpoint keeps it, by its name in the model."""
         return self._sources[name].read(self.checkpoint)
 
+    def tensor_aside(self, name: str) -> Tensor:
+        """The same for who only looks (`WeightFiles.aside`)."""
+        return self._sources[name].read(self.checkpoint.aside())
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """Its type, from the header."""
         return self.checkpoint.dtype(self._sources[name].name)
@@ -220,12 +221,24 @@ class StreamedModel:
         return weight.T if target.transposed else weight
 
     @contextmanager
-    def _stand_ins(self, stand_in: Callable[..., Tensor]) -> Iterator[None]:
-        """Let ``stand_in(block, hidden, *args, **kwargs)`` answer for every block."""
-        modules = [self.model.get_submodule(block.name) for block in self.blocks]
-        for block, module in zip(self.blocks, modules, strict=True):
+    def _stand_ins(self, blocks: Sequence[Part], stand_in: Callable[..., Tensor]) -> Iterator[None]:
+        """Let ``stand_in(block, hidden, args, kwargs)`` find the hidden states with which each of the blocks answers.
+
+        They come in the form in which the block itself answers; one of each class runs once, to see it.
+        """
+
+        def answer(block: Part, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            if type(module) not in self._answers:
+                with self.resident(block):
+                    out = type(module).forward(module, hidden, *rest, **kwargs)
+                self._answers[type(module)] = Answer.of(out, block.name)
+            return self._answers[type(module)].around(stand_in(block, hidden, rest, kwargs))
+
+        modules = [self.model.get_submodule(block.name) for block in blocks]
+        for block, module in zip(blocks, modules, strict=True):
             # On the instance, so that what the model reads off its blocks stays what it is.
-            module.forward = lambda *args, _block=block, **kwargs: stand_in(_block, *args, **kwargs)
+            module.forward = partial(answer, block, module)
         try:
             yield
         finally:
@@ -233,72 +246,109 @@ class StreamedModel:
                 del module.forward
 
     @torch.no_grad()
-    def embed(self, windows: Int[Tensor, "windows length"], hidden: Float[Tensor, "windows length width"]) -> Calls:
-        """Write the first block's inputs into ``hidden``; return what else the blocks are called with.
+    def embed(self, windows: Int[Tensor, "windows length"], room: Room | None = None) -> Stream:
+        """The windows at the first block.
 
-        The model's own forward runs with a stand-in for every block, so masks and rotary angles come out as
-        the architecture makes them. They are the same for all windows, which have one length and no padding.
+        The model's own forward runs with a stand-in for every block, so masks, rotary angles and what else blocks are
+        called with come out as the architecture makes them.
+
+        Raises:
+            ValueError: if the blocks are not called one after the other, each with what the one before has answered, or
+                otherwise for other texts.
         """
-        calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        seen: list[Tensor] = []
+        room = room or Room()
+        recorder, hidden = Recorder(len(windows), room), torch.empty(0)
+        answered: dict[str, Tensor] = {}  # by block of the current window, in the order of the calls
 
-        def note(block: Part, *args: Any, **kwargs: Any) -> Tensor:
-            first, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            calls.setdefault(block.name, (rest, kwargs))
-            if block is self.blocks[0]:
-                seen[:] = [first]
+        def note(block: Part, first: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            nonlocal hidden
+            if not answered:
+                if not len(hidden):
+                    recorder.calls.shape = tuple(first.shape)
+                    hidden = room.take((len(windows), first[..., 0].numel(), first.shape[-1]))
+                hidden[number] = first.reshape(hidden.shape[1:])
+            else:
+                before = next(reversed(answered.values()))
+                if block.name in answered or not (first is before or torch.equal(first, before)):
+                    raise self._unlike(block.name, "again, or with what the model has changed in between")
+            answered[block.name] = first
+            recorder.called(block.name, args, kwargs)
+            recorder.answered(block.name, self._answers[type(self.model.get_submodule(block.name))])
             return first
 
-        with self.resident(*self.outside), self._stand_ins(note):
-            for i, window in enumerate(windows):
+        with self.resident(*self.outside), self._stand_ins(self.blocks, note):
+            for number, window in enumerate(windows):  # noqa: B007, for `note`
+                answered.clear()
+                recorder.begin()
                 self.model.base_model(input_ids=window[None].to(self.device), use_cache=False)
-                hidden[i] = seen[0][0].to(hidden.device, hidden.dtype)
-        return calls
+                for block, name in zip_longest(self.blocks, answered):
+                    if block.name != name:
+                        raise self._unlike(block.name, "out of this order" if block.name in answered else "never")
+        return Stream(hidden if len(windows) else room.take((0, 1, 1)), recorder.calls, room)
+
+    def _unlike(self, block: str, how: str) -> ValueError:
+        return ValueError(
+            f"{type(self.model).__name__} is not supported: blocks must be called once each, in their order, with what "
+            f"the block before has answered, {block} is called {how}"
+        )
 
     @torch.no_grad()
-    def run(self, block: Part, hidden: Float[Tensor, "length width"], calls: Calls) -> Float[Tensor, "length width"]:
-        """The output of a resident block for one window."""
-        return self.differentiable_run(block, hidden, calls, {})
+    def run(self, block: Part, stream: Stream, window: int) -> Float[Tensor, "length width"]:
+        """The output of a resident block for one window; what it leaves for later blocks is kept in the stream."""
+        entered = stream.enter(block.name, window, self.device)
+        inputs = stream.hidden[window].view(stream.calls.shape).to(self.device, self.dtype)
+        out = self.model.get_submodule(block.name)(inputs, *entered.args, **entered.kwargs)
+        hidden, *rest = out if isinstance(out, tuple | list) else (out,)
+        stream.left(block.name, window, entered, rest)
+        return hidden.view(stream.hidden.shape[1:])
 
     def differentiable_run(
-        self, block: Part, hidden: Float[Tensor, "length width"], calls: Calls, weights: Mapping[Target, Tensor]
+        self, block: Part, stream: Stream, window: int, weights: Mapping[Target, Tensor]
     ) -> Float[Tensor, "length width"]:
-        """The same with other weights (out, in) for some of its layers; gradients flow into them."""
-        args, kwargs = calls[block.name]
+        """The same with other weights (out, in) for some of its layers; gradients flow into them. Nothing is kept."""
         given = {
             f"{target.name.removeprefix(block.name + '.')}.weight": weight.T if target.transposed else weight
             for target, weight in weights.items()
         }
-        inputs = (hidden[None].to(self.device, self.dtype), *args)
-        out = torch.func.functional_call(self.model.get_submodule(block.name), given, inputs, kwargs)
-        return (out[0] if isinstance(out, tuple) else out)[0]
+        entered = stream.enter(block.name, window, self.device)
+        inputs = stream.hidden[window].view(stream.calls.shape).to(self.device, self.dtype)
+        module = self.model.get_submodule(block.name)
+        out = torch.func.functional_call(module, given, (inputs, *entered.args), entered.kwargs)
+        hidden = out[0] if isinstance(out, tuple | list) else out
+        return hidden.view(stream.hidden.shape[1:])
 
     @torch.no_grad()
     def logits(
-        self, window: Int[Tensor, "length"], hidden: Float[Tensor, "length width"]
+        self, window: Int[Tensor, "length"], hidden: Float[Tensor, "rows width"]
     ) -> Float[Tensor, "length vocabulary"]:
         """Logits from the last block's output: final norm, head and whatever else the architecture has there."""
 
-        def answer(block: Part, *args: Any, **kwargs: Any) -> Tensor:
-            first = args[0] if args else kwargs["hidden_states"]
-            return hidden[None].to(first.device, first.dtype) if block is self.blocks[-1] else first
+        def answer(block: Part, first: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return hidden.view(first.shape).to(first.device, first.dtype) if block is self.blocks[-1] else first
 
-        with self.resident(*self.outside), self._stand_ins(answer):
-            return self.model(input_ids=window[None].to(self.device), use_cache=False).logits[0].float()
+        return self._logits(window, self.blocks, answer)
 
+    @torch.no_grad()
+    def own_logits(
+        self, window: Int[Tensor, "length"], visit: Callable[[Part], object], blocks: Sequence[Part]
+    ) -> Float[Tensor, "length vocabulary"]:
+        """Logits of the model's own forward, in which only these blocks work, each visited while it is resident."""
 
-def hidden_states(
-    shape: tuple[int, int, int], *, limit_bytes: int, folder: Path
-) -> Float[Tensor, "windows length width"]:
-    """Room for the hidden states of all windows: memory, or a file mapped into memory past ``limit_bytes``.
+        def work(block: Part, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            del module.forward  # the visitor's runs are plain ones
+            with self.resident(block):
+                visit(block)
+                return module.forward(*args, **kwargs)
 
-    The file has no name any more when this returns, so it vanishes with the process, however that ends.
-    """
-    windows, length, width = shape
-    size = windows * length * width
-    if 4 * size <= limit_bytes:
-        return torch.empty(shape)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".hidden-", suffix=TEMPORARY) as file:
-        # Not a sparse file: a disk that fills up later would kill the process.
-        os.posix_fallocate(file.fileno(), 0, 4 * size)
-        return torch.from_file(file.name, shared=True, size=size, dtype=torch.float32).view(shape)
+        with ExitStack() as stack:
+            for block in blocks:
+                module = self.model.get_submodule(block.name)
+                module.forward = partial(work, block, module)
+                stack.callback(vars(module).pop, "forward", None)
+            others = [block for block in self.blocks if block not in blocks]
+            return self._logits(window, others, lambda block, first, args, kwargs: first)
+
+    def _logits(self, window: Tensor, blocks: Sequence[Part], stand_in: Callable[..., Tensor]) -> Tensor:
+        with self.resident(*self.outside), self._stand_ins(blocks, stand_in):
+            logits: Tensor = self.model(input_ids=window[None].to(self.device), use_cache=False).logits[0]
+        return logits.float()

@@ -1,6 +1,7 @@
 """Commit: what is solved is written, and put into the resident block, so that the walk goes on in it."""
 
-from dataclasses import asdict, dataclass
+from concurrent.futures import Executor, Future
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -22,11 +23,17 @@ from lorq.storage.writer import CheckpointWriter
 
 @dataclass(frozen=True)
 class Commit:
-    """Where solved blocks of a model go: into its resident blocks, and into a folder that may have some already."""
+    """Where solved blocks of a model go: into its resident blocks, and into a folder that may have some already.
+
+    Attributes:
+        disk: where files are written, one at a time, while the work goes on; `settle` waits for the last.
+    """
 
     model: StreamedModel
     plan: Plan
     writer: CheckpointWriter
+    disk: Executor
+    _under_way: list[Future[None]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def finished(self) -> set[str]:
@@ -104,4 +111,12 @@ class Commit:
 
     def _write(self, shard: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        self.writer.write_shard(shard, tensors, record | {"bytes": size})
+        self.settle()
+        self._under_way.append(
+            self.disk.submit(self.writer.write_shard, shard, dict(tensors), record | {"bytes": size})
+        )
+
+    def settle(self) -> None:
+        """Wait until all that was given to the disk is on it; raises what went wrong there."""
+        while self._under_way:
+            self._under_way.pop().result()

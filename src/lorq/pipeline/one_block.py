@@ -80,12 +80,12 @@ def solve_block(model: StreamedModel, plan: Plan, visit: Visit, probe: Probe, ex
 
 def _block_output(model: StreamedModel, visit: Visit, layers: Mapping[Target, object]) -> BlockOutput:
     """The resident block as methods of scope "block" take it."""
-    targets, streams = {target.name: target for target in layers}, visit.streams
+    targets, inputs, original = {target.name: target for target in layers}, visit.streams.inputs, visit.streams.original
 
-    def forward(given: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    def forward(given: Mapping[str, Tensor], windows: Tensor) -> Tensor:
         own = {targets[name]: weight for name, weight in given.items()}
         # One window at a time: masks and rotary angles are those of one.
-        return torch.stack([model.differentiable_run(visit.part, h, streams.calls, own) for h in hidden])
+        return torch.stack([model.differentiable_run(visit.part, inputs, int(w), own) for w in windows])
 
-    assert streams.original is not None
-    return BlockOutput(forward, streams.inputs, streams.original)
+    assert original is not None
+    return BlockOutput(forward, original.hidden)

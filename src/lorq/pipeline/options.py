@@ -41,7 +41,7 @@ class Options:
             the method's bits; 0 for one width. Layers whose bits are overridden are not counted.
         wide_bits: see there.
         wide_layers: which layers are made wider, those of the "first" or of the "last" blocks.
-        spill_bytes: hidden states larger than this go to a file mapped into memory.
+        spill_bytes: hidden states, and what else is kept of every window, go to files mapped into memory past this.
         dry_run: check everything, report the sizes, write nothing.
         resume: continue an interrupted run in the same folder.
         overwrite: replace a folder that lorq wrote.

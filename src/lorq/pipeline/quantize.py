@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,12 @@ from lorq.models.skeleton import read_config
 from lorq.models.texts import SELF, check_text, text_name
 from lorq.models.tokenizer import tokenizer_if_any
 from lorq.models.windows import Encoder, Windows, text_windows
+from lorq.pipeline.check_walk import check_walk, looks_at_all
+from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
-from lorq.pipeline.plan import Plan, check_activations, check_weights, estimate, make_plan, make_report, mix_widths
+from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report, mix_widths
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
@@ -99,19 +101,28 @@ def quantize(
     beside = sum(file.stat().st_size for file in find_companions(source)[0].values())
     require_space(out, max(0, largest.bytes - finished) + beside + _spilled_bytes(plan, streamed) + (1 << 20))
     with nullcontext() if chosen.dry_run else owned(out):
+        check_kinds(plan, streamed)
         calibration = _calibration(plan, streamed, progress)
-        if not begun:  # a run that was begun has checked these weights
-            check_weights(plan, streamed, progress)
+        if not begun:  # a run that was begun has checked this model
+            check_walk(streamed, plan, progress)
         if chosen.dry_run:
+            if not looks_at_all(streamed):
+                check_weights(plan, streamed, progress)
             return replace(largest, seconds=time.monotonic() - started)
-        began = time.monotonic()
-        windows = calibration()
-        if begun and windows is not None:
-            windows = _as_begun(out, windows)
-        text_seconds = time.monotonic() - began
-        identity = _identity(plan, streamed, windows)
-        writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
-        stages = _solve(plan, streamed, windows, writer, executor or SameProcess(), progress)
+        # Without calibration the work is as fast as the check.
+        ahead = _observes(plan) and not looks_at_all(streamed)
+        with checking_ahead(plan, streamed) if ahead else nullcontext(lambda: None) as refuse:
+            began = time.monotonic()
+            windows = calibration()
+            if begun and windows is not None:
+                windows = _as_begun(out, windows)
+            text_seconds = time.monotonic() - began
+            refuse()
+            identity = _identity(plan, streamed, windows)
+            writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
+            with ThreadPoolExecutor(1, "write") as disk:
+                commit = Commit(streamed, plan, writer, disk)
+                stages = _solve(plan, streamed, windows, commit, executor or SameProcess(), progress, refuse)
         stages["calibration"] += text_seconds
         report = _finish(plan, streamed, writer, windows)
         return replace(report, seconds=time.monotonic() - started, stages=stages)
@@ -135,25 +146,28 @@ def _as_begun(out: Path, windows: Windows) -> Windows:
 
 
 def _solve(
-    plan: Plan, model: StreamedModel, windows: Windows | None, writer: CheckpointWriter, executor: Executor,
-    progress: Progress,
+    plan: Plan, model: StreamedModel, windows: Windows | None, commit: Commit, executor: Executor,
+    progress: Progress, refuse: Callable[[], None],
 ) -> dict[str, float]:  # fmt: skip
     """Walk through the model, solve and commit each block, and read it all back; the seconds that stages took.
+
+    ``refuse`` is asked before each block whether something has come up meanwhile.
 
     Every tensor of a block is read once. What is outside is read twice, before the blocks and after them: to keep it in
     memory meanwhile would take gigabytes from large vocabularies, all the time.
     """
-    commit, seconds = Commit(model, plan, writer), {"calibration": 0.0, "solving": 0.0}
+    seconds, folder = {"calibration": 0.0, "solving": 0.0}, commit.writer.folder
     with model.checkpoint.hashed() as source:
         stored = {name: model.stored_tensor(name) for name in plan.kept(*model.outside)}
     commit.outside(stored, source())
     with model.resident(*model.outside, stored=stored):
         tokens = torch.empty(0, 1, dtype=torch.int64) if windows is None else windows.tokens
-        streams = Streams.begin(model, plan, tokens, writer.folder)
+        streams = Streams.begin(model, plan, tokens, folder)
         probe = Probe.begin(model, probe_tokens(model.model.config.get_text_config(), plan.options.seed))
     finished = commit.finished
     progress(QUANTIZE, 0, len(model.blocks))
     for number, visit in enumerate(walk(model, plan, streams, finished=finished), 1):
+        refuse()
         began = time.monotonic()
         if visit.part.name in finished:
             solved = commit.read(visit)
@@ -163,7 +177,8 @@ def _solve(
             seconds["solving"] += time.monotonic() - began
         commit.block(visit, solved, probe)
         progress(QUANTIZE, number, len(model.blocks))
-    verify(model, probe, LorqFolder.of_shards(writer.folder, writer.completed), progress)
+    commit.settle()
+    verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), progress)
     return seconds
 
 

@@ -3,19 +3,24 @@
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lorq.core.checks import all_finite
 from lorq.core.problem import BlockOutput, Problem
+from lorq.core.rounding import nearest
 from lorq.core.stats import InputStats
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import QuantizedWeight
 from lorq.methods import Method, SharesFactors
+from lorq.methods.common import assemble
 from lorq.models.blocks import Target
 from lorq.models.experts import expert_name
+
+# By how much an error must exceed another to be called worse; less is rounding.
+_WORSE = 1.001
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,42 @@ class Task:
 
 
 def solve_task(task: Task) -> dict[str, QuantizedWeight]:
-    """The quantized weights of a task, by layer; of nothing but the task. All finite, or an ArithmeticError."""
+    """The quantized weights of a task, by layer; of nothing but the task. All finite, or an ArithmeticError.
+
+    Layers whose inputs are always zero, but for experts that share factors, are rounded to nearest. Their records have
+    a note, and so have those of layers that came out worse than by that.
+    """
     with _note(task.title):
-        solved = task.method.solve(task.problem)
+        solved = _without_inputs(task)
+        weights = {name: weight for name, weight in task.problem.weights.items() if name not in solved}
+        if weights:
+            solved |= task.method.solve(replace(task.problem, weights=weights))
     for name, weight in solved.items():
         with _note(name):
             check_finite(weight)
+    # What is fitted to a block's output may lose by the measure of a layer.
+    return solved if task.problem.block is not None else {name: _judged(weight) for name, weight in solved.items()}
+
+
+def _without_inputs(task: Task) -> dict[str, QuantizedWeight]:
+    """The layers whose inputs tell nothing, rounded to nearest."""
+    solved, problem = {}, task.problem
+    for name, weight in problem.weights.items():
+        stats = problem.stats.get(name)
+        if task.method.needs_stats and not problem.projections and stats is not None and stats.empty:
+            plain = nearest(weight, None, task.method.largest(*weight.shape).codes.plain())
+            note = "its inputs are zero on every calibration token: rounded to nearest"
+            solved[name] = assemble(weight, plain, None, stop="none", stats=stats, note=note)
     return solved
+
+
+def _judged(weight: QuantizedWeight) -> QuantizedWeight:
+    """With a note where the layer is worse than rounded to nearest in as many bits, in the measure of its report."""
+    record = weight.record
+    if not record.error_after > record.error_before * _WORSE:
+        return weight
+    note = f"worse than rounded to nearest: output error {record.error_after:.3g}, not {record.error_before:.3g}"
+    return replace(weight, record=replace(record, note="; ".join(filter(None, (record.note, note)))))
 
 
 class SameProcess(Executor):
@@ -147,5 +181,5 @@ def _note(name: str) -> Iterator[None]:
 def check_finite(weight: QuantizedWeight) -> None:
     """Nothing that is not a number is ever written: an ArithmeticError instead."""
     parts = [*weight.tensors().values(), *(weight.tile.factors.tensors().values() if weight.tile else ())]
-    if not all(bool(torch.isfinite(part.float()).all()) for part in parts if part.is_floating_point()):
+    if not all(all_finite(part.float()) for part in parts if part.is_floating_point()):
         raise ArithmeticError("scales and factors must be finite, got NaN or infinite values; raise the damping")

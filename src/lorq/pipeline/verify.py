@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lorq.models.blocks import Calls, Part, StreamedModel
+from lorq.models.blocks import Part, StreamedModel
+from lorq.models.calls import Stream
 from lorq.models.experts import find_experts
 from lorq.models.skeleton import read_config, skeleton
 from lorq.pipeline.observe import routed_alike
@@ -16,45 +17,57 @@ from lorq.runtime.linear import QuantLinear
 from lorq.runtime.swap import swap_experts, swap_layers
 from lorq.storage.folder import LorqFolder
 
-# Tokens of the window that is followed through the quantized model in memory and again from disk.
-_PROBE_TOKENS = 64  # fewer if the model has fewer positions
+# Windows, and tokens of each, that are followed through the quantized model in memory and again from disk.
+_WINDOWS, _TOKENS = 2, 32  # fewer tokens if the model has fewer positions
 # float32 sums in another order differ by about 1e-6 a block; a wrong bit in any layer is far above this.
-_PROBE_SQNR_DB = 60.0
+SAME_SQNR_DB = 60.0
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A short window that goes through the quantized blocks in memory, and again as they are on disk.
+    """Short windows that go through the quantized blocks in memory, and again as they are on disk.
 
-    ``hidden`` are the states with which its tokens, random ones, enter a block. ``routes`` tell where they are routed,
-    by experts module; filled the first time.
+    Their ``tokens`` are random. ``routes`` tell where they are routed, by experts module, for each window; filled the
+    first time.
     """
 
-    tokens: Int[Tensor, "length"]
-    hidden: Float[Tensor, "length width"]
-    calls: Calls
-    routes: dict[str, tuple[Tensor, Tensor]]
+    tokens: Int[Tensor, "windows length"]
+    stream: Stream
+    routes: list[dict[str, tuple[Tensor, Tensor]]]
 
     @classmethod
-    def begin(cls, model: StreamedModel, tokens: Int[Tensor, "length"]) -> "Probe":
+    def begin(cls, model: StreamedModel, tokens: Int[Tensor, "windows length"]) -> "Probe":
         """At a model's first block."""
-        hidden = torch.empty(1, len(tokens), int(model.model.config.get_text_config().hidden_size))
-        return cls(tokens, hidden[0], model.embed(tokens[None], hidden), {})
+        return cls(tokens, model.embed(tokens), [{} for _ in tokens])
 
     def run(self, model: StreamedModel, block: Part) -> Float[Tensor, "length width"]:
-        """The resident block's output."""
-        return model.run(block, self.hidden, self.calls)
+        """The resident block's output for the first window."""
+        return model.run(block, self.stream, 0)
 
     def advance(self, model: StreamedModel, block: Part) -> None:
         """Go on to the next block."""
-        with routed_alike(find_experts(model.model, block.name), self.routes):
-            self.hidden.copy_(self.run(model, block))
+        experts = find_experts(model.model, block.name)
+        for window, routes in enumerate(self.routes):
+            with routed_alike(experts, routes):
+                self.stream.hidden[window] = model.run(block, self.stream, window)
+        self.stream.forget(block.name)
+
+    def logits(self, model: StreamedModel) -> Float[Tensor, "windows length vocabulary"]:
+        """Behind the last block."""
+        with model.resident(*model.outside):
+            pairs = zip(self.tokens, self.stream.hidden, strict=True)
+            return torch.stack([model.logits(tokens, hidden).cpu() for tokens, hidden in pairs])
 
 
-def probe_tokens(config: Any, seed: int) -> Int[Tensor, "length"]:
+def probe_tokens(config: Any, seed: int) -> Int[Tensor, "windows length"]:
     """Random tokens for comparing logits."""
-    length = min(_PROBE_TOKENS, getattr(config, "max_position_embeddings", _PROBE_TOKENS))
-    return torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
+    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+    return torch.randint(config.vocab_size, (_WINDOWS, length), generator=torch.Generator().manual_seed(seed))
+
+
+def sqnr_db(expected: Tensor, got: Tensor) -> float:
+    """How near logits are to what they should be."""
+    return float(10 * torch.log10(expected.square().sum() / (expected - got).square().sum().clamp(min=1e-30)))
 
 
 def verify(model: StreamedModel, probe: Probe, folder: LorqFolder, progress: Progress) -> None:
@@ -81,13 +94,11 @@ def verify(model: StreamedModel, probe: Probe, folder: LorqFolder, progress: Pro
         with written.resident(block):
             again.advance(written, block)
         progress(VERIFY, number, len(written.blocks))
-    logits = written.logits(again.tokens, again.hidden).cpu()
-    expected = model.logits(probe.tokens, probe.hidden).cpu()
+    logits, expected = again.logits(written), probe.logits(model)
     if not bool(torch.isfinite(logits).all()):
         raise ArithmeticError(f"{folder.path} read back gives logits that are not finite; keep it for a bug report")
-    sqnr = 10 * torch.log10(expected.square().sum() / (expected - logits).square().sum().clamp(min=1e-30))
-    if float(sqnr) < _PROBE_SQNR_DB:
+    if (near := sqnr_db(expected, logits)) < SAME_SQNR_DB:
         raise ArithmeticError(
-            f"{folder.path} read back must give the solved model's logits to {_PROBE_SQNR_DB:.0f} dB, got "
-            f"{float(sqnr):.1f} dB; the disk or memory is faulty, or this is a bug: run again with --overwrite"
+            f"{folder.path} read back must give the solved model's logits to {SAME_SQNR_DB:.0f} dB, got {near:.1f} dB; "
+            "the disk or memory is faulty, or this is a bug: run again with --overwrite"
         )

@@ -8,24 +8,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from lorq.core.activations import Activations
 from lorq.core.basis import Basis
-from lorq.models.blocks import Calls, Part, StreamedModel, hidden_states
+from lorq.models.blocks import Part, StreamedModel
+from lorq.models.calls import Room, Stream
 from lorq.models.experts import find_experts
+from lorq.pipeline.check_weights import check_resident
 from lorq.pipeline.dense_activations import quantized_activations
 from lorq.pipeline.observe import Observed, Observer, observed
 from lorq.pipeline.plan import Plan
 
-# A window's hidden states before and after the resident block.
-Run = Callable[[Tensor], Tensor]
+# The resident block's output for a stream's window of this number.
+Run = Callable[[Stream, int], Tensor]
 
 
 @dataclass(frozen=True)
 class Streams:
-    """The hidden states with which the windows enter a block.
+    """The windows as they enter a block.
 
     Attributes:
         inputs: what the block's layers are calibrated on.
@@ -34,42 +36,42 @@ class Streams:
         quantized: whether ``inputs`` leave each block as it is when the walk goes on, not as it was.
     """
 
-    inputs: Float[Tensor, "windows length width"]
-    original: Float[Tensor, "windows length width"] | None
+    inputs: Stream
+    original: Stream | None
     quantized: bool
-    calls: Calls
 
     @classmethod
     def begin(cls, model: StreamedModel, plan: Plan, windows: Int[Tensor, "windows length"], folder: Path) -> "Streams":
-        """At the first block. What is too large for memory goes to a file in ``folder``."""
-        shape = (*windows.shape, int(model.model.config.get_text_config().hidden_size))
-        limit, quantized = plan.options.spill_bytes, plan.stream == "quantized"
-        inputs = hidden_states(shape, limit_bytes=limit, folder=folder)
-        calls = model.embed(windows, inputs)
+        """At the first block. What is too large for memory goes to files in ``folder``."""
+        quantized = plan.stream == "quantized"
+        inputs = model.embed(windows, Room(plan.options.spill_bytes, folder))
         original = None if quantized else inputs
         if plan.blockwise:
-            original = hidden_states(shape, limit_bytes=limit, folder=folder).copy_(inputs)
-        return cls(inputs, original, quantized, calls)
+            original = inputs.fork()
+        return cls(inputs, original, quantized)
 
     def look(self, run: Run) -> None:
         """Run the block, as it was, on the inputs; these leave it if they are the original's."""
-        for window in self.inputs:
-            out = run(window)
+        for window, hidden in enumerate(self.inputs.hidden):
+            out = run(self.inputs, window)
             if self.original is self.inputs:
-                window.copy_(out)
+                hidden.copy_(out)
 
-    def leave(self, run: Run) -> None:
+    def leave(self, run: Run, part: Part) -> None:
         """Go on to the next block, out of the resident one as it is now."""
         if self.quantized:
             advance(self.inputs, run)
         elif self.original is not None and self.original is not self.inputs:
-            self.inputs.copy_(self.original)
+            self.inputs.become(self.original)
+        for stream in (self.inputs, self.original):
+            if stream is not None:
+                stream.forget(part.name)
 
 
-def advance(stream: Float[Tensor, "windows length width"], run: Run) -> None:
+def advance(stream: Stream, run: Run) -> None:
     """Replace every window's hidden states by the resident block's outputs."""
-    for window in stream:
-        window.copy_(run(window))
+    for window, hidden in enumerate(stream.hidden):
+        hidden.copy_(run(stream, window))
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ def walk(model: StreamedModel, plan: Plan, streams: Streams, *, finished: Collec
             with model.checkpoint.hashed() as source:
                 kept = {name: model.stored_tensor(name) for name in plan.kept(part)}
                 stack.enter_context(model.resident(part, stored=dict(kept)))
-            run, began = partial(model.run, part, calls=streams.calls), time.monotonic()
+            check_resident(plan, model, part)
+            run, began = partial(model.run, part), time.monotonic()
             if streams.original is not None and (streams.original is not streams.inputs or part.name in finished):
                 advance(streams.original, run)
             found = Observed() if part.name in finished else _observe(model, plan, part, streams, run)
@@ -111,19 +114,19 @@ def walk(model: StreamedModel, plan: Plan, streams: Streams, *, finished: Collec
             del kept, found
             yield visit
             with quantized_activations(model.model, visit.rounding):
-                streams.leave(run)
+                streams.leave(run, part)
             del visit
         _give_memory_back()
 
 
 def _observe(model: StreamedModel, plan: Plan, part: Part, streams: Streams, run: Run) -> Observed:
-    if not len(streams.inputs):
+    if not len(streams.inputs.hidden):
         return Observed()
     options = plan.options
     layers = {t.name: model.model.get_submodule(t.name) for t, m in plan.of(part).items() if plan.observes(m)}
     observer = Observer(options.token_weights, options.router_weights, options.expert_tokens, model.device)
     experts = find_experts(model.model, part.name)
-    with observed(layers, experts, lambda: run(streams.inputs[0]), observer) as found:
+    with observed(layers, experts, lambda: run(streams.inputs, 0), observer) as found:
         streams.look(run)
     return found
 

@@ -1,6 +1,7 @@
 """Tokens through packed experts with shared factors, all experts of a projection in one product."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lorq.core.weight import LayerFormat
 from lorq.kernels import KERNELS, declines_experts, expert_linear, turn
 from lorq.kernels.derived import Derived
 from lorq.models.experts import Expert, Experts
-from lorq.runtime.linear import QuantLinear, one_memory
+from lorq.runtime.linear import QuantLinear, parts_of
 
 PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 _STACKED = "weight_packed", "weight_scale", "weight_zero_point", "codebook", "codebook_scale", "permutation"
@@ -21,9 +22,22 @@ _STACKED = "weight_packed", "weight_scale", "weight_zero_point", "codebook", "co
 
 @torch.inference_mode(False)  # kept: made while measuring, it must serve training too
 def _stack(own: Sequence[Any], names: tuple[str, ...]) -> dict[str, Tensor]:
-    """Tensors of all experts, of one after the other, by local name, experts first, in one memory that they share."""
-    kinds = {local: own[place :: len(names)] for place, local in enumerate(names)}
-    return {local: one_memory(tensors).unflatten(0, (len(tensors), -1)) for local, tensors in kinds.items()}
+    """Tensors of all experts, of one after the other, by local name, experts first."""
+    return {local: torch.stack(list(own[place :: len(names)])) for place, local in enumerate(names)}
+
+
+@torch.inference_mode(False)
+def _share(layers: Sequence[QuantLinear], stacks: dict[str, Tensor]) -> list[Tensor]:
+    """Let the layers have the memory of their stacks; their tensors."""
+    for local, stack in stacks.items():
+        for layer, part in zip(layers, parts_of(stack.flatten(0, 1), [stack.shape[1]] * len(stack)), strict=True):
+            layer._buffers[local] = part
+    return _tensors(layers, stacks)
+
+
+def _tensors(layers: Sequence[QuantLinear], names: Iterable[str]) -> list[Any]:
+    buffers = [layer._buffers for layer in layers]
+    return [own[local] for own in buffers for local in names]
 
 
 _STACKS = Derived(_stack, copies=False)
@@ -32,8 +46,7 @@ _STACKS = Derived(_stack, copies=False)
 def _stacked(layers: Sequence[QuantLinear]) -> dict[str, Tensor]:
     """A projection's stored tensors of all experts."""
     names = tuple(local for local in _STACKED if layers[0]._buffers[local] is not None)
-    buffers = [layer._buffers for layer in layers]
-    return _STACKS.of([own[local] for own in buffers for local in names], names)
+    return _STACKS.of(_tensors(layers, names), names, replace=partial(_share, layers))
 
 
 def declines_stored(

@@ -85,9 +85,11 @@ class LorqQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
-        # A lorq folder holds more than the state (report, checksums, the guard against loading without lorq),
-        # so it is copied, not saved again.
-        return False
+        # Asked by `save_pretrained` alone, whose own words name no way on.
+        raise ValueError(
+            "a model that lorq has quantized is not saved again, for its folder holds more than the state; copy the "
+            "folder it was loaded from (adapters: lorq.adapt.save)"
+        )
 
     # Set where an adapter or quantization-aware training is attached (`lorq.adapt.adapters`): codes alone do not train.
     is_trainable = is_qat_trainable = False

@@ -21,12 +21,10 @@ STORED = (
 )  # fmt: skip
 
 
-def one_memory(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors one after the other in one memory, of which each keeps its part."""
-    whole = torch.cat(list(tensors))
-    for tensor, part in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
-        tensor.data = part
-    return whole
+def parts_of(whole: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Stretches of a memory as tensors with storages of their own, so that savers tell them apart."""
+    parts = whole.view(torch.uint8) if whole.dtype == torch.float8_e4m3fn else whole
+    return [torch.from_dlpack(part).view(whole.dtype) for part in parts.split(list(lengths))]
 
 
 class QuantLinear(nn.Module):

@@ -7,6 +7,7 @@ product with a small layer takes little longer than its call, or its launch on a
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -18,37 +19,41 @@ from lorq.kernels import few_tokens, multiply, turn
 from lorq.kernels.derived import Derived
 from lorq.kernels.operands import DTYPES, STORED_NAMES, code_sizes
 from lorq.models.experts import Expert
-from lorq.runtime.linear import QuantLinear, one_memory
+from lorq.runtime.linear import QuantLinear, parts_of
 
 # Zeros of joined factors that are not worth a call: as a share of all that is stored, in layers of many weights.
 _WASTE, _MANY_WEIGHTS = 0.02, 1 << 21
 
 
 class _Once:
-    """What is made of an input once for several layers, each of which takes it once.
+    """What is made of an input once for several layers, each of which takes it once; for each thread its own.
 
     Kept until all have taken it, at the longest while the input is alive and unchanged.
     """
 
     def __init__(self, count: int):
         self._count = count
-        self._forget()
+        # By thread: the input, its state, what was made, and who has taken it.
+        self._kept: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], Any, tuple[int, ...]]] = {}
 
-    def _forget(self, _: object = None) -> None:
-        self._of: tuple[weakref.ref[Tensor], tuple[Any, ...]] | None = None
-        self._made: Any = None
-        self._takers: tuple[int, ...] = ()
+    def _forget(self, gone: weakref.ref[Tensor]) -> None:
+        for thread, kept in list(self._kept.items()):
+            if kept[0] is gone:
+                self._kept.pop(thread, None)
 
     def take(self, place: int, x: Tensor, make: Callable[[], Any]) -> Any:
         """For the layer at a place; made where it is not kept, or that layer has taken it already."""
-        of, made, takers = self._of, self._made, self._takers
+        thread = get_ident()
+        kept = self._kept.get(thread)
         state = x._version, x.requires_grad, torch.is_grad_enabled()
-        if of is None or of[0]() is not x or of[1] != state or place in takers:
-            made, takers = make(), ()
-            self._of, self._made = (weakref.ref(x, self._forget), state), made
-        self._takers = *takers, place
-        if len(self._takers) == self._count:
-            self._forget()
+        if kept is None or kept[0]() is not x or kept[1] != state or place in kept[3]:
+            kept = weakref.ref(x, self._forget), state, make(), ()
+        input, _, made, takers = kept
+        takers = *takers, place
+        if len(takers) == self._count:
+            self._kept.pop(thread, None)
+        else:
+            self._kept[thread] = input, state, made, takers
         return made
 
 
@@ -125,7 +130,7 @@ class Together:
         """What the layers hold as of one; None where one is not known, or they do not fit."""
         if None in layers:
             return None
-        return self._joined.of([t for layer in layers for t in layer._buffers.values() if t is not None])
+        return self._joined.of(_stored(layers), replace=partial(_share, layers))
 
     def refresh(self) -> None:
         """Show compiled programs what the layers hold now."""
@@ -149,6 +154,10 @@ def _parts(x: Tensor, operands: Sequence[Tensor | None], rows: list[int], format
     return [part.contiguous() for part in torch.unsafe_split_with_sizes(y, rows, -1)]
 
 
+def _stored(layers: Iterable[QuantLinear]) -> list[Tensor]:
+    return [t for layer in layers for t in layer._buffers.values() if t is not None]
+
+
 def _seen(layer: QuantLinear) -> tuple[int, ...]:
     """Which tensors a layer has."""
     return tuple(map(id, layer._buffers.values()))
@@ -156,7 +165,7 @@ def _seen(layer: QuantLinear) -> tuple[int, ...]:
 
 @torch.inference_mode(False)  # kept: made while measuring, it must serve training too
 def _join(known: Sequence[Callable[[], QuantLinear | None]], _: Sequence[Tensor | None]) -> _One | None:
-    """Several layers as one, whose memory they share from then on.
+    """Several layers as one.
 
     None where one learns, does not count its changes, or lies on another device, or orders of channels differ.
     """
@@ -174,8 +183,22 @@ def _join(known: Sequence[Callable[[], QuantLinear | None]], _: Sequence[Tensor 
         if name == "levels" or not parts:
             joined.append(own[0])
         else:
-            joined.append(_side_by_side(layers) if name == "left" else one_memory(parts))
+            joined.append(_side_by_side(layers) if name == "left" else torch.cat(parts))
     return [*joined, layers[0].permutation], [layer.out_features for layer in layers]
+
+
+@torch.inference_mode(False)
+def _share(layers: Sequence[QuantLinear], joined: _One | None) -> list[Tensor]:
+    """Let the layers have the memory of what was joined; their tensors.
+
+    Others take the place of those that were, which another thread may be multiplying with.
+    """
+    for name, whole in zip(STORED_NAMES, [] if joined is None else joined[0], strict=False):
+        if whole is not None and name not in ("levels", "left"):
+            own = [layer._buffers for layer in layers if layer._buffers[name] is not None]
+            for buffers, part in zip(own, parts_of(whole, [len(b[name]) for b in own]), strict=True):  # type: ignore[arg-type]
+                buffers[name] = part
+    return _stored(layers)
 
 
 def _side_by_side(layers: Sequence[QuantLinear]) -> Tensor:

@@ -1,11 +1,12 @@
 """A folder's weights, read tensor by tensor."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 _SAMPLE_BYTES = 64 * 1024
 _SAMPLES = 32  # per file: 2 MiB of each are read, 60 MiB of a model in 30 shards
+# Sums what was read while the work goes on: as fast as a disk, and it holds no lock of Python's.
+_HASHING = ThreadPoolExecutor(1, "hash")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class WeightFiles:
     folder: Path
     headers: dict[str, Header]  # by weight file
     files: dict[str, str]  # tensor -> weight file
-    _seen: list[dict[str, bytes]] = field(default_factory=list, repr=False, compare=False)  # see `hashed`
+    _seen: list[dict[str, "Future[bytes]"]] = field(default_factory=list, repr=False, compare=False)  # see `hashed`
 
     @classmethod
     def open(cls, folder: Path, *, index_name: str | None = None) -> "WeightFiles":
@@ -102,17 +105,21 @@ class WeightFiles:
         file = self._file(name)
         tensor = read_tensor(self.folder / file, self.headers[file], name, index)
         for seen in self._seen:
-            content = tensor.reshape(-1).view(torch.uint8).numpy()
-            seen[json.dumps([name, index])] = hashlib.sha256(content.data).digest()
+            content = tensor.reshape(-1).view(torch.uint8).numpy().data
+            seen[json.dumps([name, index])] = _HASHING.submit(_digest, content)
         return tensor
+
+    def aside(self) -> "WeightFiles":
+        """The same files for who only looks: what it reads is no part of what `hashed` sums."""
+        return replace(self, _seen=[])
 
     @contextmanager
     def hashed(self) -> Iterator[Callable[[], str]]:
         """A function that gives the sha256 (hex) of all tensors, and parts of them, that are read meanwhile."""
-        seen: dict[str, bytes] = {}
+        seen: dict[str, Future[bytes]] = {}
         self._seen.append(seen)
         try:
-            yield lambda: hashlib.sha256(b"".join(key.encode() + seen[key] for key in sorted(seen))).hexdigest()
+            yield lambda: sha256(b"".join(key.encode() + seen[key].result() for key in sorted(seen))).hexdigest()
         finally:
             self._seen.remove(seen)
 
@@ -128,7 +135,7 @@ class WeightFiles:
         config = self.folder / "config.json"
         if not config.is_file():
             raise FileNotFoundError(f"{config} does not exist; download the model again")
-        digest = hashlib.sha256()
+        digest = sha256()
         for part in (config.read_bytes(), *self._samples()):
             # With the length, no two lists of parts run together.
             digest.update(len(part).to_bytes(8, "little") + part)
@@ -148,6 +155,10 @@ class WeightFiles:
         if name not in self.files:
             raise KeyError(f"{self.folder} has no tensor {name!r} among its {len(self.files)}: {some_of(self.files)}")
         return self.files[name]
+
+
+def _digest(content: memoryview) -> bytes:
+    return sha256(content).digest()
 
 
 def _no_weights(folder: Path, index_name: str) -> Exception:

@@ -165,16 +165,16 @@ def block(generator):
     weight = torch.randn(4, 4, generator=generator)
     targets = inputs @ weight.T
     targets[1, 3] = 0.0
-    return weight, BlockOutput(lambda weights, hidden: hidden @ weights["w"].T, inputs, targets)
+    return weight, inputs, BlockOutput(lambda weights, windows: inputs[windows] @ weights["w"].T, targets)
 
 
 @pytest.mark.parametrize("token_weights", ["equal", "plain"])
 def test_the_blocks_loss_is_the_sum_over_tokens_of_the_mean_over_channels(token_weights, block, generator):
-    weight, output = block
+    weight, inputs, output = block
     changed = weight + 0.1 * torch.randn(4, 4, generator=generator)
     total = 0.0
     for window in (2, 0):
-        for x, y in zip(output.inputs[window].double(), output.targets[window].double(), strict=True):
+        for x, y in zip(inputs[window].double(), output.targets[window].double(), strict=True):
             importance = 1.0 if token_weights == "plain" else 1.0 / float(y.square().mean())
             total += importance * float((changed.double() @ x - y).square().mean()) / 2
     loss = block_loss(output, lambda: {"w": changed}, token_weights)
@@ -183,13 +183,13 @@ def test_the_blocks_loss_is_the_sum_over_tokens_of_the_mean_over_channels(token_
 
 @pytest.mark.parametrize("token_weights", ["equal", "plain"])
 def test_the_original_weights_lose_nothing(token_weights, block):
-    weight, output = block
+    weight, _, output = block
     loss = block_loss(output, lambda: {"w": weight}, token_weights)
     assert float(loss(torch.tensor([0, 2]))) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_target_of_zeros_keeps_the_loss_finite(block):
-    weight, output = block
+    weight, _, output = block
     assert math.isfinite(float(block_loss(output, lambda: {"w": weight}, "equal")(torch.tensor([1]))))
 
 

@@ -326,3 +326,14 @@ def test_options_out_of_range_and_infinite_targets_are_refused(generator):
             r1svd(target / 0, metric, rank=2, form=form, generator=generator)
     with pytest.raises(ValueError, match=r"form must be one of .*got 'full'"):
         r1svd(target, metric, rank=2, form="full", generator=generator)
+
+
+@pytest.mark.parametrize("form", ["block", "rank1"])
+def test_the_unit_of_the_inputs_does_not_matter_however_small(form, generator):
+    target, root = torch.randn(24, 16, generator=generator), torch.randn(16, 16, generator=generator)
+    factor = torch.linalg.cholesky(root @ root.T + torch.eye(16))
+    one, *others = (
+        r1svd(target, Metric.hessian(factor * 4.0**k), rank=4, form=form, generator=seeded()) for k in (0, 3, -12, -24)
+    )
+    for other in others:
+        assert all(a.equal(b) for a, b in zip(vars(one).values(), vars(other).values(), strict=True))

@@ -113,11 +113,13 @@ def test_token_weights_that_are_negative_or_not_finite_are_refused(wrong, shown)
         StatsAccumulator(5).add(torch.ones(2, 5), torch.tensor([1.0, wrong]))
 
 
-def test_statistics_of_tokens_without_weight_are_refused():
+def test_tokens_without_weight_are_as_good_as_inputs_of_zeros():
     sums = StatsAccumulator(5)
     sums.add(torch.ones(2, 5), torch.zeros(2))
-    with pytest.raises(ValueError, match=r"weights of 2 tokens must sum to more than 0, got 0\.0"):
-        sums.finish()
+    found = sums.finish()
+    assert found.empty and found.tokens == 2 and not found.hessian.any() and not found.mean_abs.any()
+    sums.add(torch.ones(1, 5) * 1e-10)
+    assert not sums.finish().empty
 
 
 def test_statistics_of_nothing_are_refused():

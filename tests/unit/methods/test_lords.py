@@ -40,12 +40,13 @@ def problem(layer, generator):
     (first, first_stats), (second, second_stats) = layer(48, 32), layer(32, 48)
     inputs = torch.randn(6, 5, 32, generator=generator)
 
-    def forward(weights, x):
+    def forward(weights, windows):
+        x = inputs[windows]
         return x + torch.tanh(20 * x @ weights["first"].T) @ weights["second"].T
 
     weights = {"first": first, "second": second}
     stats = {"first": first_stats, "second": second_stats}
-    return Problem(weights, stats, 3, block=BlockOutput(forward, inputs, forward(weights, inputs)))
+    return Problem(weights, stats, 3, block=BlockOutput(forward, forward(weights, slice(None))))
 
 
 @kinds
@@ -206,7 +207,7 @@ def test_refinement_lowers_the_blocks_error_and_keeps_the_codes(problem):
 
     def error(results):
         block = problem.block
-        output = block.forward({name: result.dense() for name, result in results.items()}, block.inputs)
+        output = block.forward({name: result.dense() for name, result in results.items()}, slice(None))
         return float(((output - block.targets).square().mean(-1) / block.targets.square().mean(-1)).mean())
 
     assert error(refined) < 0.9 * error(alone)

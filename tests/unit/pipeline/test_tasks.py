@@ -1,7 +1,7 @@
 """Which layers of a block are solved in one call, with which statistics and randomness, and what errors say."""
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 import pytest
@@ -10,6 +10,7 @@ from helpers import same_codes, solve_one
 
 import lorq
 from lorq.core.problem import layer_generator
+from lorq.core.rounding import nearest
 from lorq.core.stats import InputStats
 from lorq.models.blocks import Target
 from lorq.models.experts import ExpertName, expert_name
@@ -292,3 +293,54 @@ def test_what_is_not_finite_is_never_handed_on(part):
         bad = replace(weight, low_rank=replace(weight.low_rank, factors=replace(factors, **{f"{part}_scale": scale})))
     with pytest.raises(ArithmeticError, match="must be finite"):
         check_finite(bad)
+
+
+# ---- layers whose inputs tell nothing, and results that are worse than rounding to nearest --------------------
+
+
+def silent():
+    return InputStats(torch.zeros(IN, IN), torch.zeros(IN), 40)
+
+
+SMALL = {"rank": 2} | dict.fromkeys(("steps", "epochs"), 1)
+
+
+@pytest.mark.parametrize("name", [name for name, method in lorq.METHODS.items() if method().needs_stats])
+def test_a_layer_whose_inputs_are_zero_is_rounded_to_nearest_and_says_so(name):
+    known = {f.name: SMALL[f.name] for f in fields(lorq.METHODS[name]) if f.name in SMALL}
+    method = lorq.METHODS[name](bits=3, group_size=IN, **known)
+    dead, live = target(f"{BLOCK}.dead"), target(f"{BLOCK}.live")
+    solved = solve({dead: method, live: method}, {dead.name: silent(), live.name: stats()}, modules={})
+    plain = nearest(weight_of(dead), None, method.largest(OUT, IN).codes.plain())
+    assert torch.equal(solved[dead].dense(), plain.decode())
+    assert solved[dead].format.rank == 0 and solved[dead].basis is None
+    assert solved[dead].record.note == "its inputs are zero on every calibration token: rounded to nearest"
+    assert "zero" not in solved[live].record.note
+    assert same(solved[live], solve({live: method}, {live.name: stats()}, modules={})[live])
+
+
+@pytest.mark.parametrize("dead", [range(1), range(4)], ids=["one", "all"])
+def test_experts_that_share_factors_do_so_where_the_inputs_of_some_are_zero(dead):
+    layers = expert_targets(projections=("down_proj",))
+    known = {t.name: silent() if e in dead else stats(e) for e, t in enumerate(layers)}
+    solved = solve(dict.fromkeys(layers, TILEQ), known)
+    assert all(weight.tile is not None for weight in solved.values())
+    assert all(weight.record.error_after < weight.record.error_before for weight in list(solved.values())[len(dead) :])
+
+
+def test_a_layer_that_comes_out_worse_than_rounded_to_nearest_says_so():
+    @dataclass(frozen=True)
+    class Coarse(lorq.GPTQ):
+        def solve(self, problem):
+            scaled = replace(problem, weights={name: 1.5 * weight for name, weight in problem.weights.items()})
+            off = {name: weight.dense() - problem.weights[name] for name, weight in super().solve(scaled).items()}
+            worse = {name: float((error @ problem.stats[name].hessian * error).sum()) for name, error in off.items()}
+            return {
+                name: replace(weight, record=replace(weight.record, error_after=worse[name], note="coarse"))
+                for name, weight in super().solve(problem).items()
+            }
+
+    layer = target(f"{BLOCK}.q_proj")
+    good, bad = (solve({layer: m(3, IN)}, {layer.name: stats()})[layer].record for m in (lorq.GPTQ, Coarse))
+    assert good.error_after < good.error_before and not good.note
+    assert bad.note.startswith(f"coarse; worse than rounded to nearest: output error {bad.error_after:.3g}, not ")

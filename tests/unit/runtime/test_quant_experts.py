@@ -307,7 +307,10 @@ def test_experts_that_were_moved_replaced_or_copied_are_those_that_run(packed, g
     assert [expert.down_proj.weight_packed is own for expert, own in zip(experts.plain, packed_, strict=True)] == [
         True
     ] * EXPERTS
-    assert {own.untyped_storage().nbytes() for own in packed_} == {EXPERTS * packed_[0].nbytes}
+    # One memory, and storages of their own.
+    starts = [own.untyped_storage().data_ptr() for own in packed_]
+    assert [start - starts[0] for start in starts] == [i * packed_[0].nbytes for i in range(EXPERTS)]
+    assert {own.untyped_storage().nbytes() for own in packed_} == {packed_[0].nbytes}
     twin = copy.deepcopy(experts)
     experts.plain[2].up_proj = new = packed().plain[2].up_proj
     new.shared, new.permutation = twin.plain[2].up_proj.shared, twin.plain[2].up_proj.permutation

@@ -2,26 +2,33 @@
 
 import copy
 import gc
+import io
+import itertools
 import pickle
+import sys
+import threading
+import time
 import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import layer_format
+from safetensors.torch import save_model
 from torch import nn
 
 import lorq.runtime.compiled
 import lorq.runtime.same_input
 from lorq.models.experts import Expert
 from lorq.runtime.linear import QuantLinear
-from lorq.runtime.same_input import fit, join
+from lorq.runtime.same_input import _Once, fit, join
 
 SIZES = {"q": 32, "k": 16, "v": 16, "o": 48}
 FORMATS = {
     "4 bits": layer_format(4, 16, False),
     "3 bits, symmetric": layer_format(3, 16, True),
     "factors": layer_format(4, 16, False, 3, "int8"),
+    "factors of float8": layer_format(4, 16, False, 2, "e4m3"),
     "factors of 16 bits": layer_format(2, 16, True, 2, "float16"),
     "codebooks": layer_format(2, 48, True, 0, "float16", 4, 8, 16),
     "levels": layer_format(4, 16, True, grid="normal-float"),
@@ -327,12 +334,98 @@ def test_several_equal_calls_become_one_in_a_graph():
 
 
 @torch.no_grad()
-def test_joining_takes_no_second_memory(attention):
-    module = attention(layer_format(4, 16, False, 2, "int8"))
+@pytest.mark.parametrize("factor_type", ["int8", "float16"])
+def test_joined_layers_have_one_memory_and_storages_of_their_own(factor_type, attention, products, tmp_path):
+    """What is saved of a model is the same whether or not it has run."""
+    module = attention(layer_format(4, 16, False, 2, factor_type), bias=True)
+    fresh = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    save_model(module, tmp_path / "fresh")
+    torch.save(module.q.state_dict(), one := io.BytesIO())
     module(torch.ones(1, 48))
-    for name in ("weight_packed", "weight_scale", "weight_zero_point", "right", "left_scale"):
-        storages = {getattr(layer, name).untyped_storage().data_ptr() for layer in (module.q, module.k, module.v)}
-        assert len(storages) == 1, name
+    module(torch.ones(1, 48))
+    assert products == [64] * 2
+    for name in ("weight_packed", "weight_scale", "weight_zero_point", "right"):
+        own = [getattr(layer, name) for layer in (module.q, module.k, module.v)]
+        storages = [tensor.untyped_storage() for tensor in own]
+        assert [storage.nbytes() for storage in storages] == [tensor.nbytes for tensor in own]
+        starts = [storage.data_ptr() for storage in storages]
+        assert starts[1:] == [a + tensor.nbytes for a, tensor in zip(starts[:-1], own[:-1], strict=True)], name
+    save_model(module, tmp_path / "run")
+    assert (tmp_path / "fresh").read_bytes() == (tmp_path / "run").read_bytes()
+    torch.save(module.q.state_dict(), other := io.BytesIO())
+    assert one.tell() == other.tell()
+    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        found = again.state_dict()
+        assert found.keys() == fresh.keys() and all(found[name].equal(tensor) for name, tensor in fresh.items())
+        assert again.q.weight_packed.untyped_storage().nbytes() == module.q.weight_packed.nbytes
+
+
+def test_what_another_thread_does_at_any_moment_changes_nothing():
+    """Another thread takes its own between any two steps of one that takes its second."""
+    mine, others, moments = torch.zeros(1), torch.zeros(1), itertools.count()
+    for moment in moments:
+        once, steps = _Once(2), itertools.count()
+        once.take(0, mine, lambda: "mine")
+        other = threading.Thread(target=once.take, args=(0, others, lambda: "other's"))
+
+        def trace(frame, event, _, other=other, steps=steps, moment=moment):
+            if frame.f_code.co_name == "take" and frame.f_code.co_filename == lorq.runtime.same_input.__file__:
+                frame.f_trace_opcodes = True
+                if event == "opcode" and next(steps) == moment:
+                    other.start()
+                    other.join()
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            assert once.take(1, mine, lambda: "mine") == "mine"
+        finally:
+            sys.settrace(before)
+        if not other.ident:
+            break
+    assert moment > 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["factors", "rotated", "permuted"])
+def test_what_a_thread_gets_depends_on_its_own_input(kind, attention, generator):
+    inputs = [torch.randn(1 + 2 * i, 48, generator=generator) for i in range(4)]
+    module = attention(FORMATS[kind])
+    expected = [alone(module, x) for x in inputs]
+    wrong, start, end = [], threading.Barrier(4), time.monotonic() + 0.3
+
+    @torch.no_grad()
+    def serve(number):
+        start.wait()  # the first calls of all join the layers
+        while time.monotonic() < end and not wrong:
+            for found, one in zip(module(inputs[number] + 0), expected[number], strict=True):
+                if not torch.allclose(found, one, rtol=1e-4, atol=1e-4 * float(one.abs().max())):
+                    wrong.append(number)
+
+    # Threads change places after every few instructions.
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=serve, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong
+
+
+@torch.no_grad()
+def test_layers_join_while_another_thread_multiplies_with_them(attention):
+    """Tensors are replaced, not moved: who has them keeps their memory."""
+    module = attention(layer_format(4, 16, False, 2, "int8"))
+    held = {name: (tensor, tensor.data_ptr()) for name, tensor in module.q._buffers.items() if tensor is not None}
+    module(torch.ones(1, 48))
+    assert module.q.weight_packed is not held["weight_packed"][0]
+    assert all(tensor.data_ptr() == place for tensor, place in held.values())
+    assert all(module.q._buffers[name].equal(tensor) for name, (tensor, _) in held.items())
 
 
 def test_only_packed_layers_that_are_in_memory_join(random_weight):

@@ -21,9 +21,12 @@ from lorq.storage.lock import owned
 with owned(Path(sys.argv[1])):
     if sys.argv[2:]:
         import os
+        forked, told = os.pipe()
         if not os.fork():  # a child that outlives it
             os.close(1)
+            os.write(told, b"here")
             time.sleep(60)
+        os.read(forked, 4)
     print(os.getpid() if sys.argv[2:] else 0, flush=True)
     time.sleep(60)
 """

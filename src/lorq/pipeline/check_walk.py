@@ -1,0 +1,82 @@
+"""One look before the work: walking through the blocks must give what the model itself computes."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from lorq.models.blocks import Part, StreamedModel
+from lorq.models.experts import expert_name, find_experts
+from lorq.pipeline.check_weights import check_resident
+from lorq.pipeline.observe import shared_inputs
+from lorq.pipeline.plan import Plan
+from lorq.pipeline.verify import SAME_SQNR_DB, probe_tokens, sqnr_db
+from lorq.progress import CHECK, Progress
+
+# So many weights are all read to look at every block: a second or two.
+_ALL_WEIGHTS = 1 << 29
+
+
+def check_walk(model: StreamedModel, plan: Plan, progress: Progress) -> None:
+    """Compare logits of a window that walks through blocks with those of the model's own forward.
+
+    It is the second of two, so that what a block is called with for the first cannot pass for its own. Each block is in
+    memory while it works, and its weights are looked at; of large models only the first two work, and the first of
+    every other class (`looks_at_all`).
+
+    Raises:
+        ValueError: if they differ, the model cannot be walked through at all, layers that are to be observed are not
+            used, or weights are not finite.
+    """
+    name, tokens = type(model.model).__name__, probe_tokens(model.model.config.get_text_config(), 0)
+    with model.resident(*model.outside):
+        try:
+            stream = model.embed(tokens)
+
+            blocks = _looked_at(model)
+            seen: list[Part] = []
+
+            def walk_on(block: Part) -> None:
+                check_resident(plan, model, block)
+                seen.append(block)
+                progress(CHECK, len(seen), len(blocks))
+                run = partial(model.run, block, stream, 1)
+                shared_inputs(run, _observed(model, plan, block))
+                stream.hidden[1] = run()
+
+            expected = model.own_logits(tokens[1], walk_on, blocks).cpu()
+            got = model.logits(tokens[1], stream.hidden[1]).cpu()
+        except (RuntimeError, TypeError, LookupError, AttributeError) as error:
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise ValueError(
+                f"{name} is not supported: its blocks must run one by one, which gives {type(error).__name__}: {first}"
+            ) from error
+    # Weights of other layers that are not finite are none of ours.
+    if bool(torch.isfinite(expected).all()) and (near := sqnr_db(expected, got)) < SAME_SQNR_DB:
+        raise ValueError(
+            f"{name} is not supported: its blocks one by one must give the model's own logits to "
+            f"{SAME_SQNR_DB:.0f} dB, got {near:.1f} dB; it hands more from block to block than lorq follows"
+        )
+
+
+def _observed(model: StreamedModel, plan: Plan, block: Part) -> dict[str, nn.Module]:
+    """The layers whose inputs are looked at, but experts', which not every text reaches."""
+    experts = find_experts(model.model, block.name)
+    names = [t.name for t, m in plan.of(block).items() if plan.observes(m) and expert_name(t.name, experts) is None]
+    return {name: model.model.get_submodule(name) for name in names}
+
+
+def looks_at_all(model: StreamedModel) -> bool:
+    """Whether `check_walk` has every block in memory."""
+    modules = (model.model.get_submodule(block.name) for block in model.blocks)
+    return sum(p.numel() for module in modules for p in module.parameters()) <= _ALL_WEIGHTS
+
+
+def _looked_at(model: StreamedModel) -> Sequence[Part]:
+    """The blocks that are looked at."""
+    if looks_at_all(model):
+        return model.blocks
+    modules = [model.model.get_submodule(block.name) for block in model.blocks]
+    kinds = [type(module) for module in modules]
+    return [block for i, block in enumerate(model.blocks) if i == 1 or kinds[i] not in kinds[:i]]

@@ -1,0 +1,212 @@
+"""Models that call their blocks in their own ways are walked through as they run; those that cannot be are refused."""
+
+from functools import partial
+
+import pytest
+import torch
+from helpers import folder_digests, save_folder
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lorq
+from lorq.models.blocks import StreamedModel
+from lorq.models.calls import Answer, Recorder, Room, Stream
+from lorq.pipeline.check_walk import check_walk
+from lorq.pipeline.options import Options
+from lorq.pipeline.plan import Plan
+from lorq.pipeline.walk import advance
+
+SPECIAL = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": None, "pad_token_id": None}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+GEMMA = {
+    **SIZES, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, "hidden_size_per_layer_input": 16,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "vocab_size_per_layer_input": 257,
+    "num_kv_shared_layers": 2,
+}  # fmt: skip
+GPT = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "rotary_dim": 8}
+MODELS = {
+    # blocks answer with tuples
+    "falcon": SIZES,
+    "bloom": {"hidden_size": 64, "n_head": 4, "n_layer": 2},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+    "gptj": GPT,
+    "codegen": GPT,
+    "gpt_neo": {
+        "hidden_size": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+        "window_size": 8, "max_position_embeddings": 128,
+    },
+    "trocr": {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128},
+    # inputs of each block depend on the tokens; keys and values go from block to block in a mapping
+    "gemma4_text": GEMMA | {"global_head_dim": 16, "num_global_key_value_heads": 2},
+    # likewise, and four hidden states for each token
+    "gemma3n_text": GEMMA | {"laurel_rank": 8, "altup_num_inputs": 4, "activation_sparsity_pattern": [0.0] * 4},
+    # part of a block's answer goes to the next
+    "glm_moe_dsa": SIZES | {
+        "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+        "index_topk": 8, "index_n_heads": 2, "index_head_dim": 32, "n_group": 1, "topk_group": 1,
+        "indexer_types": ["full", "shared", "full", "shared"],
+    },
+}  # fmt: skip
+
+EXCLUDED = {"gemma3n_text": ("altup", "laurel")}  # layers of four and eight columns
+
+
+@pytest.fixture(scope="module")
+def folder_of_kind(tmp_path_factory):
+    """The folder of a random model, by model type; made once."""
+    made = {}
+
+    def of(kind):
+        if kind not in made:
+            config = AutoConfig.for_model(kind, **SPECIAL | MODELS[kind])
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(config).float()
+                for name, parameter in model.named_parameters():
+                    noise = torch.randn(parameter.shape)
+                    size = 0.5 if "emb" in name or "wte" in name else 0.15
+                    parameter.data = parameter.data + 0.1 * noise if parameter.ndim == 1 else size * noise
+            made[kind] = save_folder(model, tmp_path_factory.mktemp("models") / kind)
+        return made[kind]
+
+    return of
+
+
+def windows_of(seed):
+    return torch.randint(256, (3, 24), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def own_logits(folder, windows):
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return torch.cat([model(window[None], use_cache=False).logits for window in windows])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_window_walks_as_it_runs_in_the_model(kind, folder_of_kind, tmp_path):
+    folder, windows = folder_of_kind(kind), windows_of(1)
+    streamed, expected = StreamedModel.open(folder), own_logits(folder, windows)
+    check_walk(streamed, Plan({}, {}, lorq.Nearest(), Options()))
+    for room in (Room(), Room(0, tmp_path)):
+        stream = streamed.embed(windows, room)
+        for block in streamed.blocks:
+            with streamed.resident(block):
+                advance(stream, partial(streamed.run, block))
+            stream.forget(block.name)
+        got = torch.stack([streamed.logits(*both) for both in zip(windows, stream.hidden, strict=True)])
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+        assert not stream.handed and not stream.calls.tensors  # given back behind the last block
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_streams_hand_on_what_is_their_own(folder_of_kind):
+    folder, windows = folder_of_kind("gemma4_text"), windows_of(1)
+    streamed, expected = StreamedModel.open(folder), own_logits(folder, windows)
+    first = streamed.embed(windows)
+    second = first.fork()
+    second.hidden.mul_(1.5)
+    for block in streamed.blocks:
+        with streamed.resident(block):
+            advance(first, partial(streamed.run, block))
+            advance(second, partial(streamed.run, block))
+    got = torch.stack([streamed.logits(*both) for both in zip(windows, first.hidden, strict=True)])
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+# ---- the look before the work -----------------------------------------------------------------------------
+
+
+def bare(self, hidden):
+    return hidden
+
+
+def forgets(self, *_):
+    pass
+
+
+@pytest.mark.parametrize(
+    "kind, where, name, what",
+    [
+        ("trocr", Answer, "around", bare),
+        ("falcon", Answer, "around", bare),
+        ("gemma4_text", Recorder, "_keep", forgets),
+        ("gemma4_text", Stream, "left", forgets),
+        ("gemma3n_text", Recorder, "_keep", forgets),
+        ("glm_moe_dsa", Recorder, "answered", forgets),
+    ],
+)
+def test_a_walk_that_does_not_follow_the_model_is_refused_before_the_work(
+    kind, where, name, what, folder_of_kind, text_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(where, name, what)
+    options = {"calibration": str(text_file), "samples": 2, "seq_len": 16, "exclude": EXCLUDED.get(kind, ())}
+    with pytest.raises(ValueError, match=r"ForCausalLM is not supported: (its )?blocks .*(must|answer)"):
+        lorq.quantize(folder_of_kind(kind), tmp_path / "out", lorq.Nearest(group_size=16), **options, dry_run=True)
+    assert not (tmp_path / "out").exists()
+
+
+class Rearranged(torch.nn.ModuleList):
+    """Blocks that the model takes in another order than they are named in."""
+
+    order = (0, 1)
+
+    def __getitem__(self, index):
+        return [self[i] for i in self.order] if isinstance(index, slice) else super().__getitem__(index)
+
+
+@pytest.mark.parametrize(
+    "order, message",
+    [
+        ((1, 0), r"MistralForCausalLM is not supported: blocks .* model.layers.0 is called out of this order"),
+        ((0, 1, 0), r"model.layers.0 is called again"),
+        ((0,), r"model.layers.1 is called never"),
+    ],
+    ids=["swapped", "twice", "never"],
+)
+def test_blocks_must_be_called_once_each_and_in_order(order, message, folder_of):
+    streamed = StreamedModel.open(folder_of("mistral"))
+    base = streamed.model.model
+    base.layers = Rearranged(base.layers)
+    base.layers.order = order
+    with pytest.raises(ValueError, match=message):
+        streamed.embed(windows_of(1))
+
+
+def test_hidden_states_must_come_to_a_block_as_the_one_before_has_left_them(folder_of):
+    streamed = StreamedModel.open(folder_of("mistral"))
+    streamed.model.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0] / 2, *args[1:]))
+    with pytest.raises(ValueError, match=r"model.layers.1 is called again, or with what the model has changed"):
+        streamed.embed(windows_of(1))
+
+
+# ---- quantizing -------------------------------------------------------------------------------------------
+
+
+GPTQ, LRQ = lorq.GPTQ(bits=8, group_size=16), lorq.LRQ(bits=8, group_size=16, steps=1)
+
+
+@pytest.mark.parametrize(
+    "kind, method, options",
+    [
+        ("falcon", GPTQ, {}),
+        ("gemma4_text", LRQ, {"activations": "token", "smoothing": 0.5}),
+        ("gemma4_text", LRQ, {"stream": "original"}),
+        ("gemma3n_text", GPTQ, {"stream": "quantized", "exclude": EXCLUDED["gemma3n_text"]}),
+    ],
+    ids=["falcon", "gemma4 lrq", "gemma4 lrq original", "gemma3n quantized"],
+)
+def test_they_are_quantized(kind, method, options, folder_of_kind, text_file, tmp_path):
+    folder, windows = folder_of_kind(kind), windows_of(2)
+    given = {"calibration": str(text_file), "samples": 3, "seq_len": 24, **options}
+    lorq.quantize(folder, tmp_path / "files", method, **given, spill_bytes=0)
+    expected, got = own_logits(folder, windows), own_logits(tmp_path / "files", windows)
+    assert 20 * torch.log10(expected.norm() / (expected - got).norm()).item() > 25
+    if "activations" in options:
+        lorq.quantize(folder, tmp_path / "memory", method, **given)
+        assert folder_digests(tmp_path / "memory") == folder_digests(tmp_path / "files")
+
+
+def test_a_disk_without_room_for_the_windows_is_told_of(tmp_path):
+    with pytest.raises(OSError, match=rf"needs a file of 4000000000.0 GB in {tmp_path}: .*; take fewer samples"):
+        Room(0, tmp_path).take((10**9, 10**9))
+    assert list(tmp_path.iterdir()) == []
