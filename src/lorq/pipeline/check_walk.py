@@ -32,9 +32,9 @@ def check_walk(model: StreamedModel, plan: Plan, progress: Progress) -> None:
     name, tokens = type(model.model).__name__, probe_tokens(model.model.config.get_text_config(), 0)
     with model.resident(*model.outside):
         try:
-            stream = model.embed(tokens)
-
             blocks = _looked_at(model)
+            progress(CHECK, 0, len(blocks))
+            stream = model.embed(tokens)
             seen: list[Part] = []
 
             def walk_on(block: Part) -> None:
