@@ -213,7 +213,7 @@ def test_the_bits_per_weight_are_those_of_the_files(kind, made, quantize, text_f
     assert not (tmp_path / "never").exists()
 
 
-def test_experts_with_few_tokens_are_named_with_their_numbers(made, folder_of, quantize, tmp_path):
+def test_experts_with_few_tokens_are_named_with_their_numbers(made, folder_of, quantize, text_file, tmp_path):
     _, out, report = made("qwen2-moe")
     notes = read_report(out).notes
     assert notes == report.notes and len(notes) == 5  # of the block that has experts
@@ -224,8 +224,8 @@ def test_experts_with_few_tokens_are_named_with_their_numbers(made, folder_of, q
         counts.append(int(found[1]))
     experts, seen = load(folder_of("qwen2-moe")), []
     experts.model.layers[1].mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    text = report.run["calibration"]
-    for window in text_windows(text, Encoder(byte_tokenizer(128), (BOS,), 257), **SMALL).tokens:
+    assert report.run["calibration"] == text_file.name
+    for window in text_windows(str(text_file), Encoder(byte_tokenizer(128), (BOS,), 257), **SMALL).tokens:
         experts(input_ids=window[None], use_cache=False)
     assert counts == torch.bincount(torch.cat(seen).flatten(), minlength=5).tolist()
     few = quantize(folder_of("qwen2-moe"), tmp_path / "out", expert_tokens=min(counts) + 1)

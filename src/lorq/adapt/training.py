@@ -58,7 +58,7 @@ def train(
             rounding.
         name: of the adapter. An adapter of this name that the model has trains on.
         reference: the original model, whose weights "qat" starts from; None starts from the dequantized ones.
-        progress: called as ``progress("train", done, steps)``.
+        progress: called as ``progress(stage, done, steps)``.
         **settings: fields of `Settings`.
 
     Raises:

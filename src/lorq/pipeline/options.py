@@ -20,8 +20,8 @@ class Options:
             JSONL file.
         samples: calibration windows.
         seq_len: tokens of a window.
-        start_token: begin each with a start token: "auto" (as the model's tokenizer does, and text that the model
-            writes), "always" or "never".
+        start_token: begin each window of a text with a start token: "auto" (as the model's tokenizer does), "always" or
+            "never". What the model writes itself always begins with one.
         seed: of every random choice; the same seed gives the same bytes.
         device: where blocks are run and solved: "auto", "cpu", "cuda", "cuda:1" and so on.
         token_weights: "equal" counts each calibration token the same, "plain" by its squared length.
