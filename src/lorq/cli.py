@@ -3,6 +3,7 @@
 Nothing here imports torch or transformers before a command begins: help and wrong input come at once.
 """
 
+import csv
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import Parameter
+from rich.markup import escape
 from rich.table import Table
 
 import lorq
@@ -277,6 +279,34 @@ def _called_as() -> str:
         return "lorq"
     found = shutil.which("lorq")
     return "lorq" if found and Path(found).samefile(program) else shlex.quote(str(program))
+
+
+@app.command
+def families(pattern: str = "", *, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
+    """The model types of transformers, and whether lorq works with them: each was built small, quantized, loaded,
+    compared with its dense weights, and generated. What is refused is refused with that reason before any work.
+
+    Args:
+        pattern: a part of a model type or class, such as gemma; left out, all of them.
+        json_: print one JSON list.
+    """
+    with Path(__file__).with_name("families.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if pattern.lower() in f"{row['model_type']} {row['class']}".lower()]
+    if json_:
+        print(json.dumps(rows))
+        return
+    if not rows:
+        raise ValueError(
+            f"PATTERN must be a part of a model type or class, {pattern!r} is in none; lorq families lists"
+        )
+    table = Table()
+    for title in ("model type", "class", "", "reason"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(row["model_type"], row["class"], row["verdict"], escape(row["reason"]))
+    console.print(table)
+    works = sum(row["verdict"] == "works" for row in rows)
+    console.print(f"{works} of {len(rows)} work", markup=False)
 
 
 # What a command keeps when it is interrupted.

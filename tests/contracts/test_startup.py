@@ -15,7 +15,8 @@ print("loaded:", *{"torch", "transformers", "numpy"} & set(sys.modules))
 sys.exit(status)
 """
 BENCH = ("sketch", "experts", "decode", "adapt", "quantize")
-HELP = ["", "evaluate", "inspect", "generate", "adapt", "merge", "demo", "bench", *(f"bench {name}" for name in BENCH)]
+COMMANDS = ("evaluate", "inspect", "generate", "adapt", "merge", "families", "demo", "bench")
+HELP = ["", *COMMANDS, *(f"bench {name}" for name in BENCH)]
 MISTAKES = {
     "quantise {model} {out}": 'Unknown command "quantise"',
     "evaluate {model} --nope": "Unknown option: --nope",
@@ -51,6 +52,7 @@ MISTAKES = {
     "generate {model} Hi --products byte": 'Invalid value "byte" for --products',
     "generate {model} Hi --tokens 0": "tokens must be at least 1, got 0",
     "adapt {model} {out} --text nothing.txt": "text must be one of python-docs",
+    "families nothing-like-it": "'nothing-like-it' is in none",
     "bench adapt {missing}": "no such model: {missing}",
 }
 
@@ -85,6 +87,10 @@ def answer(*arguments):
 @pytest.mark.parametrize("command", HELP)
 def test_help_loads_nothing_heavy(command):
     assert answer(*command.split(), "--help") == (0, "")
+
+
+def test_the_table_of_families_loads_nothing_heavy():
+    assert answer("families", "gemma") == (0, "")
 
 
 @pytest.mark.parametrize("command", MISTAKES)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import lorq
 from lorq.cli import main
 from lorq.methods import METHODS
+from lorq.models.blocks import StreamedModel
 from lorq.models.experts import Experts, find_experts, fuse_experts, split_experts
 from lorq.models.skeleton import read_config, skeleton
 from lorq.models.windows import Encoder, text_windows
@@ -372,14 +373,13 @@ def test_tokens_at_a_routers_border_are_led_where_they_went_before(folder_of, ge
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda fused: setattr(fused, "has_gate", False), "has no gate projection"),
         (lambda fused: setattr(fused, "has_post_expert_norm", True), "has a norm after each expert"),
         (
             lambda fused: fused.register_parameter("scale", torch.nn.Parameter(torch.ones(4))),
             "holds down_proj, gate_up_proj, scale",
         ),
     ],
-    ids=["gate", "norm", "parameter"],
+    ids=["norm", "parameter"],
 )
 def test_experts_of_another_build_are_refused(change, reason, folder_of):
     model = load(folder_of("mixtral"))
@@ -417,17 +417,46 @@ def test_files_that_lack_a_part_of_an_expert_or_hold_more_are_refused(folder_of,
         quantize(source, tmp_path / "out")
 
 
-def test_a_conversion_that_lorq_does_not_know_is_refused(folder_of, quantize, tmp_path, monkeypatch):
-    from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
+def test_experts_that_transformers_turns_when_it_loads_are_read_so(folder_of, tmp_path, monkeypatch):
+    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
     sources, steps = "mlp.experts.*.down_proj.weight", [MergeModulelist(dim=0), Transpose(1, 2)]
     converters = [WeightConverter(sources, "mlp.experts.down_proj", steps)]
+    halves, steps = (
+        ["mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight"],
+        [MergeModulelist(), Concatenate(1)],
+    )
+    converters += [WeightConverter(halves, "mlp.experts.gate_up_proj", steps)]
     mapping = importlib.import_module("transformers.conversion_mapping")  # not to be had as an attribute
+    folder = folder_of("qwen3-moe")
+    expected = StreamedModel.open(folder)
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
     monkeypatch.setattr(mapping, "get_model_conversion_mapping", lambda model: converters)
-    with pytest.raises(
-        ValueError, match=r"does not read: transformers makes .*down_proj by MergeModulelist.*Transpose"
-    ):
-        quantize(folder_of("qwen3-moe"), tmp_path / "out")
+    with pytest.raises(ValueError, match=r"down_proj.weight is \(32, 64\), not \(64, 32\)"):
+        StreamedModel.open(folder)
+    turned = broken(folder, tmp_path / "turned", turn)
+    model = StreamedModel.open(turned)
+    assert torch.equal(model.stored_tensor(name), expected.stored_tensor(name))
+    assert model.unused_tensors == []
+
+
+def turn(tensors):
+    tensors |= {
+        name: tensor.T.contiguous() for name, tensor in tensors.items() if ".experts." in name and "down" in name
+    }
+
+
+def test_a_conversion_that_fails_is_told_in_words(folder_of, monkeypatch):
+    from transformers.core_model_loading import MergeModulelist, Split, WeightConverter
+
+    steps = [MergeModulelist(dim=0), Split(dim=1)]
+    converters = [
+        WeightConverter("mlp.experts.*.down_proj.weight", ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"], steps)
+    ]
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    monkeypatch.setattr(mapping, "get_model_conversion_mapping", lambda model: converters)
+    with pytest.raises(ValueError, match=r"could not be made of .*down_proj\.weight.* as transformers makes it"):
+        StreamedModel.open(folder_of("qwen3-moe"))
 
 
 def test_no_tokens_at_all_cannot_be_enough(folder_of, quantize, tmp_path):

@@ -13,7 +13,14 @@ import torch
 from helpers import BYTES
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 import lorq
 from lorq.runtime.linear import QuantLinear
@@ -322,7 +329,7 @@ def test_inputs_are_named_where_nothing_looks_at_them_and_without_those_of_exper
 
 def test_a_loaded_model_is_not_saved_without_its_guard(whole, tmp_path):
     model = lorq.load(whole)
-    with pytest.raises(ValueError, match=r"lorq.*not serializable"):
+    with pytest.raises(ValueError, match=r"lorq.*is not saved again"):
         model.save_pretrained(tmp_path / "saved")
     assert not list(tmp_path.rglob("*.safetensors"))
 
@@ -369,10 +376,31 @@ def test_a_dequantized_model_has_dense_layers_and_the_same_logits(whole, tmp_pat
     assert torch.equal(again(windows).logits, dense(windows).logits)
 
 
-def test_the_bare_model_without_a_head_is_refused_or_right(whole):
+def test_the_bare_model_without_a_head_is_the_whole_models(whole):
     # AutoModel has other parameter names: "layers.0..." where the table says "model.layers.0...".
-    with pytest.raises(ValueError, match=r"model\.layers\.0.*not in the model"):
-        AutoModel.from_pretrained(whole)
+    tokens = torch.arange(12)[None]
+    expected = lorq.load(whole, device="cpu")(input_ids=tokens, output_hidden_states=True).hidden_states[-1]
+    bare = AutoModel.from_pretrained(whole, dtype=torch.float32)
+    assert torch.equal(bare(input_ids=tokens).last_hidden_state, expected)
+
+
+def test_a_head_of_another_kind_is_new_and_the_rest_the_folders(whole):
+    own = AutoModelForSequenceClassification.from_pretrained(whole, num_labels=3, dtype=torch.float32)
+    assert own.score.weight.shape[0] == 3
+    expected, got = lorq.load(whole, device="cpu").model.state_dict(), own.model.state_dict()
+    assert expected.keys() == got.keys() and all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_class_of_another_build_is_refused_in_words(whole):
+    with pytest.raises(ValueError, match=r"holds a LlamaForCausalLM and cannot be loaded as OPTForCausalLM"):
+        OPTForCausalLM.from_pretrained(whole, config=_opt_config(whole))
+
+
+def _opt_config(whole):
+    config = OPTConfig(hidden_size=64, word_embed_proj_dim=64, ffn_dim=128, num_attention_heads=4, num_hidden_layers=2)
+    own = AutoConfig.from_pretrained(whole)
+    config.quantization_config, config.architectures = own.quantization_config, own.architectures
+    return config
 
 
 @pytest.mark.parametrize(

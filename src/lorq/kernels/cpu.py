@@ -162,7 +162,8 @@ def multiply(x: Tensor, *arguments: Any) -> Tensor:
     direct = tokens <= few_tokens(by_bytes=weight.by_bytes) or (_one_byte and weight.whole_numbers)
     if direct and _directly(x, y, weight, tokens):
         return y
-    return _by_strips(x.view(tokens, in_features), y.view(tokens, out), weight, operands[8:]).view(y.shape)
+    _by_strips(x.view(tokens, in_features), y.view(tokens, out), weight, operands[8:])
+    return y  # and no view of it: models that add to it in place could not be trained
 
 
 def _directly(x: Tensor, y: Tensor, weight: Any, tokens: int) -> bool:
@@ -207,7 +208,7 @@ def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: 
     return y if found else rotate_reference(x, permutation, block, skip, inverse)
 
 
-def _by_strips(x: Tensor, y: Tensor, weight: Any, low_rank: Sequence[Tensor | None]) -> Tensor:
+def _by_strips(x: Tensor, y: Tensor, weight: Any, low_rank: Sequence[Tensor | None]) -> None:
     """Into ``y``: rows decoded a strip at a time, and torch's product of each; then the low-rank part."""
     dtype = _product_type(x.dtype)
     z = x.to(dtype)
@@ -221,7 +222,6 @@ def _by_strips(x: Tensor, y: Tensor, weight: Any, low_rank: Sequence[Tensor | No
     if left is not None and right is not None:
         l, r = LowRank(left, right, left_scale, right_scale).factors(x.dtype)
         y += (x @ r.T) @ l.T
-    return y
 
 
 @cache

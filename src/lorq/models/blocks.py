@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorq.models.calls import Answer, Recorder, Room, Stream
-from lorq.models.skeleton import Stored, find_blocks, find_stored, get_tensor, put_tensor, read_config, skeleton
+from lorq.models.skeleton import find_blocks, find_towers, get_tensor, is_linear, put_tensor, read_config, skeleton
+from lorq.models.stored import Stored, find_stored
 from lorq.storage.reader import WeightFiles
 
 
@@ -55,7 +56,7 @@ class StreamedModel:
 
     Raises:
         ValueError: if no decoder blocks are found, or tensors that the model needs are missing
-            or of another shape, or weights are neither in linear layers nor in experts that can be split.
+            or of another shape.
     """
 
     def __init__(
@@ -74,9 +75,9 @@ class StreamedModel:
                     module._buffers[name] = buffer.to(self.device)
         self._parameters = {name for name, _ in model.named_parameters()}
         self._resident: set[str] = set()
+        self._towers = find_towers(model)
         self._answers: dict[type[nn.Module], Answer] = {}
         blocks = find_blocks(model)
-        self._refuse_fused(blocks)
         self._sources = self._match_names()
         tied = dict(getattr(model, "all_tied_weights_keys", {}) or {})
         self._tied = {name for name, origin in tied.items() if self._sources.get(name) == self._sources.get(origin)}
@@ -123,18 +124,6 @@ class StreamedModel:
             )
         return found
 
-    def _refuse_fused(self, blocks: list[str]) -> None:
-        """`split_experts` takes apart what it knows; what is left would stay as it is without a word."""
-        for block in blocks:
-            for name, parameter in self.model.get_submodule(block).named_parameters(prefix=block):
-                if parameter.ndim >= 3:
-                    path, _, local = name.rpartition(".")
-                    raise ValueError(
-                        f"{type(self.model).__name__} is not supported: {path} "
-                        f"({type(self.model.get_submodule(path)).__name__}) keeps weights outside linear layers, in "
-                        f"{local} of shape {tuple(parameter.shape)}, and not as transformers' fused experts do"
-                    )
-
     def _find_parts(self, blocks: list[str]) -> tuple[Part, ...]:
         names = list(self.model.state_dict(keep_vars=True))
         inside = tuple(block + "." for block in blocks)
@@ -153,7 +142,7 @@ class StreamedModel:
 
         found = []
         for name, module in self.model.get_submodule(block).named_modules(prefix=block):
-            if isinstance(module, nn.Linear | Conv1D):
+            if is_linear(module):
                 transposed = isinstance(module, Conv1D)
                 out, in_ = reversed(module.weight.shape) if transposed else module.weight.shape
                 found.append(Target(name, out, in_, transposed))
@@ -162,7 +151,7 @@ class StreamedModel:
     @property
     def unused_tensors(self) -> list[str]:
         """Tensors of the checkpoint that the architecture has no place for."""
-        return sorted(set(self.checkpoint.names) - {source.name for source in self._sources.values()})
+        return sorted(set(self.checkpoint.names).difference(*(source.names for source in self._sources.values())))
 
     def stored_tensor(self, name: str) -> Tensor:
         """A tensor as the checkpoint keeps it, by its name in the model."""
@@ -189,14 +178,14 @@ class StreamedModel:
     def resident(self, *parts: Part, stored: dict[str, Tensor] | None = None) -> Iterator[None]:
         """Keep parts in memory for the duration, in the model's compute dtype; what is there already is left alone.
 
-        Tensors tied to those of the parts come along. ``stored`` has tensors that the caller has read, by name; it is
-        emptied, so that none is held twice.
+        Tensors tied to those of the parts come along, those of towers, which text does not pass, stay away. ``stored``
+        has tensors that the caller has read, by name; it is emptied, so that none is held twice.
         """
         given = {} if stored is None else stored
         names = [name for part in parts for name in part.tensors]
         read = {self._sources[name] for name in names}
         names += [name for name in sorted(self._tied) if self._sources.get(name) in read]
-        names = [name for name in names if name not in self._resident]
+        names = [name for name in names if name not in self._resident and not name.startswith(self._towers)]
         loaded: dict[Stored, Tensor] = {}  # tied parameters share one tensor
         for name in names:
             source = self._sources[name]
@@ -207,6 +196,7 @@ class StreamedModel:
                 loaded[source] = tensor.to(self.device, tensor.dtype if keep else self.dtype)
             put_tensor(self.model, name, loaded[source])
         del loaded
+        given.clear()
         self._resident.update(names)
         try:
             yield

@@ -1,12 +1,14 @@
 """Mixture-of-experts layers as ordinary linear layers: transformers' fused tensors taken apart, and put back.
 
-transformers keeps all experts of a layer in two tensors, ``gate_up_proj`` (experts, 2 * width, hidden) and
-``down_proj`` (experts, hidden, width). A low-rank quantizer wants each projection of each expert on its own, so
-`split_experts` puts an `Experts` module there: ``experts.3.gate_proj`` is then a linear layer like any other.
+transformers keeps all experts of a layer in two tensors, ``gate_up_proj`` (experts, 2 * width, hidden), or ``up_proj``
+where there is no gate, and ``down_proj`` (experts, hidden, width). A low-rank quantizer wants each projection of each
+expert on its own, so `split_experts` puts an `Experts` module there: ``experts.3.gate_proj`` is then a linear layer
+like any other.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor, nn
 
 # What `transformers.integrations.use_experts_implementation` (5.23) sets on a module with fused experts.
 _DECLARED = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+# Classes that are fused in the same way and do not say so. Llama 4's are called with every expert's own copy of all
+# tokens, one after the other, times the router's weights: zeros where a token is not for the expert.
+_ROWS = {"Llama4TextExperts": dict(zip(_DECLARED, (True, False, False, True, True), strict=True))}
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Watcher(Protocol):
 
 
 class Expert(nn.Module):
-    """The three projections of one expert; `Experts` runs them."""
+    """The projections of one expert, three or, without a gate, two; `Experts` runs them."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -81,11 +86,12 @@ class Experts(nn.ModuleList):
     def __init__(self, fused: Any, experts: Iterable[Expert]):
         super().__init__(experts)
         self._fused = (fused,)  # in a tuple, so that it is no child
+        self.adapt(self)
 
     @classmethod
     def split(cls, fused: Any) -> "Experts":
         """A fused module taken apart, which loses its parameters."""
-        split = cls(fused, (Expert() for _ in range(len(fused.gate_up_proj))))
+        split = cls(fused, (Expert() for _ in range(len(fused.down_proj))))
         for name, tensor, part in split.parts():
             path, _, leaf = name.rpartition(".")
             expert, _, projection = path.partition(".")
@@ -97,6 +103,16 @@ class Experts(nn.ModuleList):
         fused._parameters.clear()
         return split
 
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """The projections that read the experts' input."""
+        return ("gate_proj", "up_proj") if self._fused[0].has_gate else ("up_proj",)
+
+    def adapt(self, module: nn.Module) -> None:
+        """Let a module that stands for these experts be called as their class is."""
+        if type(self._fused[0]).__name__ in _ROWS:
+            module.register_forward_pre_hook(partial(_route_rows, len(self)))
+
     def with_experts(self, experts: Iterable[Expert]) -> "Experts":
         """Others in the place of the same module."""
         return Experts(self._fused[0], experts)
@@ -104,14 +120,23 @@ class Experts(nn.ModuleList):
     def parts(self) -> Iterator[tuple[str, str, FusedPart]]:
         """Of every parameter the name here, such as "3.gate_proj.weight", the fused tensor's, and the part of it."""
         fused = self._fused[0]
+        gated = (("gate_proj", "gate_up_proj", 0), ("up_proj", "gate_up_proj", 1), ("down_proj", "down_proj", None))
+        plain = (("up_proj", "up_proj", None), ("down_proj", "down_proj", None))
         for expert in range(len(self)):
-            for projection, tensor, half in (
-                ("gate_proj", "gate_up_proj", 0), ("up_proj", "gate_up_proj", 1), ("down_proj", "down_proj", None),
-            ):  # fmt: skip
+            for projection, tensor, half in gated if fused.has_gate else plain:
                 part = FusedPart(expert, half, not fused.is_concatenated, fused.is_transposed)
                 yield f"{expert}.{projection}.weight", tensor, part
                 if fused.has_bias:
                     yield f"{expert}.{projection}.bias", tensor + "_bias", part
+
+    def slice_shape(self, tensor: str) -> tuple[int, ...]:
+        """Of one expert's part of a fused weight."""
+        leaf = "bias" if tensor.endswith("_bias") else "weight"
+        of_one: Any = self[0]
+        names = self.entries if tensor.startswith(("gate_up", "up")) else ("down_proj",)
+        rows, *columns = getattr(getattr(of_one, names[0]), leaf).shape
+        shape = (rows * len(names), *columns)
+        return shape[::-1] if self._fused[0].is_transposed else shape
 
     @property
     def takes_apart_in_order(self) -> bool:
@@ -122,30 +147,37 @@ class Experts(nn.ModuleList):
         """The original module, its parameters made from the experts' dense layers."""
         fused: Any = self._fused[0]
         for leaf, ending in (("weight", ""), ("bias", "_bias")) if fused.has_bias else (("weight", ""),):
-            gate, up, down = (
+            *entries, down = (
                 torch.stack([getattr(getattr(expert, projection), leaf).detach() for expert in self])
-                for projection in ("gate_proj", "up_proj", "down_proj")
+                for projection in (*self.entries, "down_proj")
             )
-            for name, tensor in (("gate_up_proj", self._join(gate, up, 1)), ("down_proj", down)):
+            first = ("gate_up_proj", self._join(entries, 1)) if fused.has_gate else ("up_proj", entries[0])
+            for name, tensor in (first, ("down_proj", down)):
                 if fused.is_transposed and leaf == "weight":
                     tensor = tensor.mT.contiguous()
                 fused.register_parameter(name + ending, nn.Parameter(tensor, requires_grad=False))
         return fused.train(self.training)
 
-    def _join(self, gate: Tensor, up: Tensor, dim: int) -> Tensor:
+    def _join(self, gate_and_up: Sequence[Tensor], dim: int) -> Tensor:
         """Gate and up as the class keeps them along a dimension: one after the other, or by turns."""
         if self._fused[0].is_concatenated:
-            return torch.cat([gate, up], dim)
-        return torch.stack([gate, up], dim + 1).flatten(dim, dim + 1)
+            return torch.cat(tuple(gate_and_up), dim)
+        return torch.stack(tuple(gate_and_up), dim + 1).flatten(dim, dim + 1)
 
     def middle(self, expert: int, inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens width"]:
         """What one expert's down projection is given."""
         own: Any = self[expert]
-        return self.gated(own.gate_proj(inputs), own.up_proj(inputs))
+        return self.between(*(getattr(own, name)(inputs) for name in self.entries))
 
-    def gated(self, gate: Float[Tensor, "tokens width"], up: Float[Tensor, "tokens width"]) -> Tensor:
-        """The model's own way from the gate's and the up projection's outputs to the down projection's input."""
-        return self._fused[0]._apply_gate(self._join(gate, up, 1))
+    def between(self, *projected: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens width"]:
+        """The model's own way from the outputs of the `entries`, in that order, to the down projection's input."""
+        fused = self._fused[0]
+        if not fused.has_gate:
+            return fused.act_fn(*projected)
+        if type(fused).__name__ in _ROWS:
+            gate, up = projected
+            return up * fused.act_fn(gate)
+        return fused._apply_gate(self._join(projected, 1))
 
     def forward(
         self,
@@ -173,6 +205,16 @@ class Experts(nn.ModuleList):
         return out
 
 
+def _route_rows(experts: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """The arguments of `Experts.forward` for experts that are called with copies of all tokens."""
+    if len(args) > 1:
+        return None
+    rows = args[0]
+    own = torch.arange(experts, device=rows.device).repeat_interleave(len(rows) // experts)
+    index = torch.where(rows.any(-1), own, experts)
+    return rows, index[:, None], rows.new_ones(len(rows), 1)
+
+
 def find_experts(model: nn.Module, under: str = "") -> dict[str, Experts]:
     """The experts modules of a split model, or of one part of it, by full name."""
     part = model.get_submodule(under) if under else model
@@ -185,12 +227,14 @@ def split_experts(model: nn.Module) -> None:
     Raises:
         ValueError: if experts are built in a way that cannot be taken apart.
     """
+    for module in model.modules():
+        vars(module).update(_ROWS.get(type(module).__name__, {}))
     found = {name: m for name, m in model.named_modules() if all(hasattr(m, key) for key in _DECLARED)}
     for name, module in found.items():
         if reason := _declines(module):
             raise ValueError(
                 f"{type(model).__name__} is not supported: {name} ({type(module).__name__}) {reason}; lorq takes "
-                "apart experts with gate_up_proj and down_proj only"
+                "apart experts with gate_up_proj or up_proj, and down_proj, only"
             )
     for name, module in found.items():
         model.set_submodule(name, Experts.split(module))
@@ -198,11 +242,10 @@ def split_experts(model: nn.Module) -> None:
 
 def _declines(fused: Any) -> str | None:
     """Why a declared experts module cannot be taken apart; None where it can."""
-    if not fused.has_gate:
-        return "has no gate projection"
     if fused.has_post_expert_norm:
         return "has a norm after each expert"
-    wanted = {"gate_up_proj", "down_proj"} | ({"gate_up_proj_bias", "down_proj_bias"} if fused.has_bias else set())
+    wanted = {"gate_up_proj" if fused.has_gate else "up_proj", "down_proj"}
+    wanted |= {f"{name}_bias" for name in wanted} if fused.has_bias else set()
     held = {name for name, _ in (*fused.named_parameters(), *fused.named_buffers())}
     if held != wanted:
         return f"holds {', '.join(sorted(held))}"

@@ -203,6 +203,6 @@ def _decoded_bytes(path: Path) -> int:
 
 def load_dense(folder: Path, dtype: "torch.dtype") -> Any:
     """The whole original model."""
-    from transformers import AutoModelForCausalLM
+    from lorq.models.skeleton import model_class, read_config  # and with them torch
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    return model_class(read_config(folder)).from_pretrained(folder, dtype=dtype).eval()

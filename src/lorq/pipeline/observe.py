@@ -134,8 +134,9 @@ class _ExpertsWatch:
         self.path, self.experts, self.layers, self.observer = path, experts, layers, observer
         self.counts = [0] * len(experts)
         self.tokens = 0
-        # Gate and up projection share their input by construction; it goes under the gate's name.
-        self.inputs = {name: re.sub(r"\.up_proj$", ".gate_proj", name) for name in layers}
+        # Gate and up projection share their input by construction; it goes under the gate's name, if there is one.
+        self.entry = experts.entries[0]
+        self.inputs = {name: re.sub(r"\.up_proj$", f".{self.entry}", name) for name in layers}
         self.wanted = set(self.inputs.values())
         self.routed: dict[str, StatsAccumulator] = {}
         self.all: dict[str, StatsAccumulator] = {}  # the gates' shared input is under the module's own name
@@ -150,6 +151,7 @@ class _ExpertsWatch:
 
     def before(self, hidden_states: Tensor, top_k_index: Tensor) -> None:
         """Count the tokens of each expert, and show all tokens to those that have had few."""
+        hidden_states = hidden_states[(top_k_index < len(self.counts)).any(1)]
         self.tokens += len(hidden_states)
         chosen = torch.bincount(top_k_index.flatten(), minlength=len(self.counts))
         self.counts = [a + b for a, b in zip(self.counts, chosen.tolist(), strict=False)]
@@ -165,7 +167,7 @@ class _ExpertsWatch:
     def ran(self, expert: int, inputs: Tensor, middle: Tensor, weights: Tensor) -> None:
         """Count the tokens that were routed to an expert."""
         v = weights.float().square() if self.observer.router_weights else None
-        for projection, x in (("gate_proj", inputs), ("down_proj", middle)):
+        for projection, x in ((self.entry, inputs), ("down_proj", middle)):
             name = f"{self.path}.{expert}.{projection}"
             if name in self.wanted:
                 self.observer.add(self.routed, name, x, v)

@@ -10,6 +10,7 @@ from lorq.core.weight import layer_bytes
 from lorq.methods import Method
 from lorq.models.blocks import Part, StreamedModel, Target
 from lorq.models.experts import find_experts, routing_layers
+from lorq.models.skeleton import kept_modules
 from lorq.pipeline.dense_activations import KEYS_AND_VALUES
 from lorq.pipeline.options import Options, method_name, read_method, read_options
 from lorq.pipeline.tasks import expert_formats
@@ -136,8 +137,13 @@ def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
 def select(model: StreamedModel, exclude: Iterable[re.Pattern[str]]) -> tuple[dict[str, list[Target]], dict[str, str]]:
     """The layers to quantize, by part, and the others' names, each with the reason."""
     routing = routing_layers(model.model)
+    tied = dict(getattr(model.model, "all_tied_weights_keys", {}) or {})
+    shared = {*tied, *tied.values()}
     selected: dict[str, list[Target]] = {}
-    excluded: dict[str, str] = {}
+    blocks = [part.name for part in model.blocks]
+    inside = tuple(f"{block}." for block in blocks)
+    excluded = {name: reason for name, reason in routing.items() if name.startswith(inside)}
+    excluded |= kept_modules(model.model, blocks)
     for part in model.blocks:
         selected[part.name] = []
         for target in part.targets:
@@ -145,7 +151,9 @@ def select(model: StreamedModel, exclude: Iterable[re.Pattern[str]]) -> tuple[di
             if hit:
                 excluded[target.name] = f"excluded by {hit}"
             elif target.name in routing:
-                excluded[target.name] = routing[target.name]
+                continue
+            elif f"{target.name}.weight" in shared:
+                excluded[target.name] = "shares its weight with another layer, kept as it is"
             else:
                 selected[part.name].append(target)
     return selected, excluded

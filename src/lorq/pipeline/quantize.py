@@ -95,16 +95,15 @@ def quantize(
         of_text = ("calibration", "calibration_tokens", "samples", "seq_len", "start_token")
         check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in of_text})
     check_activations(plan)
+    check_kinds(plan, streamed)
+    calibration = _calibration(plan, streamed, progress)
+    plan = check_walk(streamed, plan, progress)
     largest = estimate(plan, streamed)
     # What is finished is on the disk already; the head room is for index, report and journal.
     finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if chosen.resume else 0
     beside = sum(file.stat().st_size for file in find_companions(source)[0].values())
     require_space(out, max(0, largest.bytes - finished) + beside + _spilled_bytes(plan, streamed) + (1 << 20))
     with nullcontext() if chosen.dry_run else owned(out):
-        check_kinds(plan, streamed)
-        calibration = _calibration(plan, streamed, progress)
-        if not begun:  # a run that was begun has checked this model
-            check_walk(streamed, plan, progress)
         if chosen.dry_run:
             if not looks_at_all(streamed):
                 check_weights(plan, streamed, progress)

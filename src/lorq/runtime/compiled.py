@@ -73,6 +73,8 @@ def compile_steps(model: Any) -> None:
     Raises:
         ValueError: at the second token, if the model cannot be compiled; later, if its dtype is another.
     """
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode  # control flow by what tensors hold
+
     # What codes stand for is a constant of the program, not computed by it. That it is kept is no news to users: the
     # filter below.
     torch.compiler.assume_constant_result(levels)
@@ -104,7 +106,7 @@ def compile_steps(model: Any) -> None:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Dynamo detected a call to a", UserWarning)
                 return compiled(input_ids=input_ids, past_key_values=past_key_values, **others)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(
                 f"{type(model).__name__} cannot be compiled: {reason}; generate without it, or, if an earlier run was "

@@ -86,6 +86,7 @@ class QuantExperts(nn.Module):
         self._plain = (plain,)  # in a tuple, so that it is no child beside its own
         for name, expert in plain.named_children():
             self.add_module(name, expert)
+        plain.adapt(self)
         self.tiles = nn.ModuleDict(tiles)
         for name, module in tiles.items():
             for number, expert in enumerate(plain):
@@ -122,7 +123,7 @@ class QuantExperts(nn.Module):
             return self.one_by_one(hidden_states, top_k_index, top_k_weights)
         layers = layers_of(self.plain)
         if declines_at_once(layers, tuple(self.tiles), hidden_states, top_k_weights) is None:
-            return run_grouped(layers, tiles, self.plain.gated, hidden_states, top_k_index, top_k_weights)
+            return run_grouped(layers, tiles, self.plain.between, hidden_states, top_k_index, top_k_weights)
         return _Pass(self.plain, tiles, hidden_states, top_k_index, top_k_weights).output()
 
     def middle(self, expert: int, inputs: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens width"]:
@@ -147,8 +148,7 @@ class QuantExperts(nn.Module):
         return out
 
     def _middle(self, tiles: dict[str, TileFactors], expert: int, inputs: Tensor) -> Tensor:
-        gate, up = (self._project(tiles, name, expert, inputs) for name in ("gate_proj", "up_proj"))
-        return self.plain.gated(gate, up)
+        return self.plain.between(*(self._project(tiles, name, expert, inputs) for name in self.plain.entries))
 
     def _project(self, tiles: dict[str, TileFactors], name: str, expert: int, inputs: Tensor) -> Tensor:
         """One projection of one expert, its part of the shared factors included."""
@@ -181,8 +181,8 @@ class _Pass:
         out = torch.zeros_like(self.x)
         if not self.routed:
             return out
-        both = zip(self._outputs("gate_proj"), self._outputs("up_proj"), strict=True)
-        inputs = [self.experts.gated(gate, up) for gate, up in both]
+        projected = zip(*(self._outputs(name) for name in self.experts.entries), strict=True)
+        inputs = [self.experts.between(*of_one) for of_one in projected]
         layers = self._layers("down_proj")
         packed = "down_proj" in self.tiles
         if packed:

@@ -16,7 +16,7 @@ from lorq.kernels.derived import Derived
 from lorq.models.experts import Expert, Experts
 from lorq.runtime.linear import QuantLinear, parts_of
 
-PROJECTIONS = "gate_proj", "up_proj", "down_proj"
+PROJECTIONS = "gate_proj", "up_proj", "down_proj"  # those of experts without a gate are the last two
 _STACKED = "weight_packed", "weight_scale", "weight_zero_point", "codebook", "codebook_scale", "permutation"
 
 
@@ -60,7 +60,8 @@ def declines_stored(
         tiled: of the experts' shared factors, by projection.
         stored: names of all tensors.
     """
-    for name in PROJECTIONS:
+    ungated = not any(layer.startswith(f"{path}.") and layer.endswith(".gate_proj") for layer in formats)
+    for name in PROJECTIONS[ungated:]:
         if name in tiled and tiled[name].input_scale:
             return f"{name} has input scales for each expert"
         own = [layer for layer in formats if layer.startswith(f"{path}.") and layer.endswith(f".{name}")]
@@ -77,7 +78,7 @@ def layers_of(experts: Experts) -> dict[str, list[Any]]:
     """The layers of all experts by projection, from torch's own dicts: a module's __getattr__, some hundred times,
     takes longer than what a token asks of its experts."""
     own = [module._modules for module in experts._modules.values() if isinstance(module, Expert)]
-    return {name: [layers[name] for layers in own] for name in PROJECTIONS}
+    return {name: [layers[name] for layers in own] for name in PROJECTIONS if name in own[0]}
 
 
 def declines_at_once(
@@ -93,7 +94,7 @@ def declines_at_once(
     """
     if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
         return "inputs need gradients"
-    for name in PROJECTIONS:
+    for name in layers:
         first = layers[name][0]
         # Without them experts may be of any kind, and read their common input each in an order of its own.
         alike = name in tiled or all(isinstance(layer, QuantLinear) for layer in layers[name])
@@ -112,7 +113,7 @@ def declines_at_once(
 def run_grouped(
     layers: Mapping[str, Sequence[QuantLinear]],
     tiles: Mapping[str, TileFactors],
-    gated: Callable[[Tensor, Tensor], Tensor],
+    between: Callable[..., Tensor],
     x: Float[Tensor, "tokens in"],
     index: Int[Tensor, "tokens k"],
     weights: Float[Tensor, "tokens k"],
@@ -125,7 +126,7 @@ def run_grouped(
     Args:
         layers: of all experts, by projection.
         tiles: their shared factors; none to leave the low-rank part away.
-        gated: what happens between the projections.
+        between: what happens between the projections.
         x: inputs.
         index: the experts of each token; numbers past the last one stand for none.
         weights: the router's.
@@ -133,13 +134,14 @@ def run_grouped(
     (tokens, places), down = index.shape, tiles.get("down_proj")
     known = index < len(layers["down_proj"])
     expert, cell = index.flatten(), torch.where(known, index, 0).flatten()
-    own = {name: _stacked(layers[name]) for name in PROJECTIONS}
-    gate, up = (
+    own = {name: _stacked(layers[name]) for name in layers}
+    projected = [
         _product(layers[name][0], own[name], layers[name][0].into_basis(x), expert, tiles.get(name))
-        for name in ("gate_proj", "up_proj")
-    )
+        for name in layers
+        if name != "down_proj"
+    ]
     last = layers["down_proj"][0]
-    h = _own_basis(last, own["down_proj"], gated(gate, up), cell)
+    h = _own_basis(last, own["down_proj"], between(*projected), cell)
     weight = torch.where(known, weights, 0).unsqueeze(-1)
     # Where kernels add the factors, an expert's own part costs no more than the sum of its column's.
     inside = _run_experts(h) is not None

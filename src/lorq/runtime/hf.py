@@ -1,9 +1,11 @@
 """The transformers hook: `from_pretrained` on a lorq folder builds packed layers, or fails loudly."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -11,11 +13,13 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from lorq.models.experts import fuse_experts, split_experts
+from lorq.models.experts import find_experts, fuse_experts, split_experts
 from lorq.models.locate import resolve_model
+from lorq.models.skeleton import model_class
 from lorq.runtime.device import own_defaults, read_device, read_dtype
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
+from lorq.runtime.other_class import Renaming, renaming
 from lorq.runtime.same_input import join
 from lorq.runtime.swap import check_cells, check_permutation, check_tensors, swap_experts, swap_layers
 from lorq.storage.config import LorqConfig
@@ -30,25 +34,33 @@ class LorqQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: LorqConfig
+    _renaming = Renaming()
 
     def update_attn_implementation(self, config: Any) -> Any:
         # The one hook that sees the model's config before its files are looked for (transformers 5.23).
-        if getattr(config, "transformers_weights", None) == SENTINEL:
+        # The text model's part of a config has no name of weights.
+        if getattr(config, "transformers_weights", None) in (None, SENTINEL):
             config.transformers_weights = INDEX
         return config
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         # The folder has the model's own names, experts one by one; transformers would rename and merge them.
-        return []
+        change = self._renaming
+        return [WeightRenaming("^" + re.escape(change.old), change.new)] if change.old else []
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         split_experts(model)
-        swap_layers(model, self.quantization_config.formats())
-        swap_experts(model, self.quantization_config.tile_formats())
+        for name in find_experts(model):
+            # Some architectures initialise fused experts from the parent; there are none any more.
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+        formats, tiles = self.quantization_config.formats(), self.quantization_config.tile_formats()
+        self._renaming = change = renaming(model, formats)
+        swap_layers(model, {change(name): format for name, format in formats.items()})
+        swap_experts(model, {change(name): format for name, format in tiles.items()})
         if checkpoint_files:
-            check_tensors(model, [Path(file) for file in checkpoint_files])
+            check_tensors(model, [Path(file) for file in checkpoint_files], change)
             self._check_beside(Path(checkpoint_files[0]).parent)
         return model
 
@@ -71,7 +83,7 @@ class LorqQuantizer(HfQuantizer):
                 check_permutation(name, module)
             elif isinstance(module, Tiles) and not module.cells.is_meta:
                 check_cells(name, module)
-        join(model, self.quantization_config.inputs)
+        join(model, [[self._renaming(name) for name in names] for names in self.quantization_config.inputs])
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -97,7 +109,7 @@ class LorqQuantizer(HfQuantizer):
 
 @own_defaults()
 def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
-    """A model ready to run: `AutoModelForCausalLM.from_pretrained` with lorq's names for things.
+    """A model ready to run: `from_pretrained` of the class that the folder names, with lorq's names for things.
 
     Args:
         model: a lorq folder, or anything that `lorq.quantize` takes.
@@ -109,13 +121,14 @@ def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str |
         FileNotFoundError: if there is no such model, or the folder is unfinished.
         ValueError: if the folder is damaged, or of a newer format than this lorq reads.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = resolve_model(model)
     place = read_device(device)
     automatic = torch.float32 if place.type == "cpu" else "auto"
     kind = automatic if dtype == "auto" else read_dtype(dtype)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    loaded: Any = model_class(config).from_pretrained(folder, dtype=kind)
     return loaded.to(place).eval()
 
 

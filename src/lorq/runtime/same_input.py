@@ -243,7 +243,8 @@ def _of_one_basis(layers: Iterable[QuantLinear]) -> list[list[QuantLinear]]:
 def join(model: nn.Module, inputs: Iterable[Sequence[str]]) -> None:
     """Let layers that read one input work together: those named, and the gate and up projection of every expert."""
     groups: list[list[Any]] = [[model.get_submodule(name) for name in names] for names in inputs]
-    groups += [[module.gate_proj, module.up_proj] for module in model.modules() if isinstance(module, Expert)]
+    experts = [module for module in model.modules() if isinstance(module, Expert)]
+    groups += [[module.gate_proj, module.up_proj] for module in experts if hasattr(module, "gate_proj")]
     for group in groups:
         # What is loaded for one call at a time stays by itself.
         if any(not isinstance(layer, QuantLinear) or layer.weight_shape.is_meta for layer in group):

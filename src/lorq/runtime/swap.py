@@ -9,8 +9,10 @@ from torch import nn
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
 from lorq.models.experts import Experts
+from lorq.models.skeleton import find_blocks
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
+from lorq.runtime.other_class import Renaming, is_of_another_class
 from lorq.storage.safetensors_file import read_header
 
 
@@ -89,19 +91,23 @@ def check_cells(name: str, tiles: Tiles) -> None:
         )
 
 
-def check_tensors(model: Any, files: list[Path]) -> None:
+def check_tensors(model: Any, files: list[Path], change: Renaming = Renaming()) -> None:  # noqa: B008  # frozen
     """Compare what the model needs with what the files hold, before anything is read.
 
     transformers fills missing tensors with random numbers and drops unexpected ones, with a warning at most. A
-    ValueError if one is missing, unexpected, or of another shape or type than its layer's.
+    ValueError if one is missing, unexpected, or of another shape or type than its layer's. A model of another class
+    than the folder's may lack what that has, and have a head of its own, which is to be trained.
     """
-    stored = {name: entry for file in files for name, entry in read_header(file).tensors.items()}
+    stored = {change(name): entry for file in files for name, entry in read_header(file).tensors.items()}
+    other = change != Renaming() or is_of_another_class(model)
+    # What it may have to itself: all but the blocks, and nothing if it is to write.
+    fixed = "" if not other or model.can_generate() else find_blocks(model)[0].rpartition(".")[0]
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     needed = model.state_dict(keep_vars=True)
     wrong = []
     for name, tensor in needed.items():
         if name not in stored:
-            if name not in tied:
+            if name not in tied and name.startswith(fixed):
                 wrong.append(f"{name} is missing")
         elif tuple(stored[name].shape) != tuple(tensor.shape):
             wrong.append(f"{name} is {tuple(stored[name].shape)}, not {tuple(tensor.shape)}")
@@ -111,7 +117,8 @@ def check_tensors(model: Any, files: list[Path]) -> None:
                 entry = stored.get(f"{name}.{local}")
                 if entry is not None and entry.dtype != dtype:
                     wrong.append(f"{name}.{local} is {entry.dtype}, not {dtype}")
-    wrong += [f"{name} has no place in the model" for name in stored if name not in needed]
+    if not other:
+        wrong += [f"{name} has no place in the model" for name in stored if name not in needed]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"the folder's tensors do not fit its config: {'; '.join(wrong[:5])}{more}; download it again")
