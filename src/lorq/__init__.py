@@ -1,9 +1,10 @@
 """lorq: low-rank quantization of Hugging Face language models at 2, 3 and 4 bits."""
 
 from importlib import import_module
+from sys import modules
 from typing import TYPE_CHECKING, Any
 
-from lorq import _autoload
+from lorq import _autoload, pools
 from lorq.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -52,4 +53,6 @@ def __dir__() -> list[str]:
     return sorted([*_public(), "__version__"])
 
 
+if "torch" not in modules:  # else it has read them, and other programs' processes are not ours to change
+    pools.set_up()
 _autoload.register()

@@ -7,10 +7,13 @@ import csv
 import json
 import logging
 import os
+import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
-from functools import wraps
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,11 +26,24 @@ import lorq
 from lorq.adapt.folder import check_trainable, read_adapter_config
 from lorq.adapt.settings import Settings
 from lorq.bench.commands import bench_app
-from lorq.models.locate import check_model
-from lorq.show import command, console, notes, print_figures, print_pieces, print_summary, progress_bars, quiet
+from lorq.models.locate import full_path, resolve_model
+from lorq.models.texts import SELF, check_text
+from lorq.progress import IMPORT, READ, no_progress
+from lorq.refusals import check_early, check_place, explained, given, is_unexpected
+from lorq.show import (
+    Notes,
+    command,
+    console,
+    download_bars,
+    notes,
+    print_figures,
+    print_pieces,
+    print_summary,
+    progress_bars,
+    quiet,
+)
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
-from lorq.storage.out_folder import check_out
 from lorq.storage.report import html_page, read_report
 
 app = cyclopts.App(
@@ -65,7 +81,7 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
         if json_:
             print(json.dumps(report.as_dict()))
             return
-        print_summary(report, None if options.dry_run else out)
+        print_summary(report, None if options.dry_run else full_path(out))
 
     if methods:
         quantize.__annotations__ |= {
@@ -79,16 +95,10 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
 app.command(_quantize_command())
 
 
-@wraps(lorq.generate)
-def _generate(*arguments: Any, **options: Any) -> Iterator[str]:
-    quiet()
-    return lorq.generate(*arguments, **options)
-
-
 evaluate = command(
     lorq.evaluate, lambda result, as_json: print_figures(result.as_dict(), as_json), json="print one JSON object."
 )
-generate = command(_generate, print_pieces)
+generate = command(lorq.generate, print_pieces)
 app.command(evaluate, name="evaluate")
 app.command(generate, name="generate")
 
@@ -109,6 +119,7 @@ def inspect(
         verify: compare every weight file with its checksum first.
         html: write a page with plots to this file.
     """
+    out = full_path(out)
     report = read_report(out)  # refuses other folders before torch is there
     from lorq.runtime.inspect import expert_lines, implementation_lines, layer_implementations
     from lorq.storage.folder import LorqFolder
@@ -120,6 +131,7 @@ def inspect(
         verify_shards(out, report.checksums)
         notes.print(f"{len(report.checksums)} weight files match their checksums")
     if html:
+        html = full_path(html)
         html.write_text(html_page(report, title=str(out)), encoding="utf-8")
         notes.print(f"wrote {html}")
     if json_:
@@ -137,7 +149,7 @@ def inspect(
     lines = [f"not quantized: {name}: {reason}" for name, reason in report.kept.items()]
     lines += [f"note: {name}: {note}" for name, note in report.notes.items()]
     for line in (*lines, *implementation_lines(runs), *expert_lines(folder)):
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     print_summary(report, out)
 
 
@@ -165,10 +177,16 @@ def adapt(
         device: auto, cpu, cuda and so on.
         json_: print one JSON object.
     """
-    _check_new(out)
+    out = _new_folder(out)
     check_trainable(model)
-    loaded = lorq.load(model, device=device)
+    check_text(text)
     with progress_bars() as progress:
+        progress(IMPORT, 0, 1)
+        load = lorq.load
+        progress(IMPORT, 1, 1)
+        progress(READ, 0, 1)
+        loaded = load(model, device=device)
+        progress(READ, 1, 1)
         trained = lorq.adapt.train(loaded, text, mode, reference=reference, progress=progress, **vars(settings))
     if mode == "peft":
         lorq.adapt.save_adapter(loaded, out)
@@ -184,19 +202,20 @@ def adapt(
         return
     console.print(
         f"{trained.parameters:,} numbers trained in {trained.seconds:.0f} s; loss {trained.losses[0]:.4f} at the first "
-        f"step, {figures['last_loss']:.4f} over the last {len(last)}; wrote {out}",
-        markup=False,
+        f"step, {figures['last_loss']:.4f} over the last {len(last)}; wrote {out}"
     )
 
 
-def _check_new(out: Path) -> None:
+def _new_folder(out: Path) -> Path:
     """Refuse to write into what is there: these commands read a folder, and have no --overwrite."""
+    out = full_path(out)
     if out.is_dir() and (present := [entry.name for entry in out.iterdir()]):
         raise FileExistsError(
             f"{out} must be a new folder, it has {some_of(present)}; choose another, or delete it first"
         )
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} must be a new folder, it is a file; choose another name")
+    return out
 
 
 @app.command
@@ -208,14 +227,14 @@ def merge(model: str, adapter: Path, out: Path) -> None:
         adapter: a folder that `lorq adapt` wrote.
         out: the new folder.
     """
-    _check_new(out)
+    out = _new_folder(out)
     read_adapter_config(adapter)
     check_trainable(model)
     loaded = lorq.load(model, device="cpu")
     lorq.adapt.load_adapter(loaded, adapter)
     lorq.adapt.merge(loaded)
     lorq.adapt.save(loaded, out, base=model, note=f"merged with {adapter.name}")
-    console.print(f"wrote {out}", markup=False)
+    console.print(f"wrote {out}")
 
 
 @app.command
@@ -233,20 +252,33 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     from lorq.demo import demo_model
 
     quiet()
+    folder = full_path(folder)
     source, unfinished = demo_model(), (folder / JOURNAL).exists()
-    console.print(f"[bold]1. Quantize[/bold] {source.name} to {bits} bits")
-    flrq = lorq.FLRQ(bits=bits, group_size=64)  # which divides this model's widths, 576 and 1536
+    console.print(f"1. Quantize {source.name} to {bits} bits", style="bold")
     with progress_bars() as progress:
+        progress(IMPORT, 0, 1)
+        flrq = lorq.FLRQ(bits=bits, group_size=64)  # which divides this model's widths, 576 and 1536
+        progress(IMPORT, 1, 1)
         report = lorq.quantize(
             source, folder, flrq, samples=samples, seq_len=512, resume=unfinished,
             overwrite=folder.exists() and not unfinished, progress=progress,
         )  # fmt: skip
     print_summary(report, folder)
-    console.print("[bold]2. Measure[/bold] against the original, on Python's documentation")
+    console.print("2. Measure against the original, on Python's documentation", style="bold")
     evaluate(str(folder), reference=str(source), window=512, windows=windows)
-    console.print("[bold]3. Talk[/bold]: What is the capital of France?")
+    console.print("3. Talk: What is the capital of France?", style="bold")
     generate(str(folder), "What is the capital of France?", tokens=48)
-    console.print(f"\nTry it: lorq generate {folder} 'your question'     lorq inspect {folder}", markup=False)
+    lorq_, place = _called_as(), shlex.quote(str(folder))
+    console.print(f"\nTry it: {lorq_} generate {place} 'your question'     {lorq_} inspect {place}", soft_wrap=True)
+
+
+def _called_as() -> str:
+    """What to type for this command: its path, unless the shell finds it by its name."""
+    program = Path(sys.argv[0])
+    if program.name != "lorq":  # a test, or python -m
+        return "lorq"
+    found = shutil.which("lorq")
+    return "lorq" if found and Path(found).samefile(program) else shlex.quote(str(program))
 
 
 @app.command
@@ -284,52 +316,42 @@ _GOES_ON = {
 }
 
 
-def _chosen_method(arguments: list[str]) -> str:
-    """The method named on the command line; its settings become the flags."""
-    for i, argument in enumerate(arguments):
-        if argument == "--method" and i + 1 < len(arguments):
-            return arguments[i + 1]
-        if argument.startswith("--method="):
-            return argument.partition("=")[2]
-    return "flrq"
-
-
-def _check_paths(arguments: list[str]) -> None:
-    """Refuse a missing model and a folder in use before methods, and torch with them, tell which flags there are.
-
-    Only where MODEL and OUT come first: elsewhere a word may be the value of a flag.
-    """
-    model, out = arguments[1:3]
-    check_model(model)
-    if not any(argument.startswith(("--overwrite", "--resume")) for argument in arguments):
-        if Path(out).resolve() != Path(model).resolve():  # which has an error of its own
-            check_out(Path(out))
-
-
 def _run(arguments: list[str]) -> None:
     """One command, or its help."""
     if arguments[:1] == ["quantize"]:
-        asked = {"--help", "-h", "--version"} & set(arguments)
-        if len(arguments) > 2 and not asked and not any(argument.startswith("-") for argument in arguments[1:3]):
-            _check_paths(arguments)
-        from lorq.methods import METHODS  # and with it torch, for which nothing else here waits
-        from lorq.pipeline.options import Options
+        if not {"--help", "-h", "--version"} & set(arguments):
+            check_early(arguments)
+        with progress_bars() if "torch" not in sys.modules else nullcontext(no_progress) as progress:
+            progress(IMPORT, 0, 1)
+            from lorq.methods import METHODS  # and with it torch, for which nothing else here waits
+            from lorq.pipeline.options import Options
 
-        kind = METHODS.get(_chosen_method(arguments), METHODS["flrq"])
+            progress(IMPORT, 1, 1)
+        kind = METHODS.get(given(arguments, "--method") or "flrq", METHODS["flrq"])
         del app["quantize"]
         app.command(_quantize_command(kind(), Options(), tuple(METHODS)))
     chosen, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
+    for name in ("text", "evaluation", "calibration"):
+        if (text := bound.arguments.get(name)) not in (None, SELF):
+            check_text(text, name)
     for name in ("model", "reference"):
         if (model := bound.arguments.get(name)) is not None:
-            check_model(model)
+            check_place(model)
+            if not full_path(model).exists():  # on the hub
+                with download_bars(str(model)):
+                    resolve_model(model)
     chosen(*bound.args, **bound.kwargs)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. One clear line and exit status 1 for what the user can mend; a trace for bugs."""
+    """Run one command. One clear line and exit status 1, whatever goes wrong; LORQ_TRACE=1 shows traces."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = Notes()
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("lorq").setLevel(logging.INFO)
+    if isinstance(sys.stdout, TextIOWrapper):  # which may be unable to hold what a model writes, or a path
+        sys.stdout.reconfigure(errors="replace")
     try:
         _run(arguments)
     except cyclopts.CycloptsError as error:
@@ -337,10 +359,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _fail("interrupted" + _GOES_ON.get(arguments[0] if arguments else "", ""))
         return 130  # as shells report SIGINT
-    except (ValueError, TypeError, OSError, ArithmeticError, ImportError) as error:
+    except Exception as error:
         if os.environ.get("LORQ_TRACE"):
             raise
-        return _fail("\n".join([str(error), *getattr(error, "__notes__", [])]))
+        return _fail(explained(error) + (_GOES_ON.get(arguments[0], "") if is_unexpected(error) else ""))
     return 0
 
 

@@ -3,11 +3,14 @@
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lorq.adapt.folder import read_adapter_config
+from lorq.core.checks import Dtype, Products, Range, check_arguments
 from lorq.models.locate import resolve_model
-from lorq.progress import Progress
+from lorq.models.texts import StartToken, check_text, load_text, text_name
+from lorq.models.tokenizer import check_tokenizer
+from lorq.progress import EVALUATE, IMPORT, READ, Progress, no_progress
 from lorq.storage.names import REPORT_NAME
 from lorq.storage.report import read_report
 
@@ -20,17 +23,20 @@ class Evaluation:
 
     Attributes:
         perplexity: exp of the mean token NLL.
+        reference_perplexity: of the reference, on the same windows; None without one.
         kl_mean: mean divergence from the reference, in nats per token; None without a reference.
         kl_p99: 99th percentile of the tokens' divergences, linearly interpolated; None without a reference.
         top1: share of predictions where both rank the same token first; None without a reference.
         bits_per_weight: stored bits of the quantized layers over the number of their weights.
-        tokens: predicted tokens, ``windows * (window - 1)``.
+        tokens: predicted tokens, ``windows * (window - 1)`` where a window begins with at most one start token.
         text: name of the text.
-        window: tokens of a window; the stride is the same.
+        window: tokens of a window, the start token included; windows do not overlap.
         windows: how many.
+        start_token: whether each window begins with one.
     """
 
     perplexity: float
+    reference_perplexity: float | None
     kl_mean: float | None
     kl_p99: float | None
     top1: float | None
@@ -39,6 +45,7 @@ class Evaluation:
     text: str
     window: int
     windows: int
+    start_token: bool
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name, ready for JSON."""
@@ -50,69 +57,79 @@ def evaluate(
     *,
     reference: str | Path | None = None,
     adapter: str | Path | None = None,
-    text: str = "python-docs",
-    window: int = 2048,
-    windows: int = 16,
+    text: str | Path = "python-docs",
+    window: Annotated[int, Range(2)] = 2048,
+    windows: Annotated[int, Range(0)] = 16,
+    start_token: StartToken = "auto",
     device: str = "auto",
-    dtype: str = "auto",
-    products: str = "exact",
+    dtype: Dtype = "auto",
+    products: Products = "exact",
     progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity of a model on a text, and how far it is from a reference.
 
     Args:
         model: a lorq folder, or anything that quantize takes.
-        reference: the original; adds KL divergence (mean, 99th percentile) and top-1 agreement.
+        reference: the original; adds its own perplexity, KL divergence (mean, 99th percentile) and top-1 agreement.
         adapter: a folder that `lorq adapt` wrote, to be used on the model.
         text: python-docs (or its halves, python-docs-even and python-docs-odd), wikitext2, c4, or a text or JSONL file.
-        window: tokens of a window; windows do not overlap, the stride is the window.
+        window: tokens of a window, a start token included; windows do not overlap.
         windows: how many, evenly spread over the text; 0 for all that fit.
+        start_token: begin each window with a start token: auto (as the model's tokenizer does), always or never.
         device: auto, which takes an accelerator if there is one, cpu, cuda and so on.
         dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
         products: how inputs of the model (not of the reference) meet integer codes on a CPU: exact, or bytes, which
             rounds them to 8 bits on the fly. With the model as its own reference the divergence is that of bytes alone.
-        progress: called as ``progress("evaluate", done, total)``.
+        progress: called as ``progress(stage, done, total)``; the stages are named in `lorq.progress`.
 
     Raises:
         FileNotFoundError, ValueError: as `lorq.load` and `lorq.models.texts.load_text` do, if text or model are too
             short for the window, and for another word for products.
         FloatingPointError: if a logit is not finite.
     """
-    # Here, so that the command line has its flags before torch is there.
-    from transformers import AutoConfig, AutoTokenizer
+    dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
+    window, windows, start_token, device, dtype, products = check_arguments(
+        evaluate, window=window, windows=windows, start_token=start_token, device=device, dtype=dtype, products=products
+    )
+    text, progress = check_text(text), progress or no_progress
+    folder = resolve_model(model)
+    check_tokenizer(folder)
+    if adapter is not None:
+        read_adapter_config(adapter)
+    original = None if reference is None else resolve_model(reference)
+    progress(IMPORT, 0, 1)  # here, so that flags and refusals come before
+    from transformers import AutoConfig
 
     from lorq.adapt.adapters import load_adapter
-    from lorq.kernels.cpu import check_products
-    from lorq.models.texts import load_text, token_windows
+    from lorq.models.windows import Encoder, token_windows
     from lorq.quality import bits_per_weight, evaluate_model
+    from lorq.runtime.device import own_defaults
     from lorq.runtime.hf import load
 
-    check_products(products)
-    folder = resolve_model(model)
-    if adapter is not None:
-        read_adapter_config(Path(adapter))  # before the model is read
-    original_folder = None if reference is None else resolve_model(reference)
-    limit = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
-    if limit is not None and window > limit:
-        raise ValueError(f"window must be at most the model's {limit} positions, got {window}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokens = token_windows(
-        load_text(text, split="evaluation"), tokenizer, windows=windows or None, length=window, what=text
-    )
-    if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text:
-        _log.warning("%s was calibrated on %s itself; these figures flatter it", model, text)
-    measured = load(folder, device=device, dtype=dtype)
-    if adapter is not None:
-        load_adapter(measured, adapter)
-    quality = evaluate_model(
-        measured,
-        tokens,
-        reference=None if original_folder is None else load(original_folder, device=device, dtype=dtype),
-        products=products,
-        progress=None if progress is None else lambda done, total: progress("evaluate", done, total),
-    )
-    count = len(tokens)
-    return Evaluation(
-        **vars(quality), bits_per_weight=bits_per_weight(measured, folder), tokens=count * (window - 1), text=text,
-        window=window, windows=count,
-    )  # fmt: skip
+    progress(IMPORT, 1, 1)
+    with own_defaults():
+        encoder = Encoder.open(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False), start_token)
+        content = load_text(text, split="evaluation")
+        tokens = token_windows(content, encoder, windows=windows or None, length=window, what=text)
+        if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text_name(text):
+            _log.warning(
+                "%s was calibrated on %s; if it is this text, these figures flatter it", model, text_name(text)
+            )
+        places = [folder] if original is None else [folder, original]
+        models = []
+        for number, place in enumerate(places):
+            progress(READ, number, len(places))
+            models.append(load(place, device=device, dtype=dtype))
+        progress(READ, len(places), len(places))
+        if adapter is not None:
+            load_adapter(models[0], adapter)
+        progress(EVALUATE, 0, len(tokens))
+        seen = max(1, len(encoder.start))
+        quality = evaluate_model(
+            models[0], tokens, reference=None if original is None else models[1], seen=seen, products=products,
+            progress=lambda done, total: progress(EVALUATE, done, total),
+        )  # fmt: skip
+        return Evaluation(
+            **vars(quality), bits_per_weight=bits_per_weight(models[0], folder), tokens=len(tokens) * (window - seen),
+            text=text, window=window, windows=len(tokens), start_token=bool(encoder.start),
+        )  # fmt: skip

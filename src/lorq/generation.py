@@ -5,12 +5,24 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lorq.adapt.folder import read_adapter_config
+from lorq.core.checks import Dtype, Products, Range, check_arguments
 from lorq.models.locate import resolve_model
+from lorq.models.tokenizer import check_tokenizer
+from lorq.progress import IMPORT, READ, Progress, no_progress
 
+if TYPE_CHECKING:
+    from lorq.models.windows import Encoder
 _log = logging.getLogger(__name__)
+# A folder's generation_config.json may ask for what cannot be shown piece by piece: several answers, or several at once
+# to choose from. Its other settings, such as a penalty for repetition or words to stop at, are the model's own.
+_ONE_ANSWER = {
+    "num_beams": 1, "num_return_sequences": 1, "num_beam_groups": None, "constraints": None, "force_words_ids": None,
+    "penalty_alpha": None, "dola_layers": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None,
+    "return_dict_in_generate": False,
+}  # fmt: skip
 
 
 def generate(
@@ -18,14 +30,15 @@ def generate(
     prompt: str,
     *,
     adapter: str | Path | None = None,
-    tokens: int = 64,
+    tokens: Annotated[int, Range(1)] = 64,
     chat: bool = True,
-    temperature: float = 0.0,
-    seed: int = 0,
+    temperature: Annotated[float, Range(0)] = 0.0,
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0,
     device: str = "auto",
-    dtype: str = "auto",
-    products: str = "exact",
+    dtype: Dtype = "auto",
+    products: Products = "exact",
     compile: bool = False,
+    progress: Progress | None = None,
 ) -> Iterator[str]:
     """Let a model answer a prompt.
 
@@ -43,6 +56,7 @@ def generate(
             bytes, which rounds them to 8 bits on the fly.
         compile: have torch.compile make one program of what a token takes; up to a minute before the second token.
             Needs a C++ compiler on a CPU.
+        progress: called as ``progress(stage, done, total)`` until the answer begins.
 
     Returns:
         Pieces of the answer, which is written from the first ``next`` on; what can be refused is refused before.
@@ -51,43 +65,48 @@ def generate(
         FileNotFoundError, ValueError: as `lorq.load` does, if the prompt is empty, if a number is out of range, and if
             the model cannot be compiled.
     """
-    # Here, so that the command line has its flags before torch is there.
-    from transformers import AutoConfig, AutoTokenizer
+    dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
+    prompt, tokens, temperature, seed, device, dtype, products, chat, compile = check_arguments(
+        generate, prompt=prompt, tokens=tokens, temperature=temperature, seed=seed, device=device, dtype=dtype,
+        products=products, chat=chat, compile=compile,
+    )  # fmt: skip
+    progress = progress or no_progress
+    folder = resolve_model(model)
+    check_tokenizer(folder)
+    if adapter is not None:
+        read_adapter_config(adapter)
+    progress(IMPORT, 0, 1)  # here, so that flags and refusals come before
+    from transformers import AutoConfig
 
     from lorq.adapt.adapters import load_adapter
-    from lorq.kernels.cpu import check_products
+    from lorq.models.windows import Encoder
     from lorq.runtime.compiled import STEPS, check_compiler, compile_steps
-    from lorq.runtime.device import read_device
+    from lorq.runtime.device import own_defaults, read_device
     from lorq.runtime.hf import load
 
-    if tokens < 1:
-        raise ValueError(f"tokens must be at least 1, got {tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    check_products(products)
+    progress(IMPORT, 1, 1)
     if compile:
         check_compiler(read_device(device))
-    folder = resolve_model(model)
-    if adapter is not None:
-        read_adapter_config(Path(adapter))  # before the model is read
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    inputs = _read_prompt(tokenizer, prompt, chat=chat)
-    limit = getattr(AutoConfig.from_pretrained(folder).get_text_config(), "max_position_embeddings", None)
+    with own_defaults():
+        encoder = Encoder.open(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        inputs = _read_prompt(encoder, prompt, chat=chat)
     length = inputs["input_ids"].shape[1]
-    if limit is not None and length + tokens > limit:
+    if encoder.positions is not None and length + tokens > encoder.positions:
         raise ValueError(
-            f"prompt and answer must fit into the model's {limit} positions, got {length} + {tokens} tokens"
+            f"prompt and answer must fit into the model's {encoder.positions} positions, got {length} + {tokens} tokens"
         )
+    progress(READ, 0, 1)
     loaded: Any = load(folder, device=device, dtype=dtype)
     if adapter is not None:
         load_adapter(loaded, adapter)
+    progress(READ, 1, 1)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    options |= {"max_new_tokens": tokens, **inputs.to(loaded.device)}
+    options |= {"max_new_tokens": tokens, "tokenizer": encoder.tokenizer, **_ONE_ANSWER, **inputs.to(loaded.device)}
     if compile:
         compile_steps(loaded)
         options |= STEPS
         _log.info("compiling: up to a minute before the second token")
-    return _written(loaded, tokenizer, options, seed, products, inference=compile)
+    return _written(loaded, encoder.tokenizer, options, seed, products, inference=compile)
 
 
 def _written(
@@ -130,8 +149,9 @@ def _written(
         raise failure[0]
 
 
-def _read_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
+def _read_prompt(encoder: "Encoder", prompt: str, *, chat: bool) -> Any:
     """The prompt's tokens, in the chat template if there is one and it is wanted."""
+    tokenizer: Any = encoder.tokenizer
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(
@@ -141,4 +161,5 @@ def _read_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> Any:
         inputs = tokenizer(prompt, return_tensors="pt")
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt must have at least one token, got an empty one")
+    encoder.check(inputs["input_ids"][0].tolist(), "the prompt")
     return inputs

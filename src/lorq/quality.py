@@ -74,6 +74,7 @@ class Quality:
     """What logits give of `lorq.evaluation.Evaluation`."""
 
     perplexity: float
+    reference_perplexity: float | None
     kl_mean: float | None
     kl_p99: float | None
     top1: float | None
@@ -99,7 +100,7 @@ def bits_per_weight(model: nn.Module, folder: Path) -> float:
         return 8 * stored / sum(layer.out_features * layer.in_features for layer in layers)
     from transformers import AutoConfig
 
-    dtype = AutoConfig.from_pretrained(folder).dtype
+    dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
     return 8.0 * (dtype.itemsize if isinstance(dtype, torch.dtype) else 4)
 
 
@@ -108,19 +109,21 @@ def evaluate_model(
     windows: Int[Tensor, "windows length"],
     *,
     reference: nn.Module | Callable[[Tensor], Tensor] | None = None,
+    seen: int = 1,
     products: str = "exact",
     progress: Callable[[int, int], None] | None = None,
 ) -> Quality:
     """Perplexity of ``model`` on ``windows`` and, given a reference, its divergence from that.
 
-    One window at a time, each on its own: the stride equals the window, the first token of a window is only
-    seen and the other ``length - 1`` are predicted. Logits are compared in float32.
+    One window at a time, each on its own: the stride equals the window, the first ``seen`` tokens of a window are only
+    seen and the other ``length - seen`` are predicted. Logits are compared in float32.
 
     Args:
         model: a causal language model as in transformers; its mode and weights stay as they are.
         windows: non-overlapping windows of the text, at least 2 tokens each.
         reference: the original model; or a function from a window (length,) to its logits (length, vocab),
             for instance read from a file where two models do not fit in memory.
+        seen: at least 1, as nothing predicts the first token; the start tokens of models that have several.
         products: how the model multiplies, see `lorq.kernels.cpu.products`; the reference multiplies exactly.
         progress: called with (windows done, windows) after every window.
 
@@ -129,22 +132,26 @@ def evaluate_model(
         FloatingPointError: if a logit is not finite.
     """
     count, length = windows.shape
-    if count < 1 or length < 2:
-        raise ValueError(f"evaluation needs at least 1 window of at least 2 tokens, got {count} windows of {length}")
-    nll, kl, same = [], [], []
+    if count < 1 or not 1 <= seen < length:
+        raise ValueError(
+            f"evaluation needs at least 1 window of at least {seen + 1} tokens, got {count} windows of {length}"
+        )
+    nll, original_nll, kl, same = [], [], [], []
     models = [part for part in (model, reference) if isinstance(part, nn.Module)]
     with eval_mode(*models), torch.inference_mode():
         for index, window in enumerate(windows):
             with cpu.products(products):
-                logits = _predict(model, window, f"model, window {index}")
-            nll.append(token_nll(logits, window[1:].to(logits.device)).cpu())
+                logits = _predict(model, window, f"model, window {index}")[seen - 1 :]
+            targets = window[seen:].to(logits.device)
+            nll.append(token_nll(logits, targets).cpu())
             if reference is not None:
-                original = _predict(reference, window, f"reference, window {index}").to(logits.device)
+                original = _predict(reference, window, f"reference, window {index}")[seen - 1 :].to(logits.device)
                 if original.shape != logits.shape:
                     raise ValueError(
                         "model and reference must share a vocabulary, got "
                         f"{logits.shape[-1]} and {original.shape[-1]} tokens; is this the original model?"
                     )
+                original_nll.append(token_nll(original, targets).cpu())
                 kl.append(divergence(original, logits).cpu())
                 same.append(top1_agreement(original, logits).cpu())
             if progress is not None:
@@ -153,6 +160,7 @@ def evaluate_model(
     divergences = torch.cat(kl).double() if kl else None
     return Quality(
         perplexity=torch.cat(nll).double().mean().exp().item(),
+        reference_perplexity=torch.cat(original_nll).double().mean().exp().item() if original_nll else None,
         kl_mean=None if divergences is None else divergences.mean().item(),
         kl_p99=None if divergences is None else divergences.quantile(0.99).item(),
         top1=torch.cat(same).double().mean().item() if same else None,

@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,59 +14,110 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
+from lorq.progress import Progress, duration
 from lorq.storage.report import Report
 
-# In a pipe there is no width to fit into, and cut names are of no use to anyone.
-console = Console(width=None if sys.stdout.isatty() else 160)
-notes = Console(stderr=True)
-# After so long a user of a log file wants to see that something moves.
-_SILENCE_SECONDS = 20
+# What is printed are names and paths of the user, which are no markup and no emoji, whatever brackets and colons they
+# have. In a pipe there is no width to fit into, and cut names are of no use to anyone.
+console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
+notes = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
+# A log file has a line of a stage so often, not more.
+_LINE_SECONDS = 10
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bars() -> Iterator[Progress]:
     """A bar per stage on standard error, so that standard output stays clean; lines where that is a file."""
     quiet()
-    bars: dict[str, Any] = {}
     if not notes.is_terminal:
         yield _ProgressLines()
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), _TimeLeft(),
     )  # fmt: skip
-    with Progress(*columns, console=notes) as progress:
+    bars: dict[str, Any] = {}
+    with Bars(*columns, console=notes) as shown:
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in bars:
-                bars[stage] = progress.add_task(stage, total=total)
-            progress.update(bars[stage], completed=done, total=total)
+                bars[stage] = shown.add_task(stage, total=total)
+            shown.update(bars[stage], completed=done, total=total)
 
         yield show
 
 
+class _TimeLeft(ProgressColumn):
+    """By what a stage took so far; rich's own column knows nothing of steps that take minutes."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_left(task.elapsed or 0.0, int(task.completed), int(task.total or 0)))
+
+
+def _left(seconds: float, done: int, total: int) -> str:
+    return f"{duration(seconds / done * (total - done))} left" if 0 < done < total else ""
+
+
 class _ProgressLines:
-    """A line for every tenth of a stage, and for every step of a slow one."""
+    """A line where a stage begins and ends, and now and then between: how far it is, and what time is left."""
 
     def __init__(self) -> None:
-        self.printed = time.monotonic()
+        self.began: dict[str, float] = {}
+        self.printed = 0.0
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        tenth = done == total or 10 * done // total != 10 * (done - 1) // total
-        if tenth or time.monotonic() - self.printed > _SILENCE_SECONDS:
-            notes.print(f"{stage}: {done} of {total}", highlight=False)
-            self.printed = time.monotonic()
+        now = time.monotonic()
+        first = stage not in self.began
+        seconds = now - self.began.setdefault(stage, now)
+        if done >= total:
+            self._print(f"{stage}: {f'{done} of {total}, ' if total > 1 else ''}done in {duration(seconds)}", now)
+        elif done and now - self.printed >= _LINE_SECONDS:
+            self._print(f"{stage}: {done} of {total}, {100 * done // total} %, {_left(seconds, done, total)}", now)
+        elif first:
+            self._print(f"{stage}: {done} of {total}" if total > 1 else stage, now)
+
+    def _print(self, line: str, now: float) -> None:
+        notes.print(line)
+        self.printed = now
+
+
+class Notes(logging.Handler):
+    """Log lines on standard error, above the bars where there are any."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        notes.print(self.format(record))
 
 
 def quiet() -> None:
-    """Keep transformers' own bars and notices out of ours."""
-    from transformers.utils import logging as transformers_logging
+    """Keep transformers' own bars and notices out of ours, without importing it for that."""
+    from huggingface_hub.utils import disable_progress_bars
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    disable_progress_bars()  # and transformers, when it is imported, follows
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+
+
+@contextmanager
+def download_bars(what: str) -> Iterator[None]:
+    """The hub's own bars on a terminal, and a line where a download begins and ends."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    lines = _ProgressLines()
+    lines(f"download {what}", 0, 1)
+    enable_progress_bars()
+    try:
+        yield
+    finally:
+        disable_progress_bars()
+    lines(f"download {what}", 1, 1)
 
 
 def print_summary(report: Report, out: Path | None) -> None:
@@ -137,8 +190,14 @@ def print_figures(figures: dict[str, Any], as_json: bool) -> None:
     table = Table(show_header=False)
     for key, value in figures.items():
         if value is not None:
-            table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+            table.add_row(key, _words(value))
     console.print(table)
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def print_each(rows: Iterable[dict[str, Any]], as_json: bool) -> None:

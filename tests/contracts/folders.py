@@ -26,7 +26,7 @@ _ALIKE = {
     "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX,-AVX2,-FMA,-FMA4,-AVX512F",
 }
 
-_COMMON = {"samples": 4, "seq_len": 32, "calibration": "text.txt"}
+_COMMON = {"samples": 4, "seq_len": 32, "calibration": "text.txt", "start_token": "never"}
 # name -> (family, method, settings, options): every method, and every kind of codes and parts that is stored.
 CASES = {
     "llama flrq": ("llama", "flrq", {"bits": 3, "budget": 1.0}, {}),

@@ -32,8 +32,8 @@ ROOMS = {
         "bench",
     ),
 }
-# Two files of the first level that belong to no room: everybody may import them, they import nothing of lorq.
-GROUND = ("progress", "version")
+# Files of the first level that belong to no room: everybody may import them, they import nothing of lorq.
+GROUND = ("pools", "progress", "version")
 LAZY = ("__init__", "_autoload")  # the package's own door imports on demand
 
 

@@ -385,6 +385,40 @@ def test_inputs_of_one_byte_err_by_half_a_step_and_only_when_asked(module, token
     assert torch.equal(cpu.multiply(x, *arguments), exact)
 
 
+def _sparse(path, small, rows):
+    """A tensor of so many rows on a file that takes no room, zeros but for the last of them."""
+    size = rows * small[0].numel()
+    with path.open("wb") as file:
+        file.truncate(size * small.itemsize)
+    large = torch.from_file(str(path), shared=True, size=size, dtype=small.dtype).view(rows, *small.shape[1:])
+    large[-len(small) :] = small
+    return large
+
+
+def test_the_far_end_of_a_weight_of_gigabytes_is_read(module, random_weight, generator, tmp_path):
+    """Words, scales and entries are numbered in 64 bits: there are 2^31 words, 8 GiB, and an expert behind as many."""
+    vectors = layer_format(2, 8192, True, vector=4, codebook_rows=64, codebook_columns=8192)
+    for format in (layer_format(4, 128, False), layer_format(2, 8192, True), vectors):
+        out, in_, rows = 64, 8192, 2**36 // (8192 * format.bits)
+        weight = random_weight(out, in_, format)
+        *own, bits = covered(weight, torch.zeros(1, in_))
+        large = [t if t is None else _sparse(tmp_path / f"{i}", t, rows * len(t) // out) for i, t in enumerate(own)]
+        assert large[0].numel() == 2**31
+        seen = cpu.weight_of(large, bits, in_)
+        strip = torch.empty(out, in_)
+        seen.decode(strip.data_ptr(), rows - out, out, cpu.TYPES[torch.float32], 1)
+        assert torch.equal(strip, weight.codes.decode(torch.float32))
+        experts = [t if t is None else t.view(rows // out, len(t) * out // rows, *t.shape[1:]) for t in large]
+        first = cpu.weight_of(experts, bits, in_, experts=True)
+        x, y = torch.randn(1, in_, generator=generator), torch.empty(1, out)
+        none = (0, 0, 0)
+        chosen = torch.tensor([rows // out - 1])
+        first.multiply_experts(
+            rows // out, chosen.data_ptr(), x.data_ptr(), y.data_ptr(), 1, 1, 1, 3, none, none, 0, 0, 0, 0, 1
+        )
+        assert sqnr_db(x.double() @ dense(weight).T, y) > SQNR_DB[torch.float32]
+
+
 def test_another_word_for_products_is_refused():
     with pytest.raises(ValueError, match="one of exact, bytes, got 'int8'"), cpu.products("int8"):
         pass

@@ -14,7 +14,7 @@ FILES = sorted(house.SOURCE.rglob("*.py"))
 
 def test_every_entry_is_a_room_a_face_or_the_ground():
     entries = {house.entry(file) for file in FILES} - set(house.LAZY)
-    faces = {"demo", "evaluation", "generation", "quality", "show"}
+    faces = {"demo", "evaluation", "generation", "quality", "refusals", "show"}
     assert entries == (set(house.ROOMS) - {"faces", "export"}) | faces | set(house.GROUND)
 
 
@@ -82,9 +82,9 @@ def test_importing_lorq_imports_neither_torch_nor_transformers():
 
 def test_importing_torch_takes_lorqs_entry_point_and_neither_transformers_nor_a_gpu():
     run(
-        "import sys, torch; assert 'transformers' not in sys.modules\n"
+        "import os, sys, torch; assert 'transformers' not in sys.modules and 'GOMP_SPINCOUNT' not in os.environ\n"
         "ours = {name for name in sys.modules if name.startswith('lorq')}\n"
-        "assert ours == {'lorq', 'lorq._autoload', 'lorq.version'}\n"
+        "assert ours == {'lorq', 'lorq._autoload', 'lorq.pools', 'lorq.version'}\n"
         "assert sum(type(finder).__module__ == 'lorq._autoload' for finder in sys.meta_path) == 1\n"
         "import lorq; lorq.METHODS, lorq.read_report; assert 'transformers' not in sys.modules\n"
         "assert not torch.cuda.is_initialized()"

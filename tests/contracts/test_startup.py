@@ -1,5 +1,6 @@
 """Help and wrong input are answered before torch and transformers are there."""
 
+import os
 import subprocess
 import sys
 import time
@@ -37,6 +38,20 @@ MISTAKES = {
     "quantize {missing} {out} --method lopro --bits=3": "no such model: {missing}",
     "quantize {empty} {out}": "{empty} does not",
     "quantize {model} {used}": "{used} is not empty (thesis.txt)",
+    "quantize --bits 3 --dry-run {model} {used}": "{used} is not empty (thesis.txt)",
+    "quantize --exclude {empty} --resume {missing} {out}": "no such model: {missing}",
+    "quantize {model} {out} --method gtpq": "nearest, got 'gtpq'; did you mean gptq?",
+    "quantize {model} {out} --calibration={missing}": "calibration must be one of python-docs",
+    "quantize {typo} {out}": "nor a hub id; did you mean {model}?",
+    "quantize nobody/nothing {out}": "no such model: there is no folder or file nobody/nothing, and the hub did not",
+    "evaluate {model}": "{model} has no tokenizer",
+    "evaluate {model} --text wikitext": "'wikitext', and no such file exists; did you mean wikitext2?",
+    "evaluate {model} --window 1": "window must be at least 2, got 1",
+    "evaluate {model} --dtype int3": 'Invalid value "int3" for --dtype',
+    "generate {model} Hi": "{model} has no tokenizer",
+    "generate {model} Hi --products byte": 'Invalid value "byte" for --products',
+    "generate {model} Hi --tokens 0": "tokens must be at least 1, got 0",
+    "adapt {model} {out} --text nothing.txt": "text must be one of python-docs",
     "families nothing-like-it": "'nothing-like-it' is in none",
     "bench adapt {missing}": "no such model: {missing}",
 }
@@ -53,13 +68,16 @@ def places(tmp_path_factory):
         f'{{"quantization_config": {{"quant_method": "lorq", "layers": {layers}}}}}'
     )
     (home / "used/thesis.txt").write_text("years of work")
-    return {name: str(home / name) for name in ("model", "other", "empty", "used", "missing", "out")}
+    return {name: str(home / name) for name in ("model", "other", "empty", "used", "missing", "out")} | {
+        "typo": f"{home}/modle"
+    }
 
 
 def answer(*arguments):
     """Status and standard error of a command that must load nothing heavy, and take no time that a user notices."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, env=offline)
     # A quarter of a second; the bound is for machines that are busy.
     assert time.perf_counter() - start < 5
     assert done.stdout.splitlines()[-1] == "loaded:", done.stdout

@@ -32,12 +32,14 @@ def test_quantize_bench_measures_each_run_in_a_process_of_its_own(model, text_fi
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_flags_of_every_preset_mean_the_preset_and_it_can_be_planned(name, folder_of, tmp_path, monkeypatch):
-    planned = lorq.quantize(folder_of("llama"), tmp_path / "out", replace(PRESETS[name], group_size=32), dry_run=True)
+    method = replace(PRESETS[name], group_size=32)
+    planned = lorq.quantize(folder_of("llama"), tmp_path / "out", method, seq_len=32, dry_run=True)
     assert len(planned.layers) == 14
     given = []
     monkeypatch.setattr(lorq, "quantize", lambda *arguments, **_: given.append(arguments) or planned)
-    assert main(["quantize", "model", "out", *flags(PRESETS[name]), "--dry-run", "--json"]) == 0
-    assert given == [("model", Path("out"), PRESETS[name])]
+    model = str(folder_of("llama"))
+    assert main(["quantize", model, "out", *flags(PRESETS[name]), "--dry-run", "--json"]) == 0
+    assert given == [(model, Path("out"), PRESETS[name])]
 
 
 def test_unknown_settings_in_the_bench_are_refused_with_the_known_ones(model):

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from helpers import BYTES, MOE, byte_tokenizer, folder_digests, tiny_folder
+from helpers import BOS, BYTES, MOE, byte_tokenizer, folder_digests, tiny_folder
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -22,7 +22,7 @@ from lorq.methods import METHODS
 from lorq.models.blocks import StreamedModel
 from lorq.models.experts import Experts, find_experts, fuse_experts, split_experts
 from lorq.models.skeleton import read_config, skeleton
-from lorq.models.texts import calibration_windows
+from lorq.models.windows import Encoder, text_windows
 from lorq.pipeline.observe import routed_alike
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.names import REPORT_NAME
@@ -267,7 +267,7 @@ def first_layer(folder, text_file):
     model, seen = load(folder), []
     experts = model.model.layers[0].mlp.experts
     experts.register_forward_pre_hook(lambda module, args: seen.append(args))
-    tokens = calibration_windows(str(text_file), byte_tokenizer(128), **SMALL, self_writer=torch.empty).tokens
+    tokens = text_windows(str(text_file), Encoder(byte_tokenizer(128), (BOS,), 257), **SMALL).tokens
     for window in tokens:
         logits_of(model, window[None])
     hidden, index, weights = (torch.cat(parts).detach() for parts in zip(*seen, strict=True))

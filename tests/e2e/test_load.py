@@ -24,6 +24,7 @@ from transformers import (
 
 import lorq
 from lorq.runtime.linear import QuantLinear
+from lorq.storage.names import REPORT_NAME
 
 LAYER = "model.layers.1.mlp.down_proj"
 SHARD = "lorq-00002-of-00002.safetensors"
@@ -131,6 +132,17 @@ def swap_dtype(tensors, name, dtype):
     tensors[f"{LAYER}.{name}"] = tensors[f"{LAYER}.{name}"].to(dtype)
 
 
+def key_twice(folder):
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.rstrip().removesuffix("}") + ', "model_type": "llama"}')
+
+
+def other_report(folder):
+    report = json.loads((folder / REPORT_NAME).read_text())
+    report["layers"] = [layer for layer in report["layers"] if layer["name"] != LAYER]
+    (folder / REPORT_NAME).write_text(json.dumps(report))
+
+
 def rename_layer(layers):
     layers["model.layers.7.mlp.down_proj"] = layers.pop(LAYER)
 
@@ -180,6 +192,12 @@ DAMAGES = {
     ),
     "no rank": (edit_layers(lambda layers: layers[LAYER].update(rank=0)), rf"{LAYER}.left has no place"),
     "a negative rank": (edit_layers(lambda layers: layers[LAYER].update(rank=-1)), r"rank >= 0.*'rank': -1"),
+    "a rank beyond all numbers": (
+        edit_layers(lambda layers: layers[LAYER].update(rank=10**30)), rf"{LAYER}.* below 2\^31, got rank 10+$",
+    ),
+    "a key twice": (key_twice, r"config.json: not valid JSON \(the key 'model_type' appears twice\)"),
+    "a damaged report": (lambda folder: (folder / REPORT_NAME).write_text("{"), rf"{REPORT_NAME}: not valid JSON"),
+    "another's report": (other_report, rf"{REPORT_NAME}: its layers must be those of config.json; {LAYER} is in one"),
     "a rank in words": (edit_layers(lambda layers: layers[LAYER].update(rank="4")), r"rank must be.*int.*, got '4'"),
     "other bits": (
         edit_layers(lambda layers: layers[LAYER].update(bits=4)),

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import BYTES, byte_tokenizer, folder_digests
+from helpers import BOS, BYTES, byte_tokenizer, folder_digests
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import lorq
 from lorq.models.experts import find_experts, split_experts
-from lorq.models.texts import calibration_windows
+from lorq.models.windows import Encoder, text_windows
+from lorq.progress import OPEN
 from lorq.runtime.experts import QuantExperts
 from lorq.runtime.experts_at_once import declines_at_once, layers_of
 from lorq.runtime.inspect import expert_lines
@@ -212,7 +213,7 @@ def test_the_bits_per_weight_are_those_of_the_files(kind, made, quantize, text_f
     assert not (tmp_path / "never").exists()
 
 
-def test_experts_with_few_tokens_are_named_with_their_numbers(made, folder_of, quantize, tmp_path):
+def test_experts_with_few_tokens_are_named_with_their_numbers(made, folder_of, quantize, text_file, tmp_path):
     _, out, report = made("qwen2-moe")
     notes = read_report(out).notes
     assert notes == report.notes and len(notes) == 5  # of the block that has experts
@@ -223,8 +224,8 @@ def test_experts_with_few_tokens_are_named_with_their_numbers(made, folder_of, q
         counts.append(int(found[1]))
     experts, seen = load(folder_of("qwen2-moe")), []
     experts.model.layers[1].mlp.experts.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    text = report.run["calibration"]
-    for window in calibration_windows(text, byte_tokenizer(128), **SMALL, self_writer=torch.empty).tokens:
+    assert report.run["calibration"] == text_file.name
+    for window in text_windows(str(text_file), Encoder(byte_tokenizer(128), (BOS,), 257), **SMALL).tokens:
         experts(input_ids=window[None], use_cache=False)
     assert counts == torch.bincount(torch.cat(seen).flatten(), minlength=5).tolist()
     few = quantize(folder_of("qwen2-moe"), tmp_path / "out", expert_tokens=min(counts) + 1)
@@ -302,7 +303,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(case, folder_of, quantiz
             folder_of(family), tmp_path / "out", lorq.TileQ(**SETTINGS | settings),
             progress=lambda *step: done.append(step), **options,
         )  # fmt: skip
-    assert not done and not (tmp_path / "out").exists()
+    assert done == [(OPEN, 0, 1)] and not (tmp_path / "out").exists()
     lines = str(caught.value).splitlines()
     # One line, or one for each reason between what is wrong and what to do.
     assert len(lines) == 1 or (len(lines) == 3 and lines[0].startswith("settings must fit the layers"))

@@ -2,19 +2,21 @@
 
 import multiprocessing
 import pickle
+import time
 from collections import Counter
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 
 import pytest
 import torch
-from helpers import folder_digests, same_codes
+from helpers import folder_digests, same_codes, tiny_model
+from safetensors.torch import load_file, save_file
 
 import lorq
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.stats import InputStats
 from lorq.models.blocks import StreamedModel
-from lorq.models.texts import calibration_windows
+from lorq.models.windows import Encoder, text_windows
 from lorq.pipeline import quantize as stages
 from lorq.pipeline.options import Options
 from lorq.pipeline.plan import make_plan
@@ -72,13 +74,68 @@ def of(reads, folder):
     ],
     ids=["gptq", "quantized stream", "lrq smoothed", "nearest"],
 )
-def test_weights_are_read_to_look_at_the_walk_to_check_and_to_work_and_what_is_kept_not_to_check(
-    method, options, folder_of, run, reads, tmp_path
-):
+def test_all_of_a_small_model_is_read_to_be_looked_at_and_to_work(method, options, folder_of, run, reads, tmp_path):
     source = folder_of("llama")
     lorq.quantize(source, tmp_path / "out", method, **run | options)
     # Outside the blocks, to look, before them and after them.
-    assert of(reads, source) == {"weight": {3}, "kept": {2}, "outside": {3}}
+    assert of(reads, source) == {"weight": {2}, "kept": {2}, "outside": {3}}
+
+
+@pytest.fixture
+def large(monkeypatch, tmp_path, tokenizer):
+    """A model of four blocks that counts as large: a look at all its blocks would take too long."""
+    monkeypatch.setattr("lorq.pipeline.check_walk._ALL_WEIGHTS", 0)
+    tiny_model(num_hidden_layers=4, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "large")
+    tokenizer.save_pretrained(tmp_path / "large")
+    return tmp_path / "large"
+
+
+@pytest.mark.parametrize("method, ahead", [(lorq.Nearest(group_size=32), 0), (GPTQ, 1)])
+def test_a_large_models_weights_are_read_to_work_and_ahead_of_work_that_takes_long(
+    method, ahead, large, run, reads, tmp_path
+):
+    lorq.quantize(large, tmp_path / "out", method, **run)
+    counts = {name: count for (_, name), count in reads.items() if name.endswith("up_proj.weight")}
+    # The first two are looked at besides, the first once more for the form in which it answers.
+    assert list(counts.values()) == [3 + ahead, 2 + ahead, 1 + ahead, 1 + ahead]
+    assert all(reads[large.name, f"model.layers.{i}.input_layernorm.weight"] == 1 for i in (2, 3))
+
+
+@pytest.mark.parametrize("method", [lorq.Nearest(group_size=32), GPTQ], ids=["as it is read", "ahead"])
+def test_a_large_models_weights_that_are_not_finite_are_named_all_together(method, large, run, tmp_path, monkeypatch):
+    tensors = load_file(large / "model.safetensors")
+    for block, projection in ((2, "up_proj"), (3, "down_proj")):
+        tensors[f"model.layers.{block}.mlp.{projection}.weight"][0, :2] = torch.inf
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    solved, solve = [], stages.solve_block
+
+    def slowly(model, plan, visit, *others):
+        solved.append(visit.part.name)
+        if method is GPTQ:
+            time.sleep(1)
+        return solve(model, plan, visit, *others)
+
+    monkeypatch.setattr(stages, "solve_block", slowly)
+    named = r"model.layers.2.mlp.up_proj \(2 of 8192\), model.layers.3.mlp.down_proj \(2 of 8192\); --exclude"
+    with pytest.raises(ValueError, match=named):
+        lorq.quantize(large, tmp_path / "out", method, **run)
+    assert len(solved) == 2 if method is not GPTQ else len(solved) < 2
+    with pytest.raises(ValueError, match=named):
+        lorq.quantize(large, tmp_path / "dry", method, **run, dry_run=True)
+
+
+def test_an_error_of_the_work_gives_way_to_weights_that_cause_it(large, run, tmp_path, monkeypatch):
+    tensors = load_file(large / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+
+    def fail(*_):
+        raise ArithmeticError("logits must be finite")
+
+    monkeypatch.setattr(stages, "_calibration", lambda *_: fail)
+    with pytest.raises(ValueError, match=r"in model.layers.3.mlp.up_proj \(1 of 8192\)"):
+        lorq.quantize(large, tmp_path / "out", GPTQ, **run)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_resumed_run_looks_once_and_does_not_check_its_weights_again(folder_of, run, reads, tmp_path, monkeypatch):
@@ -132,7 +189,7 @@ def test_streams_go_where_the_option_says(method, stream, streams, folder_of, te
     """Blocks are doubled as a stand-in for being quantized."""
     model = StreamedModel.open(folder_of("llama"))
     plan = make_plan(model, method, Options(stream=stream))
-    windows = calibration_windows(str(text_file), tokenizer, samples=3, seq_len=16, self_writer=torch.empty).tokens
+    windows = text_windows(str(text_file), Encoder(tokenizer, (), 257), samples=3, seq_len=16).tokens
 
     def states(changed):
         """What enters and leaves each block, if blocks are changed before they are left."""

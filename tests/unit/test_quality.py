@@ -214,9 +214,10 @@ def test_progress_counts_windows(windows):
 
 
 def test_the_result_is_a_dict_for_json():
-    result = Evaluation(30.5, None, None, None, 4.25, 4088, "test.txt", 512, 8)
+    result = Evaluation(30.5, None, None, None, None, 4.25, 4088, "test.txt", 512, 8, False)
     assert json.loads(json.dumps(result.as_dict())) == {
         "perplexity": 30.5,
+        "reference_perplexity": None,
         "kl_mean": None,
         "kl_p99": None,
         "top1": None,
@@ -225,6 +226,7 @@ def test_the_result_is_a_dict_for_json():
         "text": "test.txt",
         "window": 512,
         "windows": 8,
+        "start_token": False,
     }
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from lorq.adapt.folder import ADAPTER_CONFIG, ADAPTER_VERSION, read_adapter_config, untrainable
 from lorq.core.codes import LevelFormat, LowRankScale
+from lorq.models.locate import full_path
+from lorq.runtime.device import own_defaults
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.atomic import rename_synced, write_synced
 from lorq.storage.json_files import damaged, json_bytes, some_of
@@ -66,6 +68,7 @@ def _factors(layer: nn.Module) -> Factors:
     return layer.scale_left, layer.scale_right  # type: ignore[return-value]
 
 
+@own_defaults()
 def attach(model: nn.Module, name: str = "default", *, rank: int = -1, seed: int = 0) -> list[nn.Parameter]:
     """Give the model a new adapter that trains, and put it into use; everything else is frozen.
 
@@ -118,6 +121,7 @@ def attach(model: nn.Module, name: str = "default", *, rank: int = -1, seed: int
     return [parameter for pair in made.values() for parameter in pair]  # type: ignore[misc]
 
 
+@own_defaults()
 def use_adapter(model: nn.Module, name: str = BASE, *, trainable: bool = False) -> None:
     """Put a known adapter's factors into the layers; "base" puts the model's own back.
 
@@ -191,6 +195,7 @@ def base_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+@own_defaults()
 def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) -> None:
     """Write an adapter: its factors in float16, and which base it belongs to.
 
@@ -203,7 +208,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
         ValueError: if there is no such adapter, or it is the base, which its own folder has.
         FileExistsError: if the folder is a model's, or a file.
     """
-    state, folder = adapters_of(model), Path(folder)
+    state, folder = adapters_of(model), full_path(folder)
     name = state.active if name is None else name
     if name not in state.known or name == BASE:
         own = [known for known in state.known if known != BASE]
@@ -229,6 +234,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
         rename_synced(write_synced(folder / file, data), folder / file)
 
 
+@own_defaults()
 def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None, *, trainable: bool = False) -> str:
     """Read an adapter's folder onto its base, and put it into use.
 
@@ -245,7 +251,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None, 
         FileNotFoundError: if the folder has no adapter.
         ValueError: if it belongs to another base, is damaged or of a newer version, or the name is taken.
     """
-    folder = Path(folder)
+    folder = full_path(folder)
     config = read_adapter_config(folder)
     if (expected := base_hash(model)) != config.get("base"):
         raise ValueError(

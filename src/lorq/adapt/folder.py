@@ -3,19 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+from lorq.models.locate import full_path
 from lorq.storage.json_files import read_json
 
 ADAPTER_CONFIG = "lorq_adapter.json"
 ADAPTER_VERSION = 1
 
 
-def read_adapter_config(folder: Path) -> dict[str, Any]:
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     """What an adapter's folder says of itself: version, base, ranks.
 
     Raises:
         FileNotFoundError: if the folder has no adapter.
         ValueError: if it is damaged, or of a newer version.
     """
+    folder = full_path(folder)
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise FileNotFoundError(
@@ -33,7 +35,7 @@ def check_trainable(model: str | Path) -> None:
 
     Anything but a folder is not looked at.
     """
-    path = Path(model).expanduser() / "config.json"
+    path = full_path(model) / "config.json"
     if path.is_file():
         quantization = read_json(path).get("quantization_config")
         layers = quantization.get("layers") if isinstance(quantization, dict) else None

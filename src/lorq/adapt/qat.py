@@ -14,6 +14,7 @@ from lorq.core.codes import LevelCodes, LevelFormat, LevelGrid, levels
 from lorq.kernels import fake_quantize
 from lorq.models.blocks import StreamedModel
 from lorq.models.locate import resolve_model
+from lorq.runtime.device import own_defaults
 from lorq.runtime.linear import QuantLinear
 
 # Scales this small stand for zero: nothing is divided by less.
@@ -112,6 +113,7 @@ def _as_stored(factor: Tensor) -> Tensor:
     return factor + (factor.detach().to(torch.float16).to(factor.dtype) - factor.detach())
 
 
+@own_defaults()
 def prepare_qat(model: nn.Module, reference: str | Path | None = None) -> None:
     """Put trainable layers where the packed ones are; all else is frozen. `finish_qat` ends it, `cancel_qat` undoes it.
 
@@ -159,6 +161,7 @@ def _original(model: nn.Module, reference: str | Path, layers: dict[str, QuantLi
     return streamed
 
 
+@own_defaults()
 def finish_qat(model: nn.Module) -> None:
     """Put packed layers with what was learned where the trainable ones are.
 

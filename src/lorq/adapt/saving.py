@@ -10,16 +10,20 @@ from torch import nn
 
 from lorq.adapt.adapters import BASE, adapters_of, base_hash, half_factors, lords_layers, use_adapter
 from lorq.core.weight import layer_bytes
-from lorq.models.locate import resolve_model
+from lorq.models.locate import full_path, resolve_model
+from lorq.runtime.device import own_defaults
 from lorq.runtime.linear import QuantLinear
+from lorq.storage.companions import find_companions
 from lorq.storage.config import write_format
 from lorq.storage.folder import LorqFolder
 from lorq.storage.json_files import some_of
-from lorq.storage.names import COMPANIONS, REPORT_NAME
+from lorq.storage.lock import owned
+from lorq.storage.names import REPORT_NAME
 from lorq.storage.reader import WeightFiles
 from lorq.storage.writer import CheckpointWriter
 
 
+@own_defaults()
 def merge(model: nn.Module) -> None:
     """Make the adapter in use the model's own: its factors in float16 are the base from now on.
 
@@ -34,6 +38,7 @@ def merge(model: nn.Module) -> None:
     use_adapter(model, BASE)
 
 
+@own_defaults()
 def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: str = "merged") -> None:
     """Write a trained or merged model as an ordinary lorq folder.
 
@@ -49,32 +54,36 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
         ValueError: if the base is no folder of this model.
         ArithmeticError: if a factor is not finite in float16.
     """
-    folder, out, layers = LorqFolder.open(resolve_model(base or model.name_or_path)), Path(out), lords_layers(model)
+    folder, out, layers = (
+        LorqFolder.open(resolve_model(base or model.name_or_path)),
+        full_path(out),
+        lords_layers(model),
+    )
     report, source, config = folder.report, folder.reader, folder.config
     _check_own_folder(model, layers, source)
     halves = {name: half_factors(layer) for name, layer in layers.items()}
     formats = config["quantization_config"]["layers"]
     identity = {"trained_from": source.fingerprint(), "note": note, "base": base_hash(model)}
-    writer = CheckpointWriter.create(out, identity)
     reports = {layer.name: layer for layer in report.layers}
-    for file, header in sorted(source.headers.items()):
-        tensors = {name: source.tensor(name) for name in header.tensors}
-        for name in sorted(layers.keys() & {tensor.rpartition(".")[0] for tensor in tensors}):
-            before = layers[name].value()
-            codes: Any = before.codes
-            weight = replace(before, codes=replace(codes, scale=halves[name]))
-            tensors = {key: t for key, t in tensors.items() if key.rpartition(".")[0] != name or key.endswith(".bias")}
-            tensors |= {f"{name}.{local}": tensor for local, tensor in weight.tensors().items()}
-            formats[name] = write_format(weight.format)
-            reports[name] = replace(
-                reports[name], rank=weight.rank, bytes=layer_bytes(weight.stored_bits()),
-                note="; ".join(part for part in (reports[name].note, note, "errors are those before") if part),
-            )  # fmt: skip
-        writer.write_shard(file, tensors, {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())})
-    stored = sum(record["bytes"] for record in writer.completed.values())
-    new = replace(report, layers=tuple(reports.values()), bytes=stored, checksums=writer.shard_checksums())
-    files: dict[str, bytes | Path] = {name: folder.path / name for name in COMPANIONS if (folder.path / name).is_file()}
-    writer.finish(config=config, files=files | {REPORT_NAME: new.to_bytes()})
+    with owned(out):
+        writer = CheckpointWriter.create(out, identity)
+        for file, header in sorted(source.headers.items()):
+            tensors = {name: source.tensor(name) for name in header.tensors}
+            for name in sorted(layers.keys() & {tensor.rpartition(".")[0] for tensor in tensors}):
+                before = layers[name].value()
+                codes: Any = before.codes
+                weight = replace(before, codes=replace(codes, scale=halves[name]))
+                tensors = {k: t for k, t in tensors.items() if k.rpartition(".")[0] != name or k.endswith(".bias")}
+                tensors |= {f"{name}.{local}": tensor for local, tensor in weight.tensors().items()}
+                formats[name] = write_format(weight.format)
+                reports[name] = replace(
+                    reports[name], rank=weight.rank, bytes=layer_bytes(weight.stored_bits()),
+                    note="; ".join(part for part in (reports[name].note, note, "errors are those before") if part),
+                )  # fmt: skip
+            writer.write_shard(file, tensors, {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())})
+        stored = sum(record["bytes"] for record in writer.completed.values())
+        new = replace(report, layers=tuple(reports.values()), bytes=stored, checksums=writer.shard_checksums())
+        writer.finish(config=config, files=find_companions(folder.path)[0] | {REPORT_NAME: new.to_bytes()})
 
 
 def _check_own_folder(model: nn.Module, layers: Mapping[str, QuantLinear], source: WeightFiles) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from lorq.core.checks import Range, check_settings
+from lorq.models.texts import StartToken
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Settings:
         steps: optimizer steps.
         batch: sequences of a step; all of them where the data set has fewer.
         seq_len: tokens of a sequence, where the data set is a text.
+        start_token: begin each with a start token: "auto" (as the model's tokenizer does), "always" or "never".
         learning_rate: of AdamW after the warm-up, falling to a tenth along half a cosine; 0 takes 5e-4 for "peft" and
             5e-5 for "qat".
         scale_rate: the scale factors' learning rate over the weights', with "qat".
@@ -26,6 +28,7 @@ class Settings:
     steps: Annotated[int, Range(1)] = 200
     batch: Annotated[int, Range(1)] = 4
     seq_len: Annotated[int, Range(2)] = 512
+    start_token: StartToken = "auto"
     learning_rate: Annotated[float, Range(0, 1)] = 0.0
     scale_rate: Annotated[float, Range(0, 1000)] = 4.0
     warmup: Annotated[float, Range(0, 1)] = 0.05

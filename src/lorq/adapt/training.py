@@ -15,8 +15,10 @@ from lorq.adapt.adapters import adapters_of, attach, lords_layers, use_adapter
 from lorq.adapt.qat import cancel_qat, finish_qat, prepare_qat
 from lorq.adapt.settings import Settings
 from lorq.models.locate import resolve_model
-from lorq.models.texts import load_text, token_windows
-from lorq.progress import Progress
+from lorq.models.texts import load_text
+from lorq.models.windows import Encoder, token_windows
+from lorq.progress import TRAIN, Progress
+from lorq.runtime.device import own_defaults
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Trained:
     seconds: float
 
 
+@own_defaults()
 def train(
     model: Any,
     dataset: Any,
@@ -55,7 +58,7 @@ def train(
             rounding.
         name: of the adapter. An adapter of this name that the model has trains on.
         reference: the original model, whose weights "qat" starts from; None starts from the dequantized ones.
-        progress: called as ``progress("train", step, steps)``.
+        progress: called as ``progress(stage, done, steps)``.
         **settings: fields of `Settings`.
 
     Raises:
@@ -168,6 +171,8 @@ def descend(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     parameters = [p for group in groups for p in group["params"]]
     order, losses = _shuffled(len(examples), chosen.seed), []
+    if progress is not None:
+        progress(TRAIN, 0, chosen.steps)
     with _training(model, chosen):
         for step in range(chosen.steps):
             batch = _collate([examples[next(order)] for _ in range(min(chosen.batch, len(examples)))], model.device)
@@ -185,7 +190,7 @@ def descend(
             optimizer.step()
             schedule.step()
             if progress is not None:
-                progress("train", step + 1, chosen.steps)
+                progress(TRAIN, step + 1, chosen.steps)
     return losses
 
 
@@ -213,6 +218,7 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
+@own_defaults()
 def read_dataset(model: Any, dataset: Any, chosen: Settings) -> list[dict[str, Tensor]]:
     """Examples with 1-D ``input_ids`` and ``labels``; tokens that an ``attention_mask`` hides are left out.
 
@@ -267,10 +273,9 @@ def _sequence(example: Any) -> tuple[Tensor, Tensor]:
 
 def _text_windows(model: Any, text: str, chosen: Settings) -> Tensor:
     """All windows of a text that fit side by side."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(model.name_or_path))
-    return token_windows(load_text(text), tokenizer, windows=None, length=chosen.seq_len, what=text)
+    content, named = load_text(text), ("steps", "seq_len")  # all windows: the first of these is never told of
+    encoder = Encoder.open(resolve_model(model.name_or_path), model.config, chosen.start_token)
+    return token_windows(content, encoder, windows=None, length=chosen.seq_len, what=text, named=named)
 
 
 def _collate(examples: Sequence[Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:

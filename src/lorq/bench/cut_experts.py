@@ -11,8 +11,9 @@ from torch.nn.functional import silu
 
 from lorq.demo import demo_model
 from lorq.models.locate import cached_folder, load_dense
-from lorq.models.texts import load_text, token_windows
-from lorq.storage.names import COMPANIONS
+from lorq.models.texts import load_text
+from lorq.models.windows import Encoder, token_windows
+from lorq.storage.companions import find_companions
 
 
 def cut_mlp(
@@ -116,9 +117,9 @@ def expert_model(*, sparse: bool = False) -> Path:
 
     def make(folder: Path) -> None:
         _cut(source, sparse).half().save_pretrained(folder)
-        for name in COMPANIONS:
-            if (source / name).is_file():
-                shutil.copy(source / name, folder / name)
+        for name, file in find_companions(source)[0].items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copy(file, folder / name)
 
     return cached_folder(f"experts/{source.name}-{'sparse' if sparse else 'dense'}-{_RECIPE}", make)
 
@@ -159,10 +160,8 @@ def _cut(source: Path, sparse: bool) -> Any:
 
 def _mlp_inputs(model: Any, source: Path) -> list[Tensor]:
     """What each MLP is given on 4 windows of python-docs; the model is of no use afterwards but for its weights."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    windows = token_windows(load_text("python-docs"), tokenizer, windows=4, length=512, what="experts")
+    encoder = Encoder.open(source, model.config)
+    windows = token_windows(load_text("python-docs"), encoder, windows=4, length=512, what="experts")
     seen: list[list[Tensor]] = [[] for _ in model.model.layers]
     for layer, own in zip(model.model.layers, seen, strict=True):
         layer.mlp.register_forward_pre_hook(lambda module, args, own=own: own.append(args[0][0]))

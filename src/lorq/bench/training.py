@@ -11,7 +11,8 @@ from lorq.adapt.adapters import lords_format, lords_layers
 from lorq.adapt.training import descend, read_dataset
 from lorq.bench.timing import Result, in_child
 from lorq.models.locate import resolve_model
-from lorq.models.texts import load_text, token_windows
+from lorq.models.texts import load_text
+from lorq.models.windows import Encoder, token_windows
 from lorq.quality import evaluate_model
 from lorq.runtime.hf import load
 from lorq.runtime.linear import QuantLinear
@@ -42,13 +43,11 @@ def measure(
     settings: dict[str, Any],
 ) -> Result:
     """One run of `lorq.bench.commands.bench_adapt`."""
-    from transformers import AutoTokenizer
-
     folder = resolve_model(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     length = settings.get("seq_len", 512)
-    held_out = token_windows(load_text(evaluation), tokenizer, windows=windows, length=length, what=evaluation)
     loaded = load(folder, device="cpu")
+    encoder = Encoder.open(folder, loaded.config, settings.get("start_token", "auto"))
+    held_out = token_windows(load_text(evaluation), encoder, windows=windows, length=length, what=evaluation)
     before = evaluate_model(loaded, held_out).perplexity
     began = time.perf_counter()
     if way == "lora":

@@ -4,6 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# Columns of a triangle, or of one half of a symmetric matrix, that are multiplied at a time.
+WIDE_STRIP = 1024
+
 
 def shrink(hessian: Float[Tensor, "n n"], amount: float) -> Float[Tensor, "n n"]:
     """Move a Hessian towards its diagonal, ``(1 - amount) H + amount diag(H)``.
@@ -47,6 +50,22 @@ def cholesky(hessian: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
             f"{hessian.shape[0]}; raise the damping, or calibrate on more tokens"
         )
     return factor
+
+
+def times_lower(rows: Float[Tensor, "m n"], lower: Float[Tensor, "n n"]) -> Float[Tensor, "m n"]:
+    """``rows @ lower`` without the products with the zeros above the diagonal, which are half of them.
+
+    Example:
+        >>> times_lower(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0], [5.0, 7.0]]))
+        tensor([[13., 14.]])
+    """
+    if len(lower) <= WIDE_STRIP:
+        return rows @ lower
+    product = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    for start in range(0, len(lower), WIDE_STRIP):
+        columns = slice(start, start + WIDE_STRIP)
+        torch.mm(rows[:, start:], lower[start:, columns], out=product[:, columns])
+    return product
 
 
 def inverse_factor(hessian: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.half import stored_half
+from lorq.core.linalg import times_lower
 from lorq.core.packing import Layout
 from lorq.core.sketch import rank1_sketch, sketch
 
@@ -131,7 +132,10 @@ class Metric:
     @classmethod
     def hessian(cls, factor: Float[Tensor, "in in"]) -> "Metric":
         """``C`` the lower Cholesky factor of the Hessian: the norm is the output error."""
-        return cls(lambda e: e @ factor, lambda v: torch.linalg.solve_triangular(factor, v, upper=False, left=False))
+        return cls(
+            lambda e: times_lower(e, factor),
+            lambda v: torch.linalg.solve_triangular(factor, v, upper=False, left=False),
+        )
 
     @classmethod
     def activation(cls, alpha: Float[Tensor, "in"]) -> "Metric":

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -162,29 +163,33 @@ def _deflate(
 ) -> list[float]:
     """Subtract components from ``rest`` in place; the measure before, and after each of them.
 
-    Rows go by in tiles that stay in cache while all components pass over them, so that main memory is
-    read and written once for the lot, not once per component.
+    On a CPU rows go by in tiles that stay in cache while all components pass over them, so that main memory is read and
+    written once for the lot, not once per component. A device, which pays for every launch, has all rows at once.
     """
     tiles = []
-    height = max(1, _TILE_ELEMENTS // rest.shape[1])
+    height = max(1, _TILE_ELEMENTS // rest.shape[1]) if rest.device.type == "cpu" else rest.shape[0]
+    extent = _amax if measure == "amax" else partial(_range, group_size=group_size)
     for tile, columns in zip(rest.split(height), left.split(height), strict=True):
-        values = [_range(tile, measure, group_size)]
+        values = [extent(tile)]
         for column, row in zip(columns.T.unsqueeze(-1), right, strict=True):
             tile.addcmul_(column, row, value=-1)  # (rows, 1) times (q,)
-            values.append(_range(tile, measure, group_size))
-        tiles.append(torch.stack(values))
-    table = torch.stack(tiles)  # (tiles, some + 1)
+            values.append(extent(tile))
+        tiles.append(torch.stack([number for value in values for number in value]).view(len(values), -1))
+    table = torch.stack(tiles)  # (tiles, some + 1, numbers of a value)
     if measure == "amax":
-        return table.amax(0).tolist()
+        low, high = table.unbind(-1)
+        return torch.maximum(-low, high).amax(0).tolist()
     groups = rest.numel() // (group_size or rest.shape[1])
-    return (table.double().square().sum(0) / groups).sqrt().tolist()
+    return (table[..., 0].double().square().sum(0) / groups).sqrt().tolist()
 
 
-def _range(tile: Float[Tensor, "rows q"], measure: str, group_size: int | None) -> Float[Tensor, ""]:
-    """What one tile adds to the measure: its largest magnitude, or the 2-norm of its group ranges."""
-    if measure == "amax":
-        low, high = tile.aminmax()
-        return torch.maximum(low.abs(), high.abs())
+def _amax(tile: Float[Tensor, "rows q"]) -> tuple[Tensor, Tensor]:
+    """A tile's smallest and largest number."""
+    return tile.aminmax()
+
+
+def _range(tile: Float[Tensor, "rows q"], group_size: int | None) -> tuple[Tensor]:
+    """The 2-norm of a tile's group ranges."""
     # torch 2.13 on a CPU: `aminmax` along an axis takes ten times as long as these two.
     grouped = tile.unflatten(1, (-1, group_size or tile.shape[1]))
-    return torch.linalg.vector_norm(grouped.amax(-1) - grouped.amin(-1))
+    return (torch.linalg.vector_norm(grouped.amax(-1) - grouped.amin(-1)),)

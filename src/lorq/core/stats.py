@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.linalg import cholesky, damp, inverse_factor, shrink
+from lorq.core.checks import all_finite
+from lorq.core.linalg import WIDE_STRIP, cholesky, damp, inverse_factor, shrink
 
 # Rows of the Gram matrix that are summed at a time.
 _STRIP = 256
@@ -119,7 +120,7 @@ class StatsAccumulator:
             ValueError: if a weight is negative or not finite.
         """
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        if not bool(torch.isfinite(x).all()):
+        if not all_finite(x):
             bad = int((~torch.isfinite(x)).sum())
             raise FloatingPointError(
                 f"calibration inputs must be finite, got {bad} NaN or infinite values of {x.numel()}; "
@@ -162,8 +163,17 @@ class StatsAccumulator:
 def output_energy(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, ""]:
     """``tr(D H D^T)``: mean squared change of a layer's output if its weight changes by ``delta``.
 
+    ``H`` is symmetric: only its upper triangle is multiplied, strip by strip, which is half the work.
+
     Example:
         >>> output_energy(torch.tensor([[3.0, 4.0]]), torch.eye(2))
         tensor(25.)
     """
-    return ((delta @ hessian) * delta).sum()
+    energy = delta.new_zeros(())
+    for start in range(0, hessian.shape[1], WIDE_STRIP):
+        columns = slice(start, start + WIDE_STRIP)
+        half = delta[:, columns] @ hessian[columns, columns]
+        if start:
+            half = torch.addmm(half, delta[:, :start], hessian[:start, columns], alpha=2)
+        energy = energy + (half * delta[:, columns]).sum()
+    return energy

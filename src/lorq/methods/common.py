@@ -91,15 +91,23 @@ def assemble(
     stop: str,
     stats: InputStats | None,
     basis: Basis | None = None,
+    plain: Codes | None = None,
     note: str = "",
 ) -> QuantizedWeight:
-    """Put a result together and measure it against plain rounding to nearest in as many bits and groups.
+    """Put a result together and measure it against rounding to nearest in as many bits and groups, ``plain``.
 
     Without statistics (methods that need none) the errors are those for white inputs.
     """
-    h = torch.eye(weight.shape[1], device=weight.device) if stats is None else stats.hessian
-    total = float(output_energy(weight, h).clamp(min=1e-30))
-    plain = float(output_energy(weight - nearest(weight, None, codes.format.plain()).decode(), h)) / total
+
+    def energy(delta: Tensor) -> float:
+        if stats is None:
+            return float(torch.linalg.vector_norm(delta)) ** 2
+        return float(output_energy(delta, stats.hessian))
+
+    total = max(energy(weight), 1e-30)
     result = QuantizedWeight(codes, low_rank, basis)
-    after = float(output_energy(weight - result.dense(), h)) / total
-    return replace(result, record=Record(stop, plain, after, note))
+    after = energy(result.dense().sub_(weight)) / total
+    if plain is codes:
+        return replace(result, record=Record(stop, after, after, note))
+    before = energy((plain or nearest(weight, None, codes.format.plain())).decode().sub_(weight)) / total
+    return replace(result, record=Record(stop, before, after, note))

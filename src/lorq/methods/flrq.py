@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorq.core.checks import Range, check_settings
 from lorq.core.codes import IntCodes
+from lorq.core.linalg import times_lower
 from lorq.core.low_rank import FactorType, LowRank, factor_bits, store_factors
 from lorq.core.problem import Problem
 from lorq.core.rank_choice import choose_rank, rank_cap
@@ -134,7 +135,7 @@ class FLRQ:
     ) -> tuple[LowRank | None, str]:
         """R1-FLR on the scaled matrix, unscaled afterwards, in the precision it is stored in."""
         out, in_ = target.shape
-        scaled = target @ scaling if scaling.ndim == 2 else target * scaling
+        scaled = times_lower(target, scaling) if scaling.ndim == 2 else target * scaling
         # One more than the cap, so that running into the budget can be told from running out.
         candidates = min(self._rank_cap(out, in_) + 1, out, in_)
         left, right = sketch(scaled, rank=candidates, form=self.sketch, iterations=self.iterations, generator=generator)

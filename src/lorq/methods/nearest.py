@@ -49,15 +49,16 @@ class Nearest:
         grid = layer_grid(weight.shape[1], self.bits, self.group_size, self.symmetric)
         search = SEARCHES[self.range_search]
         rounded: Codes
+        plain: Codes | None = None
         if self.grid != "integer":
             shares = search.shares() if search else [1.0]
             rounded = nearest_levels(weight, LevelGrid(self.bits, self.grid), grid.group_size, shares=tuple(shares))
         elif search is None:
-            rounded = nearest(weight, None, grid)
+            rounded = plain = nearest(weight, None, grid)
         else:
             white = PreparedHessian(torch.eye(weight.shape[1], device=weight.device), damping=0.0)
             rounded = clip(weight, white, grid, search)
-        return assemble(weight, rounded, None, stop="none", stats=stats)
+        return assemble(weight, rounded, None, stop="none", stats=stats, plain=plain)
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """Every layer gets this format."""

@@ -157,6 +157,10 @@ class StreamedModel:
         """A tensor as the checkpoint keeps it, by its name in the model."""
         return self._sources[name].read(self.checkpoint)
 
+    def tensor_aside(self, name: str) -> Tensor:
+        """The same for who only looks (`WeightFiles.aside`)."""
+        return self._sources[name].read(self.checkpoint.aside())
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """Its type, from the header."""
         return self.checkpoint.dtype(self._sources[name].name)

@@ -7,9 +7,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorq.storage.atomic import rename_synced, require_space, sha256_of, write_synced
+from lorq.storage.companions import WEIGHTS
 from lorq.storage.names import JOURNAL
 
 if TYPE_CHECKING:  # a wrong path is refused before torch is there
@@ -18,8 +21,42 @@ logger = logging.getLogger(__name__)
 
 
 def cache_dir() -> Path:
-    """Where lorq keeps what is slow to make again: ``$LORQ_CACHE``, else ``~/.cache/lorq``."""
-    return Path(os.environ.get("LORQ_CACHE") or "~/.cache/lorq").expanduser()
+    """Where lorq keeps what is slow to make again: ``$LORQ_CACHE``, else ``~/.cache/lorq``.
+
+    Raises:
+        ValueError: if there is no home folder.
+    """
+    try:
+        return Path(os.environ.get("LORQ_CACHE") or "~/.cache/lorq").expanduser()
+    except RuntimeError:
+        raise ValueError(
+            "lorq keeps decoded models and texts in the home folder, and there is none; set LORQ_CACHE to a folder "
+            "that can be written to"
+        ) from None
+
+
+def make_room(folder: Path, needed_bytes: int) -> None:
+    """Make a folder of the cache, for so many bytes that are not there yet.
+
+    Raises:
+        OSError: if it cannot be written to, or the disk has no room.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # a folder may be there and not be writable
+            pass
+        require_space(folder, needed_bytes)
+    except OSError as error:
+        error.add_note("while making room in lorq's cache; set LORQ_CACHE to another folder that can be written to")
+        raise
+
+
+def full_path(path: str | os.PathLike[str]) -> Path:
+    """A path whose ``~`` is a home folder; a ValueError where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} names a home folder, and there is none; give the whole path") from None
 
 
 def resolve_model(model: str | os.PathLike[str]) -> Path:
@@ -34,7 +71,7 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
         ValueError: if a GGUF file cannot be decoded.
     """
     check_model(model)
-    path = Path(model).expanduser()
+    path = full_path(model)
     if path.is_dir():
         return path
     return _decoded_gguf(path) if path.is_file() else _downloaded(str(model))
@@ -47,7 +84,7 @@ def check_model(model: str | os.PathLike[str]) -> None:
         FileNotFoundError: for a folder without a config, and for a path where nothing is.
         ValueError: for a file of another kind.
     """
-    path = Path(model).expanduser()
+    path = full_path(model)
     if path.is_dir() and not (path / "config.json").is_file():
         if (path / JOURNAL).exists():
             raise FileNotFoundError(
@@ -64,13 +101,27 @@ def check_model(model: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(f"no such model: {model} is neither a folder, nor a .gguf file, nor a hub id")
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a model's folder with an adapter of peft, which transformers would load on top of the weights.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} also has an adapter (adapter_config.json), which lorq would leave out and transformers loads; "
+            "merge it into the weights first (peft's merge_and_unload), or remove its files"
+        )
+
+
 def _downloaded(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    # All that may travel with the weights; of these none that neither lorq nor transformers reads.
+    others = [f"*{suffix}" for suffix in WEIGHTS if suffix not in (".safetensors", ".index.json")]
     try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns))
+        return Path(snapshot_download(model_id, ignore_patterns=[*others, "consolidated*", "original/*", "onnx/*"]))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
@@ -80,11 +131,22 @@ def _downloaded(model_id: str) -> Path:
 
 def _decoded_gguf(path: Path) -> Path:
     """The folder that a GGUF file decodes to; decoded once, then taken from the cache."""
-    stat = path.stat()
-    with path.open("rb") as file:
-        head = file.read(1 << 20)
-    key = hashlib.sha256(head + json.dumps([path.name, stat.st_size]).encode()).hexdigest()[:16]
-    return cached_folder(f"gguf/{path.stem}-{key}", lambda work: _decode_gguf(path, work))
+    return cached_folder(f"gguf/{path.stem}-{_content_of(path)[:16]}", lambda work: _decode_gguf(path, work))
+
+
+def _content_of(path: Path) -> str:
+    """sha256 of a file, computed once and then known by what no change of the file leaves as it is."""
+    stat, real = path.stat(), str(path.resolve())
+    seen = json.dumps([real, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+    note = cache_dir() / "gguf" / "known" / hashlib.sha256(seen.encode()).hexdigest()
+    if note.is_file() and len(known := note.read_text()) == 64:
+        return known
+    make_room(note.parent, 0)
+    logger.info("reading %s", path)
+    known = sha256_of(path)
+    with suppress(OSError):  # another process may have noted it; nothing depends on it
+        rename_synced(write_synced(note, known.encode()), note)
+    return known
 
 
 def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
@@ -95,7 +157,7 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     folder = cache_dir() / name
     if (folder / "config.json").is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_room(folder.parent, 0)
     logger.info("making %s", folder)
     work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
@@ -118,6 +180,7 @@ def _decode_gguf(path: Path, folder: Path) -> None:
     except ImportError as error:
         raise ImportError("reading a GGUF file needs the gguf package: pip install 'lorq[gguf]'") from error
     name, parent = path.name, str(path.parent)
+    make_room(folder, _decoded_bytes(path))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             parent, gguf_file=name, dtype="float16", quantization_config=GgufConfig(dequantize=True)
@@ -126,6 +189,16 @@ def _decode_gguf(path: Path, folder: Path) -> None:
         raise ValueError(f"{path} could not be read as a GGUF language model: {error}") from error
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(parent, gguf_file=name).save_pretrained(folder)
+
+
+def _decoded_bytes(path: Path) -> int:
+    """Of a GGUF file's tensors in float16."""
+    from gguf import GGUFReader
+
+    try:
+        return sum(2 * int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+    except (ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{path} could not be read as a GGUF file: {error}") from error
 
 
 def load_dense(folder: Path, dtype: "torch.dtype") -> Any:

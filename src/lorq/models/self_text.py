@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +15,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lorq.models.locate import cache_dir
-from lorq.models.texts import check_window_counts
+from lorq.models.locate import cache_dir, make_room
+from lorq.models.windows import check_window_counts, start_token_of
+from lorq.progress import duration
 
 if TYPE_CHECKING:  # importing a model class takes seconds; here it is only named
     import transformers
 Progress = Callable[[int, int], None]
 # Part of every cache key: raise it when the sampling loop changes what it writes.
 CACHE_FORMAT = 1
+# After so many steps their time is known well enough, and told if the rest will take so long.
+_ESTIMATE_AFTER, _LONG_SECONDS = 16, 600
 _log = logging.getLogger(__name__)
 
 
@@ -40,7 +44,7 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 
 def self_windows(
     model: "transformers.PreTrainedModel",
-    tokenizer: "transformers.PreTrainedTokenizerBase",
+    tokenizer: "transformers.PreTrainedTokenizerBase | None",
     *,
     windows: int,
     length: int,
@@ -57,7 +61,7 @@ def self_windows(
 
     Args:
         model: a causal language model that takes a key-value cache; its mode and weights stay as they are.
-        tokenizer: the model's own; only its special tokens are used.
+        tokenizer: the model's own, only its special tokens are used; None where there is none.
         windows: how many, at least 1.
         length: tokens of each window, the start token included, at least 2.
         seed: of this call's own generator; the global one is neither used nor moved.
@@ -72,21 +76,33 @@ def self_windows(
         ValueError: if there is no start token, or a setting is out of range.
         FloatingPointError: if a logit is not finite.
     """
-    start = _start_token(tokenizer, model.config)
-    _check_self_settings(model.config, windows=windows, length=length, batch=batch, temperature=temperature)
+    start = check_self_windows(
+        tokenizer, model.config, windows=windows, length=length, batch=batch, temperature=temperature
+    )
     # Allocated out here: a tensor born in inference mode could not be used in training later.
     tokens = torch.full((windows, length), start, dtype=torch.int64)
     generator = torch.Generator().manual_seed(seed)
-    total = windows * (length - 1)
+    total, began = windows * (length - 1), time.monotonic()
     with eval_mode(model), torch.inference_mode():
         for first in range(0, windows, batch):
             rows = tokens[first : first + batch]  # a view
             for step, logits in enumerate(_next_logits(model, rows), start=1):
                 probabilities = (logits / temperature).softmax(-1)
                 rows[:, step] = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+                if first == 0 and step == _ESTIMATE_AFTER:
+                    _tell_of_hours((time.monotonic() - began) * total / (step * len(rows)))
                 if progress is not None:
                     progress(first * (length - 1) + rows.shape[0] * step, total)
     return tokens
+
+
+def _tell_of_hours(seconds: float) -> None:
+    """What to do about it, if writing takes long."""
+    if seconds > _LONG_SECONDS:
+        _log.warning(
+            "writing the calibration text takes about %s; fewer --samples or a shorter --seq-len take less, and a text "
+            "(--calibration FILE, or python-docs) takes no time", duration(seconds),
+        )  # fmt: skip
 
 
 def _next_logits(model: "transformers.PreTrainedModel", rows: Tensor) -> Iterator[Tensor]:
@@ -108,26 +124,10 @@ def _next_logits(model: "transformers.PreTrainedModel", rows: Tensor) -> Iterato
         yield logits
 
 
-def _start_token(tokenizer: Any, config: Any) -> int:
-    text_config = config.get_text_config()
-    # The config before eos: instruct models end a turn with eos and start a document with the config's bos.
-    config_bos = getattr(text_config, "bos_token_id", None)
-    for start in (tokenizer.bos_token_id, config_bos, tokenizer.eos_token_id):
-        if start is None:
-            continue
-        if not 0 <= start < text_config.vocab_size:
-            raise ValueError(
-                f"the start token must be below the model's vocabulary size {text_config.vocab_size}, got "
-                f"{start}; is this the model's tokenizer?"
-            )
-        return int(start)
-    raise ValueError(
-        "a model writes its own text from a start token, got none: bos_token_id and eos_token_id are None; "
-        "set tokenizer.bos_token, or name a text"
-    )
-
-
-def _check_self_settings(config: Any, *, windows: int, length: int, batch: int, temperature: float) -> None:
+def check_self_windows(
+    tokenizer: Any, config: Any, *, windows: int, length: int, batch: int = 16, temperature: float = 1.0
+) -> int:
+    """The start token of `self_windows`, which are not written; its ValueErrors for settings."""
     check_window_counts(windows, length)
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
@@ -135,12 +135,13 @@ def _check_self_settings(config: Any, *, windows: int, length: int, batch: int, 
         raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and length > longest:
-        raise ValueError(f"length must be at most the model's {longest} positions, got {length}; lower --seq-len")
+        raise ValueError(f"seq_len must be at most the model's {longest} positions, got {length}")
+    return start_token_of(tokenizer, config)
 
 
 def cached_self_windows(
     load_model: "Callable[[], transformers.PreTrainedModel]",
-    tokenizer: "transformers.PreTrainedTokenizerBase",
+    tokenizer: "transformers.PreTrainedTokenizerBase | None",
     config: "transformers.PreTrainedConfig",
     *,
     fingerprint: str,
@@ -168,21 +169,16 @@ def cached_self_windows(
         OSError: if the cache cannot be written; set ``LORQ_CACHE`` to a writable folder.
     """
     size: dict[str, Any] = dict(windows=windows, length=length, batch=batch, temperature=float(temperature))
-    _check_self_settings(config, **size)
+    start = check_self_windows(tokenizer, config, **size)
     if not fingerprint:
         raise ValueError(f"fingerprint must identify the model, got {fingerprint!r}")
-    start = _start_token(tokenizer, config)
     key = {"format": CACHE_FORMAT, "model": fingerprint, "dtype": str(dtype), "start": start, "seed": seed}
     description = json.dumps(key | size, sort_keys=True)
     path = cache_dir() / f"self-{hashlib.sha256(description.encode()).hexdigest()}.safetensors"
     vocabulary = config.get_text_config().vocab_size
     if (kept := _read_cached(path, shape=(windows, length), vocabulary=vocabulary)) is not None:
         return kept
-    try:  # before the sampling, which takes minutes
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        error.add_note("while making lorq's cache folder; set LORQ_CACHE to a writable folder")
-        raise
+    make_room(path.parent, 8 * windows * length + (1 << 12))  # before the sampling, which takes minutes
     model = load_model()
     if model.dtype != dtype:
         raise ValueError(f"load_model must give a model of the dtype stated, {dtype}, got {model.dtype}")

@@ -1,125 +1,150 @@
-"""Text to token windows: named texts and files."""
+"""Texts by name, and from files."""
 
-import hashlib
 import importlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
+from lorq.models.locate import full_path
 
-if TYPE_CHECKING:  # importing a model class takes seconds; here it is only named
-    import transformers
 Split = Literal["calibration", "evaluation"]
+# Whether windows of a text begin with a start token; "auto" as the tokenizer begins a text by itself.
+StartToken = Literal["auto", "always", "never"]
+# The messages of each conversation, for the chat template of a model.
+Chats = list[list[dict[str, Any]]]
 SELF = "self"
 # c4 is 360 million documents; the first 2,000 hold about a million tokens, 400 windows of 2048.
 C4_DOCUMENTS = 2000
+_JSON_LINES = (".jsonl", ".ndjson")
 
 
-@dataclass(frozen=True)
-class Windows:
-    """Calibration tokens, int64, and where they come from: the text's name or path, or ``self``.
-
-    Equal ``sha256``, of the tokens as little-endian int64, row by row, mean equal calibration.
-    """
-
-    tokens: Int[Tensor, "windows length"]
-    source: str
-    sha256: str
-
-
-def calibration_windows(
-    source: str,
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    *,
-    samples: int,
-    seq_len: int,
-    self_writer: Callable[[], Tensor],
-) -> Windows:
-    """``samples`` windows of ``seq_len`` tokens of ``source``; the same arguments give the same windows.
-
-    Args:
-        source: a source of ``load_text``, or ``self`` for text that the model writes.
-        tokenizer: the model's own; unused for ``self``.
-        samples: windows wanted, at least 1.
-        seq_len: tokens of each window, at least 2.
-        self_writer: returns the windows of ``self``; a ValueError if they are of another shape.
-    """
-    if source != SELF:
-        text = load_text(source, split="calibration")
-        tokens = token_windows(text, tokenizer, windows=samples, length=seq_len, what=source)
-    else:
-        tokens = self_writer()
-        if tokens.shape != (samples, seq_len) or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"self_writer must return int64 windows of shape {(samples, seq_len)}, "
-                f"got {tokens.dtype} of shape {tuple(tokens.shape)}"
-            )
-    return Windows(tokens, source, hashlib.sha256(tokens.cpu().numpy().astype("<i8").tobytes()).hexdigest())
-
-
-def load_text(source: str, *, split: Split = "calibration") -> str:
-    """The text behind ``source``, as one string.
+def load_text(source: str | Path, *, split: Split = "calibration", what: str = "text") -> str | Chats:
+    """The text behind ``source``, as one string; of a file of conversations, their messages.
 
     Args:
         source: ``python-docs`` (the English documentation every CPython carries, 465,000 characters),
             ``python-docs-even`` and ``python-docs-odd`` (every other topic of it), ``wikitext2`` and ``c4`` (through
-            the package ``datasets``, by network or from its cache), or the path of a UTF-8 text file or a ``.jsonl``
-            file (a JSON string or an object with the field ``text`` on every line). Documents are joined by an empty
-            line. A name wins over a file of that name.
+            the package ``datasets``, by network or from its cache), or the path of a UTF-8 text file, of a file of
+            JSON lines (``.jsonl``, ``.ndjson``) or of one JSON list (``.json``). Their entries are strings, objects
+            with the field ``text``, or, all of them, objects with the field ``messages``, each with ``role`` and
+            ``content``. Documents are joined by an empty line. A name wins over a file of that name.
         split: ``calibration`` reads training data, ``evaluation`` held-out data. ``python-docs`` and files
             have no split: both uses get the same text.
+        what: the option that named the source, for messages.
 
     Raises:
         FileNotFoundError: if the source is neither a known name nor a file.
-        ValueError: if the file is empty, not UTF-8, or has a bad line; or if the split is unknown.
+        ValueError: if the file is empty, not UTF-8, or has a bad entry; or if the split is unknown.
         ImportError: if the source needs ``datasets`` and it is not installed.
     """
     if split not in ("calibration", "evaluation"):
         raise ValueError(f"split must be 'calibration' or 'evaluation', got {split!r}")
+    source = check_text(source, what)
     if source in TEXTS:
         return TEXTS[source](split)
-    path = Path(source).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"text must be one of {', '.join(TEXTS)} or a file; got {source!r}, and no such file exists"
-        )
+    path = full_path(source)
+    suffix = path.suffix.lower()
     try:
-        text = _read_jsonl(path) if path.suffix == ".jsonl" else path.read_text(encoding="utf-8")
+        # utf-8-sig: editors of other systems begin a file with a byte order mark, which is no text.
+        text = (
+            _read_json(path, lines=suffix != ".json") if suffix in (*_JSON_LINES, ".json")
+            else path.read_text(encoding="utf-8-sig")
+        )  # fmt: skip
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} must be UTF-8 text, got byte {error.object[error.start]:#04x} where UTF-8 allows "
             "none; convert the file"
         ) from error
-    if not text.strip():
+    if not text or (isinstance(text, str) and not text.strip()):
         raise ValueError(f"{path} must hold text, got {path.stat().st_size} bytes and not one word; name another")
     return text
 
 
-def _read_jsonl(path: Path) -> str:
-    documents = []
+def check_text(source: str | Path, what: str = "text") -> str:
+    """The name or path of a text; ``what`` is the option's name, for messages.
+
+    Raises:
+        TypeError: if it is neither.
+        FileNotFoundError: if there is no such text.
+    """
+    if not isinstance(source, str | Path):
+        raise TypeError(f"{what} must be the name of a text or the path of a file, got {str(source)[:60]!r}")
+    source = str(source)
+    if source in TEXTS or (path := full_path(source)).is_file():
+        return source
+    there = os.listdir(path.parent) if path.parent.is_dir() else []
+    close = get_close_matches(source, TEXTS, 1) or [
+        str(path.parent / name) for name in get_close_matches(path.name, there, 1) if (path.parent / name).is_file()
+    ]
+    names = [*TEXTS, SELF] if what == "calibration" else [*TEXTS]
+    raise FileNotFoundError(
+        f"{what} must be one of {', '.join(names)} or a file; got {source!r}, and no such file exists"
+        + (f"; did you mean {close[0]}?" if close else "")
+    )
+
+
+def _read_json(path: Path, *, lines: bool) -> str | Chats:
+    """The documents of a file of JSON, joined; or its conversations."""
+    documents: list[str] = []
+    chats: Chats = []
+    for place, entry in _json_lines(path) if lines else _json_list(path):
+        document = entry.get("text") if isinstance(entry, dict) else entry
+        messages = entry.get("messages") if isinstance(entry, dict) else None
+        if isinstance(document, str):
+            documents.append(_characters(document))
+        elif isinstance(messages, list) and messages and all(map(_is_message, messages)):
+            chats.append([message | {"content": _characters(message["content"])} for message in messages])
+        else:
+            fields = (
+                f"the fields {', '.join(map(str, entry)) or 'none'}" if isinstance(entry, dict) else "another value"
+            )
+            raise ValueError(
+                f"{place} must be a JSON string, an object whose field 'text' is one, or one whose 'messages' have "
+                f"each a role and a text as content, got {fields}: {json.dumps(entry, ensure_ascii=False)[:60]}"
+            )
+    if chats and documents:
+        raise ValueError(f"{path} must hold texts or conversations, got {len(documents)} and {len(chats)}; split it")
+    return chats or "\n\n".join(documents)
+
+
+def _is_message(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("role"), str) and isinstance(entry.get("content"), str)
+
+
+def _characters(text: str) -> str:
+    """The text with U+FFFD for half of a surrogate pair, which is no character and which no tokenizer takes."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     # Iterating the file splits at newlines only; str.splitlines would also split at U+2028 inside a string.
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                entry = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number} must be JSON: {error}; got {line[:60]!r}") from error
-            document = entry.get("text") if isinstance(entry, dict) else entry
-            if not isinstance(document, str):
-                raise ValueError(
-                    f"{path}, line {number} must be a JSON string or an object whose field 'text' is one, "
-                    f"got {line.strip()[:60]!r}"
-                )
-            documents.append(document)
-    return "\n\n".join(documents)
+            if line.strip():
+                place = f"{path}, line {number}"
+                yield place, _parsed(line, place)
+
+
+def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
+    text = path.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        return
+    entries = _parsed(text, str(path), "; a file of one document a line is named .jsonl")
+    if not isinstance(entries, list):
+        raise ValueError(f"{path} must be a JSON list of documents, got {text.strip()[:60]!r}; write them as a list")
+    for number, entry in enumerate(entries, start=1):
+        yield f"{path}, entry {number}", entry
+
+
+def _parsed(text: str, place: str, remedy: str = "") -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{place} must be JSON: {error}; got {text.strip()[:60]!r}{remedy}") from error
 
 
 def _topics(which: slice) -> str:
@@ -163,49 +188,6 @@ TEXTS: dict[str, Callable[[Split], str]] = {
 }
 
 
-def token_windows(
-    text: str,
-    tokenizer: "transformers.PreTrainedTokenizerBase",
-    *,
-    windows: int | None,
-    length: int,
-    what: str,
-) -> Int[Tensor, "windows length"]:
-    """Cut non-overlapping windows out of ``text``, evenly spread over it: int64 tokens, in the order of the text.
-
-    The text is tokenized once, whole, without special tokens. Window ``i`` begins at token
-    ``floor(i (tokens - length) / (windows - 1))``: the first at the start of the text, the last at its end.
-
-    Args:
-        text: the whole text; ``what`` is its name, for messages.
-        tokenizer: the model's own.
-        windows: how many, at least 1; None takes all that fit side by side from the start.
-        length: tokens of each window, at least 2.
-
-    Raises:
-        ValueError: if the text is too short for that many windows, or a count is out of range.
-    """
-    check_window_counts(windows, length)
-    # verbose=False: the warning about sequences beyond the model's length does not apply to a text to be cut.
-    unasked = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-    tokens = torch.tensor(tokenizer(text, verbose=False, **unasked)["input_ids"], dtype=torch.int64)
-    total = tokens.numel() // length
-    wanted = total if windows is None else windows
-    if not 1 <= wanted <= total:
-        needed = max(wanted, 1) * length
-        raise ValueError(
-            f"{max(wanted, 1)} {'windows' if wanted > 1 else 'window'} of {length} tokens "
-            f"{'need' if wanted > 1 else 'needs'} {needed} tokens, but text {what!r} has {tokens.numel()} (enough for "
-            f"{total}); lower {'--samples or ' if wanted > 1 else ''}--seq-len, or name a longer text"
-        )
-    if windows is None:
-        return tokens[: total * length].view(total, length)
-    starts = [i * (tokens.numel() - length) // max(wanted - 1, 1) for i in range(wanted)]
-    return torch.stack([tokens[start : start + length] for start in starts])
-
-
-def check_window_counts(windows: int | None, length: int) -> None:
-    if windows is not None and windows < 1:
-        raise ValueError(f"windows must be at least 1, got {windows}")
-    if length < 2:
-        raise ValueError(f"length must be at least 2 tokens, one to see and one to predict, got {length}")
+def text_name(source: str) -> str:
+    """A text's name, of a file without its folder: that is nobody's business and differs from machine to machine."""
+    return source if source in (SELF, *TEXTS) else Path(source).name

@@ -9,30 +9,35 @@ from torch import nn
 
 from lorq.models.blocks import Part, StreamedModel
 from lorq.models.experts import expert_name, find_experts
+from lorq.pipeline.check_weights import check_resident
 from lorq.pipeline.observe import seen_inputs
 from lorq.pipeline.plan import Plan
 from lorq.pipeline.verify import SAME_SQNR_DB, probe_tokens, sqnr_db
+from lorq.progress import CHECK, Progress
 
 # So many weights are all read to look at every block: a second or two.
 _ALL_WEIGHTS = 1 << 29
 _NOT_CALLED = "is not called when the model runs on text alone, kept as it is"
 
 
-def check_walk(model: StreamedModel, plan: Plan) -> Plan:
+def check_walk(model: StreamedModel, plan: Plan, progress: Progress) -> Plan:
     """Compare logits of a window that walks through blocks with those of the model's own forward.
 
     It is the second of two, so that what a block is called with for the first cannot pass for its own. Each block is in
-    memory while it works; of large models only the first two work, and the first of every other kind.
+    memory while it works, and its weights are looked at; of large models only the first two work, and the first of
+    every other kind (`looks_at_all`).
 
     Returns:
         The plan without layers that are not called, such as a decoder's attention to an encoder, or layers of which the
         block reads the weight and multiplies by itself: what their inputs are would never be seen.
 
     Raises:
-        ValueError: if they differ, or the model cannot be walked through at all.
+        ValueError: if they differ, the model cannot be walked through at all, or weights are not finite.
     """
     silent: dict[str, str] = {}
     name, tokens = type(model.model).__name__, probe_tokens(model.model.config.get_text_config(), 0)
+    blocks = _looked_at(model)
+    progress(CHECK, 0, len(blocks))
     with model.resident(*model.outside):
         try:
             before = [(parameter, parameter._version) for parameter in model.model.parameters()]
@@ -40,7 +45,12 @@ def check_walk(model: StreamedModel, plan: Plan) -> Plan:
             if any(parameter._version != version for parameter, version in before):
                 raise ValueError(f"{name} is not supported: it changes its weights while it runs, and packed ones stay")
 
+            seen: list[Part] = []
+
             def walk_on(block: Part) -> None:
+                check_resident(plan, model, block)
+                seen.append(block)
+                progress(CHECK, len(seen), len(blocks))
                 run = partial(model.run, block, stream, 1)
                 layers = _layers(model, plan, block)
                 called = seen_inputs(run, layers)
@@ -49,14 +59,14 @@ def check_walk(model: StreamedModel, plan: Plan) -> Plan:
                     silent.update(dict.fromkeys((other.name + local for other in alike), _NOT_CALLED))
                 stream.hidden[1] = run()
 
-            expected = model.own_logits(tokens[1], walk_on, _looked_at(model)).cpu()
+            expected = model.own_logits(tokens[1], walk_on, blocks).cpu()
             got = model.logits(tokens[1], stream.hidden[1]).cpu()
         except (RuntimeError, TypeError, LookupError, AttributeError) as error:
             first = (str(error).strip().splitlines() or [""])[0]
             raise ValueError(
                 f"{name} is not supported: its blocks must run one by one, which gives {type(error).__name__}: {first}"
             ) from error
-    # Weights that are not finite are told of by name, when all are read.
+    # Weights of other layers that are not finite are none of ours.
     if bool(torch.isfinite(expected).all()) and (near := sqnr_db(expected, got)) < SAME_SQNR_DB:
         raise ValueError(
             f"{name} is not supported: its blocks one by one must give the model's own logits to "
@@ -75,6 +85,12 @@ def _layers(model: StreamedModel, plan: Plan, block: Part) -> dict[str, nn.Modul
     return {name: model.model.get_submodule(name) for name in names}
 
 
+def looks_at_all(model: StreamedModel) -> bool:
+    """Whether `check_walk` has every block in memory."""
+    modules = (model.model.get_submodule(block.name) for block in model.blocks)
+    return sum(p.numel() for module in modules for p in module.parameters()) <= _ALL_WEIGHTS
+
+
 def _kind(model: StreamedModel, block: Part) -> tuple[object, ...]:
     """What a block is made of: its class, and the layers in it."""
     return type(model.model.get_submodule(block.name)), *(t.name.removeprefix(block.name) for t in block.targets)
@@ -82,8 +98,7 @@ def _kind(model: StreamedModel, block: Part) -> tuple[object, ...]:
 
 def _looked_at(model: StreamedModel) -> Sequence[Part]:
     """The blocks that are looked at."""
-    modules = [model.model.get_submodule(block.name) for block in model.blocks]
-    if sum(p.numel() for module in modules for p in module.parameters()) <= _ALL_WEIGHTS:
+    if looks_at_all(model):
         return model.blocks
     kinds = [_kind(model, block) for block in model.blocks]
     return [block for i, block in enumerate(model.blocks) if i == 1 or kinds[i] not in kinds[:i]]

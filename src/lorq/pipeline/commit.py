@@ -1,6 +1,7 @@
 """Commit: what is solved is written, and put into the resident block, so that the walk goes on in it."""
 
-from dataclasses import asdict, dataclass
+from concurrent.futures import Executor, Future
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -22,11 +23,17 @@ from lorq.storage.writer import CheckpointWriter
 
 @dataclass(frozen=True)
 class Commit:
-    """Where solved blocks of a model go: into its resident blocks, and into a folder that may have some already."""
+    """Where solved blocks of a model go: into its resident blocks, and into a folder that may have some already.
+
+    Attributes:
+        disk: where files are written, one at a time, while the work goes on; `settle` waits for the last.
+    """
 
     model: StreamedModel
     plan: Plan
     writer: CheckpointWriter
+    disk: Executor
+    _under_way: list[Future[None]] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def finished(self) -> set[str]:
@@ -36,11 +43,12 @@ class Commit:
     def _shard_of(self, block: Part) -> str:
         return shard_name(self.model.blocks.index(block) + 1, len(self.model.blocks))
 
-    def outside(self, stored: dict[str, Tensor]) -> None:
-        """Write what lies outside the blocks, unless it is written."""
+    def outside(self, stored: dict[str, Tensor], source: str) -> None:
+        """Write what lies outside the blocks, unless it is written; ``source`` is the checksum of what was read."""
         shard = shard_name(0, len(self.model.blocks))
-        if shard not in self.writer.completed:
-            self._write(shard, stored, {"layers": [], "formats": {}, "tiles": {}, "inputs": []})
+        if shard in self.writer.completed:
+            return self._require_same(shard, "what lies outside the blocks", source)
+        self._write(shard, stored, {"layers": [], "formats": {}, "tiles": {}, "inputs": [], "source": source})
 
     def block(self, visit: Visit, solved: Solved, probe: Probe) -> None:
         """Write a block, unless it is written, and re-enter it with the solved weights; the probe goes through it."""
@@ -54,9 +62,19 @@ class Commit:
         probe.advance(self.model, visit.part)
         visit.rounding.update({t.name: (weight.activations, weight.basis) for t, weight in solved.weights.items()})
 
-    def read(self, block: Part) -> Solved:
+    def _require_same(self, shard: str, what: str, source: str) -> None:
+        """Refuse to go on where the model is no longer the one of which a shard was made."""
+        then = self.writer.completed[shard]["source"]
+        if then != source:
+            raise ValueError(
+                f"{what} of {self.model.checkpoint.folder} must be as it was when {shard} was made, its checksum was "
+                f"{then[:12]} and is {source[:12]}: the weights have changed; begin again with --overwrite"
+            )
+
+    def read(self, visit: Visit) -> Solved:
         """A block that an earlier run has written."""
-        shard = self._shard_of(block)
+        block, shard = visit.part, self._shard_of(visit.part)
+        self._require_same(shard, block.name, visit.source)
         folder = LorqFolder.of_shards(self.writer.folder, {shard: self.writer.completed[shard]})
         weights = {target: folder.weight(target.name) for target in self.plan.of(block)}
         kept = self.plan.kept(block) if self.plan.options.smoothing else []
@@ -67,7 +85,13 @@ class Commit:
         """A block's tensors, and what the journal keeps of its layers."""
         modules = find_experts(self.model.model, visit.part.name)
         tensors = visit.kept | solved.changed
-        record: dict[str, Any] = {"layers": [], "formats": {}, "tiles": {}, "inputs": solved.inputs}
+        record: dict[str, Any] = {
+            "layers": [],
+            "formats": {},
+            "tiles": {},
+            "inputs": solved.inputs,
+            "source": visit.source,
+        }
         for target, weight in solved.weights.items():
             tensors |= {f"{target.name}.{local}": t for local, t in weight.tensors().items()}
             record["formats"][target.name] = write_format(weight.format)
@@ -87,4 +111,12 @@ class Commit:
 
     def _write(self, shard: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        self.writer.write_shard(shard, tensors, record | {"bytes": size})
+        self.settle()
+        self._under_way.append(
+            self.disk.submit(self.writer.write_shard, shard, dict(tensors), record | {"bytes": size})
+        )
+
+    def settle(self) -> None:
+        """Wait until all that was given to the disk is on it; raises what went wrong there."""
+        while self._under_way:
+            self._under_way.pop().result()

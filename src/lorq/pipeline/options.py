@@ -4,9 +4,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from lorq.core.checks import Range, check_settings
+from lorq.core.checks import Range, check_name, check_settings
 from lorq.core.stats import TokenWeights
 from lorq.methods import METHODS, Method
+from lorq.models.texts import StartToken
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Options:
             JSONL file.
         samples: calibration windows.
         seq_len: tokens of a window.
+        start_token: begin each window of a text with a start token: "auto" (as the model's tokenizer does), "always" or
+            "never". What the model writes itself always begins with one.
         seed: of every random choice; the same seed gives the same bytes.
         device: where blocks are run and solved: "auto", "cpu", "cuda", "cuda:1" and so on.
         token_weights: "equal" counts each calibration token the same, "plain" by its squared length.
@@ -47,6 +50,7 @@ class Options:
     calibration: str = "self"
     samples: Annotated[int, Range(1)] = 128
     seq_len: Annotated[int, Range(2)] = 2048
+    start_token: StartToken = "auto"
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"
     token_weights: TokenWeights = "equal"
@@ -76,7 +80,10 @@ def read_options(options: dict[str, Any]) -> Options:
         if isinstance(options.get(key), str):
             options[key] = (options[key],)
         elif key in options:
-            options[key] = tuple(options[key])
+            given = options[key]
+            if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
+                raise TypeError(f"{key} must be a text or a list of texts, got {given!r}")
+            options[key] = tuple(given)
     if isinstance(options.get("calibration"), Path):
         options["calibration"] = str(options["calibration"])
     chosen = Options(**options)
@@ -94,8 +101,7 @@ def read_method(method: str | Method) -> Method:
         if isinstance(method, type) or not isinstance(method, Method):
             raise TypeError(f"method must be a name or a method such as lorq.FLRQ(bits=3), got {method!r}")
         return method
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_name("method", method, METHODS)
     return METHODS[method]()
 
 

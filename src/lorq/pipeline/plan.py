@@ -5,8 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, get_type_hints
 
-import torch
-
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import layer_bytes
 from lorq.methods import Method
@@ -16,7 +14,6 @@ from lorq.models.skeleton import kept_modules
 from lorq.pipeline.dense_activations import KEYS_AND_VALUES
 from lorq.pipeline.options import Options, method_name, read_method, read_options
 from lorq.pipeline.tasks import expert_formats
-from lorq.progress import Progress
 from lorq.storage.report import LayerReport, Report
 
 
@@ -182,7 +179,7 @@ def refuse_unfit(layers: Mapping[Target, Method]) -> None:
             unfit.setdefault(str(error), []).append(target.name)
     if not unfit:
         return
-    shown = "\n".join(f"  {_some(names)}: {error}" for error, names in unfit.items())
+    shown = "\n".join(f"  {some(names)}: {error}" for error, names in unfit.items())
     hint = ""
     if any(error.startswith("group_size") for error in unfit):
         widths = {target.in_features for target, method in layers.items() if method.group_size != -1}
@@ -205,7 +202,7 @@ def _check_alike(chosen: Method, method: Method, name: str) -> None:
             )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -277,7 +274,7 @@ def check_activations(plan: Plan) -> None:
     if options.activations == "tensor" and turned:
         raise ValueError(
             f"activations 'tensor' need inputs in the model's own channels, {plan.name} rotates those of "
-            f"{_some(turned)}; use activations token, or a method without rotation"
+            f"{some(turned)}; use activations token, or a method without rotation"
         )
     if options.kv_cache != "none":
         lacking = [
@@ -288,31 +285,8 @@ def check_activations(plan: Plan) -> None:
         if lacking:
             raise ValueError(
                 f"kv_cache {options.kv_cache!r} needs quantized layers {' and '.join(KEYS_AND_VALUES)} in every block, "
-                f"{_some(lacking)} {'has' if len(lacking) == 1 else 'have'} none; leave kv_cache none"
+                f"{some(lacking)} {'has' if len(lacking) == 1 else 'have'} none; leave kv_cache none"
             )
-
-
-def check_weights(plan: Plan, model: StreamedModel, progress: Progress) -> None:
-    """Refuse weights that are not finite numbers, with a ValueError that names all those layers.
-
-    Reads every weight, which the work will read again: once more in seconds or minutes, so that what would stop a run
-    in its last block, after hours, stops it before the first. No other stage sees all weights before the work.
-    """
-    jobs, bad = list(plan.jobs()), []
-    kinds = {target.name: model.stored_dtype(target.name + ".weight") for target, _ in jobs}
-    if whole := [f"{name} is {kind}" for name, kind in kinds.items() if not kind.is_floating_point]:
-        raise ValueError(f"weights must be floating point, {_some(whole)}; give the original")
-    for done, (target, _) in enumerate(jobs):
-        weight = model.stored_tensor(target.name + ".weight")
-        wrong = int((~torch.isfinite(weight)).sum())
-        if wrong:
-            bad.append(f"{target.name} ({wrong} of {weight.numel()})")
-        progress("check weights", done + 1, len(jobs))
-    if bad:
-        raise ValueError(
-            f"weights must be finite, NaN or infinite values are in {', '.join(bad)}; "
-            "--exclude them or repair the model"
-        )
 
 
 def estimate(plan: Plan, model: StreamedModel) -> Report:

@@ -2,40 +2,48 @@
 
 import os
 import time
-from concurrent.futures import Executor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorq.methods import Method
 from lorq.models.blocks import StreamedModel
-from lorq.models.locate import load_dense, resolve_model
-from lorq.models.self_text import cached_self_windows
+from lorq.models.locate import cache_dir, full_path, load_dense, refuse_adapter, resolve_model
+from lorq.models.self_text import cached_self_windows, check_self_windows
 from lorq.models.skeleton import read_config
-from lorq.models.texts import SELF, Windows, calibration_windows
-from lorq.pipeline.check_walk import check_walk
+from lorq.models.texts import SELF, check_text, text_name
+from lorq.models.tokenizer import tokenizer_if_any
+from lorq.models.windows import Encoder, Windows, text_windows
+from lorq.pipeline.check_walk import check_walk, looks_at_all
+from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
-from lorq.pipeline.plan import Plan, check_activations, check_weights, estimate, make_plan, make_report, mix_widths
+from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report, mix_widths
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
-from lorq.progress import Progress
-from lorq.runtime.device import read_device
+from lorq.progress import OPEN, QUANTIZE, WRITE, Progress, no_progress
+from lorq.runtime.device import own_defaults, read_device
 from lorq.storage.atomic import require_space
+from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.config import FORMAT_VERSION
 from lorq.storage.folder import LorqFolder
-from lorq.storage.names import COMPANIONS, JOURNAL, REPORT_NAME, SENTINEL
+from lorq.storage.journal import read_journal
+from lorq.storage.lock import owned
+from lorq.storage.names import JOURNAL, REPORT_NAME, SENTINEL
 from lorq.storage.out_folder import check_out
 from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter, check_begun
 from lorq.version import __version__
 
 
+@own_defaults()
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -68,101 +76,139 @@ def quantize(
         FileNotFoundError, FileExistsError, OSError: for missing models, used folders, full disks.
     """
     started = time.monotonic()
+    progress = progress or no_progress
     chosen, solver = read_options(options), read_method(method)
-    source, out = resolve_model(model), Path(out)
-    if out.resolve() == source.resolve():
+    if chosen.calibration != SELF:
+        check_text(chosen.calibration, "calibration")
+    out, own = full_path(out), full_path(model)
+    if own.exists() and out.resolve() == own.resolve():
         raise FileExistsError(f"the output folder must not be the model's own, got {out} for both")
     check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
-    progress = progress or (lambda *_: None)
+    progress(OPEN, 0, 1)
+    source = resolve_model(model)
+    refuse_adapter(source)
     streamed = StreamedModel.open(source, device=read_device(chosen.device))
     plan = mix_widths(make_plan(streamed, solver, chosen))
+    progress(OPEN, 1, 1)
     begun = chosen.resume and (out / JOURNAL).is_file()
     if begun:  # the text is compared when it is read
-        of_text = ("calibration", "calibration_tokens", "samples", "seq_len")
+        of_text = ("calibration", "calibration_tokens", "samples", "seq_len", "start_token")
         check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in of_text})
     check_activations(plan)
-    plan = check_walk(streamed, plan)
+    check_kinds(plan, streamed)
+    calibration = _calibration(plan, streamed, progress)
+    plan = check_walk(streamed, plan, progress)
     largest = estimate(plan, streamed)
     # What is finished is on the disk already; the head room is for index, report and journal.
     finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if chosen.resume else 0
-    require_space(out, max(0, largest.bytes - finished) + (1 << 20))
-    if not begun:  # a run that was begun has checked this model
-        check_weights(plan, streamed, progress)
-    if chosen.dry_run:
-        if chosen.calibration != SELF:
-            _windows(plan, streamed, progress)
-        return replace(largest, seconds=time.monotonic() - started)
-    began = time.monotonic()
-    windows = _windows(plan, streamed, progress)
-    text_seconds = time.monotonic() - began
-    identity = _identity(plan, streamed, windows)
-    writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
-    stages = _solve(plan, streamed, windows, writer, executor or SameProcess(), progress)
-    stages["calibration"] += text_seconds
-    report = _finish(plan, streamed, writer, windows)
-    return replace(report, seconds=time.monotonic() - started, stages=stages)
+    beside = sum(file.stat().st_size for file in find_companions(source)[0].values())
+    require_space(out, max(0, largest.bytes - finished) + beside + _spilled_bytes(plan, streamed) + (1 << 20))
+    with nullcontext() if chosen.dry_run else owned(out):
+        if chosen.dry_run:
+            if not looks_at_all(streamed):
+                check_weights(plan, streamed, progress)
+            return replace(largest, seconds=time.monotonic() - started)
+        # Without calibration the work is as fast as the check.
+        ahead = _observes(plan) and not looks_at_all(streamed)
+        with checking_ahead(plan, streamed) if ahead else nullcontext(lambda: None) as refuse:
+            began = time.monotonic()
+            windows = calibration()
+            if begun and windows is not None:
+                windows = _as_begun(out, windows)
+            text_seconds = time.monotonic() - began
+            refuse()
+            identity = _identity(plan, streamed, windows)
+            writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
+            with ThreadPoolExecutor(1, "write") as disk:
+                commit = Commit(streamed, plan, writer, disk)
+                stages = _solve(plan, streamed, windows, commit, executor or SameProcess(), progress, refuse)
+        stages["calibration"] += text_seconds
+        report = _finish(plan, streamed, writer, windows)
+        return replace(report, seconds=time.monotonic() - started, stages=stages)
+
+
+def _spilled_bytes(plan: Plan, model: StreamedModel) -> int:
+    """Of hidden states that do not fit in memory, as `Streams.begin` puts them into files beside the result."""
+    options, width = plan.options, int(model.model.config.get_text_config().hidden_size)
+    size = 4 * options.samples * options.seq_len * width if _observes(plan) else 0
+    return size * (2 if plan.blockwise else 1) if size > options.spill_bytes else 0
+
+
+def _observes(plan: Plan) -> bool:
+    return any(plan.observes(method) for _, method in plan.jobs())
+
+
+def _as_begun(out: Path, windows: Windows) -> Windows:
+    """The windows under the name that the run began with, where they are the same under another."""
+    then = read_journal(out / JOURNAL).identity
+    return replace(windows, source=then["calibration"]) if then["calibration_tokens"] == windows.sha256 else windows
 
 
 def _solve(
-    plan: Plan, model: StreamedModel, windows: Windows | None, writer: CheckpointWriter, executor: Executor,
-    progress: Progress,
+    plan: Plan, model: StreamedModel, windows: Windows | None, commit: Commit, executor: Executor,
+    progress: Progress, refuse: Callable[[], None],
 ) -> dict[str, float]:  # fmt: skip
     """Walk through the model, solve and commit each block, and read it all back; the seconds that stages took.
+
+    ``refuse`` is asked before each block whether something has come up meanwhile.
 
     Every tensor of a block is read once. What is outside is read twice, before the blocks and after them: to keep it in
     memory meanwhile would take gigabytes from large vocabularies, all the time.
     """
-    commit, seconds = Commit(model, plan, writer), {"calibration": 0.0, "solving": 0.0}
-    stored = {name: model.stored_tensor(name) for name in plan.kept(*model.outside)}
-    commit.outside(stored)
+    seconds, folder = {"calibration": 0.0, "solving": 0.0}, commit.writer.folder
+    with model.checkpoint.hashed() as source:
+        stored = {name: model.stored_tensor(name) for name in plan.kept(*model.outside)}
+    commit.outside(stored, source())
     with model.resident(*model.outside, stored=stored):
         tokens = torch.empty(0, 1, dtype=torch.int64) if windows is None else windows.tokens
-        streams = Streams.begin(model, plan, tokens, writer.folder)
+        streams = Streams.begin(model, plan, tokens, folder)
         probe = Probe.begin(model, probe_tokens(model.model.config.get_text_config(), plan.options.seed))
     finished = commit.finished
+    progress(QUANTIZE, 0, len(model.blocks))
     for number, visit in enumerate(walk(model, plan, streams, finished=finished), 1):
+        refuse()
         began = time.monotonic()
         if visit.part.name in finished:
-            solved = commit.read(visit.part)
+            solved = commit.read(visit)
         else:
             solved = solve_block(model, plan, visit, probe, executor)
             seconds["calibration"] += visit.seconds
             seconds["solving"] += time.monotonic() - began
         commit.block(visit, solved, probe)
-        progress("quantize", number, len(model.blocks))
-    verify(model, probe, LorqFolder.of_shards(writer.folder, writer.completed), progress)
+        progress(QUANTIZE, number, len(model.blocks))
+    commit.settle()
+    verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), progress)
     return seconds
 
 
-def _windows(plan: Plan, model: StreamedModel, progress: Progress) -> Windows | None:
-    """Calibration windows, if anything looks at inputs."""
-    if not any(plan.observes(method) for _, method in plan.jobs()):
-        return None
-    from transformers import AutoTokenizer
+def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callable[[], Windows | None]:
+    """Calibration windows, if anything looks at inputs: those of a text are read at once, the model's own when called.
 
+    So everything that can be refused is refused before gigabytes of weights are read.
+    """
+    if not _observes(plan):
+        return lambda: None
     options, folder, config = plan.options, model.checkpoint.folder, model.model.config
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and options.seq_len > limit:
-        raise ValueError(f"seq_len must be at most the model's {limit} positions, got {options.seq_len}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if options.calibration != SELF:
+        encoder = Encoder.open(folder, config, options.start_token)
+        read = text_windows(options.calibration, encoder, samples=options.samples, seq_len=options.seq_len)
+        return lambda: replace(read, source=text_name(read.source))
+    tokenizer = tokenizer_if_any(folder)
+    size = {"windows": options.samples, "length": options.seq_len}
+    check_self_windows(tokenizer, config, **size)
+    cache_dir()  # the text goes there: refuses what has no such place
 
-    def write() -> Tensor:
+    def write() -> Windows:
         _require_memory(model)
-        return cached_self_windows(
-            lambda: load_dense(folder, torch.float32),
-            tokenizer,
-            config,
-            fingerprint=model.checkpoint.fingerprint(),
-            dtype=torch.float32,
-            windows=options.samples,
-            length=options.seq_len,
-            seed=options.seed,
-            progress=lambda done, total: progress("write calibration text", done, total),
-        )
+        progress(WRITE, 0, options.samples * (options.seq_len - 1))
+        tokens = cached_self_windows(
+            lambda: load_dense(folder, torch.float32), tokenizer, config, fingerprint=model.checkpoint.fingerprint(),
+            dtype=torch.float32, seed=options.seed, **size,
+            progress=lambda done, total: progress(WRITE, done, total),
+        )  # fmt: skip
+        return Windows(tokens, SELF, start_token=True)
 
-    return calibration_windows(
-        options.calibration, tokenizer, samples=options.samples, seq_len=options.seq_len, self_writer=write
-    )  # fmt: skip
+    return write
 
 
 def _require_memory(model: StreamedModel) -> None:
@@ -189,6 +235,7 @@ def _run_info(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict
         "lorq_version": __version__,
         "model": model.checkpoint.fingerprint(),
         "calibration": None if windows is None else windows.source,
+        "start_token": None if windows is None else windows.start_token,
         "calibration_tokens": None if windows is None else windows.sha256,
         "stream": plan.stream,
         "device_type": model.device.type,
@@ -217,9 +264,9 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
         plan, model, layers, stored=sum(record["bytes"] for record in records),
         run_info=_run_info(plan, model, windows), checksums=writer.shard_checksums(),
     )  # fmt: skip
-    files: dict[str, bytes | Path] = {name: folder / name for name in COMPANIONS if (folder / name).is_file()}
-    files[REPORT_NAME] = report.to_bytes()
-    config = read_config(folder).to_dict() | {
+    beside, left = find_companions(folder)
+    report = replace(report, run=report.run | ({"not_copied": left} if left else {}))
+    config = with_code_of(read_config(folder).to_dict(), beside) | {
         "transformers_weights": SENTINEL,
         "quantization_config": {
             "quant_method": "lorq", "format_version": FORMAT_VERSION, "lorq_version": __version__,
@@ -231,5 +278,5 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
     }  # fmt: skip
     # Where the model was read from is nobody's business and would differ from machine to machine.
     config.pop("_name_or_path", None)
-    writer.finish(config=config, files=files)
+    writer.finish(config=config, files={**beside, REPORT_NAME: report.to_bytes()})
     return report

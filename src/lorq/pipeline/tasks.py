@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lorq.core.checks import all_finite
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import nearest
 from lorq.core.stats import InputStats
@@ -181,5 +181,5 @@ def _note(name: str) -> Iterator[None]:
 def check_finite(weight: QuantizedWeight) -> None:
     """Nothing that is not a number is ever written: an ArithmeticError instead."""
     parts = [*weight.tensors().values(), *(weight.tile.factors.tensors().values() if weight.tile else ())]
-    if not all(bool(torch.isfinite(part.float()).all()) for part in parts if part.is_floating_point()):
+    if not all(all_finite(part.float()) for part in parts if part.is_floating_point()):
         raise ArithmeticError("scales and factors must be finite, got NaN or infinite values; raise the damping")

@@ -12,7 +12,7 @@ from lorq.models.calls import Stream
 from lorq.models.experts import find_experts
 from lorq.models.skeleton import read_config, skeleton
 from lorq.pipeline.observe import routed_alike
-from lorq.progress import Progress
+from lorq.progress import VERIFY, Progress
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.swap import swap_experts, swap_layers
 from lorq.storage.folder import LorqFolder
@@ -79,6 +79,7 @@ def verify(model: StreamedModel, probe: Probe, folder: LorqFolder, progress: Pro
     Raises:
         ArithmeticError: if they differ, or are not finite, or tokens take another way (`routed_alike`).
     """
+    progress(VERIFY, 0, len(model.blocks))
     empty = skeleton(read_config(model.checkpoint.folder))
     swap_layers(empty, folder.formats)
     # Rounding activations makes a whole step of a difference in the last digit, and the next block many more: after
@@ -92,7 +93,7 @@ def verify(model: StreamedModel, probe: Probe, folder: LorqFolder, progress: Pro
     for number, block in enumerate(written.blocks, 1):
         with written.resident(block):
             again.advance(written, block)
-        progress("verify", number, len(written.blocks))
+        progress(VERIFY, number, len(written.blocks))
     logits, expected = again.logits(written), probe.logits(model)
     if not bool(torch.isfinite(logits).all()):
         raise ArithmeticError(f"{folder.path} read back gives logits that are not finite; keep it for a bug report")

@@ -3,6 +3,7 @@
 import ctypes
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from lorq.core.basis import Basis
 from lorq.models.blocks import Part, StreamedModel
 from lorq.models.calls import Room, Stream
 from lorq.models.experts import find_experts
+from lorq.pipeline.check_weights import check_resident
 from lorq.pipeline.dense_activations import quantized_activations
 from lorq.pipeline.observe import Observed, Observer, observed
 from lorq.pipeline.plan import Plan
@@ -78,6 +80,7 @@ class Visit:
 
     Attributes:
         kept: its tensors that are stored as they are, as the checkpoint has them.
+        source: checksum of all that was read of it.
         observed: what its layers are given, found in so many seconds; nothing where the block is finished.
         rounding: activations and basis of layers, by name, with which ``inputs`` leave the block; filled by who puts
             quantized weights into it.
@@ -85,6 +88,7 @@ class Visit:
 
     part: Part
     kept: dict[str, Tensor]
+    source: str
     streams: Streams
     observed: Observed
     seconds: float
@@ -97,13 +101,16 @@ def walk(model: StreamedModel, plan: Plan, streams: Streams, *, finished: Collec
     The streams are at the first block, and behind the last at the end. Blocks named ``finished`` are not observed.
     """
     for part in model.blocks:
-        kept = {name: model.stored_tensor(name) for name in plan.kept(part)}
-        with model.resident(part, stored=dict(kept)):
+        with ExitStack() as stack:
+            with model.checkpoint.hashed() as source:
+                kept = {name: model.stored_tensor(name) for name in plan.kept(part)}
+                stack.enter_context(model.resident(part, stored=dict(kept)))
+            check_resident(plan, model, part)
             run, began = partial(model.run, part), time.monotonic()
             if streams.original is not None and (streams.original is not streams.inputs or part.name in finished):
                 advance(streams.original, run)
             found = Observed() if part.name in finished else _observe(model, plan, part, streams, run)
-            visit = Visit(part, kept, streams, found, time.monotonic() - began)
+            visit = Visit(part, kept, source(), streams, found, time.monotonic() - began)
             del kept, found
             yield visit
             with quantized_activations(model.model, visit.rounding):

@@ -1,6 +1,27 @@
-"""Devices and dtypes behind their names."""
+"""Devices and dtypes behind their names, and torch's defaults for them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
+
+
+@contextmanager
+def own_defaults() -> Iterator[None]:
+    """torch's default dtype and device as lorq means them, float32 and the CPU, whatever the caller has set them to.
+
+    For the duration of a block, or of a function that it decorates; those of a caller who has changed nothing are not
+    touched, as the default dtype is the whole process's.
+    """
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    if dtype != torch.float32:
+        torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if device.type == "cpu" else torch.device("cpu"):
+            yield
+    finally:
+        if dtype != torch.float32:
+            torch.set_default_dtype(dtype)
 
 
 def read_device(name: str | torch.device) -> torch.device:

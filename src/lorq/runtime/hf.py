@@ -16,14 +16,17 @@ from transformers.quantizers.base import HfQuantizer
 from lorq.models.experts import find_experts, fuse_experts, split_experts
 from lorq.models.locate import resolve_model
 from lorq.models.skeleton import model_class
-from lorq.runtime.device import read_device, read_dtype
+from lorq.runtime.device import own_defaults, read_device, read_dtype
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.other_class import Renaming, renaming
 from lorq.runtime.same_input import join
 from lorq.runtime.swap import check_cells, check_permutation, check_tensors, swap_experts, swap_layers
 from lorq.storage.config import LorqConfig
-from lorq.storage.names import INDEX, SENTINEL
+from lorq.storage.folder import check_report
+from lorq.storage.json_files import read_json
+from lorq.storage.names import INDEX, REPORT_NAME, SENTINEL
+from lorq.storage.report import read_report
 
 
 class LorqQuantizer(HfQuantizer):
@@ -58,7 +61,15 @@ class LorqQuantizer(HfQuantizer):
         swap_experts(model, {change(name): format for name, format in tiles.items()})
         if checkpoint_files:
             check_tensors(model, [Path(file) for file in checkpoint_files], change)
+            self._check_beside(Path(checkpoint_files[0]).parent)
         return model
+
+    def _check_beside(self, folder: Path) -> None:
+        """What `LorqFolder.open` refuses of a folder's JSON, as far as it is there: a hub gives no report along."""
+        if (folder / "config.json").is_file():
+            read_json(folder / "config.json")  # transformers minds no key that is there twice
+        if (folder / REPORT_NAME).is_file():
+            check_report(folder, read_report(folder), self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
@@ -96,6 +107,7 @@ class LorqQuantizer(HfQuantizer):
     is_trainable = is_qat_trainable = False
 
 
+@own_defaults()
 def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto") -> Any:
     """A model ready to run: `from_pretrained` of the class that the folder names, with lorq's names for things.
 

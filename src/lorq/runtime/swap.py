@@ -54,9 +54,10 @@ def swap_experts(model: nn.Module, formats: dict[str, TileFormat]) -> None:
     A ValueError if a name is not a projection of experts of the model, or their number differs.
     """
     modules: dict[str, dict[str, Tiles]] = {}
+    present = dict(model.named_modules())
     for name, format in formats.items():
         path, _, projection = name.rpartition(".tiles.")
-        experts = dict(model.named_modules()).get(path)
+        experts = present.get(path)
         known = isinstance(experts, Experts) and projection in dict(experts[0].named_children())
         if not isinstance(experts, Experts) or not known or len(experts) != format.experts:
             raise ValueError(

@@ -27,6 +27,12 @@ def write_synced(path: Path, data: bytes) -> Path:
     return temporary
 
 
+def sync_file(path: Path) -> None:
+    """Have on the disk what another has written to a file."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
 def rename_synced(temporary: Path, path: Path) -> None:
     """Give a finished file its name; a crash leaves the old file, the new one or none, never a part."""
     os.replace(temporary, path)

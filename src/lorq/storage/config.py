@@ -187,6 +187,9 @@ def read_format(name: str, entry: Any) -> LayerFormat:
     else:
         _check_keys(where, entry, {key: kind for key, (kind, _) in _FLAT.items()})
         codes = _codes(where, entry)
+    numbers = {key: v for part in (entry, entry.get("codes", {})) for key, v in part.items() if type(v) is int}
+    if large := [f"{key} {value}" for key, value in numbers.items() if not -(2**31) < value < 2**31]:
+        raise ValueError(f"quantization_config.{where} must have numbers below 2^31, got {', '.join(large)}")
     format = LayerFormat(codes, **{key: value for key, value in entry.items() if key not in (*_OF_CODES, "codes")})
     if format.rank < 0 or format.factor_type not in FACTOR_TYPES or not 1 <= format.bits <= 8:
         raise ValueError(

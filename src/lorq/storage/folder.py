@@ -11,7 +11,7 @@ from torch import Tensor
 from lorq.core.tile_factors import TileFactors, TileFormat
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
 from lorq.storage.config import LorqConfig, read_format
-from lorq.storage.json_files import damaged, read_json
+from lorq.storage.json_files import damaged, inconsistent, read_json
 from lorq.storage.names import INDEX, REPORT_NAME
 from lorq.storage.reader import WeightFiles
 from lorq.storage.report import Report, read_report
@@ -40,18 +40,13 @@ class LorqFolder:
             FileNotFoundError: if it is no finished lorq folder, or a file is missing.
             ValueError: if a file is damaged, or of a newer format than this lorq reads.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         report = read_report(path)  # tells best what is missing of folders that are not lorq's, or unfinished
         own = read_json(path / "config.json").get("quantization_config")
         if not isinstance(own, dict) or own.get("quant_method") != "lorq":
             raise damaged(path / "config.json", "quantization_config.quant_method must be 'lorq'")
         config = LorqConfig(**own)
-        told = {layer.name for layer in report.layers}
-        if told != config.layers.keys():
-            other = ", ".join(sorted(told ^ config.layers.keys())[:3])
-            raise damaged(
-                path / REPORT_NAME, f"its layers must be those of config.json; {other} is in one of them alone"
-            )
+        check_report(path, report, config)
         return cls(path, WeightFiles.open(path, index_name=INDEX), config.formats(), config.tile_formats())
 
     @classmethod
@@ -78,7 +73,7 @@ class LorqFolder:
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The stored tensors of a quantized layer, or of shared factors, by local name, its bias left out."""
-        within = [stored for stored in self.reader.names if stored.startswith(f"{name}.")]
+        within = self.reader.by_module.get(name, [])
         return {s.removeprefix(f"{name}."): self.reader.tensor(s) for s in within if not s.endswith(".bias")}
 
     def weight(self, name: str) -> QuantizedWeight:
@@ -101,3 +96,13 @@ class LorqFolder:
         """All quantized layers, in the order of the model; one at a time is in memory."""
         for layer in self.report.layers:
             yield layer.name, self.weight(layer.name)
+
+
+def check_report(path: Path, report: Report, config: LorqConfig) -> None:
+    """Refuse a report, with a ValueError, that is not of the layers that the config names."""
+    told = {layer.name for layer in report.layers}
+    if told != config.layers.keys():
+        other = ", ".join(sorted(told ^ config.layers.keys())[:3])
+        raise inconsistent(
+            path / REPORT_NAME, f"its layers must be those of config.json; {other} is in one of them alone"
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorq.storage.atomic import rename_synced, room_for, sha256_of, write_synced
-from lorq.storage.json_files import _short, damaged, parse_json, plain_name
+from lorq.storage.json_files import _short, damaged, name_below, parse_json, plain_name
 
 JOURNAL_VERSION = 1
 
@@ -84,7 +84,7 @@ def read_journal(path: Path) -> Journal:
                 )
             identity = entry.get("identity")
         elif isinstance(names := entry.get("closing"), list):
-            closing += [plain_name(name, where=where) for name in names]
+            closing += [name_below(name, where=where) for name in names]
         else:
             shard = _finished_shard(entry.get("shard"), where)
             shards.pop(shard.name, None)  # written again after a failure: the last line counts

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-MAX_JSON_BYTES = 100_000_000  # the limit of the safetensors library; keeps a wrong length from filling memory
+# config.json and the index of a mixture with 70,000 projections of experts have 50 MB each.
+MAX_JSON_BYTES = 1 << 30
 
 
 def damaged(path: Path | str, what: str) -> ValueError:
@@ -13,17 +14,23 @@ def damaged(path: Path | str, what: str) -> ValueError:
     return ValueError(f"{path}: {what}; the file is damaged, download or write it again")
 
 
+def inconsistent(path: Path | str, what: str) -> ValueError:
+    """The error for files that contradict each other, each of them whole."""
+    return ValueError(f"{path}: {what}; the folder's files do not belong together: is it one model's, and whole?")
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; errors are those of ``parse_json``."""
-    with path.open("rb") as file:
-        return parse_json(file.read(MAX_JSON_BYTES + 1), where=path)
+    """The JSON object in a file; errors are those of ``parse_json``, or that it is too long."""
+    if (size := path.stat().st_size) > MAX_JSON_BYTES:
+        raise damaged(path, f"JSON must be at most {MAX_JSON_BYTES} bytes, got {size}")
+    return parse_json(path.read_bytes(), where=path)
 
 
 def parse_json(raw: bytes, *, where: Path | str) -> dict[str, Any]:
     """A JSON object in which no key appears twice.
 
     Raises:
-        ValueError: if it is too long, not UTF-8, not JSON, nested too deep, not an object, or repeats a key.
+        ValueError: if it is not UTF-8, not JSON, nested too deep, not an object, or repeats a key.
     """
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -34,8 +41,6 @@ def parse_json(raw: bytes, *, where: Path | str) -> dict[str, Any]:
             result[key] = value
         return result
 
-    if len(raw) > MAX_JSON_BYTES:
-        raise damaged(where, f"JSON must be at most {MAX_JSON_BYTES} bytes, got at least {len(raw)}")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
@@ -55,16 +60,27 @@ def plain_name(name: Any, *, where: Path | str, suffix: str = "") -> str:
 
     ValueError otherwise. It may still be a link: a hub cache is links into its ``blobs`` folder.
     """
-    if (
-        not isinstance(name, str)
-        or name in ("", ".", "..")
-        or not name.isprintable()
-        or not name.endswith(suffix)
-        or not PurePosixPath(name).name == name == PureWindowsPath(name).name
-    ):
+    if not _is_plain(name) or not name.endswith(suffix):
         wanted = f"a plain file name ending in {suffix}" if suffix else "a plain file name"
         raise ValueError(f"{where}: must name {wanted}, without a folder, got {_short(name)}")
+    return str(name)
+
+
+def name_below(name: Any, *, where: Path | str, suffix: str = "") -> str:
+    """`plain_name`, but the file may be in folders below, ``a/b.safetensors``."""
+    if not isinstance(name, str) or not name.endswith(suffix) or not all(map(_is_plain, name.split("/"))):
+        ending = f" that ends in {suffix}" if suffix else ""
+        raise ValueError(f"{where}: must name a file in or below its folder{ending}, got {_short(name)}")
     return name
+
+
+def _is_plain(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
+        and name.isprintable()
+        and PurePosixPath(name).name == name == PureWindowsPath(name).name
+    )
 
 
 def some_of(names: Iterable[str]) -> str:

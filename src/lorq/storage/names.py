@@ -7,12 +7,6 @@ INDEX = "lorq.safetensors.index.json"
 # names a weights file that does not exist, whose name says what to do; with lorq present, a hook (`lorq.runtime.hf`)
 # puts the real name in before the files are looked for.
 SENTINEL = "this-folder-needs--pip-install-lorq--and--import-lorq.safetensors.index.json"
-# What travels with the weights: enough to tokenize, chat and generate from the quantized folder.
-COMPANIONS = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
-    "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "chat_template.json", "spiece.model", "preprocessor_config.json",
-)  # fmt: skip
 
 
 def shard_name(number: int, blocks: int) -> str:

@@ -5,10 +5,21 @@ from typing import Any
 
 from lorq.storage.atomic import TEMPORARY
 from lorq.storage.json_files import read_json, some_of
+from lorq.storage.lock import refuse_busy
 from lorq.storage.names import JOURNAL
 
 
 def check_out(folder: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse a folder that another run is writing, and what `check_content` refuses.
+
+    Raises:
+        FileExistsError, NotADirectoryError, ValueError: saying what to do.
+    """
+    refuse_busy(folder)
+    check_content(folder, overwrite=overwrite, resume=resume)
+
+
+def check_content(folder: Path, *, overwrite: bool = False, resume: bool = False) -> None:
     """Refuse what `lorq.storage.writer.CheckpointWriter.create` refuses by the flags and what is in the folder.
 
     Raises:

@@ -1,32 +1,38 @@
 """A folder's weights, read tensor by tensor."""
 
-import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lorq.storage.atomic import sha256_of
-from lorq.storage.json_files import _short, damaged, plain_name, read_json, some_of
+from lorq.storage.json_files import _short, damaged, inconsistent, name_below, plain_name, read_json, some_of
 from lorq.storage.names import JOURNAL
 from lorq.storage.safetensors_file import Header, read_header, read_tensor
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> weight file of a Hugging Face index, every file a plain name beside the index."""
+    """Tensor name -> weight file of a Hugging Face index, every file beside or below the index."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(index, f"weight_map must map tensor names to files, got {type(weight_map).__name__}")
     return {
-        tensor: plain_name(file, where=f"{index}: weight_map[{_short(tensor)}]", suffix=".safetensors")
+        tensor: name_below(file, where=f"{index}: weight_map[{_short(tensor)}]", suffix=".safetensors")
         for tensor, file in weight_map.items()
     }
 
 
 _SAMPLE_BYTES = 64 * 1024
 _SAMPLES = 32  # per file: 2 MiB of each are read, 60 MiB of a model in 30 shards
+# Sums what was read while the work goes on: as fast as a disk, and it holds no lock of Python's.
+_HASHING = ThreadPoolExecutor(1, "hash")
 
 
 @dataclass(frozen=True)
@@ -36,43 +42,55 @@ class WeightFiles:
     folder: Path
     headers: dict[str, Header]  # by weight file
     files: dict[str, str]  # tensor -> weight file
+    _seen: list[dict[str, "Future[bytes]"]] = field(default_factory=list, repr=False, compare=False)  # see `hashed`
 
     @classmethod
     def open(cls, folder: Path, *, index_name: str | None = None) -> "WeightFiles":
         """Read and check the headers of ``model.safetensors``, or of the shards that an index lists.
 
-        Like transformers, prefers ``model.safetensors`` where both are present.
+        Like transformers, reads what the config names as ``transformers_weights``, else prefers ``model.safetensors``
+        where both are present; tensors that an index lists and no shard has are nobody's, until somebody needs them.
 
         ``index_name`` is an index to read instead. Files may be links, as in the hub's cache.
 
         Raises:
             FileNotFoundError: if the folder, the weights or a listed shard is missing.
-            ValueError: if only pickle files are there, or a file breaks a rule of its format.
+            ValueError: if only pickle files are there, a file breaks a rule of its format, or two disagree.
         """
         if not folder.is_dir():
             raise FileNotFoundError(f"model folder {folder} does not exist; check the path")
-        if index_name is None:
-            single, index_name = "model.safetensors", "model.safetensors.index.json"
-            if (folder / single).is_file():
-                header = read_header(folder / single)
-                return cls(folder, {single: header}, dict.fromkeys(header.tensors, single))
-        index = folder / index_name
+        name = index_name or _weights_of(folder)
+        if name.endswith(".safetensors"):
+            header = read_header(folder / name)
+            return cls(folder, {name: header}, dict.fromkeys(header.tensors, name))
+        index = folder / name
         if not index.is_file():
-            raise _no_weights(folder, index_name)
+            raise _no_weights(folder, name)
         weight_map = read_weight_map(index)
         shards = sorted(set(weight_map.values()))
-        if missing := [name for name in shards if not (folder / name).is_file()]:
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
             raise FileNotFoundError(
                 f"{index} lists {len(shards)} weight files, {len(missing)} of them are missing: "
                 f"{some_of(missing)}; download them again"
             )
-        headers = {name: read_header(folder / name) for name in shards}
-        return cls(folder, headers, _locate(headers, weight_map, index))
+        headers = {shard: read_header(folder / shard) for shard in shards}
+        files = _locate(headers, index)
+        if index_name is not None and (absent := weight_map.keys() - files.keys()):  # lorq lists what it wrote
+            raise inconsistent(index, f"{len(absent)} tensors are listed but in no shard: {some_of(absent)}")
+        return cls(folder, headers, files)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """All tensor names, sorted."""
         return tuple(sorted(self.files))
+
+    @cached_property
+    def by_module(self) -> dict[str, list[str]]:
+        """The names of each module's own tensors, sorted, by module."""
+        found: dict[str, list[str]] = {}
+        for name in self.names:
+            found.setdefault(name.rpartition(".")[0], []).append(name)
+        return found
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, from the header."""
@@ -85,7 +103,25 @@ class WeightFiles:
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         """Read one tensor, or one index of its first dimension; KeyError if the checkpoint has no such tensor."""
         file = self._file(name)
-        return read_tensor(self.folder / file, self.headers[file], name, index)
+        tensor = read_tensor(self.folder / file, self.headers[file], name, index)
+        for seen in self._seen:
+            content = tensor.reshape(-1).view(torch.uint8).numpy().data
+            seen[json.dumps([name, index])] = _HASHING.submit(_digest, content)
+        return tensor
+
+    def aside(self) -> "WeightFiles":
+        """The same files for who only looks: what it reads is no part of what `hashed` sums."""
+        return replace(self, _seen=[])
+
+    @contextmanager
+    def hashed(self) -> Iterator[Callable[[], str]]:
+        """A function that gives the sha256 (hex) of all tensors, and parts of them, that are read meanwhile."""
+        seen: dict[str, Future[bytes]] = {}
+        self._seen.append(seen)
+        try:
+            yield lambda: sha256(b"".join(key.encode() + seen[key].result() for key in sorted(seen))).hexdigest()
+        finally:
+            self._seen.remove(seen)
 
     def fingerprint(self) -> str:
         """sha256 (hex) that tells this model from another or an edited one without reading it all.
@@ -99,7 +135,7 @@ class WeightFiles:
         config = self.folder / "config.json"
         if not config.is_file():
             raise FileNotFoundError(f"{config} does not exist; download the model again")
-        digest = hashlib.sha256()
+        digest = sha256()
         for part in (config.read_bytes(), *self._samples()):
             # With the length, no two lists of parts run together.
             digest.update(len(part).to_bytes(8, "little") + part)
@@ -121,6 +157,10 @@ class WeightFiles:
         return self.files[name]
 
 
+def _digest(content: memoryview) -> bytes:
+    return sha256(content).digest()
+
+
 def _no_weights(folder: Path, index_name: str) -> Exception:
     """The error for a folder that has no weights to read, by what it has instead."""
     present = sorted(entry.name for entry in folder.iterdir())
@@ -134,20 +174,44 @@ def _no_weights(folder: Path, index_name: str) -> Exception:
         )
     return FileNotFoundError(
         f"{folder} has neither model.safetensors nor {index_name}, only: {some_of(present) or 'nothing'}; "
-        "download the model again"
+        "is it the right folder, and all of it there?"
     )
 
 
-def _locate(headers: dict[str, Header], weight_map: dict[str, str], index: Path) -> dict[str, str]:
-    """Which file holds each tensor. The headers decide; the index must not promise more or otherwise."""
+def _weights_of(folder: Path) -> str:
+    """The weight file or index that transformers would read of a model's folder."""
+    config = folder / "config.json"
+    try:  # like transformers, which minds no key that is there twice
+        named = json.loads(config.read_bytes()).get("transformers_weights") if config.is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise damaged(config, f"must be a JSON object ({error})") from error
+    if named is None:
+        single = "model.safetensors"
+        return single if (folder / single).is_file() else f"{single}.index.json"
+    suffix = ".safetensors.index.json" if str(named).endswith(".json") else ".safetensors"
+    return name_below(named, where=f"{config}: transformers_weights", suffix=suffix)
+
+
+def _locate(headers: dict[str, Header], index: Path) -> dict[str, str]:
+    """Which file holds each tensor. The headers decide; a tensor that is in two files must be the same in both."""
     files: dict[str, str] = {}
     for name, header in headers.items():
-        if twice := header.tensors.keys() & files.keys():
-            raise damaged(index, f"{len(twice)} tensors are in {name} and in another shard: {some_of(twice)}")
+        twice = sorted(header.tensors.keys() & files.keys())
+        if other := [tensor for tensor in twice if not _same(index.parent, headers, (files[tensor], name), tensor)]:
+            raise inconsistent(
+                index, f"{len(other)} tensors are in {name} and otherwise in another shard: {some_of(other)}"
+            )
         files |= dict.fromkeys(header.tensors, name)
-    if wrong := [f"{tensor} in {file}" for tensor, file in weight_map.items() if files.get(tensor) != file]:
-        raise damaged(index, f"{len(wrong)} tensors are listed but not in their shard: {some_of(wrong)}")
     return files
+
+
+def _same(folder: Path, headers: dict[str, Header], places: tuple[str, str], tensor: str) -> bool:
+    """Whether two files have the same tensor of a name, byte by byte."""
+    a, b = (headers[file].tensors[tensor] for file in places)
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    one, other = (read_tensor(folder / file, headers[file], tensor).view(-1).view(torch.uint8) for file in places)
+    return torch.equal(one, other)
 
 
 def verify_shards(folder: Path, checksums: Mapping[str, str]) -> None:

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorq.storage.json_files import json_bytes, parse_json
+from lorq.storage.json_files import json_bytes, read_json
 from lorq.storage.names import JOURNAL, REPORT_NAME
 
 
@@ -66,12 +66,16 @@ class Report:
 
     @property
     def notes(self) -> dict[str, str]:
-        """The layers' notes by module, once for layers of one module with the same note, as those of an expert."""
+        """The layers' notes by module, once for layers of one module with the same note, as those of an expert.
+
+        And why files that lie beside the original's weights do not lie beside these.
+        """
         modules: dict[tuple[str, str], list[str]] = {}
         for layer in self.layers:
             if layer.note:
                 modules.setdefault((layer.name.rpartition(".")[0], layer.note), []).append(layer.name)
-        return {module if len(names) > 1 else names[0]: note for (module, note), names in modules.items()}
+        notes = {module if len(names) > 1 else names[0]: note for (module, note), names in modules.items()}
+        return notes | {name: f"not copied, {why}" for name, why in self.run.get("not_copied", {}).items()}
 
     def as_dict(self) -> dict[str, Any]:
         """What the folder keeps; `lorq inspect --json` prints it with `runs` beside it."""
@@ -84,19 +88,20 @@ class Report:
         return json_bytes(self.as_dict())
 
 
-def read_report(folder: Path) -> Report:
+def read_report(folder: str | Path) -> Report:
     """The report of a finished lorq folder.
 
     Raises:
         FileNotFoundError: if there is none.
         ValueError: if it is damaged.
     """
+    folder = Path(folder).expanduser()
     path = folder / REPORT_NAME
     if (folder / JOURNAL).exists():
         raise FileNotFoundError(f"{folder} is an unfinished run and has no report yet; finish it with --resume")
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {REPORT_NAME}: lorq did not write this folder")
-    content = parse_json(path.read_bytes(), where=path)
+    content = read_json(path)
     try:
         content = {key: value for key, value in content.items() if key != "bits_per_weight"}
         layers = tuple(LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in content.pop("layers"))

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorq.storage.json_files import MAX_JSON_BYTES, _short, damaged, parse_json
+from lorq.storage.json_files import _short, damaged, parse_json
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library; keeps a wrong length from filling memory
+_MOST = 2**60  # entries of a tensor, or bytes before its end
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -61,15 +64,15 @@ def read_header(path: Path) -> Header:
         ValueError: if the file is truncated, or the header breaks a rule of the format.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"weight file {path} does not exist; download it again")
+        raise FileNotFoundError(f"weight file {path} does not exist; is the folder whole?")
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if prefix == b"version ":
             raise ValueError(f"{path} is a git-lfs pointer of {size} bytes; run 'git lfs pull'")
-        if length > MAX_JSON_BYTES:
-            raise damaged(path, f"header length must be at most {MAX_JSON_BYTES} bytes, got {length}")
+        if length > MAX_HEADER_BYTES:
+            raise damaged(path, f"header length must be at most {MAX_HEADER_BYTES} bytes, got {length}")
         if size < 8 or 8 + length > size:
             raise damaged(path, f"truncated: header ends at byte {8 + length}, file has {size}")
         raw = file.read(length)
@@ -89,7 +92,8 @@ def _stored_tensor(entry: Any, what: str, path: Path) -> StoredTensor:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{path}: {what} has dtype {_short(dtype)}; lorq reads only {', '.join(DTYPES)}")
-    if not _are_counts(shape):
+    # torch counts entries and strides in 64 bits, so that no product of sizes may leave them.
+    if not _are_counts(shape) or math.prod(max(size, 1) for size in shape) >= _MOST:
         raise damaged(path, f"{what} must have a shape of integers of at least 0, got {_short(shape)}")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise damaged(path, f"{what} must have data_offsets [begin, end], got {_short(offsets)}")
@@ -101,10 +105,12 @@ def _stored_tensor(entry: Any, what: str, path: Path) -> StoredTensor:
 
 
 def _are_counts(values: Any) -> bool:
-    """A short list of integers that torch can hold; a bool is no integer here."""
-    if not isinstance(values, list) or len(values) > 64 or not all(type(value) is int for value in values):
-        return False
-    return all(value >= 0 for value in values) and math.prod(max(value, 1) for value in values) < 2**60
+    """A short list of sizes or offsets that torch and files can have; a bool is no integer here."""
+    return (
+        isinstance(values, list)
+        and len(values) <= 64
+        and all(type(value) is int and 0 <= value < _MOST for value in values)
+    )
 
 
 def _check_extents(tensors: dict[str, StoredTensor], start: int, size: int, path: Path) -> None:

@@ -8,27 +8,33 @@ next begins. So every file under its final name is in the journal, and a line wi
 that this shard is made again. ``finish`` writes ``config.json`` last and then removes the journal.
 """
 
-import hashlib
+import errno
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lorq.storage.atomic import TEMPORARY, rename_synced, room_for, sync_folder, write_synced
+from lorq.storage.atomic import TEMPORARY, rename_synced, room_for, sha256_of, sync_file, sync_folder, write_synced
 from lorq.storage.journal import FinishedShard, append_line, differences, read_journal, write_journal
-from lorq.storage.json_files import json_bytes, plain_name, read_json, some_of
+from lorq.storage.json_files import json_bytes, name_below, plain_name, read_json, some_of
+from lorq.storage.lock import LOCK
 from lorq.storage.names import INDEX, JOURNAL
-from lorq.storage.out_folder import check_out, quant_method
+from lorq.storage.out_folder import check_content, quant_method
 from lorq.storage.safetensors_file import read_header
 
 
 class CheckpointWriter:
-    """Writes a checkpoint shard by shard; a run that is killed at any moment can go on where it was."""
+    """Writes a checkpoint shard by shard; a run that is killed at any moment can go on where it was.
+
+    `lorq.storage.lock.owned` keeps other runs out meanwhile.
+    """
 
     def __init__(self, folder: Path, shards: list[FinishedShard]) -> None:
         self.folder = folder
@@ -50,13 +56,14 @@ class CheckpointWriter:
             FileExistsError: if the folder has content and no flag allows to use it.
             ValueError: if both flags are given, the identity differs, or the journal is damaged.
         """
-        check_out(folder, overwrite=overwrite, resume=resume)
+        check_content(folder, overwrite=overwrite, resume=resume)
         identity = json.loads(json_bytes(identity))  # as the journal will give it back: tuples are lists
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"*{TEMPORARY}"):
-            leftover.unlink()
+            if leftover.name != LOCK:
+                leftover.unlink()
         shards = _resume(folder, identity) if resume and (folder / JOURNAL).is_file() else []
-        if overwrite and any(folder.iterdir()):
+        if overwrite and any(entry.name != LOCK for entry in folder.iterdir()):
             _remove_own_files(folder)
         write_journal(folder / JOURNAL, identity, shards)
         return cls(folder, shards)
@@ -90,11 +97,11 @@ class CheckpointWriter:
             if twice := tensors.keys() & set(other.tensors):
                 raise ValueError(f"{name} repeats {len(twice)} tensors of {other.name}: {some_of(twice)}")
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        data = save(on_cpu, metadata={"format": "pt"})  # safetensors does not order more than one key
-        shard = FinishedShard(name, hashlib.sha256(data).hexdigest(), len(data), sorted(tensors), record)
         path = self.folder / name
-        with room_for(path, len(data)):
-            temporary = write_synced(path, data)
+        with room_for(path, sum(tensor.nbytes for tensor in on_cpu.values())):
+            temporary = _save_synced(path, on_cpu)
+            size, checksum = temporary.stat().st_size, sha256_of(temporary)
+            shard = FinishedShard(name, checksum, size, sorted(tensors), record)
             append_line(self.folder / JOURNAL, {"shard": asdict(shard)})
             rename_synced(temporary, path)
         self._shards[name] = shard
@@ -105,11 +112,11 @@ class CheckpointWriter:
         Args:
             config: of the model, with ``quantization_config.quant_method == "lorq"``: by that a later
                 ``--overwrite`` knows the folder.
-            files: further files by plain name: their bytes, or a file to copy.
+            files: further files by name, which may be in folders below: their bytes, or a file to copy.
             index_name: which tensor is in which shard, in the form of a Hugging Face index.
 
         Raises:
-            ValueError: if a name is not plain or taken, or ``config`` is not of lorq, or no shard is written.
+            ValueError: if a name leads out or is taken, or ``config`` is not of lorq, or no shard is written.
             OSError: if the disk is full; the finished shards are kept.
         """
         if (method := quant_method(config)) != "lorq":
@@ -119,7 +126,7 @@ class CheckpointWriter:
         plain_name(index_name, where="index_name", suffix=".index.json")
         if taken := files.keys() & {*self._shards, index_name, JOURNAL, "config.json"}:
             raise ValueError(f"extra files must have names of their own, got {some_of(taken)}")
-        own = sorted([*self._shards, *(plain_name(name, where="extra file") for name in files)])
+        own = sorted([*self._shards, *(name_below(name, where="extra file") for name in files)])
         headers = [read_header(self.folder / name) for name in self._shards]
         stored_bytes = sum(header.file_bytes - 8 - len(header.raw) for header in headers)
         index = {
@@ -133,10 +140,23 @@ class CheckpointWriter:
         }
         append_line(self.folder / JOURNAL, {"closing": list(reversed(contents))})
         for name, data in contents.items():
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             with room_for(self.folder / name, len(data)):
                 rename_synced(write_synced(self.folder / name, data), self.folder / name)
         (self.folder / JOURNAL).unlink()
         sync_folder(self.folder)
+
+
+def _save_synced(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """`write_synced` of tensors, none of which is copied for it: a block of a large mixture has gigabytes."""
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})  # safetensors does not order more than one key
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
+    sync_file(temporary)
+    return temporary
 
 
 def check_begun(folder: Path, settings: dict[str, Any]) -> None:
@@ -163,8 +183,7 @@ def _resume(folder: Path, identity: dict[str, Any]) -> list[FinishedShard]:
     journal = read_journal(folder / JOURNAL)
     _require_same(folder, journal.identity, identity)
     whole = list(takewhile(lambda shard: shard.is_whole(folder), journal.shards))
-    for name in [*journal.closing, *(shard.name for shard in journal.shards[len(whole) :])]:
-        (folder / name).unlink(missing_ok=True)
+    _remove(folder, [*journal.closing, *(shard.name for shard in journal.shards[len(whole) :])])
     return whole
 
 
@@ -179,8 +198,18 @@ def _remove_own_files(folder: Path) -> None:
             metadata = read_json(index).get("metadata")
             listed = metadata.get("lorq_files") if isinstance(metadata, dict) else None
             if isinstance(listed, list):
-                own += [*(plain_name(name, where=index) for name in listed), index.name]
+                own += [*(name_below(name, where=index) for name in listed), index.name]
         own.append("config.json")
-    for name in own:
-        (folder / name).unlink(missing_ok=True)
+    _remove(folder, own)
     sync_folder(folder)
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove files, and the folders below that they leave empty."""
+    for name in names:
+        if not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{folder / name} must lie in {folder}, but a link leads out of it; remove the link first")
+        (folder / name).unlink(missing_ok=True)
+        for place in list((folder / name).relative_to(folder).parents)[:-1]:
+            if (folder / place).is_dir() and not any((folder / place).iterdir()):
+                (folder / place).rmdir()

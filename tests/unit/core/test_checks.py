@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import pytest
+import torch
 
-from lorq.core.checks import Range, check_settings
+from lorq.core.checks import Range, check_arguments, check_settings
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def test_the_ends_of_a_range_are_in_it(kind, settings):
         ({"count": 3.0}, r"count must be a whole number \(int\), got 3.0"),
         ({"count": "3"}, r"count must be a whole number \(int\), got '3'"),
         ({"count": True}, r"count must be a whole number \(int\), got True"),
-        ({"count": np.int64(3)}, r"count must be a whole number \(int\), got np.int64\(3\)"),
+        ({"count": np.float64(3)}, r"count must be a whole number \(int\), got 3.0"),
+        ({"count": np.bool_(True)}, r"count must be a whole number \(int\), got True"),
+        ({"count": np.ones(1, int)}, r"count must be a whole number \(int\), got array\(\[1\]\)"),
         ({"share": None}, "share must be a number, got None"),
         ({"truth": "no"}, "truth must be True or False, got 'no'"),
         ({"truth": 1}, "truth must be True or False, got 1"),
@@ -63,3 +67,20 @@ def test_the_ends_of_a_range_are_in_it(kind, settings):
 def test_what_an_annotation_excludes_is_refused_with_its_rule_and_the_value(kind, settings, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         kind(**settings)
+
+
+def test_numbers_of_numpy_and_torch_become_pythons_own():
+    given = {"count": np.int64(3), "share": np.float32(0.5), "truth": np.bool_(True), "found": torch.tensor(4)}
+    settings = Settings(**given)
+    assert {key: (type(value), value) for key, value in vars(settings).items() if key in given} == {
+        "count": (int, 3), "share": (float, 0.5), "truth": (bool, True), "found": (int, 4),
+    }  # fmt: skip
+
+
+def test_arguments_are_checked_by_the_annotations_of_their_function():
+    def act(path: str | Path, count: Annotated[int, Range(2)] = 2, word: Literal["one", "two"] = "one") -> None: ...
+
+    count, word, path = check_arguments(act, count=np.int64(7), word="two", path=3)
+    assert (type(count), count, word, path) == (int, 7, "two", 3)
+    with pytest.raises(ValueError, match=r"^count must be at least 2, got 1$"):
+        check_arguments(act, count=1)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorq.core.linalg import cholesky, damp, inverse_factor, shrink
+from lorq.core.linalg import cholesky, damp, inverse_factor, shrink, times_lower
+from lorq.core.stats import output_energy
 
 
 @pytest.fixture
@@ -84,3 +85,13 @@ def test_shares_out_of_range_are_refused_with_their_value():
             shrink(torch.eye(2), amount)
     with pytest.raises(ValueError, match=r"damping must be at least 0, got -0\.5"):
         damp(torch.eye(2), -0.5)
+
+
+@pytest.mark.parametrize("width", [5, 1024, 2500])
+def test_half_a_product_is_the_product(width, generator):
+    lower = torch.randn(width, width, generator=generator).tril()
+    rows = torch.randn(3, width, generator=generator)
+    assert_close(times_lower(rows, lower), rows @ lower, rtol=1e-4, atol=1e-3)
+    hessian = lower @ lower.T
+    energy = torch.einsum("ri,ij,rj->", *(x.double() for x in (rows, hessian, rows)))
+    assert float(output_energy(rows, hessian)) == pytest.approx(float(energy), rel=1e-5)

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lorq.core import rank_choice
 from lorq.core.rank_choice import MEASURES, RankChoice, choose_rank, rank_cap
 from lorq.core.sketch import sketch
 
@@ -200,3 +202,31 @@ def test_options_out_of_range_are_refused():
         choose(a, left, right, group_size=5)
     with pytest.raises(ValueError, match=r"must divide the 10 columns, got 4"):
         choose(a, left, right, measure="group", group_size=4)
+
+
+@pytest.mark.parametrize("measure, group", [("amax", None), ("group", 32)])
+def test_a_device_gets_whole_matrices_and_few_launches_and_the_same_answer(measure, group, generator, monkeypatch):
+    """A device is played by the CPU: what counts are the operations, and that they have all rows."""
+    a = torch.randn(512, 256, generator=generator) + 4 * torch.randn(512, 1, generator=generator)
+    left, right = sketch(a, rank=24, generator=generator)
+    monkeypatch.setattr(rank_choice, "_TILE_ELEMENTS", 8 * 256)
+
+    def choose():
+        return choose_rank(a, left, right, bits=3, factor_bits=8, budget=1.0, measure=measure, group_size=group)
+
+    tiled, launched = choose(), []
+
+    class Launches(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            launched.append((str(function), [a.shape for a in args if isinstance(a, torch.Tensor)]))
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(rank_choice, "_TILE_ELEMENTS", a.numel())
+    with Launches():
+        whole = choose()
+    assert whole.rank == tiled.rank and whole.stop == tiled.stop
+    assert whole.curve == pytest.approx(tiled.curve, rel=1e-6)
+    taken = [shapes for name, shapes in launched if "addcmul_" in name]
+    assert taken and all(shapes[0] == a.shape for shapes in taken)
+    views = ("view", "unbind", "slice", "select", "split", "t.default", "transpose", "unsqueeze", "detach", "alias")
+    assert len([name for name, _ in launched if not any(view in name for view in views)]) < 6 * len(taken) + 40

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lorq.models import self_text as selftext
 from lorq.models.self_text import cache_dir, cached_self_windows, eval_mode, self_windows
+from lorq.models.windows import start_token_of
 
 # ---- text that the model writes itself ------------------------------------------------------------------
 
@@ -124,13 +125,18 @@ def test_progress_counts_sampled_tokens_up_to_the_total(model, tokenizer):
 def test_the_start_token_is_bos_then_the_configs_then_eos(bos, config_bos, eos, start):
     model = tiny_model(bos_token_id=config_bos)
     special = SimpleNamespace(bos_token_id=bos, eos_token_id=eos)
-    assert selftext._start_token(special, model.config) == start
+    assert start_token_of(special, model.config) == start
+
+
+def test_without_a_tokenizer_the_configs_start_token_serves(model, tokenizer):
+    size = {"windows": 2, "length": 8, "seed": 0}
+    assert torch.equal(self_windows(tiny_model(bos_token_id=BOS), None, **size), self_windows(model, tokenizer, **size))
 
 
 def test_without_a_start_token_nothing_is_written():
     model = tiny_model(bos_token_id=None)
     with pytest.raises(ValueError, match="bos_token_id and eos_token_id are None"):
-        selftext._start_token(SimpleNamespace(bos_token_id=None, eos_token_id=None), model.config)
+        start_token_of(SimpleNamespace(bos_token_id=None, eos_token_id=None), model.config)
 
 
 def test_a_start_token_beyond_the_vocabulary_is_refused(tokenizer):
@@ -143,7 +149,7 @@ def test_a_start_token_beyond_the_vocabulary_is_refused(tokenizer):
     [
         ({"windows": 0}, "windows must be at least 1, got 0"),
         ({"length": 1}, "length must be at least 2 tokens, .* got 1"),
-        ({"length": 65}, "at most the model's 64 positions, got 65"),
+        ({"length": 65}, "seq_len must be at most the model's 64 positions, got 65"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be above 0 and finite, got 0.0"),
         ({"temperature": float("nan")}, "temperature must be above 0 and finite, got nan"),

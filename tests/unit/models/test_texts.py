@@ -1,21 +1,13 @@
-"""Texts, windows cut out of them, and windows that the model writes itself."""
+"""Texts by name and from files."""
 
-import hashlib
 import json
-import logging
-import struct
 import sys
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
-import torch
-from helpers import BOS
 
 from lorq.models import texts as calibration
-from lorq.models.texts import calibration_windows, load_text, token_windows
-
-# ---- text -----------------------------------------------------------------------------------------------
+from lorq.models.texts import check_text, load_text
 
 
 def test_python_docs_are_all_topics_in_the_order_of_their_names():
@@ -56,16 +48,71 @@ def test_jsonl_takes_objects_and_strings_and_splits_at_newlines_only(tmp_path):
     assert load_text(str(path)) == "one\ntwo\n\nthree\u2028four"
 
 
-@pytest.mark.parametrize("line", ['{"text": ', '{"body": "x"}', '{"text": 7}', "12"])
-def test_a_bad_jsonl_line_is_named_by_its_number(tmp_path, line):
+@pytest.mark.parametrize("name", ["text.jsonl", "text.JSONL", "text.ndjson", "text.json", "text.JSON", "text.txt"])
+def test_what_is_called_json_is_read_as_json_whatever_its_suffix_and_byte_order_mark(tmp_path, name):
+    rows = [{"text": "one"}, "two"]
+    whole = json.dumps(rows) if name.lower().endswith(".json") else "\n".join(map(json.dumps, rows))
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + whole.encode())
+    assert load_text(str(tmp_path / name)) == (whole if name.endswith(".txt") else "one\n\ntwo")
+
+
+def test_half_of_a_surrogate_pair_becomes_the_character_that_says_so(tmp_path):
+    path = tmp_path / "text.jsonl"
+    chat = '{"messages": [{"role": "user", "content": "\\ud83d!"}]}'
+    path.write_text('{"text": "cut \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n')
+    assert load_text(str(path)) == "cut \ufffd\n\nwhole \U0001f600"
+    path.write_text(chat)
+    assert load_text(str(path)) == [[{"role": "user", "content": "\ufffd!"}]]
+
+
+def test_conversations_come_back_as_their_messages(tmp_path):
+    path, messages = (
+        tmp_path / "chats.jsonl",
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}],
+    )
+    path.write_text("".join(json.dumps({"messages": messages, "id": i}) + "\n" for i in range(2)))
+    assert load_text(str(path)) == [messages, messages]
+    path.write_text(path.read_text() + '{"text": "prose"}\n')
+    with pytest.raises(ValueError, match="must hold texts or conversations, got 1 and 2; split it"):
+        load_text(str(path))
+
+
+@pytest.mark.parametrize(
+    "line, got",
+    [
+        ('{"text": ', "Expecting value"),
+        ('{"body": "x"}', "the fields body: "),
+        ('{"conversations": [], "id": 1}', "the fields conversations, id: "),
+        ('{"messages": []}', "the fields messages: "),
+        ('{"messages": [{"role": "user", "content": null}]}', "the fields messages: "),
+        ('{"text": 7}', "the fields text: "),
+        ("{}", "the fields none: "),
+        ("12", "another value: 12"),
+    ],
+)
+def test_a_bad_jsonl_line_is_named_by_its_number_and_its_fields(tmp_path, line, got):
     path = tmp_path / "text.jsonl"
     path.write_text('"good"\n\n' + line + "\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"text\.jsonl, line 3 must be .*got") as caught:
         load_text(str(path))
-    assert line.strip() in str(caught.value)
+    assert line.strip() in str(caught.value) and got in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"text": "a"}\n{"text": "b"}', r"text\.json must be JSON: Extra data.* one document a line is named \.jsonl"),
+        ('{"text": "a"}', r"text\.json must be a JSON list of documents, got '\{\"text"),
+        ('["a", {"title": "b"}]', r"text\.json, entry 2 must be .*got the fields title"),
+    ],
+)
+def test_json_that_is_no_list_of_documents_is_refused_and_not_read_as_prose(tmp_path, content, message):
+    (tmp_path / "text.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_text(str(tmp_path / "text.json"))
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl", "text.json"])
 def test_a_file_without_a_word_is_refused(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b" \n\n")
@@ -89,6 +136,16 @@ def test_an_unknown_text_lists_the_known_names(tmp_path):
         load_text("wikitext3")
     with pytest.raises(FileNotFoundError, match="no such file exists"):
         load_text(str(tmp_path))  # a folder is no text
+
+
+def test_a_text_that_is_not_there_is_named_by_its_option_and_what_is_like_it(tmp_path):
+    (tmp_path / "calibration.txt").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"^calibration must be .*, self or a file; got 'wikitext'.* mean wikitext2\?"
+    ):
+        check_text("wikitext", "calibration")
+    with pytest.raises(FileNotFoundError, match=r"^text must be .* did you mean .*/calibration\.txt\?"):
+        check_text(str(tmp_path / "calibratoin.txt"))
 
 
 def test_an_unknown_split_is_refused():
@@ -134,104 +191,3 @@ def test_a_data_set_that_does_not_load_says_which_text_it_was(monkeypatch):
     with pytest.raises(ConnectionError, match="offline") as caught:
         load_text("wikitext2")
     assert "while loading the text 'Salesforce/wikitext'" in caught.value.__notes__[0]
-
-
-# ---- windows --------------------------------------------------------------------------------------------
-
-
-def numbered(tokenizer, count: int) -> tuple[str, list[int]]:
-    """A text of ``count`` letters whose places can be read from it, and its tokens."""
-    text = "".join(chr(ord("a") + (i * i + i // 7) % 26) for i in range(count))
-    return text, [tokenizer.convert_tokens_to_ids(letter) for letter in text]
-
-
-@pytest.mark.parametrize(
-    "windows, starts",
-    [(None, range(0, 80, 8)), (10, [0, 8, 17, 26, 35, 43, 52, 61, 70, 79]), (4, [0, 26, 52, 79]), (1, [0])],
-)
-def test_windows_lie_side_by_side_and_cover_the_text_evenly(tokenizer, windows, starts):
-    text, tokens = numbered(tokenizer, 87)  # 10 windows of 8, and a rest of 7 that none holds
-    cut = token_windows(text, tokenizer, windows=windows, length=8, what="test")
-    assert cut.dtype == torch.int64
-    assert cut.tolist() == [tokens[start : start + 8] for start in starts]
-
-
-@pytest.mark.parametrize("windows, total", [(2, 16), (3, 29), (7, 80), (8, 64)])
-def test_chosen_windows_do_not_overlap_and_reach_from_start_to_end(tokenizer, windows, total):
-    # The letters count up without repeating, so that a window's first letter tells where it was cut.
-    letters = [chr(33 + i) for i in range(total)]
-    cut = token_windows("".join(letters), tokenizer, windows=windows, length=8, what="test")
-    places = [letters.index(tokenizer.decode(row[:1])) for row in cut]
-    gaps = [after - before for before, after in pairwise(places)]
-    assert places[0] == 0 and places[-1] == total - 8
-    assert min(gaps) >= 8 and max(gaps) - min(gaps) <= 1
-
-
-def test_a_long_text_is_tokenized_without_special_tokens_and_without_a_warning(tokenizer, caplog):
-    logger = logging.getLogger("transformers")  # it does not propagate to the root
-    logger.addHandler(caplog.handler)
-    try:
-        cut = token_windows("ab" * 500, tokenizer, windows=None, length=10, what="test")
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert cut.shape == (100, 10) and BOS not in cut
-    assert not caplog.records
-
-
-@pytest.mark.parametrize(
-    "windows, numbers",
-    [
-        (11, "11 windows of 8 tokens need 88 tokens, but text 'mine' has 87 (enough for 10)"),
-        (1000, "1000 windows of 8 tokens need 8000 tokens, but text 'mine' has 87 (enough for 10)"),
-    ],
-)
-def test_a_text_too_short_is_refused_with_its_numbers(tokenizer, windows, numbers):
-    text, _ = numbered(tokenizer, 87)
-    with pytest.raises(ValueError) as caught:
-        token_windows(text, tokenizer, windows=windows, length=8, what="mine")
-    assert numbers in str(caught.value) and "lower --samples or --seq-len" in str(caught.value)
-
-
-def test_all_windows_of_a_text_shorter_than_one_are_refused(tokenizer):
-    with pytest.raises(ValueError, match="1 window of 8 tokens needs 8 tokens, but text 'mine' has 3"):
-        token_windows("abc", tokenizer, windows=None, length=8, what="mine")
-
-
-@pytest.mark.parametrize(
-    "settings, numbers",
-    [
-        ({"windows": 0, "length": 8}, "windows must be at least 1, got 0"),
-        ({"windows": 2, "length": 1}, "length must be at least 2 tokens, .* got 1"),
-    ],
-)
-def test_counts_out_of_range_are_refused(tokenizer, settings, numbers):
-    with pytest.raises(ValueError, match=numbers):
-        token_windows("abcdefgh" * 9, tokenizer, what="test", **settings)
-
-
-# ---- calibration_windows --------------------------------------------------------------------------------
-
-
-def test_calibration_reads_a_text_and_sums_its_tokens(tokenizer, tmp_path):
-    path = tmp_path / "text.jsonl"
-    path.write_text(json.dumps("abcdefgh" * 9), encoding="utf-8")
-    result, again, other = (
-        calibration_windows(str(path), tokenizer, samples=samples, seq_len=4, self_writer=lambda: pytest.fail("called"))
-        for samples in (3, 3, 2)
-    )
-    assert torch.equal(result.tokens, token_windows("abcdefgh" * 9, tokenizer, windows=3, length=4, what="x"))
-    assert result.source == str(path)
-    assert result.sha256 == again.sha256 != other.sha256
-
-
-def test_the_sum_is_that_of_little_endian_int64(tokenizer):
-    tokens = torch.tensor([[1, 2], [3, 256]])
-    result = calibration_windows("self", tokenizer, samples=2, seq_len=2, self_writer=lambda: tokens)
-    assert result.sha256 == hashlib.sha256(struct.pack("<4q", 1, 2, 3, 256)).hexdigest()
-    assert result.source == "self" and result.tokens is tokens
-
-
-@pytest.mark.parametrize("tokens", [torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 2, dtype=torch.int32)])
-def test_a_writer_of_other_windows_is_refused(tokenizer, tokens):
-    with pytest.raises(ValueError, match=r"int64 windows of shape \(2, 2\), got torch\.int(64|32) of shape \(2,"):
-        calibration_windows("self", tokenizer, samples=2, seq_len=2, self_writer=lambda: tokens)

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import lorq
 from lorq.models.blocks import StreamedModel
+from lorq.pipeline.check_weights import check_kinds, check_weights
 from lorq.pipeline.options import Options
-from lorq.pipeline.plan import Plan, check_weights, estimate, make_plan, mix_widths
+from lorq.pipeline.plan import Plan, estimate, make_plan, mix_widths
 
 
 @pytest.fixture(scope="module")
@@ -132,4 +133,4 @@ def test_weights_of_integers_are_refused_before_any_is_read(spoiled, monkeypatch
     monkeypatch.setattr("lorq.storage.reader.read_tensor", lambda *_: pytest.fail("read"))
     named = ", ".join(f"model.layers.0.self_attn.{name} is torch.int8" for name in ("k_proj", "v_proj"))
     with pytest.raises(ValueError, match=re.escape(f"weights must be floating point, {named}; give the original")):
-        check_weights(plan, model, lambda *_: None)
+        check_kinds(plan, model)

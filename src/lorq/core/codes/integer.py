@@ -84,13 +84,13 @@ class IntGrid:
         self, weight: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero_point: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
         """Nearest codes, ``clamp(round(weight / scale + zero_point), 0, 2^bits - 1)``, as floats; shapes broadcast."""
-        return (weight / scale + zero_point).round_().clamp_(0, self.top)
+        return (weight / scale).add_(zero_point).round_().clamp_(0, self.top)
 
     def decode(
         self, codes: Float[Tensor, "..."], scale: Float[Tensor, "..."], zero_point: Float[Tensor, "..."]
     ) -> Float[Tensor, "..."]:
         """The values behind codes, ``(codes - zero_point) * scale``; shapes broadcast."""
-        return (codes - zero_point) * scale
+        return (codes - zero_point).mul_(scale)
 
     def fit(self, weight: Float[Tensor, "out in"]) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
         """Scale and zero point that cover each group from its smallest to its largest weight."""
@@ -147,12 +147,12 @@ class IntCodes:
     @classmethod
     def of(
         cls,
-        codes: Float[Tensor, "out in"],
+        codes: Float[Tensor, "out in"] | UInt8[Tensor, "out in"],
         scale: Float[Tensor, "out groups"],
         zero_point: Float[Tensor, "out groups"],
         grid: IntGrid,
     ) -> "IntCodes":
-        """From whole numbers in floats, and a scale that is exact in float16, as the grid's own functions give them."""
+        """From whole numbers, whatever holds them, and a scale that is exact in float16, as the grid gives both."""
         zero = None if grid.symmetric else zero_point.to(torch.uint8)
         return cls(codes.to(torch.uint8), scale.to(torch.float16), zero, grid)
 
@@ -170,7 +170,7 @@ class IntCodes:
         """
         groups = self.codes.unflatten(1, (self.scale.shape[1], -1)).to(dtype)
         zero = self.zero_points(dtype).unsqueeze(-1)
-        return ((groups - zero) * self.scale.to(dtype).unsqueeze(-1)).flatten(1)
+        return groups.sub_(zero).mul_(self.scale.to(dtype).unsqueeze(-1)).flatten(1)
 
     def zero_points(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out groups"]:
         """The code of 0.0 for each group, on symmetric grids too."""

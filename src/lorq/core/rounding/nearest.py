@@ -9,6 +9,9 @@ from lorq.core.half import stored_half
 from lorq.core.scale_factors import block_scales
 from lorq.core.stats import PreparedHessian
 
+# Rows are rounded in slices of about this many weights, whose temporaries stay in the cache.
+_SLICE = 1 << 18
+
 
 def encode_on(
     target: Float[Tensor, "out in"],
@@ -17,7 +20,11 @@ def encode_on(
     grid: IntGrid,
 ) -> IntCodes:
     """Nearest codes of ``target`` on a given grid."""
-    codes = grid.encode(grid.grouped(target), scale.unsqueeze(-1), zero_point.unsqueeze(-1)).flatten(1)
+    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+    rows = max(1, _SLICE // target.shape[1])
+    parts = (grid.grouped(target), scale.unsqueeze(-1), zero_point.unsqueeze(-1))
+    for own, *given in zip(codes.split(rows), *(part.split(rows) for part in parts), strict=True):
+        own.copy_(grid.encode(*given).flatten(1))
     return IntCodes.of(codes, scale, zero_point, grid)
 
 

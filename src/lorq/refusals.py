@@ -1,0 +1,117 @@
+"""What the command line refuses before torch is there, and the line for everything that went wrong."""
+
+import ast
+import traceback
+from difflib import get_close_matches
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+from lorq.core.checks import check_name
+from lorq.models.locate import check_model, full_path
+from lorq.models.texts import SELF, check_text
+from lorq.storage.out_folder import check_out
+
+# The hub answers within so much, or is not there.
+_HUB_SECONDS = 5
+# Flags of `lorq quantize` that take no value.
+_SWITCHES = ("--dry-run", "--resume", "--overwrite", "--json", "--router-weights")
+
+
+def given(arguments: list[str], flag: str) -> str | None:
+    """The value of a flag on the command line."""
+    for i, argument in enumerate(arguments):
+        if argument == flag and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def check_early(arguments: list[str]) -> None:
+    """Refuse what is missing or in use before methods, and torch with them, tell which flags there are.
+
+    MODEL and OUT are words that no flag can have taken as its value.
+    """
+    words = [
+        word for before, word in pairwise(["", *arguments])
+        if not word.startswith("-") and (not before.startswith("-") or "=" in before or before in _SWITCHES)
+    ]  # fmt: skip
+    if len(words) > 1:
+        check_place(words[1])
+    if len(words) > 2 and not {"--overwrite", "--resume"} & set(arguments):
+        model, out = (full_path(word) for word in words[1:3])
+        if out.resolve() != model.resolve():  # which has an error of its own
+            check_out(out)
+    if (method := given(arguments, "--method")) is not None:
+        check_name("method", method, _method_names())
+    if (text := given(arguments, "--calibration")) not in (None, SELF):
+        check_text(text, "calibration")
+
+
+def check_place(model: str | Path) -> None:
+    """`check_model`, with names that are like a path where nothing is, and a look at the hub for what may be there.
+
+    Raises:
+        FileNotFoundError, ValueError: as `check_model` does; after seconds at most, however the network is.
+    """
+    path = full_path(model)
+    if path.exists():
+        check_model(model)
+        return
+    there = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = [str(path.parent / name) for name in get_close_matches(path.name, there, 2)]
+    try:
+        check_model(model)
+        _look_at_hub(str(model))
+    except FileNotFoundError as error:
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise FileNotFoundError(f"{error}{meant}") from None
+
+
+def _look_at_hub(name: str) -> None:
+    """Refuse a hub id that is neither in the hub's cache nor known to the hub, with a FileNotFoundError."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=_HUB_SECONDS)  # which, unlike a download, asks once
+    except Exception as error:  # of the hub's, the network's and the disk's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"no such model: there is no folder or file {name}, and the hub did not give it either ({reason})"
+        ) from error
+
+
+def _method_names() -> list[str]:
+    """The names in `lorq.METHODS`, read from its file: to import it takes torch."""
+    spec = find_spec("lorq.methods")
+    assert spec is not None and spec.origin is not None
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            return [ast.literal_eval(key) for key in node.value.keys if key is not None]
+    raise AssertionError("METHODS is a dictionary, written out")
+
+
+def is_unexpected(error: Exception) -> bool:
+    """Whether it is none of the errors by which lorq refuses what the user can mend."""
+    return not isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, ImportError))
+
+
+def explained(error: Exception) -> str:
+    """One line for the user, with the notes that were added on the way."""
+    message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    # Of CPUs and GPUs alike: torch has a class of its own for the latter alone.
+    if isinstance(error, MemoryError) or any(words in message for words in ("out of memory", "not enough memory")):
+        return (
+            f"memory does not suffice ({' '.join(message.split())[:200] or type(error).__name__}); take a smaller "
+            "--seq-len or --window, or fewer --samples, or close other programs"
+        )
+    if not is_unexpected(error):
+        return message
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f"a bug of lorq, or files that it does not foresee: {type(error).__name__}: {' '.join(message.split())} "
+        f"({Path(place.filename).name}:{place.lineno}); please report it with what LORQ_TRACE=1 shows"
+    )

@@ -1,0 +1,100 @@
+"""What travels with the weights: the files beside them that are not weights themselves."""
+
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lorq.storage.atomic import TEMPORARY
+from lorq.storage.json_files import name_below
+from lorq.storage.names import JOURNAL, REPORT_NAME
+
+# Weights of any library, and what belongs to them; of these lorq reads safetensors alone.
+WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx", ".onnx_data", ".npz",
+    ".npy", ".pkl", ".tflite", ".mlmodel", ".ot", ".pdparams", ".index.json",
+)  # fmt: skip
+# A large vocabulary takes 35 MB. What is larger is data.
+MOST_BYTES = 100_000_000
+_MOST_FILES = 100  # of a folder below
+# Written anew for every folder.
+_OWN = ("config.json", REPORT_NAME, JOURNAL)
+
+
+def find_companions(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Everything that a model's folder holds beside weights, config and lorq's own files: tokenizer, templates, code.
+
+    Hidden files stay behind without a word; so do folders with weights or a config, which are other models.
+
+    Returns:
+        Files by their names, with ``/`` where they are in folders below, and why others stay behind, by name.
+    """
+    taken: dict[str, Path] = {}
+    left: dict[str, str] = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or entry.name in _OWN or entry.name.endswith((*WEIGHTS, TEMPORARY)):
+            continue
+        files = list(islice(_files(entry), _MOST_FILES + 1))
+        if entry.is_dir() and any(file.name == "config.json" or file.name.endswith(WEIGHTS) for file in files):
+            continue
+        why = _why_not(folder, files)
+        if why:
+            left[entry.name] = why
+        else:
+            taken |= {file.relative_to(folder).as_posix(): file for file in files}
+    return taken, left
+
+
+def _files(entry: Path) -> Iterator[Path]:
+    """A file, or all files below a folder, in order. Folders that are links are not entered."""
+    if not entry.is_dir():
+        yield entry
+    elif not entry.is_symlink():
+        for place, folders, names in os.walk(entry):
+            folders.sort()
+            yield from (Path(place, name) for name in sorted(names))
+
+
+def _why_not(folder: Path, files: list[Path]) -> str:
+    """Why files are not taken; nothing where they are."""
+    if len(files) > _MOST_FILES:
+        return f"more than {_MOST_FILES} files"
+    for file in files:
+        if not _is_inside(folder, file):
+            return f"{file.name} is a link out of the folder, or to nothing"
+        if not file.is_file() or not os.access(file, os.R_OK):
+            return f"{file.name} is no file, or cannot be read"
+        try:
+            name_below(file.relative_to(folder).as_posix(), where=folder)
+        except ValueError:
+            return "its name is not one for every system"
+    size = sum(file.stat().st_size for file in files)
+    return f"{size} bytes, more than {MOST_BYTES}" if size > MOST_BYTES else ""
+
+
+def _is_inside(folder: Path, file: Path) -> bool:
+    """Whether a file, links followed, is the folder's own, or its repository's where that is in a hub's cache."""
+    real, own = file.resolve(), folder.resolve()
+    return real.is_relative_to(own) or (
+        own.parent.name == "snapshots" and real.is_relative_to(own.parents[1] / "blobs")
+    )
+
+
+def with_code_of(config: dict[str, Any], files: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config without references to code (``auto_map``) that is not among the files."""
+
+    def is_there(reference: Any) -> bool:
+        # "repository--module.Class" is code of another repository, which is found from everywhere.
+        names = reference if isinstance(reference, list | tuple) else [reference]
+        return all(
+            name is None or (isinstance(name, str) and ("--" in name or f"{name.rpartition('.')[0]}.py" in files))
+            for name in names
+        )
+
+    known = config.get("auto_map")
+    if not isinstance(known, dict):
+        return config
+    kept = {kind: reference for kind, reference in known.items() if is_there(reference)}
+    rest = {key: value for key, value in config.items() if key != "auto_map"}
+    return rest | {"auto_map": kept} if kept else rest
