@@ -233,8 +233,11 @@ def families() -> list[tuple[str, str]]:
     """Every model type with its causal class, and those that only a class with images or sounds is for."""
     causal = dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     found = list(causal.items())
-    for mapping in (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,):
-        found += [(kind, name) for kind, name in mapping.items() if causal.get(kind) != name]
+    for mapping in (
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    ):
+        found += [(kind, name) for kind, name in mapping.items() if (kind, name) not in found]
     return found
 
 
