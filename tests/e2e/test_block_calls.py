@@ -14,6 +14,7 @@ from lorq.pipeline.check_walk import check_walk
 from lorq.pipeline.options import Options
 from lorq.pipeline.plan import Plan
 from lorq.pipeline.walk import advance
+from lorq.progress import no_progress
 
 SPECIAL = {"vocab_size": 257, "bos_token_id": 256, "eos_token_id": None, "pad_token_id": None}
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -86,7 +87,7 @@ def own_logits(folder, windows):
 def test_every_window_walks_as_it_runs_in_the_model(kind, folder_of_kind, tmp_path):
     folder, windows = folder_of_kind(kind), windows_of(1)
     streamed, expected = StreamedModel.open(folder), own_logits(folder, windows)
-    check_walk(streamed, Plan({}, {}, lorq.Nearest(), Options()))
+    check_walk(streamed, Plan({}, {}, lorq.Nearest(), Options()), no_progress)
     for room in (Room(), Room(0, tmp_path)):
         stream = streamed.embed(windows, room)
         for block in streamed.blocks:

