@@ -40,9 +40,9 @@ def check_walk(model: StreamedModel, plan: Plan, progress: Progress) -> Plan:
     progress(CHECK, 0, len(blocks))
     with model.resident(*model.outside):
         try:
-            before = [(parameter, parameter._version) for parameter in model.model.parameters()]
+            before = [(p, p._version) for p in model.model.parameters() if not p.is_inference()]
             stream = model.embed(tokens)
-            if any(parameter._version != version for parameter, version in before):
+            if any(p._version != version for p, version in before):
                 raise ValueError(f"{name} is not supported: it changes its weights while it runs, and packed ones stay")
 
             seen: list[Part] = []
