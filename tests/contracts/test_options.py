@@ -88,7 +88,7 @@ COMMANDS = {
     "evaluation.py": {"evaluate"},
     "generation.py": {"generate"},
     "bench/commands.py": {"bench_sketch", "bench_experts", "bench_decode", "bench_adapt", "bench_quantize"},
-    "cli.py": {"quantize", "inspect", "adapt", "merge", "demo"},
+    "cli.py": {"quantize", "inspect", "adapt", "merge", "demo", "families"},
 }
 
 
