@@ -155,6 +155,13 @@ def test_a_resumed_run_looks_once_and_does_not_check_its_weights_again(folder_of
     assert of(reads, source) == {"weight": {2}, "kept": {2}, "outside": {3}}
 
 
+def test_a_callers_inference_mode_changes_nothing(folder_of, run, tmp_path):
+    lorq.quantize(folder_of("llama"), tmp_path / "plain", GPTQ, **run)
+    with torch.inference_mode():
+        lorq.quantize(folder_of("llama"), tmp_path / "inference", GPTQ, **run)
+    assert folder_digests(tmp_path / "plain") == folder_digests(tmp_path / "inference")
+
+
 # ---- walks ------------------------------------------------------------------------------------------------
 
 

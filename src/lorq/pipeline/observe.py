@@ -114,7 +114,8 @@ def seen_inputs(run: Callable[[], object], layers: Mapping[str, nn.Module]) -> d
     seen: dict[str, tuple[Tensor, int]] = {}
 
     def look(name: str) -> Callable[..., None]:
-        return lambda module, args: seen.__setitem__(name, (args[0], args[0]._version))
+        # Tensors of inference mode do not count their changes.
+        return lambda module, args: seen.__setitem__(name, (args[0], 0 if args[0].is_inference() else args[0]._version))
 
     with _hooks({name: look(name) for name in layers}, layers):
         run()
