@@ -128,6 +128,10 @@ def add_tokenizer(folder: Path) -> None:
     AutoTokenizer.from_pretrained(demo_model()).save_pretrained(folder)
 
 
+def count_shards(folder: Path) -> int:
+    return len(list(folder.glob("lorq-*.safetensors")))
+
+
 def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
@@ -176,20 +180,19 @@ def quantize(
     if last:
         options += ["--exclude", rf"\.layers\.({'|'.join(map(str, range(blocks - last)))})\."]
     row: dict[str, Any] = {"method": method, "blocks": work}
+    seconds, peak = 0.0, 0
     if kill:
         # A shard each for the embeddings and every block, also for those that stay as they are.
         wanted = 2 + (blocks - work) + work // 2
-        first = run(
-            "quantize", folder, out, *options, kill_when=lambda: len(list(out.glob("lorq-*.safetensors"))) >= wanted
-        )
-        row["resumed_after"] = len(list(out.glob("lorq-*.safetensors")))
+        first = run("quantize", folder, out, *options, kill_when=lambda: count_shards(out) >= wanted)
+        row["resumed_after"], seconds, peak = count_shards(out), first.seconds, first.peak
         if not first.killed:
             raise RuntimeError("the run ended before it was killed")
         options.append("--resume")
     ran = run("quantize", folder, out, *options)
     row |= {
-        "seconds": round(ran.seconds, 1),
-        "peak_gigabytes": round(ran.peak / 1e9, 2),
+        "seconds": round(seconds + ran.seconds, 1),
+        "peak_gigabytes": round(max(peak, ran.peak) / 1e9, 2),
         "out_gigabytes": round(folder_bytes(out) / 1e9, 2),
     }
     return row
