@@ -22,7 +22,7 @@ def duration(seconds: float) -> str:
     """In words, as exact as an estimate is.
 
     Example:
-        >>> [duration(seconds) for seconds in (0.4, 59, 90, 5400, 2e5)]
+        >>> [duration(seconds) for seconds in (0.4, 59.0, 90.0, 5400.0, 2e5)]
         ['0 s', '59 s', '1.5 min', '1.5 h', '2.3 days']
     """
     for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import tiny_model
 
 import lorq
 from lorq.cli import main
@@ -78,14 +79,16 @@ def test_compiled_steps_write_the_same_tokens_through_the_same_operators(folder_
     assert refused == "the model was compiled in torch.float32 and is torch.bfloat16 now; load and compile it again"
 
 
-def test_without_a_compiler_one_line_says_so_before_the_model_is_looked_for(capsys):
+def test_without_a_compiler_one_line_says_so_before_the_model_is_read(tokenizer, tmp_path, capsys):
     from torch._inductor import config
 
+    tiny_model().config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     with config.patch("cpp.cxx", ("no-such-compiler",)):
-        assert main(["generate", "no-such-model", "Hi", "--compile", "--device=cpu"]) == 1
-    assert capsys.readouterr().err == (
-        "lorq: to compile takes a C++ compiler, got none for no-such-compiler; install g++ or set CXX\n"
-    )
+        assert main(["generate", str(tmp_path), "Hi", "--compile", "--device=cpu"]) == 1
+    *stages, said = capsys.readouterr().err.splitlines()
+    assert said == "lorq: to compile takes a C++ compiler, got none for no-such-compiler; install g++ or set CXX"
+    assert all(stage.startswith("load torch") for stage in stages)
 
 
 @needs_compiler

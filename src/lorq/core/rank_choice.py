@@ -177,8 +177,7 @@ def _deflate(
         tiles.append(torch.stack([number for value in values for number in value]).view(len(values), -1))
     table = torch.stack(tiles)  # (tiles, some + 1, numbers of a value)
     if measure == "amax":
-        low, high = table.unbind(-1)
-        return torch.maximum(-low, high).amax(0).tolist()
+        return table.abs().amax((0, 2)).tolist()
     groups = rest.numel() // (group_size or rest.shape[1])
     return (table[..., 0].double().square().sum(0) / groups).sqrt().tolist()
 

@@ -96,14 +96,11 @@ def quantize(
         check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in of_text})
     check_activations(plan)
     check_kinds(plan, streamed)
-    calibration = _calibration(plan, streamed, progress)
-    plan = check_walk(streamed, plan, progress)
-    largest = estimate(plan, streamed)
-    # What is finished is on the disk already; the head room is for index, report and journal.
-    finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if chosen.resume else 0
-    beside = sum(file.stat().st_size for file in find_companions(source)[0].values())
-    require_space(out, max(0, largest.bytes - finished) + beside + _spilled_bytes(plan, streamed) + (1 << 20))
+    _check_room(plan, streamed, out)
     with nullcontext() if chosen.dry_run else owned(out):
+        calibration = _calibration(plan, streamed, progress)
+        plan = check_walk(streamed, plan, progress)
+        largest = _check_room(plan, streamed, out)
         if chosen.dry_run:
             if not looks_at_all(streamed):
                 check_weights(plan, streamed, progress)
@@ -125,6 +122,16 @@ def quantize(
         stages["calibration"] += text_seconds
         report = _finish(plan, streamed, writer, windows)
         return replace(report, seconds=time.monotonic() - started, stages=stages)
+
+
+def _check_room(plan: Plan, model: StreamedModel, out: Path) -> Report:
+    """The largest sizes that can come out; an OSError where the disk has no room for them."""
+    largest = estimate(plan, model)
+    # What is finished is on the disk already; the head room is for index, report and journal.
+    finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if plan.options.resume else 0
+    beside = sum(file.stat().st_size for file in find_companions(model.checkpoint.folder)[0].values())
+    require_space(out, max(0, largest.bytes - finished) + beside + _spilled_bytes(plan, model) + (1 << 20))
+    return largest
 
 
 def _spilled_bytes(plan: Plan, model: StreamedModel) -> int:
