@@ -190,7 +190,11 @@ def quantize(
             raise RuntimeError("the run ended before it was killed")
         options.append("--resume")
     ran = run("quantize", folder, out, *options)
+    # From one file of a quantized block to the next.
+    written = [file.stat().st_mtime for file in sorted(out.glob("lorq-*.safetensors"))]
+    each = [after - before for before, after in zip(written[-work - 1 :], written[-work:], strict=False)]
     row |= {
+        "seconds_a_block": round(statistics.median(each), 1),
         "seconds": round(seconds + ran.seconds, 1),
         "peak_gigabytes": round(max(peak, ran.peak) / 1e9, 2),
         "out_gigabytes": round(folder_bytes(out) / 1e9, 2),
@@ -219,7 +223,6 @@ def main() -> None:
         row = quantize(folder, out, asked.method, blocks=blocks, last=asked.blocks, kill=asked.kill, text="python-docs")
         whole = {"model": asked.size, "files": size.files, "gigabytes": round(folder_bytes(folder) / 1e9, 2)}
         row = whole | row | {"threads": torch.get_num_threads()}
-        row["seconds_a_block"] = round(row["seconds"] / row["blocks"], 2)
         if not asked.no_use:
             answer = run("generate", out, "The", "--tokens", "8", "--dtype", "bfloat16")
             row["load_and_generate_seconds"] = round(answer.seconds, 1)

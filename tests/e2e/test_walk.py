@@ -1,12 +1,15 @@
 """A walk, its reads, and work in other processes: each tensor is read once, two walks are two lines, bytes stay."""
 
 import multiprocessing
+import os
 import pickle
+import signal
 import time
 from collections import Counter
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
 
+import families
 import pytest
 import torch
 from helpers import folder_digests, same_codes, tiny_model
@@ -23,6 +26,7 @@ from lorq.pipeline.plan import make_plan
 from lorq.pipeline.tasks import SameProcess, Task, solve_task
 from lorq.pipeline.walk import Streams, advance, walk
 from lorq.storage import reader
+from lorq.storage.writer import CheckpointWriter
 
 GPTQ = lorq.GPTQ(bits=3, group_size=32)
 
@@ -160,6 +164,84 @@ def test_a_callers_inference_mode_changes_nothing(folder_of, run, tmp_path):
     with torch.inference_mode():
         lorq.quantize(folder_of("llama"), tmp_path / "inference", GPTQ, **run)
     assert folder_digests(tmp_path / "plain") == folder_digests(tmp_path / "inference")
+
+
+def test_what_is_kept_must_be_finite_too(large, run, tmp_path):
+    tensors = load_file(large / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"NaN or infinite values are in model.norm.weight; repair the model"):
+        lorq.quantize(large, tmp_path / "out", GPTQ, **run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_beyond_float32_are_infinite_in_the_work(large, run, tmp_path):
+    tensors = load_file(large / "model.safetensors")
+    name = "model.layers.3.mlp.up_proj.weight"
+    tensors[name] = tensors[name].double().index_fill(0, torch.tensor([0]), 1e300)
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"in model.layers.3.mlp.up_proj \(64 of 8192\)"):
+        lorq.quantize(large, tmp_path / "out", GPTQ, **run)
+
+
+def test_a_check_ahead_that_fails_says_so(large, run, tmp_path, monkeypatch):
+    aside, solve = StreamedModel.tensor_aside, stages.solve_block
+
+    def fail(model, name):
+        if ".2." in name:
+            raise OSError(5, "Input/output error")
+        return aside(model, name)
+
+    def slowly(*arguments):
+        time.sleep(0.5)
+        return solve(*arguments)
+
+    monkeypatch.setattr(StreamedModel, "tensor_aside", fail)
+    monkeypatch.setattr(stages, "solve_block", slowly)
+    with pytest.raises(OSError, match="Input/output error"):
+        lorq.quantize(large, tmp_path / "out", GPTQ, **run)
+
+
+def test_what_fails_on_the_disk_stops_the_run_before_the_next_block_is_solved(folder_of, run, tmp_path, monkeypatch):
+    write, solved, solve = CheckpointWriter.write_shard, [], stages.solve_block
+
+    def fail(self, name, *others):
+        if "00001" in name:
+            raise OSError(28, "No space left on device")
+        write(self, name, *others)
+
+    def note(model, plan, visit, *others):
+        solved.append(visit.part.name)
+        return solve(model, plan, visit, *others)
+
+    monkeypatch.setattr(CheckpointWriter, "write_shard", fail)
+    monkeypatch.setattr(stages, "solve_block", note)
+    with pytest.raises(OSError, match="No space left"):
+        lorq.quantize(folder_of("llama"), tmp_path / "out", GPTQ, **run)
+    assert solved == ["model.layers.0"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_quantizes_as_its_parent_did(folder_of, tmp_path):
+    lorq.quantize(folder_of("llama"), tmp_path / "parent", lorq.Nearest(group_size=32))
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        torch.set_num_threads(1)  # OpenMP's threads do not come along
+        lorq.quantize(folder_of("llama"), tmp_path / "child", lorq.Nearest(group_size=32))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert folder_digests(tmp_path / "child") == folder_digests(tmp_path / "parent")
+
+
+def test_the_average_width_counts_the_layers_that_are_left(tmp_path):
+    """BART's attention to an encoder is not called when its decoder runs alone."""
+    families.build("bart", "BartForCausalLM", tmp_path / "model")
+    method, options = lorq.Nearest(bits=2, group_size=16), {"average_bits": 2.3, "wide_bits": 4}
+    layers = lorq.quantize(tmp_path / "model", tmp_path / "out", method, **options).layers
+    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
+    average = sum(layer.bits * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
+    assert 2 < average <= 2.3
 
 
 # ---- walks ------------------------------------------------------------------------------------------------

@@ -161,6 +161,10 @@ class StreamedModel:
         """The same for who only looks (`WeightFiles.aside`)."""
         return self._sources[name].read(self.checkpoint.aside())
 
+    def is_parameter(self, name: str) -> bool:
+        """Whether it is one, and no buffer: a mask may be infinite."""
+        return name in self._parameters
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """Its type, from the header."""
         return self.checkpoint.dtype(self._sources[name].name)

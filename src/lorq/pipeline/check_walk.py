@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import nn
 
+from lorq.core.checks import all_finite
 from lorq.models.blocks import Part, StreamedModel
 from lorq.models.experts import expert_name, find_experts
 from lorq.pipeline.check_weights import check_resident
@@ -66,8 +66,10 @@ def check_walk(model: StreamedModel, plan: Plan, progress: Progress) -> Plan:
             raise ValueError(
                 f"{name} is not supported: its blocks must run one by one, which gives {type(error).__name__}: {first}"
             ) from error
-    # Weights of other layers that are not finite are none of ours.
-    if bool(torch.isfinite(expected).all()) and (near := sqnr_db(expected, got)) < SAME_SQNR_DB:
+        check_resident(plan, model, *model.outside)
+    if not all_finite(expected):
+        raise ValueError(f"{name} must give finite logits, its own for random tokens are not; repair the model")
+    if (near := sqnr_db(expected, got)) < SAME_SQNR_DB:
         raise ValueError(
             f"{name} is not supported: its blocks one by one must give the model's own logits to "
             f"{SAME_SQNR_DB:.0f} dB, got {near:.1f} dB; it hands more from block to block than lorq follows"

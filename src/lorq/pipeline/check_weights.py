@@ -8,6 +8,7 @@ import torch
 
 from lorq.core.checks import all_finite
 from lorq.models.blocks import Part, StreamedModel, Target
+from lorq.models.skeleton import get_tensor
 from lorq.pipeline.plan import Plan, some
 from lorq.progress import CHECK, Progress, no_progress
 
@@ -35,35 +36,57 @@ def check_weights(plan: Plan, model: StreamedModel, progress: Progress) -> None:
     _refuse(_wrong(model, targets()))
 
 
-def check_resident(plan: Plan, model: StreamedModel, part: Part) -> None:
-    """The same of a part that is in memory already; the others are read where one of its weights is refused."""
-    if not all(all_finite(model.resident_weight(target)) for target in plan.of(part)):
+def check_resident(plan: Plan, model: StreamedModel, *parts: Part) -> None:
+    """The same of parts that are in memory already, and of their other parameters.
+
+    Where a weight of a layer is refused, all are read.
+    """
+    layers = {target.name + ".weight" for part in parts for target in plan.of(part)}
+    bad = [
+        n
+        for part in parts
+        for n in part.tensors
+        if model.is_parameter(n) and not all_finite(get_tensor(model.model, n))
+    ]
+    if layers & set(bad):
         check_weights(plan, model, no_progress)
+    if bad:
+        raise ValueError(
+            f"what is kept as it is must be finite, NaN or infinite values are in {some(bad)}; repair the model"
+        )
 
 
 @contextmanager
 def checking_ahead(plan: Plan, model: StreamedModel) -> Iterator[Callable[[], None]]:
     """Look at all weights in a thread beside the work, so that what would end a run after hours ends it in minutes.
 
-    Yields a function that refuses once all are seen. An error of the work's own waits for the check and gives way to
-    its error: weights like these are the cause of most.
+    Yields a function that refuses once all are seen. An error of the work's numbers waits for the check and gives way
+    to its error: weights like these are the cause of most.
     """
     wrong: list[str] = []
+    failed: list[Exception] = []
     stop = threading.Event()
 
     def look() -> None:
-        targets = (target for target, _ in plan.jobs() if not stop.is_set())
-        wrong.extend(_wrong(model, targets, at_once=_ONE_THREAD))
+        try:
+            for target, _ in plan.jobs():
+                if stop.is_set():
+                    return
+                wrong.extend(_wrong(model, [target], at_once=_ONE_THREAD))
+        except Exception as error:
+            failed.append(error)
 
     def refuse() -> None:
         if not thread.is_alive():
             _refuse(wrong)
+            if failed:
+                raise failed[0]
 
     thread = threading.Thread(target=look, name="check weights", daemon=True)
     thread.start()
     try:
         yield refuse
-    except Exception:
+    except (ArithmeticError, ValueError):
         thread.join()
         _refuse(wrong)
         raise
@@ -77,7 +100,7 @@ def _wrong(model: StreamedModel, targets: Iterable[Target], at_once: int = 0) ->
     found = []
     for target in targets:
         weight = model.tensor_aside(target.name + ".weight").flatten()
-        if weight.itemsize == 1:  # float8, as the work will have it; torch does not compare it
+        if weight.itemsize not in (2, 4):  # float8 and float64, as the work will have them
             weight = weight.float()
         if not all(all_finite(part) for part in weight.split(at_once or max(1, len(weight)))):
             found.append(f"{target.name} ({int((~torch.isfinite(weight)).sum())} of {weight.numel()})")

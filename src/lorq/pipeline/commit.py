@@ -116,6 +116,11 @@ class Commit:
             self.disk.submit(self.writer.write_shard, shard, dict(tensors), record | {"bytes": size})
         )
 
+    def look(self) -> None:
+        """Raise what has gone wrong on the disk so far."""
+        if self._under_way and self._under_way[0].done():
+            self.settle()
+
     def settle(self) -> None:
         """Wait until all that was given to the disk is on it; raises what went wrong there."""
         while self._under_way:

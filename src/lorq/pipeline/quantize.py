@@ -88,7 +88,8 @@ def quantize(
     source = resolve_model(model)
     refuse_adapter(source)
     streamed = StreamedModel.open(source, device=read_device(chosen.device))
-    plan = mix_widths(make_plan(streamed, solver, chosen))
+    whole = make_plan(streamed, solver, chosen)
+    plan = mix_widths(whole)
     progress(OPEN, 1, 1)
     begun = chosen.resume and (out / JOURNAL).is_file()
     if begun:  # the text is compared when it is read
@@ -99,7 +100,8 @@ def quantize(
     _check_room(plan, streamed, out)
     with nullcontext() if chosen.dry_run else owned(out):
         calibration = _calibration(plan, streamed, progress)
-        plan = check_walk(streamed, plan, progress)
+        plan = mix_widths(check_walk(streamed, whole, progress))
+        check_activations(plan)
         largest = _check_room(plan, streamed, out)
         if chosen.dry_run:
             if not looks_at_all(streamed):
@@ -174,6 +176,7 @@ def _solve(
     progress(QUANTIZE, 0, len(model.blocks))
     for number, visit in enumerate(walk(model, plan, streams, finished=finished), 1):
         refuse()
+        commit.look()
         began = time.monotonic()
         if visit.part.name in finished:
             solved = commit.read(visit)

@@ -31,8 +31,21 @@ def read_weight_map(index: Path) -> dict[str, str]:
 
 _SAMPLE_BYTES = 64 * 1024
 _SAMPLES = 32  # per file: 2 MiB of each are read, 60 MiB of a model in 30 shards
-# Sums what was read while the work goes on: as fast as a disk, and it holds no lock of Python's.
-_HASHING = ThreadPoolExecutor(1, "hash")
+
+
+class _Sums:
+    """Checksums of tensors, made beside the work: as fast as a disk reads, and without Python's lock."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(1, "hash")
+        self._of: dict[str, Future[bytes]] = {}
+
+    def put(self, name: str, content: memoryview) -> None:
+        self._of[name] = self.pool.submit(lambda: sha256(content).digest())
+
+    def whole(self) -> str:
+        """Of all names and contents."""
+        return sha256(b"".join(name.encode() + self._of[name].result() for name in sorted(self._of))).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -42,7 +55,7 @@ class WeightFiles:
     folder: Path
     headers: dict[str, Header]  # by weight file
     files: dict[str, str]  # tensor -> weight file
-    _seen: list[dict[str, "Future[bytes]"]] = field(default_factory=list, repr=False, compare=False)  # see `hashed`
+    _seen: list[_Sums] = field(default_factory=list, repr=False, compare=False)  # see `hashed`
 
     @classmethod
     def open(cls, folder: Path, *, index_name: str | None = None) -> "WeightFiles":
@@ -106,7 +119,7 @@ class WeightFiles:
         tensor = read_tensor(self.folder / file, self.headers[file], name, index)
         for seen in self._seen:
             content = tensor.reshape(-1).view(torch.uint8).numpy().data
-            seen[json.dumps([name, index])] = _HASHING.submit(_digest, content)
+            seen.put(json.dumps([name, index]), content)
         return tensor
 
     def aside(self) -> "WeightFiles":
@@ -116,12 +129,13 @@ class WeightFiles:
     @contextmanager
     def hashed(self) -> Iterator[Callable[[], str]]:
         """A function that gives the sha256 (hex) of all tensors, and parts of them, that are read meanwhile."""
-        seen: dict[str, Future[bytes]] = {}
+        seen = _Sums()
         self._seen.append(seen)
         try:
-            yield lambda: sha256(b"".join(key.encode() + seen[key].result() for key in sorted(seen))).hexdigest()
+            yield seen.whole
         finally:
             self._seen.remove(seen)
+            seen.pool.shutdown(wait=False)
 
     def fingerprint(self) -> str:
         """sha256 (hex) that tells this model from another or an edited one without reading it all.
@@ -155,10 +169,6 @@ class WeightFiles:
         if name not in self.files:
             raise KeyError(f"{self.folder} has no tensor {name!r} among its {len(self.files)}: {some_of(self.files)}")
         return self.files[name]
-
-
-def _digest(content: memoryview) -> bytes:
-    return sha256(content).digest()
 
 
 def _no_weights(folder: Path, index_name: str) -> Exception:

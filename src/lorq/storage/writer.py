@@ -71,11 +71,11 @@ class CheckpointWriter:
     @property
     def completed(self) -> dict[str, Any]:
         """The record of every finished shard, by name, in the order of writing."""
-        return {name: shard.record for name, shard in self._shards.items()}
+        return {name: shard.record for name, shard in list(self._shards.items())}
 
     def shard_checksums(self) -> dict[str, str]:
         """sha256 (hex) of every finished shard, by name; for the report and ``verify_shards``."""
-        return {name: shard.sha256 for name, shard in self._shards.items()}
+        return {name: shard.sha256 for name, shard in list(self._shards.items())}
 
     def write_shard(self, name: str, tensors: dict[str, Tensor], record: Any) -> None:
         """Write one shard; it is whole and on the disk on return.
