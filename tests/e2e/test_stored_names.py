@@ -1,4 +1,4 @@
-"""Tensors under other names than the model's, and two for one parameter: read as transformers reads them, or refused."""
+"""Tensors under other names than the model's, and two for one parameter: read as transformers does, or refused."""
 
 import pytest
 import torch

@@ -226,7 +226,7 @@ class StreamedModel:
 
     @contextmanager
     def _stand_ins(self, blocks: Sequence[Part], stand_in: Callable[..., Tensor]) -> Iterator[None]:
-        """Let ``stand_in(block, hidden, args, kwargs, form)`` find the hidden states that each of the blocks answers.
+        """Let ``stand_in(block, hidden, args, kwargs, form)`` find the hidden states that each block answers with.
 
         They come in the form in which the block itself answers; one of each class runs once for every length, to see
         it.
