@@ -4,8 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import folder_digests, save_folder
+from helpers import folder_digests, save_folder, tiny_folder
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.models.llama import modeling_llama
 
 import lorq
 from lorq.models.blocks import StreamedModel
@@ -211,3 +213,54 @@ def test_a_disk_without_room_for_the_windows_is_told_of(tmp_path):
     with pytest.raises(OSError, match=rf"needs a file of 4000000000.0 GB in {tmp_path}: .*; take fewer samples"):
         Room(0, tmp_path).take((10**9, 10**9))
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- what blocks hand on besides hidden states --------------------------------------------------------------
+
+
+class Handing(modeling_llama.LlamaDecoderLayer):
+    """A block that answers with another tensor besides, and adds one that it is given."""
+
+    def forward(self, hidden_states, first=None, **more):
+        out = super().forward(hidden_states, **more)
+        return out if first is None else out + first, (self.input_layernorm(hidden_states),)
+
+
+def hand_on_the_first(model, input_ids, **_):
+    """A forward in which every block is given what the first has answered."""
+    hidden, first = model.embed_tokens(input_ids), None
+    places = torch.arange(hidden.shape[1])[None]
+    more = {"position_ids": places, "position_embeddings": model.rotary_emb(hidden, places)}
+    for layer in model.layers:
+        hidden, (value,) = layer(hidden, first=first, **more)
+        assert value.shape == hidden.shape
+        first = value if first is None else first
+    return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden))
+
+
+def test_a_block_is_given_what_the_first_has_answered_and_not_the_one_before(tmp_path, monkeypatch):
+    folder = tiny_folder(tmp_path / "llama", "llama", num_hidden_layers=4)
+    monkeypatch.setattr(modeling_llama, "LlamaDecoderLayer", Handing)
+    monkeypatch.setattr(modeling_llama.LlamaPreTrainedModel, "_no_split_modules", ["Handing"])
+    monkeypatch.setattr(modeling_llama.LlamaModel, "forward", hand_on_the_first)
+    streamed = StreamedModel.open(folder)
+    for length in (8, 24):  # as blocks answer for windows of one length, they do for no other
+        windows = windows_of(1)[:, :length]
+        stream = streamed.embed(windows)
+        for block in streamed.blocks:
+            with streamed.resident(block):
+                advance(stream, partial(streamed.run, block))
+            stream.forget(block.name)
+        got = torch.stack([streamed.logits(*both) for both in zip(windows, stream.hidden, strict=True)])
+        torch.testing.assert_close(got, own_logits(folder, windows), rtol=1e-5, atol=1e-4)
+        assert not stream.handed
+
+
+def test_a_block_called_otherwise_for_another_text_is_named_in_one_line():
+    recorder = Recorder(2, Room())
+    recorder.begin()
+    recorder.called("block", (), {"given": (torch.ones(900),)})
+    recorder.begin()
+    with pytest.raises(ValueError, match="block was called with a tuple for one and None for another") as error:
+        recorder.called("block", (), {"given": None})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 200

@@ -14,7 +14,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorq.models.calls import Answer, Recorder, Room, Stream
-from lorq.models.skeleton import find_blocks, find_towers, get_tensor, is_linear, put_tensor, read_config, skeleton
+from lorq.models.skeleton import (
+    find_blocks,
+    find_tied,
+    find_towers,
+    get_tensor,
+    is_linear,
+    put_tensor,
+    read_config,
+    skeleton,
+)
 from lorq.models.stored import Stored, find_stored
 from lorq.storage.reader import WeightFiles
 
@@ -76,11 +85,12 @@ class StreamedModel:
         self._parameters = {name for name, _ in model.named_parameters()}
         self._resident: set[str] = set()
         self._towers = find_towers(model)
-        self._answers: dict[type[nn.Module], Answer] = {}
+        self._answers: dict[tuple[type[nn.Module], int], Answer] = {}
         blocks = find_blocks(model)
         self._sources = self._match_names()
-        tied = dict(getattr(model, "all_tied_weights_keys", {}) or {})
-        self._tied = {name for name, origin in tied.items() if self._sources.get(name) == self._sources.get(origin)}
+        self._tied = {
+            name for name, origin in find_tied(model).items() if self._sources.get(name) == self._sources.get(origin)
+        }
         self.parts = self._find_parts(blocks)
 
     @classmethod
@@ -101,12 +111,16 @@ class StreamedModel:
         """Where every parameter and stored buffer lies, by its name in the model."""
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
         stored = find_stored(self.model, self.checkpoint)
-        tied = dict(getattr(self.model, "all_tied_weights_keys", {}) or {})
         found = {name: stored[name] for name in shapes if name in stored}
-        missing = [name for name in shapes if name not in found and name not in tied]
+        tied = find_tied(self.model)
+        for name, origin in tied.items():
+            # Either may be the one that is stored.
+            if origin not in found and name in found:
+                found[origin] = found[name]
         for name, origin in tied.items():
             if name not in found and origin in found:
                 found[name] = found[origin]
+        missing = [name for name in shapes if name not in found and name not in tied]
         if missing:
             raise ValueError(
                 f"{self.checkpoint.folder} lacks {len(missing)} tensors that {type(self.model).__name__} needs, "
@@ -216,18 +230,21 @@ class StreamedModel:
 
     @contextmanager
     def _stand_ins(self, blocks: Sequence[Part], stand_in: Callable[..., Tensor]) -> Iterator[None]:
-        """Let ``stand_in(block, hidden, args, kwargs)`` find the hidden states with which each of the blocks answers.
+        """Let ``stand_in(block, hidden, args, kwargs, form)`` find the hidden states that each block answers with.
 
-        They come in the form in which the block itself answers; one of each class runs once, to see it.
+        They come in the form in which the block itself answers; one of each class runs once for every length, to see
+        it.
         """
 
         def answer(block: Part, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            if type(module) not in self._answers:
+            kind = type(module), hidden.numel()
+            if kind not in self._answers:
                 with self.resident(block):
                     out = type(module).forward(module, hidden, *rest, **kwargs)
-                self._answers[type(module)] = Answer.of(out, block.name)
-            return self._answers[type(module)].around(stand_in(block, hidden, rest, kwargs))
+                self._answers[kind] = Answer.of(out, block.name)
+            form = self._answers[kind].copy()
+            return form.around(stand_in(block, hidden, rest, kwargs, form))
 
         modules = [self.model.get_submodule(block.name) for block in blocks]
         for block, module in zip(blocks, modules, strict=True):
@@ -254,7 +271,7 @@ class StreamedModel:
         recorder, hidden = Recorder(len(windows), room), torch.empty(0)
         answered: dict[str, Tensor] = {}  # by block of the current window, in the order of the calls
 
-        def note(block: Part, first: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        def note(block: Part, first: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], form: Answer) -> Tensor:
             nonlocal hidden
             if not answered:
                 if not len(hidden):
@@ -267,7 +284,7 @@ class StreamedModel:
                     raise self._unlike(block.name, "again, or with what the model has changed in between")
             answered[block.name] = first
             recorder.called(block.name, args, kwargs)
-            recorder.answered(block.name, self._answers[type(self.model.get_submodule(block.name))])
+            recorder.answered(block.name, form)
             return first
 
         with self.resident(*self.outside), self._stand_ins(self.blocks, note):
@@ -317,7 +334,7 @@ class StreamedModel:
     ) -> Float[Tensor, "length vocabulary"]:
         """Logits from the last block's output: final norm, head and whatever else the architecture has there."""
 
-        def answer(block: Part, first: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        def answer(block: Part, first: Tensor, *_: Any) -> Tensor:
             return hidden.view(first.shape).to(first.device, first.dtype) if block is self.blocks[-1] else first
 
         return self._logits(window, self.blocks, answer)
@@ -340,7 +357,7 @@ class StreamedModel:
                 module.forward = partial(work, block, module)
                 stack.callback(vars(module).pop, "forward", None)
             others = [block for block in self.blocks if block not in blocks]
-            return self._logits(window, others, lambda block, first, args, kwargs: first)
+            return self._logits(window, others, lambda block, first, *_: first)
 
     def _logits(self, window: Tensor, blocks: Sequence[Part], stand_in: Callable[..., Tensor]) -> Tensor:
         with self.resident(*self.outside), self._stand_ins(blocks, stand_in):

@@ -3,7 +3,7 @@
 import copy
 import os
 import tempfile
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,10 @@ class Answer:
             f"{type(out).__name__}; this architecture is not supported"
         )
 
+    def copy(self) -> "Answer":
+        """The same with tensors of its own, so that blocks' answers can be told apart."""
+        return Answer(self.kind, _of_tensors(self.rest, torch.clone))
+
     def around(self, hidden: Tensor) -> Any:
         """Other hidden states in this form."""
         return hidden if self.kind is None else self.kind((hidden, *self.rest))
@@ -129,6 +133,7 @@ class Recorder:
         self._numbers: dict[int, int] = {}  # slots of the current window's tensors, by id
         self._alive: list[Any] = []  # so that ids stay what they are within a window
         self._handed: dict[int, Key] = {}  # by id of the first window's answers
+        self._answers: list[Answer] = []  # of the first window, so that their ids stay what they are
         self._done: set[int] = set()
 
     def begin(self) -> None:
@@ -140,9 +145,9 @@ class Recorder:
     def answered(self, block: str, answer: Answer) -> None:
         """What a block hands on besides hidden states."""
         if self._window == 0:
-            for place, item in enumerate(answer.rest):
-                if isinstance(item, Tensor):
-                    self._handed[id(item)] = block, place
+            self._answers.append(answer)
+            for place, item in _places(answer.rest):
+                self._handed[id(item)] = block, place
 
     def called(self, block: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What a block is called with besides hidden states."""
@@ -189,8 +194,8 @@ class Recorder:
                 self._compare(one, other, block)
         elif not isinstance(known, _Handed) and (type(known) is not type(value) or (_plain(known) and known != value)):
             raise ValueError(
-                f"blocks must be called alike for all texts of one length, {block} was called with {known!r} for one "
-                f"and {value!r} for another; this architecture is not supported"
+                f"blocks must be called alike for all texts of one length, {block} was called with {_brief(known)} for "
+                f"one and {_brief(value)} for another; this architecture is not supported"
             )
 
     def _keep(self, number: int, value: Tensor, block: str) -> None:
@@ -213,6 +218,13 @@ class Recorder:
 
 def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def _brief(value: Any) -> str:
+    """A value for an error: what may hold tensors by its kind alone."""
+    return (
+        f"{value!r:.60}" if _plain(value) else "a tensor" if isinstance(value, _Slot) else f"a {type(value).__name__}"
+    )
 
 
 @dataclass
@@ -272,7 +284,7 @@ class Stream:
 
     def left(self, block: str, window: int, entered: "Entered", rest: Sequence[Any]) -> None:
         """Keep what a block has left for later ones: of its answer, and in mappings."""
-        for place, item in enumerate(rest):
+        for place, item in _places(tuple(rest)):
             if (block, place) in self.calls.last:
                 self._keep((block, place), window, item)
         for name, (mapping, before) in entered.mappings.items():
@@ -312,7 +324,14 @@ def _of_tensors(value: Any, make: Callable[[Tensor], Tensor]) -> Any:
     return type(value)(_of_tensors(item, make) for item in value) if type(value) in (tuple, list) else value
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _places(value: Any, at: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Tensors in tuples and lists, each after where it is."""
     if isinstance(value, Tensor):
-        return [value]
-    return [tensor for item in value for tensor in _tensors(item)] if type(value) in (tuple, list) else []
+        yield at, value
+    elif type(value) in (tuple, list):
+        for place, item in enumerate(value):
+            yield from _places(item, (*at, place))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [tensor for _, tensor in _places(value)]

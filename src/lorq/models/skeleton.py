@@ -126,6 +126,11 @@ def find_towers(model: Any) -> tuple[str, ...]:
     return tuple(name for name in names if path != "." and not path.startswith(name) and not name.startswith(path))
 
 
+def find_tied(model: Any) -> dict[str, str]:
+    """Names of parameters that share the tensor of another, each with the other's."""
+    return dict(getattr(model, "all_tied_weights_keys", {}) or {})
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by its weight and does nothing else; some that are called linear do more."""
     from transformers.pytorch_utils import Conv1D

@@ -126,10 +126,12 @@ def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
     """Where each of the model's parameters and stored buffers lies, as far as the checkpoint has them.
 
     Names are changed as transformers changes them when it loads, such as embed_out to lm_head, and tensors are
-    converted as it converts them. Experts may be stored one by one, which transformers would merge, or fused.
+    converted as it converts them. Experts may be stored one by one, which transformers would merge, or fused. Of two
+    tensors for one parameter the first counts, as in transformers.
 
     Raises:
-        ValueError: for fused experts of another number than the config's.
+        ValueError: for experts of another number than the config's, and for two tensors for one parameter of which
+            transformers does not take one alone.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, dot_natural_key
@@ -148,7 +150,7 @@ def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
         # Some checkpoints were saved from the bare model, without the head's prefix.
         return next((like for like in (name, name.removeprefix(prefix), prefix + name) if like in known), "")
 
-    found: dict[str, Stored] = {}
+    found = _Found(checkpoint)
     converted: dict[tuple[int, str], Conversion] = {}
     for stored in sorted(
         checkpoint.names, key=dot_natural_key
@@ -158,8 +160,13 @@ def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
         taken = next(((c, *hit) for c in converters if (hit := c.rename_source_key(name))[1] is not None), None)
         if taken and (place := find(taken[1])):
             converter, _, pattern = taken
+            if place in fused:
+                _check_number(
+                    checkpoint, stored, expert_number(str(pattern), name), len(experts[place.rpartition(".")[0]])
+                )
+            found.once(name.removeprefix(prefix), stored)
             if place in fused and (expert := _one_of(converter, str(pattern), name, place, experts)):
-                found[expert] = Stored(stored)
+                found.put(expert, Stored(stored), alone=False)
             else:
                 path, _, tensor = place.rpartition(".")
                 made = Conversion(
@@ -170,13 +177,53 @@ def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
         # Like transformers: a name that only fits before it is renamed is kept.
         place = find(name) or find(stored)
         if place in own:
-            found[place] = Stored(stored)
+            found.put(place, Stored(stored))
         elif place in fused:
             _check_fused(checkpoint, stored, len(experts[place.rpartition(".")[0]]))
-            found |= {parameter: Stored(stored, part) for parameter, part in fused[place]}
+            for parameter, part in fused[place]:
+                found.put(parameter, Stored(stored, part))
     for conversion in converted.values():
-        found |= dict(_converted(conversion, fused, checkpoint))
-    return found
+        for parameter, source in _converted(conversion, fused, checkpoint):
+            found.put(parameter, source, alone=False)
+    return found.sources
+
+
+class _Found:
+    """What is found for the parameters of a model, in transformers' order."""
+
+    def __init__(self, checkpoint: WeightFiles):
+        self.sources: dict[str, Stored] = {}
+        self._folder = checkpoint.folder
+        self._merged: set[str] = set()  # parameters that transformers makes of several tensors
+        self._taken: dict[str, str] = {}  # stored tensors by their names as converters take them
+
+    def put(self, parameter: str, source: Stored, *, alone: bool = True) -> None:
+        """Take a source if it is the first; ``alone`` where transformers reads it without a converter."""
+        first = self.sources.setdefault(parameter, source)
+        if first is source:
+            if not alone:
+                self._merged.add(parameter)
+        elif not alone or parameter in self._merged:
+            raise self._twice(parameter, first.name, source.name)
+
+    def once(self, name: str, stored: str) -> None:
+        """Refuse a second tensor in the same place of a converter."""
+        if (first := self._taken.setdefault(name, stored)) != stored:
+            raise self._twice(name, first, stored)
+
+    def _twice(self, parameter: str, first: str, second: str) -> ValueError:
+        return ValueError(
+            f"{self._folder}: a parameter must be stored once, {parameter} is there as {first} and as {second}; remove "
+            "one of them from the checkpoint"
+        )
+
+
+def _check_number(checkpoint: WeightFiles, stored: str, number: int | None, count: int) -> None:
+    if number is not None and number >= count:
+        raise ValueError(
+            f"{checkpoint.folder}: there must be {count} experts as the config says, {stored} is of one more; "
+            "config.json belongs to another model"
+        )
 
 
 def _check_fused(checkpoint: WeightFiles, stored: str, count: int) -> None:

@@ -10,7 +10,7 @@ from lorq.core.weight import layer_bytes
 from lorq.methods import Method
 from lorq.models.blocks import Part, StreamedModel, Target
 from lorq.models.experts import find_experts, routing_layers
-from lorq.models.skeleton import kept_modules
+from lorq.models.skeleton import find_tied, kept_modules
 from lorq.pipeline.dense_activations import KEYS_AND_VALUES
 from lorq.pipeline.options import Options, method_name, read_method, read_options
 from lorq.pipeline.tasks import expert_formats
@@ -137,7 +137,7 @@ def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
 def select(model: StreamedModel, exclude: Iterable[re.Pattern[str]]) -> tuple[dict[str, list[Target]], dict[str, str]]:
     """The layers to quantize, by part, and the others' names, each with the reason."""
     routing = routing_layers(model.model)
-    tied = dict(getattr(model.model, "all_tied_weights_keys", {}) or {})
+    tied = find_tied(model.model)
     shared = {*tied, *tied.values()}
     selected: dict[str, list[Target]] = {}
     blocks = [part.name for part in model.blocks]

@@ -1,4 +1,4 @@
-"""A folder's names in a model of another class than it was made of: the base without its head, the text model alone."""
+"""A folder's names in a model of another class than it was made of: the base without its head, or with a new one."""
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ from torch import nn
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
 from lorq.models.experts import Experts
-from lorq.models.skeleton import find_blocks
+from lorq.models.skeleton import find_blocks, find_tied
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.other_class import Renaming, is_of_another_class
@@ -102,7 +102,7 @@ def check_tensors(model: Any, files: list[Path], change: Renaming = Renaming()) 
     other = change != Renaming() or is_of_another_class(model)
     # What it may have to itself: all but the blocks, and nothing if it is to write.
     fixed = "" if not other or model.can_generate() else find_blocks(model)[0].rpartition(".")[0]
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    tied = find_tied(model)
     needed = model.state_dict(keep_vars=True)
     wrong = []
     for name, tensor in needed.items():
