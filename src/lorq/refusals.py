@@ -1,6 +1,7 @@
 """What the command line refuses before torch is there, and the line for everything that went wrong."""
 
 import ast
+import os
 import traceback
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -43,7 +44,7 @@ def check_early(arguments: list[str]) -> None:
         check_place(words[0])
     if len(words) > 1 and not any(argument.startswith(("--overwrite", "--resume")) for argument in arguments):
         model, out = (full_path(word) for word in words[:2])
-        if out.resolve() != model.resolve():  # which has an error of its own
+        if os.path.realpath(out) != os.path.realpath(model):  # which has an error of its own
             check_out(out)
     if (method := given(arguments, "--method")) is not None:
         check_name("method", method, _method_names())

@@ -138,6 +138,17 @@ def test_flags_may_come_before_model_and_out(before, lorq_command, source, tmp_p
     assert json.loads(lorq_command("quantize", "--dry-run", "--json", *words))["method"] == "nearest"
 
 
+def test_an_output_folder_that_is_a_link_to_nothing_is_refused(failing_command, source, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nothing")
+    for name in ("loop", "gone"):
+        assert "must be a folder, it is a link to nothing; choose" in failing_command(
+            "quantize", source, tmp_path / name
+        )
+        with pytest.raises(NotADirectoryError, match="it is a link to nothing"):
+            lorq.quantize(source, tmp_path / name, lorq.Nearest())
+
+
 @pytest.mark.parametrize("words", ["--out {out} --model {model}", "--out={out} {model}", "{model} --out {out}"])
 def test_model_and_out_may_be_named(words, lorq_command, source, tmp_path):
     named = words.format(model=source, out=tmp_path / "out").split()
