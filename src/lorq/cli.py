@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import Parameter
-from rich.markup import escape
 from rich.table import Table
 
 import lorq
@@ -303,10 +302,10 @@ def families(pattern: str = "", *, json_: Annotated[bool, Parameter(name="--json
     for title in ("model type", "class", "", "reason"):
         table.add_column(title, overflow="fold")
     for row in rows:
-        table.add_row(row["model_type"], row["class"], row["verdict"], escape(row["reason"]))
+        table.add_row(row["model_type"], row["class"], row["verdict"], row["reason"])
     console.print(table)
     works = sum(row["verdict"] == "works" for row in rows)
-    console.print(f"{works} of {len(rows)} work", markup=False)
+    console.print(f"{works} of {len(rows)} work")
 
 
 # What a command keeps when it is interrupted.
@@ -320,7 +319,7 @@ def _run(arguments: list[str]) -> None:
     """One command, or its help."""
     if arguments[:1] == ["quantize"]:
         if not {"--help", "-h", "--version"} & set(arguments):
-            check_early(arguments)
+            check_early(arguments[1:])
         with progress_bars() if "torch" not in sys.modules else nullcontext(no_progress) as progress:
             progress(IMPORT, 0, 1)
             from lorq.methods import METHODS  # and with it torch, for which nothing else here waits

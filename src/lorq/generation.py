@@ -159,6 +159,12 @@ def _read_prompt(encoder: "Encoder", prompt: str, *, chat: bool) -> Any:
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+        # What a tokenizer appends, such as </s>, would be the end of what is to be continued.
+        own = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        start, end = len(encoder.start), len(encoder.start) + len(own)
+        if inputs["input_ids"][0, start:end].tolist() == own:
+            for name, values in inputs.items():
+                inputs[name] = values[:, :end]
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the prompt must have at least one token, got an empty one")
     encoder.check(inputs["input_ids"][0].tolist(), "the prompt")

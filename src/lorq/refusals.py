@@ -1,10 +1,10 @@
 """What the command line refuses before torch is there, and the line for everything that went wrong."""
 
 import ast
+import os
 import traceback
 from difflib import get_close_matches
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 
 from lorq.core.checks import check_name
@@ -14,8 +14,13 @@ from lorq.storage.out_folder import check_out
 
 # The hub answers within so much, or is not there.
 _HUB_SECONDS = 5
-# Flags of `lorq quantize` that take no value.
-_SWITCHES = ("--dry-run", "--resume", "--overwrite", "--json", "--router-weights")
+# Flags of `lorq quantize` that take no value, with and without --no-, and some of those that take one. Words after
+# any other flag are left to the parser.
+_SWITCHES = ("--dry-run", "--resume", "--overwrite", "--json", "--router-weights", "--symmetric")
+_VALUED = (
+    "--method", "--bits", "--group-size", "--calibration", "--samples", "--seq-len", "--start-token", "--seed",
+    "--device", "--activations", "--exclude", "--override", "--average-bits", "--wide-bits",
+)  # fmt: skip
 
 
 def given(arguments: list[str], flag: str) -> str | None:
@@ -31,22 +36,36 @@ def given(arguments: list[str], flag: str) -> str | None:
 def check_early(arguments: list[str]) -> None:
     """Refuse what is missing or in use before methods, and torch with them, tell which flags there are.
 
-    MODEL and OUT are words that no flag can have taken as its value.
+    Args:
+        arguments: those of `lorq quantize`.
     """
-    words = [
-        word for before, word in pairwise(["", *arguments])
-        if not word.startswith("-") and (not before.startswith("-") or "=" in before or before in _SWITCHES)
-    ]  # fmt: skip
-    if len(words) > 1:
-        check_place(words[1])
-    if len(words) > 2 and not {"--overwrite", "--resume"} & set(arguments):
-        model, out = (full_path(word) for word in words[1:3])
-        if out.resolve() != model.resolve():  # which has an error of its own
+    words = _certain_words(arguments)
+    if words:
+        check_place(words[0])
+    if len(words) > 1 and not any(argument.startswith(("--overwrite", "--resume")) for argument in arguments):
+        model, out = (full_path(word) for word in words[:2])
+        if os.path.realpath(out) != os.path.realpath(model):  # which has an error of its own
             check_out(out)
     if (method := given(arguments, "--method")) is not None:
         check_name("method", method, _method_names())
     if (text := given(arguments, "--calibration")) not in (None, SELF):
         check_text(text, "calibration")
+
+
+def _certain_words(arguments: list[str]) -> list[str]:
+    """MODEL and OUT, or fewer where a flag may have taken a word as its value, or names one of them."""
+    if any(argument.partition("=")[0] in ("--model", "--out") for argument in arguments):
+        return []
+    words, rest = [], iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-"):
+            words.append(argument)
+        elif argument in _VALUED:
+            if next(rest, "-").startswith("-"):
+                break
+        elif not (argument.startswith("--") and "=" in argument) and argument.replace("--no-", "--") not in _SWITCHES:
+            break
+    return words[:2]
 
 
 def check_place(model: str | Path) -> None:

@@ -124,6 +124,37 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(lorq_command, flrq_folder, 
     assert all(layer["rank"] >= done.rank for layer, done in zip(planned["layers"], real.layers, strict=True))
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        "--group-size -1", "--symmetric", "--no-symmetric", "--no-resume", "--no-router-weights", "--grid integer",
+        "--range-search none", "--empty-exclude", "--group-size 16 --", "--bits=4",
+        "--exclude q_proj", "--",
+    ],
+)  # fmt: skip
+def test_flags_may_come_before_model_and_out(before, lorq_command, source, tmp_path):
+    size = [] if "--group-size" in before else ["--group-size=32"]
+    words = ["--method", "nearest", *size, *before.split(), source, tmp_path / "out"]
+    assert json.loads(lorq_command("quantize", "--dry-run", "--json", *words))["method"] == "nearest"
+
+
+def test_an_output_folder_that_is_a_link_to_nothing_is_refused(failing_command, source, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "gone").symlink_to("nothing")
+    for name in ("loop", "gone"):
+        assert "must be a folder, it is a link to nothing; choose" in failing_command(
+            "quantize", source, tmp_path / name
+        )
+        with pytest.raises(NotADirectoryError, match="it is a link to nothing"):
+            lorq.quantize(source, tmp_path / name, lorq.Nearest())
+
+
+@pytest.mark.parametrize("words", ["--out {out} --model {model}", "--out={out} {model}", "{model} --out {out}"])
+def test_model_and_out_may_be_named(words, lorq_command, source, tmp_path):
+    named = words.format(model=source, out=tmp_path / "out").split()
+    assert json.loads(lorq_command("quantize", *named, *NEAREST, "--dry-run", "--json"))["method"] == "nearest"
+
+
 def test_inspect_shows_every_layer(lorq_command, flrq_folder):
     table = lorq_command("inspect", flrq_folder)
     report = lorq.read_report(flrq_folder)

@@ -1,11 +1,17 @@
 """What `generate` writes, and what it leaves behind."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
+from helpers import BOS, byte_tokenizer
+from tokenizers import processors
 
 import lorq
+from lorq.generation import _read_prompt
 from lorq.kernels import cpu
+from lorq.models.windows import Encoder
 
 PROMPT = "One, two, three,"
 
@@ -66,3 +72,18 @@ def test_an_answer_that_nobody_reads_on_ends_and_leaves_products_as_they_were(fo
     assert written < 100
     assert torch.equal(first_logits(model), exact)
     assert len(seen) == written
+
+
+@pytest.mark.parametrize("template", ["<s> $A </s>", "$A </s>", "<s> $A"])
+def test_a_prompt_to_be_continued_does_not_end_with_what_the_tokenizer_appends(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<s>", "</s>")]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    start = (BOS,) if "<s>" in template else ()
+    for prompt in ("Hello", "Hello</s>"):  # which is the user's own
+        inputs = _read_prompt(Encoder(tokenizer, start, 300), prompt, chat=True)
+        assert inputs["input_ids"].tolist() == [[*start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]]
+        assert inputs["attention_mask"].shape == inputs["input_ids"].shape
+    with pytest.raises(ValueError, match="at least one token, got an empty one") if not start else nullcontext():
+        assert _read_prompt(Encoder(tokenizer, start, 300), "", chat=True)["input_ids"].tolist() == [[BOS]]

@@ -54,11 +54,8 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
         ValueError: if the base is no folder of this model.
         ArithmeticError: if a factor is not finite in float16.
     """
-    folder, out, layers = (
-        LorqFolder.open(resolve_model(base or model.name_or_path)),
-        full_path(out),
-        lords_layers(model),
-    )
+    folder = LorqFolder.open(resolve_model(base or model.name_or_path))
+    out, layers = full_path(out), lords_layers(model)
     report, source, config = folder.report, folder.reader, folder.config
     _check_own_folder(model, layers, source)
     halves = {name: half_factors(layer) for name, layer in layers.items()}

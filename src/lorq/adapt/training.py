@@ -16,7 +16,7 @@ from lorq.adapt.qat import cancel_qat, finish_qat, prepare_qat
 from lorq.adapt.settings import Settings
 from lorq.models.locate import resolve_model
 from lorq.models.texts import load_text
-from lorq.models.windows import Encoder, token_windows
+from lorq.models.windows import Encoder, positions_of, token_windows
 from lorq.progress import TRAIN, Progress
 from lorq.runtime.device import own_defaults
 
@@ -231,7 +231,7 @@ def read_dataset(model: Any, dataset: Any, chosen: Settings) -> list[dict[str, T
             raise TypeError(f"a data set must be a text, windows of tokens or examples, got {type(given).__name__}")
         given = map(dataset.__getitem__, range(len(dataset)))
     config = model.config.get_text_config()
-    limit, vocabulary = getattr(config, "max_position_embeddings", None), config.vocab_size
+    limit, vocabulary = positions_of(config), config.vocab_size
     examples = []
     for number, example in enumerate(given):
         try:

@@ -16,12 +16,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lorq.models.locate import cache_dir, make_room
-from lorq.models.windows import check_window_counts, start_token_of
+from lorq.models.windows import check_window_counts, positions_of, start_token_of
 from lorq.progress import duration
 
 if TYPE_CHECKING:  # importing a model class takes seconds; here it is only named
     import transformers
-Progress = Callable[[int, int], None]
+Sampled = Callable[[int, int], None]
 # Part of every cache key: raise it when the sampling loop changes what it writes.
 CACHE_FORMAT = 1
 # After so many steps their time is known well enough, and told if the rest will take so long.
@@ -51,7 +51,7 @@ def self_windows(
     seed: int,
     batch: int = 16,
     temperature: float = 1.0,
-    progress: Progress | None = None,
+    progress: Sampled | None = None,
 ) -> Int[Tensor, "windows length"]:
     """Windows that the model writes itself: calibration without any data.
 
@@ -133,7 +133,7 @@ def check_self_windows(
         raise ValueError(f"batch must be at least 1, got {batch}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = positions_of(config)
     if longest is not None and length > longest:
         raise ValueError(f"seq_len must be at most the model's {longest} positions, got {length}")
     return start_token_of(tokenizer, config)
@@ -151,7 +151,7 @@ def cached_self_windows(
     seed: int,
     batch: int = 16,
     temperature: float = 1.0,
-    progress: Progress | None = None,
+    progress: Sampled | None = None,
 ) -> Int[Tensor, "windows length"]:
     """``self_windows``, written once and kept in ``cache_dir()``; a kept result needs no model in memory.
 

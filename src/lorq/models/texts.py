@@ -143,7 +143,7 @@ def _json_list(path: Path) -> Iterator[tuple[str, Any]]:
 def _parsed(text: str, place: str, remedy: str = "") -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of more than 4300 digits is no JSONDecodeError
         raise ValueError(f"{place} must be JSON: {error}; got {text.strip()[:60]!r}{remedy}") from error
 
 

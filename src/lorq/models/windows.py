@@ -37,11 +37,12 @@ class Encoder:
         """That of a model's folder; errors are those of `open_tokenizer` and `start_tokens`."""
         tokenizer = open_tokenizer(folder)
         text = config.get_text_config()
-        positions = getattr(text, "max_position_embeddings", None)
-        return cls(tokenizer, start_tokens(tokenizer, config, start_token), text.vocab_size, positions)
+        return cls(tokenizer, start_tokens(tokenizer, config, start_token), text.vocab_size, positions_of(config))
 
     def tokens(self, text: str | Chats, what: str) -> list[int]:
         """All of a text, without special tokens; of conversations as the model's chat template writes them.
+
+        A start that the template writes before the first is left out: every window begins with it.
 
         Characters that spell a special token, such as ``<s>``, stay characters: who writes about a token does not
         mean it. A chat template means its own.
@@ -58,6 +59,8 @@ class Encoder:
         elif self.tokenizer.chat_template:
             templated: Any = [self.tokenizer.apply_chat_template(chat, return_dict=False) for chat in text]
             tokens = [token for chat in templated for token in chat]
+            if self.start and tuple(tokens[: len(self.start)]) == self.start:
+                tokens = tokens[len(self.start) :]
         else:
             raise ValueError(
                 f"conversations ('messages') need a tokenizer with a chat template, the model's has none; write "
@@ -74,6 +77,12 @@ class Encoder:
                 f"({self.tokenizer.convert_ids_to_tokens(worst)!r}); the tokenizer has more tokens than the model: "
                 "take the model's own, or resize its embeddings"
             )
+
+
+def positions_of(config: Any) -> int | None:
+    """How many tokens a model takes at once; None for no limit, which some configs write as -1."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None
 
 
 def start_tokens(tokenizer: Any, config: Any, rule: StartToken) -> tuple[int, ...]:

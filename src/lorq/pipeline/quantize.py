@@ -81,7 +81,7 @@ def quantize(
     if chosen.calibration != SELF:
         check_text(chosen.calibration, "calibration")
     out, own = full_path(out), full_path(model)
-    if own.exists() and out.resolve() == own.resolve():
+    if own.exists() and os.path.realpath(out) == os.path.realpath(own):
         raise FileExistsError(f"the output folder must not be the model's own, got {out} for both")
     check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
     progress(OPEN, 0, 1)

@@ -11,6 +11,7 @@ from lorq.models.blocks import Part, StreamedModel
 from lorq.models.calls import Stream
 from lorq.models.experts import find_experts
 from lorq.models.skeleton import read_config, skeleton
+from lorq.models.windows import positions_of
 from lorq.pipeline.observe import routed_alike
 from lorq.progress import VERIFY, Progress
 from lorq.runtime.linear import QuantLinear
@@ -61,7 +62,7 @@ class Probe:
 
 def probe_tokens(config: Any, seed: int) -> Int[Tensor, "windows length"]:
     """Random tokens for comparing logits."""
-    length = min(_TOKENS, getattr(config, "max_position_embeddings", None) or _TOKENS)
+    length = min(_TOKENS, positions_of(config) or _TOKENS)
     return torch.randint(config.vocab_size, (_WINDOWS, length), generator=torch.Generator().manual_seed(seed))
 
 

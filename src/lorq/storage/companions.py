@@ -18,6 +18,8 @@ WEIGHTS = (
 # A large vocabulary takes 35 MB. What is larger is data.
 MOST_BYTES = 100_000_000
 _MOST_FILES = 100  # of a folder below
+_LONGEST_NAME = 255 - len(TEMPORARY)  # which is appended while it is written
+_LINK = "a link to a folder"
 # Written anew for every folder.
 _OWN = ("config.json", REPORT_NAME, JOURNAL)
 
@@ -25,7 +27,8 @@ _OWN = ("config.json", REPORT_NAME, JOURNAL)
 def find_companions(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """Everything that a model's folder holds beside weights, config and lorq's own files: tokenizer, templates, code.
 
-    Hidden files stay behind without a word; so do folders with weights or a config, which are other models.
+    Hidden files stay behind without a word; so do folders with weights or a config, which are other models. Of a
+    folder below, what can be no file (links to folders, empty folders) stays behind alone, other things with all of it.
 
     Returns:
         Files by their names, with ``/`` where they are in folders below, and why others stay behind, by name.
@@ -35,9 +38,11 @@ def find_companions(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith(".") or entry.name in _OWN or entry.name.endswith((*WEIGHTS, TEMPORARY)):
             continue
-        files = list(islice(_files(entry), _MOST_FILES + 1))
+        found = list(islice(_everything(entry), _MOST_FILES + 1))
+        files = [place for place, why in found if not why]
         if entry.is_dir() and any(file.name == "config.json" or file.name.endswith(WEIGHTS) for file in files):
             continue
+        left |= {place.relative_to(folder).as_posix(): why for place, why in found if why}
         why = _why_not(folder, files)
         if why:
             left[entry.name] = why
@@ -46,14 +51,22 @@ def find_companions(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     return taken, left
 
 
-def _files(entry: Path) -> Iterator[Path]:
-    """A file, or all files below a folder, in order. Folders that are links are not entered."""
+def _everything(entry: Path) -> Iterator[tuple[Path, str]]:
+    """A file, or all files below a folder, in order; and what there is no file of, with the reason."""
     if not entry.is_dir():
-        yield entry
-    elif not entry.is_symlink():
-        for place, folders, names in os.walk(entry):
-            folders.sort()
-            yield from (Path(place, name) for name in sorted(names))
+        yield entry, ""
+        return
+    if entry.is_symlink():
+        yield entry, _LINK
+        return
+    unread: list[OSError] = []
+    for place, folders, names in os.walk(entry, onerror=unread.append):
+        folders.sort()
+        if not folders and not names:
+            yield Path(place), "an empty folder"
+        yield from ((Path(place, name), _LINK) for name in folders if Path(place, name).is_symlink())
+        yield from ((Path(place, name), "") for name in sorted(names))
+    yield from ((Path(error.filename), "a folder that cannot be read") for error in unread)
 
 
 def _why_not(folder: Path, files: list[Path]) -> str:
@@ -69,13 +82,15 @@ def _why_not(folder: Path, files: list[Path]) -> str:
             name_below(file.relative_to(folder).as_posix(), where=folder)
         except ValueError:
             return "its name is not one for every system"
+        if len(os.fsencode(file.name)) > _LONGEST_NAME:
+            return f"{file.name[:16]}... has a name of more than {_LONGEST_NAME} bytes"
     size = sum(file.stat().st_size for file in files)
     return f"{size} bytes, more than {MOST_BYTES}" if size > MOST_BYTES else ""
 
 
 def _is_inside(folder: Path, file: Path) -> bool:
     """Whether a file, links followed, is the folder's own, or its repository's where that is in a hub's cache."""
-    real, own = file.resolve(), folder.resolve()
+    real, own = (Path(os.path.realpath(path)) for path in (file, folder))  # `resolve` raises on a loop of links
     return real.is_relative_to(own) or (
         own.parent.name == "snapshots" and real.is_relative_to(own.parents[1] / "blobs")
     )

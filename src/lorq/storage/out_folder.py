@@ -1,5 +1,6 @@
 """Whether a folder can be written to."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ def check_content(folder: Path, *, overwrite: bool = False, resume: bool = False
     """
     if overwrite and resume:
         raise ValueError("--overwrite and --resume exclude each other, got both; give one")
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} must be a folder, it is a file; choose another name")
+    if os.path.lexists(folder) and not folder.is_dir():
+        what = "a file" if folder.exists() else "a link to nothing"
+        raise NotADirectoryError(f"{folder} must be a folder, it is {what}; choose another name")
     present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
     present = [name for name in present if not name.endswith(TEMPORARY)]
     state = "unfinished" if JOURNAL in present else "finished" if _is_lorq(folder) else "foreign"

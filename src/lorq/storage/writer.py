@@ -10,6 +10,7 @@ that this shard is made again. ``finish`` writes ``config.json`` last and then r
 
 import errno
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -116,7 +117,8 @@ class CheckpointWriter:
             index_name: which tensor is in which shard, in the form of a Hugging Face index.
 
         Raises:
-            ValueError: if a name leads out or is taken, or ``config`` is not of lorq, or no shard is written.
+            ValueError: if a name or a link leads out, a name is taken, ``config`` is not of lorq, or no shard is
+                written.
             OSError: if the disk is full; the finished shards are kept.
         """
         if (method := quant_method(config)) != "lorq":
@@ -127,6 +129,8 @@ class CheckpointWriter:
         if taken := files.keys() & {*self._shards, index_name, JOURNAL, "config.json"}:
             raise ValueError(f"extra files must have names of their own, got {some_of(taken)}")
         own = sorted([*self._shards, *(name_below(name, where="extra file") for name in files)])
+        for name in files:
+            _check_inside(self.folder, name)
         headers = [read_header(self.folder / name) for name in self._shards]
         stored_bytes = sum(header.file_bytes - 8 - len(header.raw) for header in headers)
         index = {
@@ -205,11 +209,19 @@ def _remove_own_files(folder: Path) -> None:
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:
-    """Remove files, and the folders below that they leave empty."""
+    """Remove files, what is part-written of them, and the folders below that they leave empty."""
     for name in names:
-        if not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"{folder / name} must lie in {folder}, but a link leads out of it; remove the link first")
+        _check_inside(folder, name)
         (folder / name).unlink(missing_ok=True)
+        if "/" in name:  # beside the shards `create` has removed all
+            (folder / f"{name}{TEMPORARY}").unlink(missing_ok=True)
         for place in list((folder / name).relative_to(folder).parents)[:-1]:
             if (folder / place).is_dir() and not any((folder / place).iterdir()):
                 (folder / place).rmdir()
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    """Refuse a file in a folder below that is a link out."""
+    place, own = (os.path.realpath(path) for path in ((folder / name).parent, folder))
+    if not Path(place).is_relative_to(own):
+        raise ValueError(f"{folder / name} must lie in {folder}, but a link leads out of it; remove the link first")

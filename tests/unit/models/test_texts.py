@@ -98,6 +98,13 @@ def test_a_bad_jsonl_line_is_named_by_its_number_and_its_fields(tmp_path, line, 
     assert line.strip() in str(caught.value) and got in str(caught.value)
 
 
+def test_a_number_that_python_does_not_read_is_named_by_its_line(tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text('"good"\n' + "1" * 5000 + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"text\.jsonl, line 2 must be JSON: Exceeds the limit .*; got '1{60}'$"):
+        load_text(str(path))
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

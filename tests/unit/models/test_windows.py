@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import BOS, BYTES, byte_tokenizer
+from helpers import BOS, BYTES, byte_tokenizer, tiny_model
 from tokenizers import AddedToken
 
-from lorq.models.windows import Encoder, Windows, start_tokens, text_windows, token_windows
+from lorq.models.self_text import check_self_windows
+from lorq.models.windows import Encoder, Windows, positions_of, start_tokens, text_windows, token_windows
+from lorq.pipeline.verify import _TOKENS, probe_tokens
 
 # ---- where windows are cut ------------------------------------------------------------------------------
 
@@ -171,6 +173,26 @@ def test_a_chat_template_means_its_special_tokens(tokenizer):
     letters = tokenizer.convert_tokens_to_ids(["a", ":", "b", "c"])
     one = [BOS, *letters[:3], BOS, letters[3], letters[1], BOS]
     assert Encoder(tokenizer, (), 257).tokens(chats, "test") == 2 * one
+
+
+@pytest.mark.parametrize("start", [(), (BOS,), (BOS, BOS)])
+def test_windows_of_conversations_do_not_begin_twice(tokenizer, start):
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    letters = tokenizer.convert_tokens_to_ids(["a", "b", "c"])
+    encoder = Encoder(tokenizer, start, 257)
+    cut = token_windows([[{"role": "user", "content": "abc"}]] * 4, encoder, windows=1, length=6, what="x")
+    template = [] if start == (BOS,) else [BOS]
+    assert cut.tolist() == [[*start, *template, *letters, BOS, *letters][:6]]
+
+
+@pytest.mark.parametrize("positions, limit", [(-1, None), (0, None), (7, 7)])
+def test_less_than_one_position_is_no_limit(tokenizer, positions, limit, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    config = tiny_model().config
+    config.max_position_embeddings = positions
+    assert Encoder.open(tmp_path, config).positions == limit == positions_of(config)
+    probed = probe_tokens(config, 0).shape[1]
+    assert probed == (limit or _TOKENS) and check_self_windows(tokenizer, config, windows=1, length=limit or 99) == BOS
 
 
 def test_conversations_without_a_template_are_refused(tokenizer):

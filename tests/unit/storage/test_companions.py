@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorq.storage import companions
 from lorq.storage.companions import find_companions, with_code_of
@@ -58,9 +59,70 @@ def test_what_is_too_large_or_no_file_of_the_folder_stays_behind_with_the_reason
         "many": "more than 100 files",
         "nowhere": "nowhere is no file, or cannot be read",
         "pipe": "pipe is no file, or cannot be read",
+        "place": "a link to a folder",
     }
     monkeypatch.setattr(companions, "MOST_BYTES", 5)
     assert find_companions(folder)[1]["tokenizer.json"] == "14 bytes, more than 5"
+
+
+def test_loops_of_links_long_names_and_what_holds_no_file_stay_behind_with_the_reason(tmp_path: Path) -> None:
+    longest = "n" * 246
+    folder = fill(tmp_path / "model", "sub/a.jinja", longest, f"{longest}n", "below/" + "é" * 124)
+    (folder / "loop").symlink_to("loop")
+    (folder / "empty").mkdir()
+    (folder / "sub/none/at/all").mkdir(parents=True)
+    (folder / "sub/link").symlink_to("..")
+    taken, left = find_companions(folder)
+    assert sorted(taken) == [longest, "sub/a.jinja"]
+    assert left == {
+        "below": "éééééééééééééééé... has a name of more than 246 bytes",
+        "empty": "an empty folder",
+        "loop": "loop is no file, or cannot be read",
+        f"{longest}n": "nnnnnnnnnnnnnnnn... has a name of more than 246 bytes",
+        "sub/link": "a link to a folder",
+        "sub/none/at/all": "an empty folder",
+    }
+    writer = CheckpointWriter.create(tmp_path / "out", {})
+    writer.write_shard("lorq-00000.safetensors", {"a": torch.zeros(1)}, {})
+    writer.finish(config=CONFIG, files=taken)
+    assert (tmp_path / "out" / longest).read_text() == longest
+
+
+def begun(folder: Path, **how: bool) -> CheckpointWriter:
+    writer = CheckpointWriter.create(folder, {"x": 1}, **how)
+    if not writer.completed:
+        writer.write_shard("lorq-00000.safetensors", {"a": torch.zeros(1)}, {})
+    return writer
+
+
+def test_nothing_is_written_through_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    elsewhere = fill(tmp_path / "elsewhere", "a.txt")
+    writer = begun(tmp_path / "out")
+    (tmp_path / "out/sub").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"out/sub/a.txt must lie in .*out, but a link leads out of it; remove"):
+        writer.finish(config=CONFIG, files={"sub/a.txt": b"mine"})
+    assert [(path.name, path.read_text()) for path in elsewhere.iterdir()] == [("a.txt", "a.txt")]
+    (tmp_path / "out/sub").unlink()
+    begun(tmp_path / "out", resume=True).finish(config=CONFIG, files={"sub/a.txt": b"mine"})
+    assert (tmp_path / "out/sub/a.txt").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_what_a_closing_that_was_killed_left_in_folders_below_goes(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(temporary: Path, path: Path) -> None:
+        if path.name == "a.txt":
+            raise KeyboardInterrupt
+        temporary.rename(path)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        writer = begun(tmp_path / "out")
+        patch.setattr("lorq.storage.writer.rename_synced", killed)
+        writer.finish(config=CONFIG, files={"sub/a.txt": b"1"})
+    assert (tmp_path / "out/sub/a.txt.lorq.tmp").exists()
+    begun(tmp_path / "out", **{how: True}).finish(config=CONFIG, files={})
+    assert not (tmp_path / "out/sub").exists()
 
 
 def test_files_of_a_hubs_cache_are_links_and_taken(tmp_path: Path) -> None:
@@ -87,8 +149,6 @@ def test_code_that_is_not_there_is_not_referred_to() -> None:
 
 
 def test_files_in_folders_below_are_written_and_removed_again(tmp_path: Path) -> None:
-    import torch
-
     def write(files: dict[str, bytes | Path]) -> None:
         writer = CheckpointWriter.create(tmp_path / "out", {"x": 1}, overwrite=True)
         writer.write_shard("lorq-00000.safetensors", {"a": torch.zeros(1)}, {})
