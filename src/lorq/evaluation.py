@@ -108,7 +108,9 @@ def evaluate(
 
     progress(IMPORT, 1, 1)
     with own_defaults():
-        encoder = Encoder.open(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False), start_token)
+        configs = [AutoConfig.from_pretrained(f, trust_remote_code=False) for f in (folder, original or folder)]
+        _check_vocabulary(*(config.get_text_config().vocab_size for config in configs))
+        encoder = Encoder.open(folder, configs[0], start_token)
         content = load_text(text, split="evaluation")
         tokens = token_windows(content, encoder, windows=windows or None, length=window, what=text)
         if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text_name(text):
@@ -133,3 +135,11 @@ def evaluate(
             **vars(quality), bits_per_weight=bits_per_weight(models[0], folder), tokens=len(tokens) * (window - seen),
             text=text, window=window, windows=len(tokens), start_token=bool(encoder.start),
         )  # fmt: skip
+
+
+def _check_vocabulary(size: int, reference: int) -> None:
+    if size != reference:
+        raise ValueError(
+            f"model and reference must share a vocabulary, got {size} and {reference} tokens; is this the original "
+            "model?"
+        )

@@ -203,6 +203,7 @@ def _decoded_bytes(path: Path) -> int:
 
 def load_dense(folder: Path, dtype: "torch.dtype") -> Any:
     """The whole original model."""
-    from lorq.models.skeleton import model_class, read_config  # and with them torch
+    from lorq.models.skeleton import BUILDING, model_class, read_config  # and with them torch
 
-    return model_class(read_config(folder)).from_pretrained(folder, dtype=dtype).eval()
+    with BUILDING:
+        return model_class(read_config(folder)).from_pretrained(folder, dtype=dtype).eval()

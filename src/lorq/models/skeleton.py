@@ -1,5 +1,6 @@
 """Architectures: a model's config, its skeleton without memory, its decoder blocks."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ def read_config(folder: Path) -> Any:
         method = existing.get("quant_method") if isinstance(existing, dict) else existing
         raise ValueError(f"{folder} is already quantized ({method}); give the original model")
     return config
+
+
+# Held while a model is made: transformers and accelerate change classes for the whole process meanwhile, and two
+# threads' models then lack weights.
+BUILDING = threading.RLock()
 
 
 def model_class(config: Any) -> Any:
@@ -68,7 +74,7 @@ def skeleton(config: Any) -> Any:
     from accelerate import init_empty_weights
 
     kind = model_class(config)
-    with init_empty_weights(include_buffers=False):
+    with BUILDING, init_empty_weights(include_buffers=False):
         model = kind._from_config(config, dtype=torch.float32).eval()
     split_experts(model)
     return model

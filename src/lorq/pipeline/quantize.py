@@ -1,6 +1,7 @@
 """quantize(): the only place that calls the stages in order."""
 
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -28,7 +29,7 @@ from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, mak
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
-from lorq.progress import OPEN, QUANTIZE, WRITE, Progress, no_progress
+from lorq.progress import OPEN, PASS, QUANTIZE, WRITE, Progress, no_progress
 from lorq.runtime.device import own_defaults, read_device
 from lorq.storage.atomic import require_space
 from lorq.storage.companions import find_companions, with_code_of
@@ -173,7 +174,8 @@ def _solve(
         streams = Streams.begin(model, plan, tokens, folder)
         probe = Probe.begin(model, probe_tokens(model.model.config.get_text_config(), plan.options.seed))
     finished = commit.finished
-    progress(QUANTIZE, 0, len(model.blocks))
+    behind, ahead = len(finished), len(model.blocks) - len(finished)
+    progress(*(PASS, 0, behind) if behind else (QUANTIZE, 0, ahead))
     for number, visit in enumerate(walk(model, plan, streams, finished=finished), 1):
         refuse()
         commit.look()
@@ -185,7 +187,10 @@ def _solve(
             seconds["calibration"] += visit.seconds
             seconds["solving"] += time.monotonic() - began
         commit.block(visit, solved, probe)
-        progress(QUANTIZE, number, len(model.blocks))
+        if number <= behind:  # what is finished comes first, and goes faster
+            progress(PASS, number, behind)
+        if number >= behind and ahead:
+            progress(QUANTIZE, number - behind, ahead)
     commit.settle()
     verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), progress)
     return seconds
@@ -224,12 +229,20 @@ def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callab
 def _require_memory(model: StreamedModel) -> None:
     """The model writes text only if it fits in memory with room to spare."""
     parameters = sum(p.numel() for p in model.model.parameters())
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = _available_bytes()
     if 4 * parameters > 0.7 * available:
         raise ValueError(
             f"calibration 'self' needs the whole model in memory ({4 * parameters / 1e9:.1f} GB in float32), "
             f"{available / 1e9:.1f} GB are free; name a text instead, such as --calibration FILE or wikitext2"
         )
+
+
+def _available_bytes(told: Path = Path("/proc/meminfo")) -> int:
+    """Memory that can be had. Pages that are free are fewer: the system fills them with files that it can read again."""
+    try:
+        return 1024 * int(re.findall(r"^MemAvailable: *(\d+) kB", told.read_text(), re.M)[0])
+    except (OSError, IndexError):  # not Linux
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # Options that say how a run is done and leave the bytes as they are.

@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from lorq.models.experts import find_experts, fuse_experts, split_experts
 from lorq.models.locate import resolve_model
-from lorq.models.skeleton import model_class
+from lorq.models.skeleton import BUILDING, model_class
 from lorq.runtime.device import own_defaults, read_device, read_dtype
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
@@ -128,7 +128,8 @@ def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str |
     automatic = torch.float32 if place.type == "cpu" else "auto"
     kind = automatic if dtype == "auto" else read_dtype(dtype)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    loaded: Any = model_class(config).from_pretrained(folder, dtype=kind)
+    with BUILDING:
+        loaded: Any = model_class(config).from_pretrained(folder, dtype=kind)
     return loaded.to(place).eval()
 
 

@@ -154,11 +154,14 @@ class CheckpointWriter:
 def _save_synced(path: Path, tensors: dict[str, Tensor]) -> Path:
     """`write_synced` of tensors, none of which is copied for it: a block of a large mixture has gigabytes."""
     temporary = path.with_name(path.name + TEMPORARY)
+    temporary.touch()
+    mode = temporary.stat().st_mode  # that of any file made here; safetensors' are their owner's alone
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})  # safetensors does not order more than one key
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
+    temporary.chmod(mode)
     sync_file(temporary)
     return temporary
 
