@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 import lorq
 from lorq.cli import main
 from lorq.models import self_text
-from lorq.refusals import _SWITCHES, _method_names
+from lorq.refusals import _SWITCHES, _VALUED, _method_names
 
 NEAREST = ["--method", "nearest", "--group-size", "32"]
 SMALL = ["--group-size", "32", "--samples", "2", "--seq-len", "16"]
@@ -242,5 +242,9 @@ def test_what_is_known_before_torch_is_what_is_so():
     from lorq.pipeline.options import Options
 
     assert _method_names() == list(lorq.METHODS)
-    flags = {f"--{name.replace('_', '-')}" for name, value in vars(Options()).items() if value is False}
-    assert flags | {"--json"} == set(_SWITCHES)
+    defaults = vars(Options()) | {"method": "", "json": False}
+    for kind in lorq.METHODS.values():
+        defaults |= vars(kind())
+    flags = {f"--{name.replace('_', '-')}": isinstance(value, bool) for name, value in defaults.items()}
+    assert {flag for flag, switch in flags.items() if switch} == set(_SWITCHES)
+    assert {flag for flag, switch in flags.items() if not switch} >= set(_VALUED)
