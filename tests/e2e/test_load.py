@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -417,3 +418,23 @@ def _opt_config(whole):
 def test_a_device_or_type_that_is_not_there_is_refused(where, message, whole):
     with pytest.raises(ValueError, match=message):
         lorq.load(whole, **where)
+
+
+def test_threads_that_load_one_folder_each_get_the_whole_model(folder_of, tmp_path):
+    lorq.quantize(folder_of("llama"), tmp_path / "out", lorq.Nearest(group_size=32))
+    tokens = torch.arange(1, 9)[None]
+    with ThreadPoolExecutor(4) as pool:
+        for folder in (tmp_path / "out", folder_of("llama")):
+            expected = lorq.load(folder)(tokens).logits
+            for loaded in [*pool.map(lambda _, folder=folder: lorq.load(folder), range(8))]:
+                assert torch.equal(loaded(tokens).logits, expected)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights of POSIX")
+def test_all_files_have_the_rights_of_new_files(folder_of, tmp_path):
+    before = os.umask(0o022)
+    try:
+        lorq.quantize(folder_of("llama"), tmp_path / "out", lorq.Nearest(group_size=32))
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {0o644}

@@ -238,7 +238,7 @@ def _require_memory(model: StreamedModel) -> None:
 
 
 def _available_bytes(told: Path = Path("/proc/meminfo")) -> int:
-    """Memory that can be had. Pages that are free are fewer: the system fills them with files that it can read again."""
+    """Memory that can be had: more than is free, since the system keeps files there that it can read again."""
     try:
         return 1024 * int(re.findall(r"^MemAvailable: *(\d+) kB", told.read_text(), re.M)[0])
     except (OSError, IndexError):  # not Linux
