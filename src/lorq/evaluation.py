@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from lorq.adapt.folder import read_adapter_config
 from lorq.core.checks import Dtype, Products, Range, check_arguments
 from lorq.models.locate import resolve_model
-from lorq.models.texts import StartToken, check_text, load_text, text_name
+from lorq.models.texts import TEXTS, StartToken, check_text, load_text, text_name
 from lorq.models.tokenizer import check_tokenizer
 from lorq.progress import EVALUATE, IMPORT, READ, Progress, no_progress
 from lorq.storage.names import REPORT_NAME
@@ -112,9 +112,7 @@ def evaluate(
         content = load_text(text, split="evaluation")
         tokens = token_windows(content, encoder, windows=windows or None, length=window, what=text)
         if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text_name(text):
-            _log.warning(
-                "%s was calibrated on %s; if it is this text, these figures flatter it", model, text_name(text)
-            )
+            _log.warning("%s was calibrated on %s", model, _flattering(text))
         places = [folder] if original is None else [folder, original]
         models = []
         for number, place in enumerate(places):
@@ -133,3 +131,12 @@ def evaluate(
             **vars(quality), bits_per_weight=bits_per_weight(models[0], folder), tokens=len(tokens) * (window - seen),
             text=text, window=window, windows=len(tokens), start_token=bool(encoder.start),
         )  # fmt: skip
+
+
+def _flattering(text: str) -> str:
+    """What calibration on a text of this name means for the figures."""
+    if text not in TEXTS:  # a file, of which the report has the name alone
+        return f"{text_name(text)}; if it is this text, these figures flatter it"
+    if text.startswith("python-docs"):  # the same for both uses
+        return f"{text}, the text it is measured on: these figures flatter it"
+    return f"another part of {text} than the one it is measured on: these figures flatter it a little"
