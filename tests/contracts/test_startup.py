@@ -100,10 +100,9 @@ def test_the_table_of_families_loads_nothing_heavy():
     assert answer("families", "gemma") == (0, "")
 
 
-@pytest.mark.parametrize("command", ["families", "--help"])
-def test_a_reader_that_goes_away_is_no_error(command):
+def test_a_reader_that_goes_away_is_no_error():
     running = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.replace("print(", "0 and print("), command],
+        [sys.executable, "-c", SCRIPT.replace("print(", "0 and print("), "families"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     running.stdout.close()
