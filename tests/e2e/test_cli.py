@@ -680,7 +680,7 @@ def test_too_little_room_is_noticed_before_the_work(failing_command, source, tmp
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
     found = failing_command("quantize", source, tmp_path / "out", *NEAREST)
-    assert re.search(r"lorq: \S*out needs \d+\.\d\d MB, 1000 bytes are free", found)
+    assert re.search(r"^\S*out needs \d+\.\d\d MB, 1000 bytes are free", found)
     assert not (tmp_path / "out").exists()
 
 
