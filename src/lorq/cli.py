@@ -28,7 +28,7 @@ from lorq.bench.commands import bench_app
 from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, READ, no_progress
-from lorq.refusals import check_early, check_place, explained, given, is_unexpected
+from lorq.refusals import check_early, check_place, explained, given, is_unexpected, missing
 from lorq.show import (
     Notes,
     command,
@@ -291,21 +291,26 @@ def families(pattern: str = "", *, json_: Annotated[bool, Parameter(name="--json
     """
     with Path(__file__).with_name("families.csv").open(newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if pattern.lower() in f"{row['model_type']} {row['class']}".lower()]
+    if not rows:
+        raise ValueError(
+            f"no model type or class of transformers has {pattern!r} in its name; `lorq families` lists them all"
+        )
     if json_:
         print(json.dumps(rows))
         return
-    if not rows:
-        raise ValueError(
-            f"PATTERN must be a part of a model type or class, {pattern!r} is in none; lorq families lists"
-        )
     table = Table()
-    for title in ("model type", "class", "", "reason"):
+    for title in ("model type", "class", "verdict", "reason"):
         table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(row["model_type"], row["class"], row["verdict"], row["reason"])
     console.print(table)
-    works = sum(row["verdict"] == "works" for row in rows)
-    console.print(f"{works} of {len(rows)} work")
+    verdicts = [row["verdict"] for row in rows]
+    if "not built" in verdicts:
+        console.print("not built: no small model of it could be made here, so nothing is known")
+    console.print(
+        f"{verdicts.count('works')} of {len(rows)} work, {verdicts.count('refused')} are refused, "
+        f"{verdicts.count('not built')} are not built"
+    )
 
 
 # What a command keeps when it is interrupted.
@@ -317,7 +322,7 @@ _GOES_ON = {
 
 def _run(arguments: list[str]) -> None:
     """One command, or its help."""
-    if arguments[:1] == ["quantize"]:
+    if arguments[:1] == ["quantize"] and len(arguments) > 1:
         if not {"--help", "-h", "--version"} & set(arguments):
             check_early(arguments[1:])
         with progress_bars() if "torch" not in sys.modules else nullcontext(no_progress) as progress:
@@ -353,6 +358,12 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     try:
         _run(arguments)
+        print(end="", flush=True)
+    except BrokenPipeError:  # as of `lorq families | head`; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as shells report SIGPIPE
+    except cyclopts.MissingArgumentError as error:
+        return _fail(missing(error))
     except cyclopts.CycloptsError as error:
         return _fail(str(error))
     except KeyboardInterrupt:

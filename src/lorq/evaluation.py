@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from lorq.adapt.folder import read_adapter_config
 from lorq.core.checks import Dtype, Products, Range, check_arguments
 from lorq.models.locate import resolve_model
-from lorq.models.texts import StartToken, check_text, load_text, text_name
+from lorq.models.texts import TEXTS, StartToken, check_text, load_text, text_name
 from lorq.models.tokenizer import check_tokenizer
 from lorq.progress import EVALUATE, IMPORT, READ, Progress, no_progress
 from lorq.storage.names import REPORT_NAME
@@ -108,17 +108,16 @@ def evaluate(
 
     progress(IMPORT, 1, 1)
     with own_defaults():
-        configs = [AutoConfig.from_pretrained(f, trust_remote_code=False) for f in (folder, original or folder)]
-        _check_vocabulary(*(config.get_text_config().vocab_size for config in configs))
-        encoder = Encoder.open(folder, configs[0], start_token)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _check_vocabulary(
+            config, config if original is None else AutoConfig.from_pretrained(original, trust_remote_code=False)
+        )
+        encoder = Encoder.open(folder, config, start_token)
         content = load_text(text, split="evaluation")
         tokens = token_windows(content, encoder, windows=windows or None, length=window, what=text)
         if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text_name(text):
-            _log.warning(
-                "%s was calibrated on %s; if it is this text, these figures flatter it", model, text_name(text)
-            )
-        places = [folder] if original is None else [folder, original]
-        models = []
+            _log.warning("%s was calibrated on %s", model, _flattering(text))
+        places, models = [folder] if original is None else [folder, original], []
         for number, place in enumerate(places):
             progress(READ, number, len(places))
             models.append(load(place, device=device, dtype=dtype))
@@ -137,9 +136,22 @@ def evaluate(
         )  # fmt: skip
 
 
-def _check_vocabulary(size: int, reference: int) -> None:
+def _check_vocabulary(config: Any, original: Path | None) -> None:
+    from transformers import AutoConfig
+
+    other = config if original is None else AutoConfig.from_pretrained(original, trust_remote_code=False)
+    size, reference = (own.get_text_config().vocab_size for own in (config, other))
     if size != reference:
         raise ValueError(
             f"model and reference must share a vocabulary, got {size} and {reference} tokens; is this the original "
             "model?"
         )
+
+
+def _flattering(text: str) -> str:
+    """What calibration on a text of this name means for the figures."""
+    if text not in TEXTS:  # a file, of which the report has the name alone
+        return f"{text_name(text)}; if it is this text, these figures flatter it"
+    if text.startswith("python-docs"):  # the same for both uses
+        return f"{text}, the text it is measured on: these figures flatter it"
+    return f"another part of {text} than the one it is measured on: these figures flatter it a little"

@@ -130,7 +130,10 @@ def _written(
             # Compiled, inference mode spares every operator a look at gradients; else layers that share a rotated
             # input would lose it (`lorq.runtime.same_input.Together`).
             with cpu.products(products), torch.inference_mode() if inference else nullcontext():
-                model.generate(streamer=streamer, stopping_criteria=[ended], **options)
+                answer = model.generate(streamer=streamer, stopping_criteria=[ended], **options)
+            new = answer[0, options["input_ids"].shape[1] :]
+            if len(new) == 1 and not tokenizer.decode(new, skip_special_tokens=True):
+                _log.info("the model ended at once: its first token was the end token")
         except BaseException as error:
             failure.append(error)
             streamer.end()

@@ -2,10 +2,14 @@
 
 import ast
 import os
+import re
 import traceback
 from difflib import get_close_matches
 from importlib.util import find_spec
+from inspect import Parameter, signature
 from pathlib import Path
+
+from cyclopts import MissingArgumentError
 
 from lorq.core.checks import check_name
 from lorq.models.locate import check_model, full_path
@@ -118,9 +122,26 @@ def is_unexpected(error: Exception) -> bool:
     return not isinstance(error, (ValueError, TypeError, OSError, ArithmeticError, ImportError))
 
 
+def missing(error: MissingArgumentError) -> str:
+    """What a command wants beside what it was given, and how it is called."""
+    argument, chain = error.argument, " ".join(error.command_chain or ())
+    if error.target is None or argument is None or argument.field_info.kind is Parameter.KEYWORD_ONLY:
+        return str(error)
+    wanted = [name for name, parameter in signature(error.target).parameters.items() if _is_wanted(parameter)]
+    first = wanted.index(argument.field_info.name)
+    names = [name.upper() for name in wanted]
+    lack = f"{' and '.join(names[first:])} {'is' if first == len(names) - 1 else 'are'} missing"
+    return f"{lack}; usage: lorq {chain} {' '.join(names)} [OPTIONS]; lorq {chain} --help tells more"
+
+
+def _is_wanted(parameter: Parameter) -> bool:
+    return parameter.kind is Parameter.POSITIONAL_OR_KEYWORD and parameter.default is Parameter.empty
+
+
 def explained(error: Exception) -> str:
     """One line for the user, with the notes that were added on the way."""
-    message = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    own = re.sub(r"^\[Errno \d+\] ", "", str(error))  # a number for programs
+    message = "\n".join([own, *getattr(error, "__notes__", [])])
     # Of CPUs and GPUs alike: torch has a class of its own for the latter alone.
     if isinstance(error, MemoryError) or any(words in message for words in ("out of memory", "not enough memory")):
         return (

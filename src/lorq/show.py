@@ -22,9 +22,15 @@ from rich.text import Text
 from lorq.progress import Progress, duration
 from lorq.storage.report import Report
 
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # as `print` does, where rich would exit with 1
+
+
 # What is printed are names and paths of the user, which are no markup and no emoji, whatever brackets and colons they
 # have. In a pipe there is no width to fit into, and cut names are of no use to anyone.
-console = Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
+console = _Console(width=None if sys.stdout.isatty() else 160, markup=False, emoji=False, highlight=False)
 notes = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 # A log file has a line of a stage so often, not more.
 _LINE_SECONDS = 10

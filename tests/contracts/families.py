@@ -158,6 +158,10 @@ def said(error: BaseException) -> str:
     """An error in a line, without what differs from run to run."""
     text = str(error).strip().splitlines()
     line = " ".join(text[:3]) if "Strict" in type(error).__name__ else text[0] if text else ""
+    line = re.sub(r"^Class validation error for validator '\w+': ", "", " ".join(line.split()))
+    line = re.split(r"(?<=[a-z0-9\])])\.\s", line)[0].rstrip(
+        "."
+    )  # the first sentence: what follows is advice, cut anywhere
     line = re.sub(r"/\S*/(m|Nearest|GPTQ)\b", "MODEL", line)
     return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 

@@ -61,6 +61,7 @@ def test_every_public_name_is_there():
     for name in lorq.__all__:
         assert getattr(lorq, name) is not None
     assert set(dir(lorq)) == {*lorq.__all__, "__version__"}
+    assert dir(lorq.adapt) == sorted(lorq.adapt.__all__)
     starred: dict[str, object] = {}
     exec("from lorq import *", starred)
     assert set(lorq.__all__) <= set(starred)

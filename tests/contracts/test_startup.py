@@ -52,7 +52,14 @@ MISTAKES = {
     "generate {model} Hi --products byte": 'Invalid value "byte" for --products',
     "generate {model} Hi --tokens 0": "tokens must be at least 1, got 0",
     "adapt {model} {out} --text nothing.txt": "text must be one of python-docs",
-    "families nothing-like-it": "'nothing-like-it' is in none",
+    "families nothing-like-it": "no model type or class of transformers has 'nothing-like-it' in its name",
+    "families nothing-like-it --json": "has 'nothing-like-it' in its name",
+    "quantize": "MODEL and OUT are missing; usage: lorq quantize MODEL OUT [OPTIONS]",
+    "merge {model}": "ADAPTER and OUT are missing; usage: lorq merge MODEL ADAPTER OUT",
+    "bench adapt": "MODEL is missing; usage: lorq bench adapt MODEL",
+    "adapt {model} {out}": 'Command "adapt" parameter --text requires',
+    "evaluate {model} --text {empty}": "text must be a file, {empty} is a folder",
+    "quantize {model} {out} --calibration {empty}": "calibration must be a file, {empty} is a folder",
     "bench adapt {missing}": "no such model: {missing}",
 }
 
@@ -91,6 +98,16 @@ def test_help_loads_nothing_heavy(command):
 
 def test_the_table_of_families_loads_nothing_heavy():
     assert answer("families", "gemma") == (0, "")
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    running = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.replace("print(", "0 and print("), "families"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    running.stdout.close()
+    with running:
+        assert (running.stderr.read(), running.wait()) == ("", 141)
 
 
 @pytest.mark.parametrize("command", MISTAKES)

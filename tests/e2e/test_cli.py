@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import lorq
 from lorq.adapt.adapters import ADAPTER_CONFIG
 from lorq.cli import main
+from lorq.evaluation import _flattering
 from lorq.show import _left, _ProgressLines
 from lorq.storage import writer
 
@@ -219,6 +220,8 @@ def test_evaluating_on_the_calibration_text_says_that_it_flatters(flrq_folder, t
         caplog.clear()
         assert main(["evaluate", str(flrq_folder), "--text", str(text), *options]) == 0
         assert (f"calibrated on {text.name}; if it is this text, these figures flatter it" in caplog.text) == flatters
+    assert "the text it is measured on" in _flattering("python-docs")
+    assert "another part of c4" in _flattering("c4")
 
 
 def test_every_stage_has_a_line_where_it_begins_and_ends_into_a_file(source, text_file, tmp_path, capsys):
@@ -677,7 +680,7 @@ def test_too_little_room_is_noticed_before_the_work(failing_command, source, tmp
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6 - 1000, 1000))
     found = failing_command("quantize", source, tmp_path / "out", *NEAREST)
-    assert re.search(r"out needs \d{6,} bytes, 1000 are free", found)
+    assert re.search(r"^\S*out needs \d+\.\d\d MB, 1000 bytes are free", found)
     assert not (tmp_path / "out").exists()
 
 
@@ -697,7 +700,7 @@ def test_a_disk_that_fills_up_costs_only_the_block_at_hand(
         patch.setattr(writer, "save_file", full)
         found = failing_command(*command)
     assert re.search(
-        r"no space left in .*lorq-00002-of-00002.safetensors needs \d+ bytes, \d+ are free.*--resume", found
+        r"no space left in .*lorq-00002-of-00002.safetensors needs [0-9.]+ \w+, [0-9.]+ \w+ are free.*--resume", found
     )
     assert not list(out.glob("*.tmp")) and not (out / "config.json").exists()
     lorq_command(*command, "--resume")

@@ -87,3 +87,21 @@ def test_a_prompt_to_be_continued_does_not_end_with_what_the_tokenizer_appends(t
         assert inputs["attention_mask"].shape == inputs["input_ids"].shape
     with pytest.raises(ValueError, match="at least one token, got an empty one") if not start else nullcontext():
         assert _read_prompt(Encoder(tokenizer, start, 300), "", chat=True)["input_ids"].tolist() == [[BOS]]
+
+
+def test_a_model_that_ends_at_once_says_so(folder, monkeypatch, caplog):
+    load = lorq.load
+
+    def favour_the_end(*call):
+        call[-1].logits[..., BOS] = 1e9
+
+    def ends(*arguments, **options):
+        model = load(*arguments, **options)
+        model.generation_config.eos_token_id = BOS
+        model.register_forward_hook(favour_the_end)
+        return model
+
+    monkeypatch.setattr("lorq.runtime.hf.load", ends)
+    caplog.set_level("INFO", "lorq")
+    assert "".join(lorq.generate(folder, PROMPT, tokens=4, chat=False)) == ""
+    assert "the model ended at once: its first token was the end token" in caplog.text

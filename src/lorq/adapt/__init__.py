@@ -27,3 +27,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'lorq.adapt' has no attribute {name!r}; public names are {', '.join(__all__)}")
     return getattr(import_module(f"lorq.adapt.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -77,6 +77,8 @@ def check_text(source: str | Path, what: str = "text") -> str:
     if source in TEXTS or (path := full_path(source)).is_file():
         return source
     there = os.listdir(path.parent) if path.parent.is_dir() else []
+    if path.is_dir():
+        raise FileNotFoundError(f"{what} must be a file, {source} is a folder; name a file in it")
     close = get_close_matches(source, TEXTS, 1) or [
         str(path.parent / name) for name in get_close_matches(path.name, there, 1) if (path.parent / name).is_file()
     ]

@@ -51,7 +51,7 @@ def room_for(path: Path, size: int) -> Iterator[None]:
         free = shutil.disk_usage(path.parent).free
         raise OSError(
             error.errno,
-            f"no space left in {path.parent}: {path.name} needs {size} bytes, {free} are free; what is "
+            f"no space left in {path.parent}: {path.name} needs {in_words(size)}, {in_words(free)} are free; what is "
             "finished is kept: free some space and continue with --resume",
         ) from error
 
@@ -67,6 +67,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def in_words(size: int) -> str:
+    """Bytes as people say them."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB" if size >= 1e5 else f"{size} bytes"
+
+
 def require_space(folder: Path, needed_bytes: int) -> None:
     """Refuse to begin what the disk has no room for. ``folder`` may not exist yet.
 
@@ -78,5 +83,6 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise OSError(
             errno.ENOSPC,
-            f"{folder} needs {needed_bytes} bytes, {free} are free; free some space or choose another disk",
+            f"{folder} needs {in_words(needed_bytes)}, {in_words(free)} are free; "
+            "free some space or choose another disk",
         )

@@ -41,7 +41,7 @@ def test_without_a_home_folder_it_is_said_what_to_set(no_home: None, monkeypatch
 
 def test_a_cache_without_room_is_said_before_the_work(small_disk: None, tmp_path: Path) -> None:
     make_room(tmp_path / "cache", 1000)
-    with pytest.raises(OSError, match=r"cache needs 1001 bytes, 1000 are free") as caught:
+    with pytest.raises(OSError, match=r"cache needs 1001 bytes, 1000 bytes are free") as caught:
         make_room(tmp_path / "cache", 1001)
     assert caught.value.errno == errno.ENOSPC
     assert "set LORQ_CACHE to another folder that can be written to" in caught.value.__notes__[0]

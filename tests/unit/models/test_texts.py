@@ -141,8 +141,8 @@ def test_an_unknown_text_lists_the_known_names(tmp_path):
         match=r"one of python-docs, python-docs-even, python-docs-odd, wikitext2, c4 .* got 'wikitext3'",
     ):
         load_text("wikitext3")
-    with pytest.raises(FileNotFoundError, match="no such file exists"):
-        load_text(str(tmp_path))  # a folder is no text
+    with pytest.raises(FileNotFoundError, match="is a folder; name a file in it"):
+        load_text(str(tmp_path))
 
 
 def test_a_text_that_is_not_there_is_named_by_its_option_and_what_is_like_it(tmp_path):
