@@ -98,8 +98,6 @@ def evaluate(
         read_adapter_config(adapter)
     original = None if reference is None else resolve_model(reference)
     progress(IMPORT, 0, 1)  # here, so that flags and refusals come before
-    from transformers import AutoConfig
-
     from lorq.adapt.adapters import load_adapter
     from lorq.models.windows import Encoder, token_windows
     from lorq.quality import bits_per_weight, evaluate_model
@@ -118,14 +116,14 @@ def evaluate(
         if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text_name(text):
             _log.warning("%s was calibrated on %s", model, _flattering(text))
         places, models = [folder] if original is None else [folder, original], []
-        for number, place in enumerate(places):
-            progress(READ, number, len(places))
+        progress(READ, 0, len(places))
+        for place in places:
             models.append(load(place, device=device, dtype=dtype))
-        progress(READ, len(places), len(places))
+            progress(READ, len(models), len(places))
         if adapter is not None:
             load_adapter(models[0], adapter)
-        progress(EVALUATE, 0, len(tokens))
         seen = max(1, len(encoder.start))
+        progress(EVALUATE, 0, len(tokens))
         quality = evaluate_model(
             models[0], tokens, reference=None if original is None else models[1], seen=seen, products=products,
             progress=lambda done, total: progress(EVALUATE, done, total),
@@ -136,16 +134,18 @@ def evaluate(
         )  # fmt: skip
 
 
-def _check_vocabulary(config: Any, original: Path | None) -> None:
+def _config_of(folder: Path, original: Path | None) -> Any:
+    """The model's config; a ValueError if the original has another vocabulary."""
     from transformers import AutoConfig
 
-    other = config if original is None else AutoConfig.from_pretrained(original, trust_remote_code=False)
-    size, reference = (own.get_text_config().vocab_size for own in (config, other))
+    configs = [AutoConfig.from_pretrained(place, trust_remote_code=False) for place in (folder, original or folder)]
+    size, reference = (config.get_text_config().vocab_size for config in configs)
     if size != reference:
         raise ValueError(
             f"model and reference must share a vocabulary, got {size} and {reference} tokens; is this the original "
             "model?"
         )
+    return configs[0]
 
 
 def _flattering(text: str) -> str:
