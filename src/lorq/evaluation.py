@@ -106,10 +106,7 @@ def evaluate(
 
     progress(IMPORT, 1, 1)
     with own_defaults():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        _check_vocabulary(
-            config, config if original is None else AutoConfig.from_pretrained(original, trust_remote_code=False)
-        )
+        config = _config_of(folder, original)
         encoder = Encoder.open(folder, config, start_token)
         content = load_text(text, split="evaluation")
         tokens = token_windows(content, encoder, windows=windows or None, length=window, what=text)
