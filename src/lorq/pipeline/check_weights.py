@@ -42,12 +42,9 @@ def check_resident(plan: Plan, model: StreamedModel, *parts: Part) -> None:
     Where a weight of a layer is refused, all are read.
     """
     layers = {target.name + ".weight" for part in parts for target in plan.of(part)}
-    bad = [
-        n
-        for part in parts
-        for n in part.tensors
-        if model.is_parameter(n) and not all_finite(get_tensor(model.model, n))
-    ]
+    names = [name for part in parts for name in part.tensors if model.is_parameter(name)]
+    held = [(name, get_tensor(model.model, name)) for name in names]
+    bad = [name for name, tensor in held if not tensor.is_meta and not all_finite(tensor)]  # towers are not in memory
     if layers & set(bad):
         check_weights(plan, model, no_progress)
     if bad:

@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import takewhile
@@ -61,7 +62,9 @@ class CheckpointWriter:
         identity = json.loads(json_bytes(identity))  # as the journal will give it back: tuples are lists
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"*{TEMPORARY}"):
-            if leftover.name != LOCK:
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            elif leftover.name != LOCK:
                 leftover.unlink()
         shards = _resume(folder, identity) if resume and (folder / JOURNAL).is_file() else []
         if overwrite and any(entry.name != LOCK for entry in folder.iterdir()):
@@ -152,17 +155,23 @@ class CheckpointWriter:
 
 
 def _save_synced(path: Path, tensors: dict[str, Tensor]) -> Path:
-    """`write_synced` of tensors, none of which is copied for it: a block of a large mixture has gigabytes."""
+    """`write_synced` of tensors, none of which is copied for it: a block of a large mixture has gigabytes.
+
+    safetensors writes under a name of its own choice first, with rights of its own, so it gets a folder for that.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
-    temporary.touch()
-    mode = temporary.stat().st_mode  # that of any file made here; safetensors' are their owner's alone
+    scratch = path.with_name(f"writing{TEMPORARY}")
+    scratch.mkdir(exist_ok=True)
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})  # safetensors does not order more than one key
+        save_file(tensors, scratch / path.name, metadata={"format": "pt"})  # it does not order more than one key
+        (scratch / path.name).chmod(scratch.stat().st_mode & 0o666)  # as any file made here
+        sync_file(scratch / path.name)
+        os.replace(scratch / path.name, temporary)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
-    temporary.chmod(mode)
-    sync_file(temporary)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return temporary
 
 

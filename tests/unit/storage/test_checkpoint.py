@@ -585,8 +585,8 @@ def test_a_crash_at_any_step_is_recovered(
             write_all(resume(folder))
         assert contents(folder) == whole
         crashes += 1
-    # 3 steps begin, 4 for each of 4 shards, 1 opens the end, 3 for each of 4 files, 2 close the journal.
-    assert crashes == 3 + 4 * 4 + 1 + 3 * 4 + 2
+    # 3 steps begin, 5 for each of 4 shards, 1 opens the end, 3 for each of 4 files, 2 close the journal.
+    assert crashes == 3 + 5 * 4 + 1 + 3 * 4 + 2
 
 
 KILL_LOOP = """
