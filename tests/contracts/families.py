@@ -156,14 +156,13 @@ def logits(model: Any, windows: torch.Tensor) -> torch.Tensor:
 
 def said(error: BaseException) -> str:
     """An error in a line, without what differs from run to run."""
-    text = str(error).strip().splitlines()
-    line = " ".join(text[:3]) if "Strict" in type(error).__name__ else text[0] if text else ""
+    text, strict = str(error).strip().splitlines(), "Strict" in type(error).__name__  # these name the error themselves
+    line = " ".join(text[:3]) if strict else text[0] if text else ""
     line = re.sub(r"^Class validation error for validator '\w+': ", "", " ".join(line.split()))
-    line = re.split(r"(?<=[a-z0-9\])])\.\s", line)[0].rstrip(
-        "."
-    )  # the first sentence: what follows is advice, cut anywhere
+    # The first sentence: what follows is advice, cut anywhere.
+    line = re.split(r"(?<=[a-z0-9\)])\.\s", line)[0].rstrip(".")
     line = re.sub(r"/\S*/(m|Nearest|GPTQ)\b", "MODEL", line)
-    return line if isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
+    return line if strict or isinstance(error, ValueError) else f"{type(error).__name__}: {line}"
 
 
 def mine(error: BaseException) -> bool:
