@@ -120,7 +120,7 @@ def test_a_large_models_weights_that_are_not_finite_are_named_all_together(metho
         return solve(model, plan, visit, *others)
 
     monkeypatch.setattr(stages, "solve_block", slowly)
-    named = r"model.layers.2.mlp.up_proj \(2 of 8192\), model.layers.3.mlp.down_proj \(2 of 8192\); --exclude"
+    named = r"model.layers.2.mlp.up_proj \(2 of 8192\), model.layers.3.mlp.down_proj \(2 of 8192\); repair the model"
     with pytest.raises(ValueError, match=named):
         lorq.quantize(large, tmp_path / "out", method, **run)
     assert len(solved) == 2 if method is not GPTQ else len(solved) < 2

@@ -108,5 +108,5 @@ def _refuse(wrong: list[str]) -> None:
     if wrong:
         raise ValueError(
             f"weights must be finite, NaN or infinite values are in {', '.join(wrong)}; "
-            "--exclude them or repair the model"
+            "repair the model: to leave them as they are does not help, its logits would not be finite either"
         )

@@ -115,7 +115,9 @@ def test_weights_that_are_not_finite_are_refused_all_at_once_before_the_work(spo
 
     plan, model = spoiled(change)
     told = []
-    message = r"in model.layers.0.mlp.up_proj \(2 of 8192\), model.layers.1.self_attn.q_proj \(1 of 4096\); --exclude"
+    message = (
+        r"in model.layers.0.mlp.up_proj \(2 of 8192\), model.layers.1.self_attn.q_proj \(1 of 4096\); repair the model"
+    )
     with pytest.raises(ValueError, match=message):
         check_weights(plan, model, lambda *progress: told.append(progress))
     assert told[-1] == ("check weights", 14, 14)
