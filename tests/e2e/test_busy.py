@@ -50,8 +50,10 @@ def seconds():
 
 
 @pytest.mark.skipif(CORES < 2, reason="needs two cores")
-def test_beside_as_many_busy_processes_as_cores_work_takes_at_most_four_times_as_long():
+def test_beside_busy_processes_work_takes_its_share():
+    """Threads that spin for each other as long as libgomp has them took 3 to 5 and 23 times as long."""
     quiet = seconds()
-    with others(CORES):
-        busy = seconds()
-    assert busy <= 4 * quiet, f"{quiet:.2f} s alone, {busy:.2f} s beside {CORES} busy processes"
+    for count, times in ((CORES, 4), (2 * CORES, 8)):
+        with others(count):
+            busy = seconds()
+        assert busy <= times * quiet, f"{quiet:.2f} s alone, {busy:.2f} s beside {count} busy processes"

@@ -33,7 +33,7 @@ def test_no_more_threads_than_the_container_may_run(files, threads, environment,
         (tmp_path / name).write_text(text)
     pools.set_up(tmp_path)
     assert os.environ.get("OMP_NUM_THREADS") == threads
-    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert os.environ["GOMP_SPINCOUNT"] == "3000"
 
 
 def test_what_the_user_has_set_stays(environment, tmp_path):
@@ -47,4 +47,4 @@ def test_what_the_user_has_set_stays(environment, tmp_path):
 def test_it_is_set_before_torch_is_there():
     code = "import lorq, os, sys; assert 'torch' not in sys.modules; print(os.environ['GOMP_SPINCOUNT'])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout == "1000\n"
+    assert told.stdout == "3000\n"
