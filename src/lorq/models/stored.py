@@ -97,9 +97,9 @@ class Stored:
     @property
     def names(self) -> list[str]:
         """All stored tensors that it is made of."""
-        return (
-            [self.name] if self.conversion is None else [n for names in self.conversion.sources.values() for n in names]
-        )
+        if self.conversion is None:
+            return [self.name]
+        return [name for names in self.conversion.sources.values() for name in names]
 
     def shape(self, checkpoint: WeightFiles) -> tuple[int, ...]:
         """Shape of the parameter, from the header."""
@@ -152,26 +152,22 @@ def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
 
     found = _Found(checkpoint)
     converted: dict[tuple[int, str], Conversion] = {}
-    for stored in sorted(
-        checkpoint.names, key=dot_natural_key
-    ):  # in transformers' order: some renamings wait for another
+    for stored in sorted(checkpoint.names, key=dot_natural_key):  # transformers' order: some renamings wait for another
         name = apply_renamings(stored, renamings)
         # At most one converter takes a tensor.
         taken = next(((c, *hit) for c in converters if (hit := c.rename_source_key(name))[1] is not None), None)
         if taken and (place := find(taken[1])):
             converter, _, pattern = taken
             if place in fused:
-                _check_number(
-                    checkpoint, stored, expert_number(str(pattern), name), len(experts[place.rpartition(".")[0]])
-                )
+                number, count = expert_number(str(pattern), name), len(experts[place.rpartition(".")[0]])
+                _check_number(checkpoint, stored, number, count)
             found.once(name.removeprefix(prefix), stored)
             if place in fused and (expert := _one_of(converter, str(pattern), name, place, experts)):
                 found.put(expert, Stored(stored), alone=False)
             else:
                 path, _, tensor = place.rpartition(".")
-                made = Conversion(
-                    converter, place, {}, model, experts[path].slice_shape(tensor) if place in fused else None
-                )
+                one = experts[path].slice_shape(tensor) if place in fused else None
+                made = Conversion(converter, place, {}, model, one)
                 converted.setdefault((id(converter), place), made).sources.setdefault(str(pattern), []).append(stored)
             continue
         # Like transformers: a name that only fits before it is renamed is kept.
