@@ -203,7 +203,7 @@ def recorded_errors_are_its_own(result, weight):
     assert result.record.error_after == pytest.approx(found, rel=1e-4)
     # Rounding to nearest without a search, in another basis or of vectors, may lose a little.
     assert found < 2 * result.record.error_before
-    plain = nearest(weight, None, result.codes.format.plain()).decode()
+    plain = nearest(weight, None, result.codes.format.plain(weight.shape[1])).decode()
     # float32 sums of differences.
     assert result.record.error_before == pytest.approx(relative_error(weight, plain, hessian), rel=1e-4)
 

@@ -109,5 +109,5 @@ def assemble(
     after = energy(result.dense().sub_(weight)) / total
     if plain is codes:
         return replace(result, record=Record(stop, after, after, note))
-    before = energy((plain or nearest(weight, None, codes.format.plain())).decode().sub_(weight)) / total
+    before = energy((plain or nearest(weight, None, codes.format.plain(weight.shape[1]))).decode().sub_(weight)) / total
     return replace(result, record=Record(stop, before, after, note))

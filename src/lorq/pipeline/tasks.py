@@ -63,7 +63,7 @@ def _without_inputs(task: Task) -> dict[str, QuantizedWeight]:
     for name, weight in problem.weights.items():
         stats = problem.stats.get(name)
         if task.method.needs_stats and not problem.projections and stats is not None and stats.empty:
-            plain = nearest(weight, None, task.method.largest(*weight.shape).codes.plain())
+            plain = nearest(weight, None, task.method.largest(*weight.shape).codes.plain(weight.shape[1]))
             note = "its inputs are zero on every calibration token: rounded to nearest"
             solved[name] = assemble(weight, plain, None, stop="none", stats=stats, note=note)
     return solved

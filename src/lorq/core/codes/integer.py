@@ -126,7 +126,7 @@ class IntGrid:
         codes = unpack(tensors["weight_packed"], self.bits, in_)
         return IntCodes(codes, tensors["weight_scale"], zero, self)
 
-    def plain(self) -> "IntGrid":
+    def plain(self, width: int) -> "IntGrid":
         return self
 
 

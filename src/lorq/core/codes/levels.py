@@ -150,7 +150,7 @@ class LevelFormat:
             scale = tensors["weight_scale"]
         return LevelCodes(unpack(tensors["weight_packed"], self.bits, in_), scale, self, tensors.get("levels"))
 
-    def plain(self) -> IntGrid:
+    def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: for a scale of low rank, the groups that its fit started from."""
         group = start_block(self.group_size, self.scale_rank) if self.scale_rank else self.group_size
         return IntGrid(self.bits, group, symmetric=True)

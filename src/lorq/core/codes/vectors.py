@@ -86,7 +86,7 @@ class VectorGrid:
         book = Codebook(tensors["codebook"], tensors["codebook_scale"])
         return VectorCodes(codes, tensors["weight_scale"], book, self)
 
-    def plain(self) -> IntGrid:
+    def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: single weights of as many bits, a range for each group."""
         return IntGrid(self.bits, self.group_size)
 
