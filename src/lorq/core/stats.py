@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorq.core.basis import Basis
 from lorq.core.checks import all_finite
 from lorq.core.linalg import WIDE_STRIP, cholesky, damp, inverse_factor, shrink
 
@@ -36,7 +37,7 @@ class InputStats:
     routed: int | None = None
     low: Float[Tensor, "in"] | None = None
     high: Float[Tensor, "in"] | None = None
-    _prepared: dict[tuple[float, float], "PreparedHessian"] = field(
+    _prepared: dict[tuple[float, float, int], "PreparedHessian"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -64,12 +65,16 @@ class InputStats:
             high=None if self.high is None else self.high / scale,
         )
 
-    def prepared(self, *, shrinkage: float, damping: float) -> "PreparedHessian":
-        """The Hessian shrunk towards its diagonal, with its factors; made once for all layers that share it."""
-        key = (shrinkage, damping)
+    def prepared(self, *, shrinkage: float, damping: float, block: int = 0) -> "PreparedHessian":
+        """The Hessian shrunk towards its diagonal, with its factors; made once for all layers that share it.
+
+        With ``block`` it is then rotated, all columns in blocks of this size (`lorq.core.basis.Basis`).
+        """
+        key = (shrinkage, damping, block)
         if key not in self._prepared:
+            turned = Basis(None, block, 0).rotate_hessian(shrink(self.hessian, shrinkage))
             # setdefault: layers that share an input are solved side by side.
-            self._prepared.setdefault(key, PreparedHessian(shrink(self.hessian, shrinkage), damping))
+            self._prepared.setdefault(key, PreparedHessian(turned, damping))
         return self._prepared[key]
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from lorq.core.basis import Basis, check_block, largest_block
 from lorq.core.checks import Range, check_settings
 from lorq.core.codes import Codes, CodesFormat, TrellisGrid, VectorGrid
-from lorq.core.codes.trellis import MOST_BITS
 from lorq.core.codes.vectors import VECTOR_LENGTHS
 from lorq.core.linalg import shrink
 from lorq.core.low_rank import FactorType, LowRank, Metric, r1svd
@@ -26,8 +25,10 @@ from lorq.methods.common import (
     GroupSize,
     Search,
     Share,
+    Window,
     activation_scale,
     assemble,
+    check_codebook,
     layer_grid,
     needed,
     preset,
@@ -99,7 +100,7 @@ class LoPRo:
     codebook_columns: Annotated[int, Range(1, 1 << 20, "the most that fit, up to 256")] = -1
     codebook_rows: Annotated[int, Range(1, 1 << 20, "what makes 65536 weights")] = -1
     kmeans_iterations: Annotated[int, Range(0, 1000)] = 10
-    window: Annotated[int, Range(8, 16)] = 12
+    window: Window = 12
     shrinkage: Share = 0.2
     damping: Damping = 0.01
 
@@ -113,14 +114,7 @@ class LoPRo:
                 "vector codebooks have no ranges to clip and no zero points, got "
                 f"rounding {self.rounding!r}, symmetric {self.symmetric}; leave symmetric away and take gptq or nearest"
             )
-        known = {"scalar": range(2, 9), "vector": VECTOR_LENGTHS, "trellis": range(1, MOST_BITS + 1)}[self.codebook]
-        if self.bits not in known:
-            raise ValueError(f"bits must be {', '.join(map(str, known))} with {self.codebook} codes, got {self.bits}")
-        if self.codebook == "trellis" and (self.rounding != "gptq" or self.symmetric or self.window < self.bits + 4):
-            raise ValueError(
-                "trellis codes pass errors on, have no zero points and a window 4 bits wider than a code, got "
-                f"rounding {self.rounding!r}, symmetric {self.symmetric}, window {self.window}; leave them away"
-            )
+        check_codebook(self)
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """The weights of the layers that read one input, in one basis, so that it is rotated once for all.
