@@ -146,7 +146,9 @@ class StatsAccumulator:
         if self.token_weights == "equal":
             # A token of zeros has no direction; the clamp lets it add nothing.
             x = x * x.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
-        elif gradients is not None:
+        elif self.token_weights == "gradient":
+            if gradients is None:
+                raise ValueError(f"{len(x)} tokens must come with their gradients to be weighed so, got none")
             x = x * _checked(gradients).sqrt()[:, None]
         self.tokens += x.shape[0]
         if weights is None:
