@@ -28,6 +28,8 @@ class InputStats:
         routed: how many of them the layer gets in use, where that is fewer: an expert that saw too few tokens has the
             statistics of all.
         low, high: smallest and largest value of each channel, unweighted; None where nobody looked.
+        sensitivity: with "gradient" weights, ``d_t`` times this is the squared gradient ``|dL/dy_t|^2`` of the loss in
+            nats, so a change ``D`` of the weight costs about ``sensitivity tr(D H D^T) / (2 out)`` a token; else 1.
     """
 
     hessian: Float[Tensor, "in in"]
@@ -36,6 +38,7 @@ class InputStats:
     routed: int | None = None
     low: Float[Tensor, "in"] | None = None
     high: Float[Tensor, "in"] | None = None
+    sensitivity: float = 1.0
     _prepared: dict[tuple[float, float], "PreparedHessian"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

@@ -1,5 +1,6 @@
 """The methods: each a frozen dataclass of settings with a pure `solve`."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from lorq.core.problem import Problem
@@ -44,6 +45,15 @@ class Method(Protocol):
     def largest(self, out: int, in_: int) -> LayerFormat:
         """The largest format that `solve` can return for a weight of this shape."""
         ...
+
+
+# Widths of codes that every device multiplies fast (docs/kernels.md).
+_WIDTHS = 2, 3, 4, 8
+
+
+def choices_of(method: Method) -> Mapping[str, tuple[Any, ...]]:
+    """Settings that a budget chooses between, with their values: a method's own ``choices``, else widths of codes."""
+    return getattr(method, "choices", {"bits": _WIDTHS})
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from lorq.models.windows import Encoder, Windows, text_windows
 from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
+from lorq.pipeline.dial import Choice, Dial, mixed
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
-from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report, mix_widths
+from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
+from lorq.pipeline.predict import predict
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
@@ -90,23 +93,28 @@ def quantize(
     refuse_adapter(source)
     streamed = StreamedModel.open(source, device=read_device(chosen.device))
     whole = make_plan(streamed, solver, chosen)
-    plan = mix_widths(whole)
+    plan = mixed(whole, streamed)
     progress(OPEN, 1, 1)
     begun = chosen.resume and (out / JOURNAL).is_file()
-    if begun:  # the text is compared when it is read
-        of_text = ("calibration", "calibration_tokens", "samples", "seq_len", "start_token")
+    if begun:  # the text is compared when it is read, what a budget led to is kept
+        of_text = ("budget", "calibration", "calibration_tokens", "samples", "seq_len", "start_token")
         check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in of_text})
     check_activations(plan)
     check_kinds(plan, streamed)
     _check_room(plan, streamed, out)
     with nullcontext() if chosen.dry_run else owned(out):
         calibration = _calibration(plan, streamed, progress)
-        plan = mix_widths(check_walk(streamed, whole, progress))
+        whole = check_walk(streamed, whole, progress)
+        plan = mixed(whole, streamed)
         check_activations(plan)
         largest = _check_room(plan, streamed, out)
         if chosen.dry_run:
             if not looks_at_all(streamed):
                 check_weights(plan, streamed, progress)
+            if chosen.has_budget:
+                with TemporaryDirectory() as scratch:
+                    plan = _within_budget(whole, streamed, calibration(), Path(scratch), executor, progress)
+                largest = replace(estimate(plan, streamed), run={"budget": plan.budget})
             return replace(largest, seconds=time.monotonic() - started)
         # Without calibration the work is as fast as the check.
         ahead = _observes(plan) and not looks_at_all(streamed)
@@ -117,6 +125,9 @@ def quantize(
                 windows = _as_begun(out, windows)
             text_seconds = time.monotonic() - began
             refuse()
+            if chosen.has_budget:
+                plan = _within_budget(whole, streamed, windows, out, executor, progress)
+                _check_room(plan, streamed, out)
             identity = _identity(plan, streamed, windows)
             writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
             with ThreadPoolExecutor(1, "write") as disk:
@@ -125,6 +136,18 @@ def quantize(
         stages["calibration"] += text_seconds
         report = _finish(plan, streamed, writer, windows)
         return replace(report, seconds=time.monotonic() - started, stages=stages)
+
+
+def _within_budget(
+    whole: Plan, model: StreamedModel, windows: Windows | None, folder: Path, executor: Executor | None,
+    progress: Progress,
+) -> Plan:  # fmt: skip
+    """The plan that meets a budget: as the run in this folder has begun, or with what is predicted to be best."""
+    dial = Dial.open(whole, model)
+    if whole.options.resume and (folder / JOURNAL).is_file():
+        return dial.met(Choice(**read_journal(folder / JOURNAL).identity["budget"]))
+    assert windows is not None  # with a budget every layer is looked at
+    return dial.met(predict(dial, model, windows, folder, executor or SameProcess(), progress))
 
 
 def _check_room(plan: Plan, model: StreamedModel, out: Path) -> Report:
@@ -261,6 +284,7 @@ def _run_info(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict
         "start_token": None if windows is None else windows.start_token,
         "calibration_tokens": None if windows is None else windows.sha256,
         "stream": plan.stream,
+        "budget": dict(plan.budget),
         "device_type": model.device.type,
     }
 
