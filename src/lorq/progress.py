@@ -10,6 +10,7 @@ IMPORT = "load torch"
 OPEN = "open the model"
 CHECK = "check weights"
 WRITE = "write calibration text"
+WEIGH = "weigh calibration tokens"  # forward through all blocks and back
 PREDICT = "predict harm"  # where a budget is to be met
 PASS = "go through finished blocks"  # of a resumed run
 QUANTIZE = "quantize"

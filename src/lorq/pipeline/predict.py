@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lorq.core.knapsack import Candidate, choose, frontier
@@ -16,9 +16,9 @@ from lorq.methods import Method
 from lorq.models.blocks import Part, StreamedModel, Target
 from lorq.models.calls import Room
 from lorq.models.experts import expert_name, find_experts
-from lorq.models.windows import Windows
 from lorq.pipeline.dial import Choice, Dial
-from lorq.pipeline.observe import same_inputs
+from lorq.pipeline.gradients import token_gradients
+from lorq.pipeline.observe import TokenGradients, same_inputs
 from lorq.pipeline.tasks import block_tasks, solve_task
 from lorq.pipeline.verify import Probe, probe_tokens
 from lorq.pipeline.walk import Streams, Visit, walk
@@ -39,8 +39,9 @@ class _Unit:
 
 
 def predict(
-    dial: Dial, model: StreamedModel, windows: Windows, folder: Path, executor: Executor, progress: Progress
-) -> Choice:
+    dial: Dial, model: StreamedModel, windows: Int[Tensor, "windows length"], folder: Path, executor: Executor,
+    progress: Progress,
+) -> tuple[Choice, TokenGradients | None]:  # fmt: skip
     """The choice that does least harm within the dial's budget, by a walk through the original model.
 
     The harm of a layer whose weight changes by ``D`` is the second order of the divergence, from its statistics,
@@ -52,21 +53,27 @@ def predict(
 
     Args:
         folder: for hidden states that do not fit in memory.
+
+    Returns:
+        The choice, and the gradients that weigh the tokens, where they do, as they serve what comes next.
     """
-    blocks, options = model.blocks, dial.plan.options
+    blocks, options, gradients = model.blocks, dial.plan.options, None
+    if options.token_weights == "gradient":
+        gradients = token_gradients(model, dial.plan, windows, folder, progress)
     with model.resident(*model.outside):
-        inputs = model.embed(windows.tokens, Room(options.spill_bytes, folder))
+        inputs = model.embed(windows, Room(options.spill_bytes, folder))
         probe = Probe.begin(model, probe_tokens(model.model.config.get_text_config(), options.seed))
     units: list[_Unit] = []
     progress(PREDICT, 0, len(blocks))
-    for number, visit in enumerate(walk(model, dial.plan, Streams(inputs, inputs, quantized=False)), 1):
+    streams = Streams(inputs, inputs, quantized=False)
+    for number, visit in enumerate(walk(model, dial.plan, streams, gradients=gradients), 1):
         free = [target for target in dial.plan.of(visit.part) if target in dial.sizes]
         groups = _groups(dial, model, visit.part, free, probe)
-        harms = _harms(dial, model, visit, free, windows.tokens.numel(), executor)
+        harms = _harms(dial, model, visit, free, windows.numel(), executor)
         units += [_unit(dial, group, harms) for group in groups]
         probe.advance(model, visit.part)
         progress(PREDICT, number, len(blocks))
-    return _choose(dial, units)
+    return _choose(dial, units), gradients
 
 
 def _choose(dial: Dial, units: list[_Unit]) -> Choice:

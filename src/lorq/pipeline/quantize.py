@@ -25,6 +25,8 @@ from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.dial import Choice, Dial, mixed
+from lorq.pipeline.gradients import token_gradients
+from lorq.pipeline.observe import TokenGradients
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
@@ -80,7 +82,7 @@ def quantize(
         FileNotFoundError, FileExistsError, OSError: for missing models, used folders, full disks.
     """
     started = time.monotonic()
-    progress = progress or no_progress
+    progress, executor = progress or no_progress, executor or SameProcess()
     chosen, solver = read_options(options), read_method(method)
     if chosen.calibration != SELF:
         check_text(chosen.calibration, "calibration")
@@ -113,7 +115,7 @@ def quantize(
                 check_weights(plan, streamed, progress)
             if chosen.has_budget:
                 with TemporaryDirectory() as scratch:
-                    plan = _within_budget(whole, streamed, calibration(), Path(scratch), executor, progress)
+                    plan, _ = _within_budget(whole, streamed, calibration(), Path(scratch), executor, progress)
                 largest = replace(estimate(plan, streamed), run={"budget": plan.budget})
             return replace(largest, seconds=time.monotonic() - started)
         # Without calibration the work is as fast as the check.
@@ -125,29 +127,33 @@ def quantize(
                 windows = _as_begun(out, windows)
             text_seconds = time.monotonic() - began
             refuse()
+            gradients = None
             if chosen.has_budget:
-                plan = _within_budget(whole, streamed, windows, out, executor, progress)
+                plan, gradients = _within_budget(whole, streamed, windows, out, executor, progress)
                 _check_room(plan, streamed, out)
             identity = _identity(plan, streamed, windows)
             writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
             with ThreadPoolExecutor(1, "write") as disk:
                 commit = Commit(streamed, plan, writer, disk)
-                stages = _solve(plan, streamed, windows, commit, executor or SameProcess(), progress, refuse)
+                stages = _solve(plan, streamed, windows, commit, executor, progress, refuse, gradients)
         stages["calibration"] += text_seconds
         report = _finish(plan, streamed, writer, windows)
         return replace(report, seconds=time.monotonic() - started, stages=stages)
 
 
 def _within_budget(
-    whole: Plan, model: StreamedModel, windows: Windows | None, folder: Path, executor: Executor | None,
-    progress: Progress,
-) -> Plan:  # fmt: skip
-    """The plan that meets a budget: as the run in this folder has begun, or with what is predicted to be best."""
+    whole: Plan, model: StreamedModel, windows: Windows | None, folder: Path, executor: Executor, progress: Progress
+) -> tuple[Plan, TokenGradients | None]:  # fmt: skip
+    """The plan that meets a budget: as the run in this folder has begun, or with what is predicted to be best.
+
+    And the gradients, where that took them.
+    """
     dial = Dial.open(whole, model)
     if whole.options.resume and (folder / JOURNAL).is_file():
-        return dial.met(Choice(**read_journal(folder / JOURNAL).identity["budget"]))
+        return dial.met(Choice(**read_journal(folder / JOURNAL).identity["budget"])), None
     assert windows is not None  # with a budget every layer is looked at
-    return dial.met(predict(dial, model, windows, folder, executor or SameProcess(), progress))
+    choice, gradients = predict(dial, model, windows.tokens, folder, executor, progress)
+    return dial.met(choice), gradients
 
 
 def _check_room(plan: Plan, model: StreamedModel, out: Path) -> Report:
@@ -164,7 +170,9 @@ def _spilled_bytes(plan: Plan, model: StreamedModel) -> int:
     """Of hidden states that do not fit in memory, as `Streams.begin` puts them into files beside the result."""
     options, width = plan.options, int(model.model.config.get_text_config().hidden_size)
     size = 4 * options.samples * options.seq_len * width if _observes(plan) else 0
-    return size * (2 if plan.blockwise else 1) if size > options.spill_bytes else 0
+    # What enters each block is kept until gradients are back there, and what leaves the last one.
+    count = 2 + len(model.blocks) if options.token_weights == "gradient" else 2 if plan.blockwise else 1
+    return size * count if size * count > options.spill_bytes else 0
 
 
 def _observes(plan: Plan) -> bool:
@@ -179,11 +187,12 @@ def _as_begun(out: Path, windows: Windows) -> Windows:
 
 def _solve(
     plan: Plan, model: StreamedModel, windows: Windows | None, commit: Commit, executor: Executor,
-    progress: Progress, refuse: Callable[[], None],
+    progress: Progress, refuse: Callable[[], None], gradients: TokenGradients | None,
 ) -> dict[str, float]:  # fmt: skip
     """Walk through the model, solve and commit each block, and read it all back; the seconds that stages took.
 
-    ``refuse`` is asked before each block whether something has come up meanwhile.
+    ``refuse`` is asked before each block whether something has come up meanwhile. ``gradients`` are taken here where
+    they are needed and not there.
 
     Every tensor of a block is read once. What is outside is read twice, before the blocks and after them: to keep it in
     memory meanwhile would take gigabytes from large vocabularies, all the time.
@@ -196,10 +205,13 @@ def _solve(
         tokens = torch.empty(0, 1, dtype=torch.int64) if windows is None else windows.tokens
         streams = Streams.begin(model, plan, tokens, folder)
         probe = Probe.begin(model, probe_tokens(model.model.config.get_text_config(), plan.options.seed))
-    finished = commit.finished
+    finished, began = commit.finished, time.monotonic()
+    if gradients is None and windows is not None and plan.options.token_weights == "gradient":
+        gradients = token_gradients(model, plan, windows.tokens, folder, progress, finished=finished)
+        seconds["calibration"] += time.monotonic() - began
     behind, ahead = len(finished), len(model.blocks) - len(finished)
     progress(*(PASS, 0, behind) if behind else (QUANTIZE, 0, ahead))
-    for number, visit in enumerate(walk(model, plan, streams, finished=finished), 1):
+    for number, visit in enumerate(walk(model, plan, streams, finished=finished, gradients=gradients), 1):
         refuse()
         commit.look()
         began = time.monotonic()

@@ -1,5 +1,6 @@
 """The dial: what a plan's layers can be given, which budgets can be met, and what is chosen for them."""
 
+import json
 import math
 import re
 
@@ -10,10 +11,9 @@ from helpers import solve_one
 import lorq
 from lorq.core.stats import InputStats
 from lorq.models.blocks import StreamedModel
-from lorq.models.windows import Windows
 from lorq.pipeline.dial import Dial
 from lorq.pipeline.options import Options, read_options, read_size
-from lorq.pipeline.plan import estimate, make_plan
+from lorq.pipeline.plan import Plan, estimate, make_plan
 from lorq.pipeline.predict import _worth, predict
 from lorq.pipeline.tasks import SameProcess
 from lorq.progress import no_progress
@@ -28,18 +28,17 @@ def models(folder_of):
 
 @pytest.fixture(scope="module")
 def windows():
-    tokens = torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0))
-    return Windows(tokens, "random", start_token=False)
+    return torch.randint(256, (4, 32), generator=torch.Generator().manual_seed(0))
 
 
 def dial_of(model, method=GPTQ, **options):
-    return Dial.open(make_plan(model, method, Options(**options)), model)
+    return Dial.open(make_plan(model, method, Options(**{"token_weights": "gradient"} | options)), model)
 
 
 def chosen(model, windows, folder, method=GPTQ, **options):
     """The choice, and the plan that it makes."""
     dial = dial_of(model, method, **options)
-    choice = predict(dial, model, windows, folder, SameProcess(), no_progress)
+    choice, _ = predict(dial, model, windows, folder, SameProcess(), no_progress)
     return choice, dial.met(choice)
 
 
@@ -61,6 +60,7 @@ def test_a_choice_keeps_its_budget_and_uses_it(family, method, budget, models, w
     assert len(set(widths(plan).values())) > 1
     harms = [harm for _, harm in choice.curve]
     assert harms == sorted(harms, reverse=True) and harms[-1] <= choice.harm <= harms[0]
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
 
 
 def test_the_harm_of_a_layer_is_that_of_its_error_in_the_model(models, windows, tmp_path):
@@ -84,9 +84,9 @@ def test_tokens_that_pass_an_expert_by_are_not_harmed():
 
 def test_some_rows_tell_of_all(models, windows, tmp_path, monkeypatch):
     dial = dial_of(models["llama"], bits_per_weight=4.0)
-    whole = predict(dial, models["llama"], windows, tmp_path, SameProcess(), no_progress)
+    whole, _ = predict(dial, models["llama"], windows, tmp_path, SameProcess(), no_progress)
     monkeypatch.setattr("lorq.pipeline.predict._ROWS", 16)
-    part = predict(dial, models["llama"], windows, tmp_path, SameProcess(), no_progress)
+    part, _ = predict(dial, models["llama"], windows, tmp_path, SameProcess(), no_progress)
     assert part.curve != whole.curve
     for (bits, harm), (other, near) in zip(
         whole.curve[:1] + whole.curve[-1:], part.curve[:1] + part.curve[-1:], strict=True
