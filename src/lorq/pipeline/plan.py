@@ -312,7 +312,8 @@ def estimate(plan: Plan, model: StreamedModel) -> Report:
         rank = shared.rank if shared else format.rank
         layers.append(LayerReport(target.name, shape, format.bits, rank, "largest", 0.0, 0.0, layer_bytes(bits)))
     stored = sum(layer.bytes for layer in layers) + sum(model.stored_bytes(name) for name in plan.kept(*model.parts))
-    return make_report(plan, model, layers, stored=stored, run_info={}, checksums={})
+    budget = {"budget": dict(plan.budget)} if plan.budget else {}
+    return make_report(plan, model, layers, stored=stored, run_info=budget, checksums={})
 
 
 def make_report(

@@ -98,9 +98,8 @@ def quantize(
     plan = mixed(whole, streamed)
     progress(OPEN, 1, 1)
     begun = chosen.resume and (out / JOURNAL).is_file()
-    if begun:  # the text is compared when it is read, what a budget led to is kept
-        of_text = ("budget", "calibration", "calibration_tokens", "samples", "seq_len", "start_token")
-        check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in of_text})
+    if begun:
+        check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in _LATER})
     check_activations(plan)
     check_kinds(plan, streamed)
     _check_room(plan, streamed, out)
@@ -109,15 +108,12 @@ def quantize(
         whole = check_walk(streamed, whole, progress)
         plan = mixed(whole, streamed)
         check_activations(plan)
-        largest = _check_room(plan, streamed, out)
         if chosen.dry_run:
             if not looks_at_all(streamed):
                 check_weights(plan, streamed, progress)
-            if chosen.has_budget:
-                with TemporaryDirectory() as scratch:
-                    plan, _ = _within_budget(whole, streamed, calibration(), Path(scratch), executor, progress)
-                largest = replace(estimate(plan, streamed), run={"budget": plan.budget})
-            return replace(largest, seconds=time.monotonic() - started)
+            with TemporaryDirectory() as scratch:
+                plan, _ = _chosen(whole, streamed, calibration, Path(scratch), executor, progress)
+            return replace(_check_room(plan, streamed, out), seconds=time.monotonic() - started)
         # Without calibration the work is as fast as the check.
         ahead = _observes(plan) and not looks_at_all(streamed)
         with checking_ahead(plan, streamed) if ahead else nullcontext(lambda: None) as refuse:
@@ -127,10 +123,7 @@ def quantize(
                 windows = _as_begun(out, windows)
             text_seconds = time.monotonic() - began
             refuse()
-            gradients = None
-            if chosen.has_budget:
-                plan, gradients = _within_budget(whole, streamed, windows, out, executor, progress)
-                _check_room(plan, streamed, out)
+            plan, gradients = _chosen(whole, streamed, lambda: windows, out, executor, progress)
             identity = _identity(plan, streamed, windows)
             writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
             with ThreadPoolExecutor(1, "write") as disk:
@@ -141,16 +134,20 @@ def quantize(
         return replace(report, seconds=time.monotonic() - started, stages=stages)
 
 
-def _within_budget(
-    whole: Plan, model: StreamedModel, windows: Windows | None, folder: Path, executor: Executor, progress: Progress
+def _chosen(
+    whole: Plan, model: StreamedModel, calibration: Callable[[], Windows | None], folder: Path, executor: Executor,
+    progress: Progress,
 ) -> tuple[Plan, TokenGradients | None]:  # fmt: skip
-    """The plan that meets a budget: as the run in this folder has begun, or with what is predicted to be best.
+    """The plan that meets a budget, if there is one: as the run in this folder has begun, or what is predicted best.
 
     And the gradients, where that took them.
     """
+    if not whole.options.has_budget:
+        return mixed(whole, model), None
     dial = Dial.open(whole, model)
     if whole.options.resume and (folder / JOURNAL).is_file():
         return dial.met(Choice(**read_journal(folder / JOURNAL).identity["budget"])), None
+    windows = calibration()
     assert windows is not None  # with a budget every layer is looked at
     choice, gradients = predict(dial, model, windows.tokens, folder, executor, progress)
     return dial.met(choice), gradients
@@ -280,6 +277,8 @@ def _available_bytes(told: Path = Path("/proc/meminfo")) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+# What is not known yet when a run that goes on is compared: of a text, and what a budget leads to.
+_LATER = ("budget", "calibration", "calibration_tokens", "samples", "seq_len", "start_token")
 # Options that say how a run is done and leave the bytes as they are.
 _HOW = ("device", "spill_bytes", "dry_run", "resume", "overwrite")
 
