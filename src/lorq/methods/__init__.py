@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from lorq.core.problem import Problem
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.methods.common import WIDTHS
 from lorq.methods.flrq import FLRQ, FLRQPaper
 from lorq.methods.gptq import GPTQ
 from lorq.methods.lopro import LoPRo, LoPRoPaper
@@ -47,13 +48,9 @@ class Method(Protocol):
         ...
 
 
-# Widths of codes that every device multiplies fast (docs/kernels.md).
-_WIDTHS = 2, 3, 4, 8
-
-
 def choices_of(method: Method) -> Mapping[str, tuple[Any, ...]]:
     """Settings that a budget chooses between, with their values: a method's own ``choices``, else widths of codes."""
-    return getattr(method, "choices", {"bits": _WIDTHS})
+    return getattr(method, "choices", {"bits": WIDTHS})
 
 
 @runtime_checkable

@@ -27,6 +27,9 @@ SEARCHES: dict[Search, RangeSearch | None] = {
     "scale": RangeSearch(steps=20, depth=0.5, mode="scale"),
 }
 
+# Widths of codes that have kernels (docs/kernels.md): what a budget chooses from, if nothing else is said.
+WIDTHS = (2, 3, 4, 8)
+
 M = TypeVar("M")
 
 

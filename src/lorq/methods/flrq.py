@@ -1,7 +1,7 @@
 """FLRQ: flexible low rank by sketches, clipping, and alternation between the two (arXiv:2601.05684)."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from lorq.core.stats import InputStats, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import (
     SEARCHES,
+    WIDTHS,
     Bits,
     Damping,
     GroupSize,
@@ -83,6 +84,8 @@ class FLRQ:
 
     scope: ClassVar[str] = "layer"
     needs_stats: ClassVar[bool] = True
+    # The first ranks take more off the error than as many bits of width would, if any do.
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"bits": WIDTHS, "budget": (0.0, 0.03)}
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -115,7 +118,9 @@ class FLRQ:
         best: tuple[float, IntCodes, LowRank | None, str] | None = None
         wide, narrow = _SEARCHES.get(self.rounding, (SEARCHES["scale"], SEARCHES["scale"]))
         epochs = self.epochs if self.epochs >= 0 else 20 if self.bits == 2 else 1
-        for search in [wide] + epochs * [narrow]:
+        searches = [wide] + epochs * [narrow]
+        # Without a low rank every round finds the same codes.
+        for search in searches if self._rank_cap(*weight.shape) else dict.fromkeys(searches):
             for step in self.order.split("-then-"):
                 if step == "low-rank":
                     low_rank, stop = self._fit_low_rank(weight - codes_part, scaling, generator)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import (
     SEARCHES,
+    WIDTHS,
     Bits,
     Damping,
     GroupSize,
@@ -114,6 +115,11 @@ class LoPRo:
             raise ValueError(
                 f"bits must be {', '.join(map(str, VECTOR_LENGTHS))} with vector codebooks, got {self.bits}"
             )
+
+    @property
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Each width without factors and with them."""
+        return {"bits": WIDTHS, "rank": tuple(dict.fromkeys((0, self.rank)))}
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """The weights of the layers that read one input, in one basis, so that it is rotated once for all.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from lorq.core.problem import Problem
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.tile_factors import TileFactors, TileFormat, fit_tiles, grid_of, place_experts
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
-from lorq.methods.common import activation_scale, assemble, needed
+from lorq.methods.common import WIDTHS, activation_scale, assemble, needed
 from lorq.methods.lopro import LoPRo
 
 # Singular vectors by which experts are compared.
@@ -44,6 +44,7 @@ class TileQ(LoPRo):
     sharing: Literal["row", "layer", "expert"] = "row"
 
     scope: ClassVar[str] = "experts"
+    choices: ClassVar[dict[str, tuple[Any, ...]]] = {"bits": WIDTHS}  # all experts of a layer share their factors' rank
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -63,7 +63,7 @@ class Dial:
         }
         if not sizes:
             raise ValueError("a budget needs layers that it can choose for, got 0: all are overridden")
-        options = choices_of(plan.method)
+        options = {**choices_of(plan.method)} | ({"bits": plan.options.widths} if plan.options.widths else {})
         changes = tuple(dict(zip(options, values, strict=True)) for values in product(*options.values()))
         for number, change in enumerate(changes):
             for target, bits in _sizes_with(change, plan, model, sizes).items():

@@ -46,6 +46,7 @@ class Options:
         bits_per_weight: all stored bits of the quantized layers over their weights, on average, such as 2.9: each layer
             gets those settings of the method with which the whole model is harmed least; 0 for the method's own.
         size: the same with a budget for all weight files together, such as "4.2GB", embeddings included.
+        widths: with a budget, the widths of codes to choose from, each with the flag; left out, those with kernels.
         fused_alike: with a budget, layers that read one input (q, k and v; gate and up; those of all experts) get one
             setting, as servers want that fuse them.
         spill_bytes: hidden states, and what else is kept of every window, go to files mapped into memory past this.
@@ -74,6 +75,7 @@ class Options:
     wide_layers: Literal["first", "last"] = "first"
     bits_per_weight: Annotated[float, Range(0, 16)] = 0.0
     size: str = ""
+    widths: tuple[int, ...] = ()
     fused_alike: bool = False
     spill_bytes: Annotated[int, Range(0)] = 2 << 30
     dry_run: bool = False
@@ -99,6 +101,11 @@ def read_options(options: dict[str, Any]) -> Options:
             if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
                 raise TypeError(f"{key} must be a text or a list of texts, got {given!r}")
             options[key] = tuple(given)
+    if "widths" in options:
+        given = options["widths"]
+        if not isinstance(given, list | tuple) or not all(type(bits) is int and 1 <= bits <= 8 for bits in given):
+            raise ValueError(f"widths must be a list of whole numbers from 1 to 8, got {given!r}")
+        options["widths"] = tuple(dict.fromkeys(given))
     if isinstance(options.get("calibration"), Path):
         options["calibration"] = str(options["calibration"])
     chosen = Options(**options)
@@ -125,8 +132,9 @@ def _check_budget(options: Options) -> None:
         raise ValueError(f"bits_per_weight, size and average_bits are ways to ask for the same, got {told}; keep one")
     if options.size:
         read_size(options.size)
-    if options.fused_alike and not options.has_budget:
-        raise ValueError("fused_alike goes with a budget, got none; give bits_per_weight or size, or leave it away")
+    for name in ("widths", "fused_alike"):
+        if getattr(options, name) and not options.has_budget:
+            raise ValueError(f"{name} goes with a budget, got none; give bits_per_weight or size, or leave it away")
     if options.has_budget and options.token_weights != "gradient":
         raise ValueError(
             f"a budget needs token_weights gradient, which tell how much the model depends on each layer, got "

@@ -119,10 +119,9 @@ def test_layers_that_servers_fuse_are_alike_where_asked(family, models, windows,
     assert all(len(bits) == 1 for bits in groups.values()) and len(set(map(tuple, groups.values()))) > 1
 
 
-def test_experts_that_share_factors_get_one_setting(models, windows, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorq.methods._WIDTHS", (2, 4))
+def test_experts_that_share_factors_get_one_setting(models, windows, tmp_path):
     method = lorq.TileQ(group_size=16, rank=1, rounding="nearest", epochs=0)
-    _, plan = chosen(models["mixtral"], windows, tmp_path, method, bits_per_weight=4.5)
+    _, plan = chosen(models["mixtral"], windows, tmp_path, method, bits_per_weight=4.5, widths=(2, 4))
     for part in ("gate|up", "down"):
         own = {bits for name, bits in widths(plan).items() if re.search(rf"layers\.0\..*experts\.\d+\.({part})", name)}
         assert len(own) == 1
@@ -166,6 +165,8 @@ def test_settings_that_fit_no_layer_are_refused(models):
         ),
         ({"bits_per_weight": 3.0, "average_bits": 3.5}, "bits_per_weight 3.0 and average_bits 3.5; keep one"),
         ({"size": "4.2"}, "number of KB, MB or GB .* got '4.2'"),
+        ({"widths": (2, 9), "bits_per_weight": 3.0}, r"whole numbers from 1 to 8, got \(2, 9\)"),
+        ({"widths": (2, 3)}, "widths goes with a budget, got none"),
         ({"fused_alike": True}, "fused_alike goes with a budget, got none"),
         ({"bits_per_weight": 3.0, "token_weights": "equal"}, "needs token_weights gradient.*, got 'equal'"),
         ({"bits_per_weight": -1.0}, "between 0 and 16, got -1.0"),
