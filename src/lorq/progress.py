@@ -11,6 +11,7 @@ OPEN = "open the model"
 CHECK = "check weights"
 WRITE = "write calibration text"
 WEIGH = "weigh calibration tokens"  # forward through all blocks and back
+PREDICT = "predict harm"  # where a budget is to be met
 PASS = "go through finished blocks"  # of a resumed run
 QUANTIZE = "quantize"
 VERIFY = "verify"

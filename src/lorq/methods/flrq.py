@@ -1,7 +1,7 @@
 """FLRQ: flexible low rank by sketches, clipping, and alternation between the two (arXiv:2601.05684)."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import (
     SEARCHES,
+    WIDTHS,
     Damping,
     GroupSize,
     Share,
@@ -92,6 +93,7 @@ class FLRQ:
 
     scope: ClassVar[str] = "layer"
     needs_stats: ClassVar[bool] = True
+    # The first ranks take more off the error than as many bits of width would, if any do.
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -101,6 +103,11 @@ class FLRQ:
                 "trellis codes belong to a rotated weight, whose columns have no activations and no groups, got metric "
                 f"{self.metric!r} and range_measure {self.range_measure!r}; leave them away"
             )
+
+    @property
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Each width without factors and with a few."""
+        return {"bits": WIDTHS[self.codebook], "budget": (0.0, 0.03)}
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """Each weight by itself: its low rank, its codes, in turns."""
@@ -131,7 +138,9 @@ class FLRQ:
         best: tuple[float, Codes, LowRank | None, str] | None = None
         wide, narrow = _SEARCHES.get(self.rounding, (SEARCHES["scale"], SEARCHES["scale"]))
         epochs = self.epochs if self.epochs >= 0 else 20 if self.bits == 2 else 1
-        for search in [wide] + epochs * [narrow]:
+        searches = [wide] + epochs * [narrow]
+        # Without a low rank every round finds the same codes.
+        for search in searches if self._rank_cap(*weight.shape) else dict.fromkeys(searches):
             for step in self.order.split("-then-"):
                 if step == "low-rank":
                     low_rank, stop = self._fit_low_rank(target - codes_part, scaling, generator)

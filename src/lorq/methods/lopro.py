@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import (
     SEARCHES,
+    WIDTHS,
     Damping,
     GroupSize,
     Search,
@@ -115,6 +116,11 @@ class LoPRo:
                 f"rounding {self.rounding!r}, symmetric {self.symmetric}; leave symmetric away and take gptq or nearest"
             )
         check_codebook(self)
+
+    @property
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Each width without factors and with them."""
+        return {"bits": WIDTHS[self.codebook], "rank": tuple(dict.fromkeys((0, self.rank)))}
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """The weights of the layers that read one input, in one basis, so that it is rotated once for all.

@@ -79,7 +79,7 @@ class Observer:
 
     def scaled(self, stats: InputStats, name: str) -> InputStats:
         """Statistics that know how much is at stake at the output of a module."""
-        return replace(stats, sensitivity=self.gradients.mean.get(name) or 1.0)
+        return replace(stats, sensitivity=self.gradients.mean.get(name, 1.0))
 
 
 @dataclass(frozen=True)
