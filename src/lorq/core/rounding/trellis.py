@@ -17,7 +17,7 @@ _AROUND = 12
 def trellis(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: TrellisGrid) -> TrellisCodes:
     """Trellis codes that keep ``tr[(T - Q) H (T - Q)^T]`` small by passing errors on.
 
-    As `lorq.core.rounding.gptq.gptq`, but for how a column is rounded: the rows do not disturb each other in ``H``, so
+    As `lorq.core.rounding.gptq`, but for how a column is rounded: the rows do not disturb each other in ``H``, so
     that the best codes of a column minimise ``sum_r (t_r - scale_r value_r)^2``, which Viterbi's algorithm finds for
     each sequence of rows.
 
