@@ -9,7 +9,7 @@ from lorq.kernels.cpu import library
 
 
 def encode(columns: Tensor, scale: Tensor, upper: Tensor, bits: int, window: int, length: int) -> tuple[Tensor, Tensor]:
-    """`lorq.core.rounding.trellis.encode_trellis` on the CPU; the reference where there is no library."""
+    """`encode_trellis` of the rounding on the CPU; the reference where there is no library."""
     module = library()[0]
     if module is None:
         return encode_trellis_reference(columns, scale, upper, bits, window, length)
