@@ -14,18 +14,24 @@ _BLOCK = 128
 _AROUND = 12
 
 
-def trellis(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: TrellisGrid) -> TrellisCodes:
-    """Trellis codes that keep ``tr[(T - Q) H (T - Q)^T]`` small by passing errors on.
+def trellis(
+    target: Float[Tensor, "out in"],
+    hessian: PreparedHessian,
+    grid: TrellisGrid,
+    row_weights: Float[Tensor, "out"] | None = None,
+) -> TrellisCodes:
+    """Trellis codes that keep ``tr[A (T - Q) H (T - Q)^T]`` small by passing errors on, ``A = diag(row_weights)``.
 
     As `lorq.core.rounding.gptq`, but for how a column is rounded: the rows do not disturb each other in ``H``, so
-    that the best codes of a column minimise ``sum_r (t_r - scale_r value_r)^2``, which Viterbi's algorithm finds for
-    each sequence of rows.
+    that the best codes of a column minimise ``sum_r a_r (t_r - scale_r value_r)^2``, which Viterbi's algorithm finds
+    for each sequence of rows.
 
         scale_r = sqrt(mean(T_r^2)) / deviation of the values
 
     Args:
         target: what is to be rounded, best in a rotated basis, where its rows are all but Gaussian; unchanged.
         hessian: of the inputs.
+        row_weights: what an error of each row costs; all the same if left out.
 
     Raises:
         ValueError: if the damped Hessian is not positive definite, or a scale does not fit float16.
@@ -38,10 +44,12 @@ def trellis(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: Tre
     grid.check(out, width)
     deviation = target.square().mean(1, keepdim=True).sqrt() / VALUES_DEVIATION
     scale = stored_half(deviation.clamp(min=SMALLEST_SCALE))
+    # Errors of a row that is larger by a factor cost its square.
+    factor = target.new_ones(out, 1) if row_weights is None else row_weights.sqrt().unsqueeze(1)
     # Rows that fill the last tile: whatever their codes, they cost nothing.
     spare = grid.rows(out) - out
-    columns = torch.nn.functional.pad(target, (0, 0, 0, spare)).T.contiguous()
-    row_scale = torch.nn.functional.pad(scale[:, 0].float(), (0, spare))
+    columns = torch.nn.functional.pad(target * factor, (0, 0, 0, spare)).T.contiguous()
+    row_scale = torch.nn.functional.pad((scale * factor)[:, 0].float(), (0, spare))
     codes = torch.empty_like(columns, dtype=torch.uint8)
     upper = hessian.inverse_factor
     for start in range(0, width, _BLOCK):
