@@ -10,8 +10,6 @@ from lorq.core.stats import PreparedHessian
 
 # Columns that pass their errors on to each other one by one, as in `lorq.core.rounding.gptq`.
 _BLOCK = 128
-# Rows around the seam of a sequence, where the search for its windows begins: some windows long.
-_AROUND = 12
 
 
 def trellis(
@@ -91,6 +89,11 @@ def encode_trellis_reference(
 encode_trellis = torch.library.custom_op("lorq::encode_trellis", encode_trellis_reference, mutates_args=())
 
 
+def rows_around(bits: int, window: int, length: int) -> int:
+    """Rows to each side of a sequence's seam in the search for what windows have in common there: some windows long."""
+    return min(length, 12 + 2 * window // bits)
+
+
 def _search(
     targets: Float[Tensor, "sequences length"],
     scale: Float[Tensor, "sequences length"],
@@ -101,8 +104,8 @@ def _search(
 
     The bits that windows have in common at the seam are those of a search of its own, some rows to both sides of it.
     """
-    length, window = targets.shape[1], len(values).bit_length() - 1
-    around = min(length, _AROUND + 2 * window // bits)
+    length = targets.shape[1]
+    around = rows_around(bits, len(values).bit_length() - 1, length)
     rows = (torch.arange(2 * around, device=targets.device) - around) % length
     near = _viterbi(targets[:, rows], scale[:, rows], values, bits, None)
     return _viterbi(targets, scale, values, bits, near[:, around - 1] % (len(values) >> bits))
