@@ -46,7 +46,7 @@ def predict(
 
     The harm of a layer whose weight changes by ``D`` is the second order of the divergence, from its statistics,
 
-        sensitivity / (2 out) tr(D H D^T)
+        sensitivity / (2 out) tr(A D H D^T),    A = diag(output_weights)
 
     for each token, where the layer is solved with every change. Harms of layers add up. Where rows are solved one by
     one, some rows stand for all.
@@ -126,31 +126,32 @@ def _harms(
 ) -> dict[Target, dict[int, float]]:
     """Of the block where a walk is, by layer and number of the change."""
     stats, experts = visit.observed.stats, find_experts(model.model, visit.part.name)
-    whole = {target: _worth(model.resident_weight(target), stats[target.name], tokens) for target in free}
     harms: dict[Target, dict[int, float]] = {target: {} for target in free}
     some = {target.name: _of_rows(stats[target.name], target) for target in free}
     for number, change in enumerate(dial.changes):
         own = dial.plan.of(visit.part)
         methods = {t: replace(own[t], **change) for t in free if number in dial.sizes[t]}
         rows = {t: _rows(method, t) for t, method in methods.items()}
-        tasks = block_tasks(
-            methods, {t.name: (some if rows[t] is not None else stats)[t.name] for t in methods}, experts,
-            weight=partial(_weight, model, rows), seed=dial.plan.options.seed,
-        )  # fmt: skip
+        known = {t.name: (some if rows[t] is not None else stats)[t.name] for t in methods}
+        weight = partial(_weight, model, rows)
+        tasks = block_tasks(methods, dict(known), experts, weight=weight, seed=dial.plan.options.seed)
         calls = [executor.submit(solve_task, task) for task in tasks]
         solved = {name: weight for call in calls for name, weight in call.result().items()}
         for target in methods:
-            harms[target][number] = whole[target] * solved[target.name].record.error_after
+            error = solved[target.name].dense() - weight(target)
+            harms[target][number] = _harm(error, known[target.name], tokens)
     return harms
 
 
-def _worth(weight: Tensor, stats: InputStats, tokens: int) -> float:
-    """The harm of a layer that is lost altogether, as far as the second order tells it.
+def _harm(error: Float[Tensor, "out in"], stats: InputStats, tokens: int) -> float:
+    """Of a layer with an error in its weight, by the second order; some of its rows stand for all.
 
     Tokens that are not routed to an expert are none of its harm.
     """
-    energy = float(output_energy(weight.contiguous(), stats.hessian))
-    return stats.sensitivity * energy / (2 * len(weight)) * min(1.0, stats.load / tokens)
+    if stats.output_weights is not None:
+        error = error * stats.output_weights.to(error.device).sqrt().unsqueeze(1)
+    energy = float(output_energy(error, stats.hessian))
+    return stats.sensitivity * energy / (2 * len(error)) * min(1.0, stats.load / tokens)
 
 
 def _rows(method: Method, target: Target) -> Tensor | None:
