@@ -38,6 +38,7 @@ from lorq.show import (
     print_figures,
     print_pieces,
     print_summary,
+    print_tuned,
     progress_bars,
     quiet,
 )
@@ -98,8 +99,10 @@ evaluate = command(
     lorq.evaluate, lambda result, as_json: print_figures(result.as_dict(), as_json), json="print one JSON object."
 )
 generate = command(lorq.generate, print_pieces)
+tune = command(lorq.tune, print_tuned, json="print the report as one JSON object.")
 app.command(evaluate, name="evaluate")
 app.command(generate, name="generate")
+app.command(tune, name="tune")
 
 
 @app.command
@@ -316,6 +319,7 @@ def families(pattern: str = "", *, json_: Annotated[bool, Parameter(name="--json
 # What a command keeps when it is interrupted.
 _GOES_ON = {
     "quantize": "; what is finished is kept, the same command with --resume goes on",
+    "tune": "; what is finished is kept, the same command with --resume goes on",
     "demo": "; what is finished is kept, the same command goes on",
 }
 

@@ -2,6 +2,7 @@
 
 JOURNAL = "lorq_journal.jsonl"
 REPORT_NAME = "lorq_report.json"
+TUNING = "lorq_tuning.safetensors"  # where an unfinished tuning is
 INDEX = "lorq.safetensors.index.json"
 # transformers only warns about a quant_method it does not know and then returns random weights. So config.json
 # names a weights file that does not exist, whose name says what to do; with lorq present, a hook (`lorq.runtime.hf`)
