@@ -17,7 +17,8 @@ VERIFY = "verify"
 READ = "read the model"
 EVALUATE = "evaluate"
 TRAIN = "train"
-TUNE = "tune"
+TUNE_BLOCKS = "tune blocks"
+TUNE = "tune the model"
 
 
 def duration(seconds: float) -> str:

@@ -142,8 +142,7 @@ def print_summary(report: Report, out: Path | None) -> None:
         table.add_row("mean output error", f"{after:.4f} (rounding to nearest: {before:.4f})")
         table.add_row("folder", str(out))
     if tuned := report.run.get("tuning"):
-        told = f"{tuned['kl_before']:.4f} before, {tuned['kl_after']:.4f} after step {tuned['kept_step']}"
-        table.add_row("KL on held-out text", told)
+        table.add_row("KL on held-out text", f"{tuned['kl_after']:.4f} (before tuning: {tuned['kl_before']:.4f})")
     if report.notes:
         table.add_row("with a note", f"{len(report.notes)}, see lorq inspect" if out else str(len(report.notes)))
     if report.seconds:
@@ -160,7 +159,7 @@ def print_tuned(report: Report, as_json: bool) -> None:
     tuned = report.run["tuning"]
     console.print(
         f"KL on {tuned['held_out']} windows of text that was held out: {tuned['kl_before']:.4f} before, "
-        f"{tuned['kl_after']:.4f} after step {tuned['kept_step']} of {tuned['steps']}"
+        f"{tuned['kl_after']:.4f} after" + (f" step {tuned['kept_step']} of {tuned['steps']}" if tuned["steps"] else "")
     )
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorq.adapt.settings import Tuning
-from lorq.adapt.tuned import learning
+from lorq.adapt.tuned import learning, sizes
 from lorq.core.descent import Descent, Outcome, State, minimise
 from lorq.models.self_text import eval_mode
 from lorq.progress import TUNE, Progress
@@ -24,8 +24,6 @@ from lorq.storage.atomic import rename_synced, room_for, write_synced
 _CHUNK_LOGITS = 2**22
 # A checkpoint is written so often: what a crash can cost.
 _CHECKPOINT_SECONDS = 60.0
-# A unit for numbers that are all zero.
-_SMALLEST_UNIT = 2.0**-24
 
 
 class Divergence(torch.autograd.Function):
@@ -100,7 +98,6 @@ def fit(model: nn.Module, to: Fit, chosen: Tuning, checkpoint: Path, progress: P
         ArithmeticError: if the loss is not finite.
     """
     numbers = learning(model)
-    units = [max(float(p.detach().square().mean().sqrt()), _SMALLEST_UNIT) for p in numbers.values()]
     watch = _Watch(checkpoint, list(numbers), chosen.steps, progress)
     with eval_mode(model, to.original):
         return minimise(
@@ -109,7 +106,7 @@ def fit(model: nn.Module, to: Fit, chosen: Tuning, checkpoint: Path, progress: P
             len(to.windows),
             Descent(chosen.steps, chosen.learning_rate, chosen.batch),
             generator=torch.Generator().manual_seed(chosen.seed),
-            units=units,
+            units=sizes(list(numbers.values())),
             measure=lambda: to.measured(model),
             state=_read_state(checkpoint, numbers) if checkpoint.is_file() else None,
             watch=watch,

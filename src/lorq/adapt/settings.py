@@ -45,7 +45,8 @@ class Tuning:
     """How a quantized model is tuned.
 
     Attributes:
-        steps: gradient steps through the whole model.
+        steps: gradient steps through the whole model, which must fit in memory with its original; 0 leaves them out.
+        block_steps: gradient steps on each block before, one block in memory at a time; 0 leaves them out.
         batch: windows of a step.
         samples: windows of text to tune on.
         held_out: windows of the same text to measure on: what measures best is kept.
@@ -56,7 +57,8 @@ class Tuning:
         seed: of the order of the windows, and of text that the original writes.
     """
 
-    steps: Annotated[int, Range(1)] = 100
+    steps: Annotated[int, Range(0)] = 100
+    block_steps: Annotated[int, Range(0)] = 0
     batch: Annotated[int, Range(1)] = 2
     samples: Annotated[int, Range(1)] = 128
     held_out: Annotated[int, Range(1)] = 4
@@ -67,3 +69,5 @@ class Tuning:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if not self.steps + self.block_steps:
+            raise ValueError("steps or block_steps must be at least 1, got 0 for both; give one of them")

@@ -1,13 +1,13 @@
 """Layers whose codes stay while their numbers learn: scales, low-rank factors, entries of codebooks; and norms."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.core.weight import LayerFormat
 from lorq.kernels import fake_quantize
 from lorq.runtime.linear import QuantLinear
 
@@ -117,8 +117,8 @@ def prepare_tuning(model: nn.Module, stored_dtype: Callable[[str], torch.dtype])
     """Put layers in tuning where packed ones are, and let norms learn; all else is frozen.
 
     Args:
-        model: a loaded lorq folder, in float32.
-        stored_dtype: of a tensor of the folder, by name.
+        model: a loaded lorq folder, or a block of one, in float32.
+        stored_dtype: of a tensor of the folder, by its name in the model.
     """
     model.requires_grad_(False)
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, QuantLinear)]:
@@ -136,6 +136,20 @@ def _norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         own = dict(module.named_parameters())
         if "weight" in own and all(p.ndim == 1 for p in own.values()) and not isinstance(module, TunedLinear):
             yield name, module
+
+
+def leave_tuning(model: nn.Module) -> None:
+    """Let norms be plain ones again, with what they have learned. Layers in tuning are left to the caller."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AsStored):
+            path, _, local = name.removesuffix(".0").rpartition(".parametrizations.")
+            norm = model.get_submodule(path)
+            parametrize.remove_parametrizations(norm, local)
+
+
+def sizes(numbers: Sequence[Tensor]) -> list[float]:
+    """The root mean square of each, by which one relative learning rate serves all; a unit for those that are zero."""
+    return [float(number.detach().square().mean().sqrt()) or 1.0 for number in numbers]
 
 
 def learning(model: nn.Module) -> dict[str, Tensor]:

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorq.adapt.block_tuning import BlockTuning
 from lorq.adapt.fit import Fit, fit
 from lorq.adapt.settings import Tuning
 from lorq.adapt.tuned import learning, prepare_tuning, stored_numbers
+from lorq.core.descent import Outcome
+from lorq.models.blocks import StreamedModel
 from lorq.models.locate import load_dense
 from lorq.models.self_text import cached_self_windows, check_self_windows
 from lorq.models.skeleton import read_config
@@ -24,7 +27,7 @@ from lorq.runtime.hf import load
 from lorq.storage.atomic import in_words
 from lorq.storage.companions import find_companions
 from lorq.storage.folder import LorqFolder
-from lorq.storage.names import REPORT_NAME, TUNING
+from lorq.storage.names import REPORT_NAME, TUNED_BLOCKS, TUNING
 from lorq.storage.reader import WeightFiles
 from lorq.storage.report import Report
 from lorq.storage.writer import CheckpointWriter
@@ -58,7 +61,13 @@ class Run:
     ) -> "Run":  # fmt: skip
         """Refuse what can be refused, with a ValueError, and read the text."""
         _check_original(folder, original)
-        _check_memory(folder, original)
+        if settings.steps:
+            _check_memory(folder, original)
+        if settings.block_steps and folder.tiles:
+            raise ValueError(
+                f"block_steps must be 0 where experts share factors, as in {len(folder.tiles)} projections of "
+                f"{folder.path}, got {settings.block_steps}; tune the whole model, with steps"
+            )
         config, count = read_config(original), settings.samples + settings.held_out
         given = None
         if text == SELF:
@@ -84,37 +93,55 @@ class Run:
         writer = CheckpointWriter.create(out, identity, resume=resume, overwrite=overwrite)
         shards = self.folder.reader.headers
         if writer.completed.keys() != shards.keys():
-            self._shards(writer, windows.tokens, out / TUNING)
-        (out / TUNING).unlink(missing_ok=True)
+            self._shards(writer, windows.tokens, out)
+        for name in (TUNED_BLOCKS, TUNING):
+            (out / name).unlink(missing_ok=True)
         return self._finish(writer, info)
 
-    def _shards(self, writer: CheckpointWriter, windows: Tensor, checkpoint: Path) -> None:
-        """Fit the model, and write all its files."""
+    def _shards(self, writer: CheckpointWriter, windows: Tensor, out: Path) -> None:
+        """Fit blocks and model, and write all files."""
         source, chosen = self.folder.reader, self.settings
+        apart = _held_out(len(windows), chosen.held_out)
+        numbers: dict[str, Tensor] = {}
+        reached: dict[str, Any] = {}
+        if chosen.block_steps:
+            original = StreamedModel.open(self.original, device=self.device)
+            checkpoint = out / TUNED_BLOCKS
+            numbers, found = BlockTuning(original, self.folder, windows, apart, chosen, checkpoint, self.progress).run()
+            reached = {"kl_before": found.before, "kl_after": found.after}
+        if chosen.steps:
+            numbers, outcome = self._whole(numbers, windows, apart, out / TUNING)
+            reached = {"kl_before": outcome.start} | reached | {"kl_after": outcome.best, "kept_step": outcome.step}
+        for file, header in sorted(source.headers.items()):
+            if file not in writer.completed:
+                tensors = {name: numbers[name] if name in numbers else source.tensor(name) for name in header.tensors}
+                size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+                writer.write_shard(file, tensors, {"bytes": size, "reached": reached})
+
+    def _whole(
+        self, numbers: Mapping[str, Tensor], windows: Tensor, apart: Tensor, checkpoint: Path
+    ) -> tuple[dict[str, Tensor], Outcome]:
+        """The whole model's numbers, which begin with those given, as they are stored."""
         self.progress(READ, 0, 2)
         model = load(self.folder.path, device=self.device, dtype="float32")
         self.progress(READ, 1, 2)
         original = load(self.original, device=self.device, dtype="float32").requires_grad_(False)
         self.progress(READ, 2, 2)
-        prepare_tuning(model, source.dtype)
-        apart = _held_out(len(windows), chosen.held_out)
-        to = Fit(original, windows[~apart], windows[apart], self.dtype)
-        outcome = fit(model, to, chosen, checkpoint, self.progress)
-        numbers: Mapping[str, Tensor] = {}
-        if outcome.step:  # else nothing was better than what is there
-            numbers = stored_numbers(model, learning(model))
-        for file, header in sorted(source.headers.items()):
-            if file not in writer.completed:
-                tensors = {name: numbers[name] if name in numbers else source.tensor(name) for name in header.tensors}
-                size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-                writer.write_shard(file, tensors, {"bytes": size, "outcome": asdict(outcome)})
+        prepare_tuning(model, self.folder.reader.dtype)
+        own = learning(model)
+        with torch.no_grad():
+            for name, number in numbers.items():
+                own[name].copy_(number)
+        outcome = fit(
+            model, Fit(original, windows[~apart], windows[apart], self.dtype), self.settings, checkpoint, self.progress
+        )
+        return stored_numbers(model, own), outcome
 
     def _finish(self, writer: CheckpointWriter, info: dict[str, Any]) -> Report:
-        outcome = next(iter(writer.completed.values()))["outcome"]
+        reached = next(iter(writer.completed.values()))["reached"]
         before = self.folder.report
-        told = {"kl_before": outcome["start"], "kl_after": outcome["best"], "kept_step": outcome["step"]}
         report = replace(
-            before, run=before.run | {"tuning": info | told}, checksums=writer.shard_checksums(),
+            before, run=before.run | {"tuning": info | reached}, checksums=writer.shard_checksums(),
             bytes=sum(record["bytes"] for record in writer.completed.values()),
         )  # fmt: skip
         files = find_companions(self.folder.path)[0] | {REPORT_NAME: report.to_bytes()}
@@ -135,7 +162,7 @@ class Run:
 
 
 def _held_out(windows: int, count: int) -> Tensor:
-    """Which windows are held out: evenly spread over the text, neither the first nor the last where that is possible."""
+    """Which windows are held out: evenly spread over the text."""
     apart = torch.zeros(windows, dtype=torch.bool)
     apart[[(2 * i + 1) * windows // (2 * count) for i in range(count)]] = True
     return apart

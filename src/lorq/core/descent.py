@@ -57,8 +57,8 @@ class State:
     Attributes:
         step: steps taken.
         start, best, kept_step: of `Outcome` so far.
-        tensors: by "parameter", "mean" and "square" (Adam's moments) and "kept", the parameters that measured best; each
-            in the order of the parameters.
+        tensors: by "parameter", "mean" and "square" (Adam's moments) and "kept", the parameters that measured best, in
+            the order of the parameters.
     """
 
     step: int
@@ -195,10 +195,9 @@ def block_loss(
     """
 
     def loss(windows: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
-        made = weights()
-        device = next(iter(made.values())).device
-        targets = block.targets[windows].to(device).float()
-        errors = (block.forward(made, windows).float() - targets).square().mean(-1)  # (batch, length)
+        made = block.forward(weights(), windows).float()
+        targets = block.targets[windows].to(made.device).float()
+        errors = (made - targets).square().mean(-1)  # (batch, length)
         if token_weights == "equal":
             # A token of zeros gets a finite weight.
             errors = errors / targets.square().mean(-1).clamp(min=1e-30)
