@@ -45,6 +45,7 @@ from lorq.show import (
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
 from lorq.storage.report import html_page, read_report
+from lorq.tuning import quantize_and_tune
 
 app = cyclopts.App(
     name="lorq",
@@ -66,6 +67,7 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
         method: str = "flrq",
         settings: Any = settings,
         options: Any = options,
+        tune: int | None = None,
         json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
     ) -> None:
         """Quantize MODEL into the folder OUT.
@@ -74,10 +76,15 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
             model: a Hugging Face folder, a hub id, or a GGUF file.
             out: the new folder.
             method: how; `lorq quantize --method NAME --help` lists a method's own settings.
+            tune: then tune scales, factors and norms for so many steps against the original's predictions, on the text
+                of the calibration, as `lorq tune` does; all of it must fit in memory.
             json_: print the report as one JSON object.
         """
         with progress_bars() as progress:
-            report = lorq.quantize(model, out, settings, progress=progress, **vars(options))
+            if tune is None:
+                report = lorq.quantize(model, out, settings, progress=progress, **vars(options))
+            else:
+                report = quantize_and_tune(model, out, settings, tune, progress=progress, **vars(options))
         if json_:
             print(json.dumps(report.as_dict()))
             return

@@ -1,14 +1,18 @@
 """Fit what is continuous in a quantized model to the original's predictions."""
 
+import json
 import os
+import shutil
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lorq.adapt.settings import Tuning
 from lorq.core.checks import check_arguments
 from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, Progress, no_progress
+from lorq.storage.names import JOURNAL
 from lorq.storage.out_folder import check_out
 from lorq.storage.report import Report, read_report
 
@@ -78,3 +82,52 @@ def tune(
         run = Run.prepare(folder, original, str(text), settings, device=place, dtype=dtype, progress=progress)
         with owned(out):
             return run.into(out, resume=resume, overwrite=overwrite)
+
+
+def quantize_and_tune(
+    model: str | Path, out: str | Path, method: Any, steps: int, *, progress: Progress | None = None, **options: Any
+) -> Report:
+    """`lorq.quantize`, and `tune` for so many steps on the text of its calibration, of the same length of windows.
+
+    The folder that is tuned is beside ``out``, with ``.untuned`` at the end of its name, and is removed in the end.
+
+    Args:
+        model, out, method, progress, options: as of `lorq.quantize`.
+        steps: through the whole model, at least 1.
+
+    Raises:
+        ValueError: for fewer steps.
+    """
+    if steps < 1:
+        raise ValueError(f"tune must be at least 1 step, got {steps}; leave it out for none")
+    from lorq.adapt.tuning import read_windows
+    from lorq.methods import Method
+    from lorq.pipeline.options import Options, read_method, read_options
+    from lorq.pipeline.quantize import quantize
+
+    chosen: Options = read_options(dict(options))
+    solver: Method = read_method(method)
+    settings = Tuning(steps=steps, seq_len=chosen.seq_len, start_token=chosen.start_token, seed=chosen.seed)
+    out, text = full_path(out), chosen.calibration
+    read_windows(resolve_model(model), text if text == SELF else check_text(text, "calibration"), settings)
+    if chosen.dry_run:
+        return quantize(model, out, solver, progress=progress, **options)
+    check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
+    plain = out.with_name(f"{out.name}.untuned")
+    begun = chosen.resume and plain.exists()
+    if not (begun and _is_made(plain, solver)):
+        options |= {"resume": begun, "overwrite": chosen.overwrite and plain.exists()}
+        quantize(model, plain, solver, progress=progress, **options)
+    report = tune(
+        plain, out, reference=model, text=text, settings=settings, device=chosen.device,
+        resume=chosen.resume and out.exists(), overwrite=chosen.overwrite, progress=progress,
+    )  # fmt: skip
+    shutil.rmtree(plain)
+    return report
+
+
+def _is_made(folder: Path, method: Any) -> bool:
+    """Whether a folder is finished, and by this method; the original is compared when it is tuned."""
+    if (folder / JOURNAL).exists():
+        return False
+    return read_report(folder).settings == json.loads(json.dumps(asdict(method)))

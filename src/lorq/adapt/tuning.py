@@ -24,7 +24,7 @@ from lorq.models.windows import Encoder, Windows, text_windows
 from lorq.progress import READ, WRITE, Progress
 from lorq.runtime.device import available_bytes, read_dtype
 from lorq.runtime.hf import load
-from lorq.storage.atomic import in_words
+from lorq.storage.atomic import in_words, require_space
 from lorq.storage.companions import find_companions
 from lorq.storage.folder import LorqFolder
 from lorq.storage.names import REPORT_NAME, TUNED_BLOCKS, TUNING
@@ -68,21 +68,14 @@ class Run:
                 f"block_steps must be 0 where experts share factors, as in {len(folder.tiles)} projections of "
                 f"{folder.path}, got {settings.block_steps}; tune the whole model, with steps"
             )
-        config, count = read_config(original), settings.samples + settings.held_out
-        given = None
-        if text == SELF:
-            check_self_windows(tokenizer_if_any(original), config, windows=count, length=settings.seq_len)
-        else:
-            encoder = Encoder.open(original, config, settings.start_token)
-            read = text_windows(text, encoder, samples=count, seq_len=settings.seq_len)
-            given = replace(read, source=text_name(text))
+        given = read_windows(original, text, settings)
         return cls(folder, original, text, given, settings, device, _products(dtype, device), progress)
 
     def into(self, out: Path, *, resume: bool, overwrite: bool) -> Report:
         """Tune, and write the result; the folder ``out`` is ours."""
         windows = self.given or self._written()
         info = {
-            **{k: v for k, v in asdict(self.settings).items()}, "text": windows.source, "text_tokens": windows.sha256,
+            **asdict(self.settings), "text": windows.source, "text_tokens": windows.sha256,
             "start_token": windows.start_token, "dtype": str(self.dtype).removeprefix("torch."),
             "device_type": self.device.type,
         }  # fmt: skip
@@ -90,6 +83,7 @@ class Run:
             "tuned_from": self.folder.reader.fingerprint(), "lorq_version": __version__, "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }  # fmt: skip
+        require_space(out, 2 * self.folder.report.bytes)
         writer = CheckpointWriter.create(out, identity, resume=resume, overwrite=overwrite)
         shards = self.folder.reader.headers
         if writer.completed.keys() != shards.keys():
@@ -159,6 +153,25 @@ class Run:
             progress=lambda done, total: self.progress(WRITE, done, total),
         )  # fmt: skip
         return Windows(tokens, SELF, start_token=True)
+
+
+def read_windows(original: Path, text: str, settings: Tuning) -> Windows | None:
+    """The windows of a text, those held out included; None where the original is to write them.
+
+    Raises:
+        ValueError: if the text is too short, or the model takes no such windows.
+    """
+    config, count = read_config(original), settings.samples + settings.held_out
+    if text == SELF:
+        check_self_windows(tokenizer_if_any(original), config, windows=count, length=settings.seq_len)
+        return None
+    encoder = Encoder.open(original, config, settings.start_token)
+    try:
+        read = text_windows(text, encoder, samples=count, seq_len=settings.seq_len)
+    except ValueError as error:
+        error.add_note(f"for tuning on {settings.samples} windows and measuring on {settings.held_out} (--held-out)")
+        raise
+    return replace(read, source=text_name(text))
 
 
 def _held_out(windows: int, count: int) -> Tensor:
