@@ -183,6 +183,10 @@ def _held_out(windows: int, count: int) -> Tensor:
 
 def _check_original(folder: LorqFolder, original: Path) -> None:
     """Refuse a reference that the folder was not made of."""
+    if (original / REPORT_NAME).is_file():
+        raise ValueError(
+            f"the reference must be the original, {original} is quantized itself; name what it was made of"
+        )
     then, now = folder.report.run.get("model"), WeightFiles.open(original).fingerprint()
     if then != now:
         raise ValueError(
@@ -200,7 +204,7 @@ def _check_memory(folder: LorqFolder, original: Path) -> None:
     if needed > 0.9 * (available := available_bytes()):
         raise ValueError(
             f"tuning needs model and original in memory at once, {in_words(needed)} and what a batch takes, "
-            f"{in_words(available)} are free; take a machine with more"
+            f"{in_words(available)} are free; tune it block by block, with --steps 0 --block-steps 100"
         )
 
 
