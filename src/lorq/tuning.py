@@ -87,7 +87,7 @@ def tune(
 def quantize_and_tune(
     model: str | Path, out: str | Path, method: Any, steps: int, *, progress: Progress | None = None, **options: Any
 ) -> Report:
-    """`lorq.quantize`, and `tune` for so many steps on the text of its calibration, of the same length of windows.
+    """`lorq.quantize`, and `tune` for so many steps on the windows of its calibration, of which a few are held out.
 
     The folder that is tuned is beside ``out``, with ``.untuned`` at the end of its name, and is removed in the end.
 
@@ -107,7 +107,13 @@ def quantize_and_tune(
 
     chosen: Options = read_options(dict(options))
     solver: Method = read_method(method)
-    settings = Tuning(steps=steps, seq_len=chosen.seq_len, start_token=chosen.start_token, seed=chosen.seed)
+    if chosen.samples < 2:
+        raise ValueError(f"tune holds windows out, samples must be at least 2, got {chosen.samples}")
+    held_out = max(1, min(Tuning.held_out, chosen.samples // 4))
+    settings = Tuning(
+        steps=steps, samples=chosen.samples - held_out, held_out=held_out, seq_len=chosen.seq_len,
+        start_token=chosen.start_token, seed=chosen.seed,
+    )  # fmt: skip
     out, text = full_path(out), chosen.calibration
     read_windows(resolve_model(model), text if text == SELF else check_text(text, "calibration"), settings)
     if chosen.dry_run:

@@ -155,9 +155,11 @@ def test_quantize_and_tune_is_one_command_that_goes_on_where_it_was(
 ):
     out, both = tmp_path / "out", tmp_path / "both"
     flags = ["--method", "gptq", "--bits", "3", "--group-size", "32", "--calibration", str(text_file), "--samples", "4"]
-    flags += ["--seq-len", "12", "--tune", "2"]
+    flags += ["--seq-len", "32", "--tune", "2"]
     assert main(["quantize", str(folder_of("llama")), str(both), *flags]) == 0
     assert not both.with_name("both.untuned").exists()
+    told = lorq.read_report(both).run["tuning"]
+    assert (told["samples"], told["held_out"], told["steps"]) == (3, 1, 2)
     with monkeypatch.context() as patch:
         patch.setattr("lorq.adapt.tuning.fit", lambda *_: (_ for _ in ()).throw(PowerCut()))
         assert main(["quantize", str(folder_of("llama")), str(out), *flags]) == 1

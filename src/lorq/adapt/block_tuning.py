@@ -44,6 +44,7 @@ class BlockTuning:
     Attributes:
         original: the model that the folder was made of.
         windows: of text; those held out are measured on.
+        dtype: of products in gradient steps; streams and sums are in float32.
         checkpoint: file that finished blocks are kept in; where it is there, the work goes on behind them.
     """
 
@@ -52,6 +53,7 @@ class BlockTuning:
     windows: Int[Tensor, "windows length"]
     held_out: Bool[Tensor, "windows"]
     settings: Tuning
+    dtype: torch.dtype
     checkpoint: Path
     progress: Progress
 
@@ -104,7 +106,8 @@ class BlockTuning:
         learn, measured = (torch.nonzero(own)[:, 0] for own in (~self.held_out, self.held_out))
 
         def forward(_: object, windows: Tensor) -> Tensor:
-            return torch.stack([self.original.differentiable_run(part, inputs, int(w), {}) for w in windows])
+            with torch.autocast(self.original.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                return torch.stack([self.original.differentiable_run(part, inputs, int(w), {}) for w in windows])
 
         loss = block_loss(BlockOutput(forward, target.hidden), dict, "equal")
 

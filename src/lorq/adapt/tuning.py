@@ -100,8 +100,10 @@ class Run:
         reached: dict[str, Any] = {}
         if chosen.block_steps:
             original = StreamedModel.open(self.original, device=self.device)
-            checkpoint = out / TUNED_BLOCKS
-            numbers, found = BlockTuning(original, self.folder, windows, apart, chosen, checkpoint, self.progress).run()
+            blocks = BlockTuning(
+                original, self.folder, windows, apart, chosen, self.dtype, out / TUNED_BLOCKS, self.progress
+            )
+            numbers, found = blocks.run()
             reached = {"kl_before": found.before, "kl_after": found.after}
         if chosen.steps:
             numbers, outcome = self._whole(numbers, windows, apart, out / TUNING)
