@@ -76,7 +76,7 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
             model: a Hugging Face folder, a hub id, or a GGUF file.
             out: the new folder.
             method: how; `lorq quantize --method NAME --help` lists a method's own settings.
-            tune: then tune scales, factors and norms for so many steps, on the calibration's windows, as `lorq tune` does.
+            tune: then tune it for so many steps on the calibration's windows, as `lorq tune` does.
             json_: print the report as one JSON object.
         """
         with progress_bars() as progress:
