@@ -19,6 +19,8 @@ VERIFY = "verify"
 READ = "read the model"
 EVALUATE = "evaluate"
 TRAIN = "train"
+TUNE_BLOCKS = "tune blocks"
+TUNE = "tune the model"
 
 
 def duration(seconds: float) -> str:

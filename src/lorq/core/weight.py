@@ -1,7 +1,7 @@
 """QuantizedWeight: the value that passes from a method's solve to packing, running and reporting."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -211,8 +211,19 @@ class QuantizedWeight:
         if self.basis is not None and self.basis.permutation is not None:
             tensors["permutation"] = self.basis.permutation.to(permutation_dtype(self.shape[1]))
         if isinstance(self.low_rank, LowRank):
-            tensors |= vars(self.low_rank)
+            tensors |= self.low_rank.tensors()
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+    def continuous(self) -> dict[str, Tensor]:
+        """Of `tensors` those that are numbers and no codes (`lorq.core.codes.Codes.continuous`), and the factors."""
+        return self.codes.continuous() | (self.low_rank.tensors() if isinstance(self.low_rank, LowRank) else {})
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "QuantizedWeight":
+        """The same weight with other numbers for `continuous`, of any floating-point type; differentiable in them."""
+        low_rank = self.low_rank
+        if isinstance(low_rank, LowRank):
+            low_rank = LowRank(**{name: numbers[name] for name in low_rank.tensors()})
+        return replace(self, codes=self.codes.refitted(numbers), low_rank=low_rank)
 
     def stored_bits(self) -> int:
         """Every bit of this weight on disk, an equal share of tile factors included; see `LayerFormat.stored_bits`."""

@@ -1,7 +1,6 @@
 """quantize(): the only place that calls the stages in order."""
 
 import os
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -35,7 +34,7 @@ from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
 from lorq.progress import OPEN, PASS, QUANTIZE, WRITE, Progress, no_progress
-from lorq.runtime.device import own_defaults, read_device
+from lorq.runtime.device import available_bytes, own_defaults, read_device
 from lorq.storage.atomic import require_space
 from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.config import FORMAT_VERSION
@@ -261,20 +260,12 @@ def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callab
 def _require_memory(model: StreamedModel) -> None:
     """The model writes text only if it fits in memory with room to spare."""
     parameters = sum(p.numel() for p in model.model.parameters())
-    available = _available_bytes()
+    available = available_bytes()
     if 4 * parameters > 0.7 * available:
         raise ValueError(
             f"calibration 'self' needs the whole model in memory ({4 * parameters / 1e9:.1f} GB in float32), "
             f"{available / 1e9:.1f} GB are free; name a text instead, such as --calibration FILE or wikitext2"
         )
-
-
-def _available_bytes(told: Path = Path("/proc/meminfo")) -> int:
-    """Memory that can be had: more than is free, since the system keeps files there that it can read again."""
-    try:
-        return 1024 * int(re.findall(r"^MemAvailable: *(\d+) kB", told.read_text(), re.M)[0])
-    except (OSError, IndexError):  # not Linux
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # What is not known yet when a run that goes on is compared: of a text, and what a budget leads to.

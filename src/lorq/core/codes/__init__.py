@@ -82,6 +82,17 @@ class Codes(Protocol):
         """The stored tensors, by local name (docs/format.md); `CodesFormat.read` is the inverse."""
         ...
 
+    def continuous(self) -> dict[str, Tensor]:
+        """Of `tensors` those that are numbers and no codes, which tuning may change: scales, entries of codebooks."""
+        ...
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "Codes":
+        """The same codes with other numbers for `continuous`, of any floating-point type.
+
+        What they `decode` to is differentiable in the numbers.
+        """
+        ...
+
 
 CODES: dict[str, type[Any]] = {
     "integer": IntGrid, "levels": LevelFormat, "vectors": VectorGrid, "trellis": TrellisGrid,

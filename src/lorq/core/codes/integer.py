@@ -1,7 +1,7 @@
 """Integer codes: equally spaced values, a scale (and a zero point) for each row and group of columns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -183,3 +183,10 @@ class IntCodes:
         if self.zero_point is not None:
             tensors["weight_zero_point"] = pack_columns(self.zero_point, self.format.bits)
         return tensors
+
+    def continuous(self) -> dict[str, Tensor]:
+        """The scales; zero points are whole numbers."""
+        return {"weight_scale": self.scale}
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "IntCodes":
+        return replace(self, scale=numbers["weight_scale"])

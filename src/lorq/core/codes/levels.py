@@ -1,7 +1,7 @@
 """Level codes: positions in a fixed table of values, under a scale for each group or for each weight."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
@@ -205,3 +205,14 @@ class LevelCodes:
         if isinstance(self.scale, LowRankScale):
             return packed | {"scale_left": self.scale.left, "scale_right": self.scale.right}
         return packed | {"weight_scale": self.scale}
+
+    def continuous(self) -> dict[str, Tensor]:
+        """The scales, or their factors."""
+        if isinstance(self.scale, LowRankScale):
+            return {"scale_left": self.scale.left, "scale_right": self.scale.right}
+        return {"weight_scale": self.scale}
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "LevelCodes":
+        if isinstance(self.scale, LowRankScale):
+            return replace(self, scale=LowRankScale(numbers["scale_left"], numbers["scale_right"]))
+        return replace(self, scale=numbers["weight_scale"])

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -155,6 +155,13 @@ class TrellisCodes:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight_packed": self.packed, "weight_scale": self.scale}
+
+    def continuous(self) -> dict[str, Tensor]:
+        """The scales of the rows."""
+        return {"weight_scale": self.scale}
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "TrellisCodes":
+        return replace(self, scale=numbers["weight_scale"])
 
 
 def pack_streams(codes: UInt8[Tensor, "rows in"], bits: int) -> Int16[Tensor, "tiles {bits} in"]:

@@ -1,7 +1,7 @@
 """Vector codes: each stands for a few neighbouring weights, an entry of a codebook times a scale."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -93,9 +93,14 @@ class VectorGrid:
 
 @dataclass(frozen=True)
 class Codebook:
-    """The codebooks of a weight: entry ``k`` of tile ``(r, c)`` is ``entries[r, c, k] * scale[r, c]``."""
+    """The codebooks of a weight: entry ``k`` of tile ``(r, c)`` is ``entries[r, c, k] * scale[r, c]``.
 
-    entries: Int8[Tensor, "row_tiles column_tiles entries vector"]
+    Entries are int8 where they are stored.
+    """
+
+    entries: (
+        Int8[Tensor, "row_tiles column_tiles entries vector"] | Float[Tensor, "row_tiles column_tiles entries vector"]
+    )
     scale: Float[Tensor, "row_tiles column_tiles"]
 
     def values(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row_tiles column_tiles entries vector"]:
@@ -147,3 +152,12 @@ class VectorCodes:
             "codebook": self.codebook.entries,
             "codebook_scale": self.codebook.scale,
         }
+
+    def continuous(self) -> dict[str, Tensor]:
+        """The codebooks' entries, and the scales of rows and of codebooks."""
+        book = self.codebook
+        return {"weight_scale": self.scale, "codebook": book.entries, "codebook_scale": book.scale}
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "VectorCodes":
+        book = Codebook(numbers["codebook"], numbers["codebook_scale"])
+        return replace(self, scale=numbers["weight_scale"], codebook=book)
