@@ -12,6 +12,7 @@ CHECK = "check weights"
 WRITE = "write calibration text"
 PASS = "go through finished blocks"  # of a resumed run
 QUANTIZE = "quantize"
+TABLES = "quantize embeddings and head"
 VERIFY = "verify"
 # Those of the rest, after `IMPORT`.
 READ = "read the model"

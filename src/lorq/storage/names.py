@@ -1,6 +1,8 @@
 """The names of files in a lorq folder."""
 
 JOURNAL = "lorq_journal.jsonl"
+# The table of tokens and the head, as far as they are quantized.
+TABLES = "lorq-tables.safetensors"
 REPORT_NAME = "lorq_report.json"
 INDEX = "lorq.safetensors.index.json"
 # transformers only warns about a quant_method it does not know and then returns random weights. So config.json
