@@ -9,6 +9,7 @@
 
 #include "operator.hpp"
 #include "rotation.hpp"
+#include "trellis.hpp"
 
 namespace nb = nanobind;
 using namespace lorq;
@@ -49,7 +50,7 @@ std::string best() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni"))
-        return __builtin_cpu_supports("avx512vbmi") ? "vbmi" : "vnni";
+        return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") ? "vbmi" : "vnni";
     if (avx2) return "avx2";
 #endif
     return "portable";
@@ -66,6 +67,16 @@ NB_MODULE(LORQ_MODULE, m) {
            int64_t skip, bool inverse, int threads) {
             return rotate({at<void>(x), at<void>(permutation), reinterpret_cast<void*>(y), tokens, in, block, skip,
                            Type(type), index_bytes, inverse}, threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "encode_trellis",
+        [](Pointer columns, Pointer scale, Pointer upper, Pointer values, Pointer codes, Pointer errors, int64_t count,
+           int64_t rows, int64_t length, int bits, int window, int threads) {
+            TrellisBlock block{reinterpret_cast<float*>(columns), at<float>(scale), at<float>(upper), at<float>(values),
+                               reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(errors), count, rows, length,
+                               bits, window};
+            encode_trellis(block, threads);
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def("implement_operator", [](const std::string& torch_library, int64_t few_tokens, int64_t few_others) {

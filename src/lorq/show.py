@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
@@ -133,6 +134,10 @@ def print_summary(report: Report, out: Path | None) -> None:
     table.add_row("method", report.method)
     table.add_row("layers", str(len(report.layers)))
     table.add_row("bits per weight", f"{report.bits_per_weight:.3f}" + ("" if out else " at most"))
+    if "harm" in (told := report.run.get("budget", {})):  # a budget was met, by layers of several kinds
+        table.add_row("predicted divergence", f"{told['harm']:.4g} nats a token")
+        widths = Counter(layer.bits for layer in report.layers)
+        table.add_row("chosen", ", ".join(f"{bits} bits: {count} layers" for bits, count in sorted(widths.items())))
     table.add_row("weights on disk", size + ("" if out else " at most"))
     if any(ranks):  # of a low-rank part; methods without one have nothing to tell
         table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")

@@ -91,6 +91,8 @@ class Basis:
 
     def rotate_hessian(self, hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
         """``T^T H T``, exactly symmetric."""
+        if self.permutation is None and not self.block:
+            return hessian
         turned = self.rotate(self.rotate(hessian).T)
         return (turned + turned.T) / 2
 

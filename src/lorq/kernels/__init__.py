@@ -1,5 +1,6 @@
 """The operators: one schema each, a torch reference, and faster implementations per device."""
 
+from lorq.kernels import cpu_trellis as cpu_trellis  # its implementation is registered
 from lorq.kernels.dispatch import (
     KERNELS,
     Implementation,

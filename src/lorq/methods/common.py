@@ -2,15 +2,17 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.basis import Basis
+from lorq.core.basis import SMALLEST_BLOCK, Basis, largest_block
 from lorq.core.checks import Range
 from lorq.core.codes import Codes, IntGrid
+from lorq.core.codes.trellis import LARGEST_WINDOW, MOST_BITS
+from lorq.core.codes.vectors import VECTOR_LENGTHS
 from lorq.core.low_rank import LowRank
 from lorq.core.rounding import RangeSearch, nearest
 from lorq.core.stats import InputStats, output_energy
@@ -20,12 +22,16 @@ Bits = Annotated[int, Range(2, 8)]
 GroupSize = Annotated[int, Range(1, minus_one="one group per row")]
 Share = Annotated[float, Range(0, 1)]
 Damping = Annotated[float, Range(0, 10)]
+Window = Annotated[int, Range(8, LARGEST_WINDOW)]
 Search = Literal["none", "saturate", "scale"]
 SEARCHES: dict[Search, RangeSearch | None] = {
     "none": None,
     "saturate": RangeSearch(steps=20, depth=0.5, mode="saturate"),
     "scale": RangeSearch(steps=20, depth=0.5, mode="scale"),
 }
+
+# Widths of each kind of codes that have kernels (docs/kernels.md): what a budget chooses from, if nothing else is said.
+WIDTHS = {"scalar": (2, 3, 4, 8), "vector": tuple(VECTOR_LENGTHS), "trellis": tuple(range(1, MOST_BITS + 1))}
 
 M = TypeVar("M")
 
@@ -44,6 +50,38 @@ def preset(kind: type[M]) -> type[M]:
         raise TypeError(f"a preset must name settings of {kind.__base__}, got {', '.join(unknown)}")
     kind.__annotations__ = {name: inherited[name] for name in given}
     return dataclass(frozen=True)(kind)
+
+
+def check_codebook(method: Any) -> None:
+    """Refuse bits that a method's kind of codes does not have, and settings that trellis codes cannot keep to.
+
+    Raises:
+        ValueError: naming the settings.
+    """
+    known = range(2, 9) if method.codebook == "scalar" else WIDTHS[method.codebook]
+    if method.bits not in known:
+        raise ValueError(f"bits must be {', '.join(map(str, known))} with {method.codebook} codes, got {method.bits}")
+    if method.codebook == "trellis":
+        if method.rounding != "gptq" or method.symmetric:
+            raise ValueError(
+                "trellis codes pass errors on and have no zero points, got "
+                f"rounding {method.rounding!r}, symmetric {method.symmetric}; leave them away"
+            )
+        if method.window < method.bits + 4:
+            raise ValueError(
+                f"window must be at least 4 more than bits, got window {method.window}, bits {method.bits}"
+            )
+
+
+def rotation(width: int) -> Basis:
+    """All columns of a weight in the largest blocks that fit, up to 256; none where only pairs would.
+
+    Example:
+        >>> rotation(576).block, rotation(4096).block, rotation(90).block
+        (64, 256, 0)
+    """
+    block = largest_block(width)
+    return Basis(None, block if block >= SMALLEST_BLOCK else 0, 0)
 
 
 def layer_group(width: int, group_size: int) -> int:
@@ -109,5 +147,5 @@ def assemble(
     after = energy(result.dense().sub_(weight)) / total
     if plain is codes:
         return replace(result, record=Record(stop, after, after, note))
-    before = energy((plain or nearest(weight, None, codes.format.plain())).decode().sub_(weight)) / total
+    before = energy((plain or nearest(weight, None, codes.format.plain(weight.shape[1]))).decode().sub_(weight)) / total
     return replace(result, record=Record(stop, before, after, note))

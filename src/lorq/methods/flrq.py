@@ -1,34 +1,38 @@
 """FLRQ: flexible low rank by sketches, clipping, and alternation between the two (arXiv:2601.05684)."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorq.core.basis import Basis
 from lorq.core.checks import Range, check_settings
-from lorq.core.codes import IntCodes
+from lorq.core.codes import Codes, IntGrid, TrellisGrid
 from lorq.core.linalg import times_lower
 from lorq.core.low_rank import FactorType, LowRank, factor_bits, store_factors
 from lorq.core.problem import Problem
 from lorq.core.rank_choice import choose_rank, rank_cap
-from lorq.core.rounding import ROUNDINGS, RangeSearch
+from lorq.core.rounding import ROUNDINGS, RangeSearch, trellis
 from lorq.core.sketch import SketchForm, sketch
-from lorq.core.stats import InputStats, output_energy
+from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import (
     SEARCHES,
-    Bits,
+    WIDTHS,
     Damping,
     GroupSize,
     Share,
+    Window,
     activation_scale,
     assemble,
+    check_codebook,
     layer_grid,
     layer_group,
     needed,
     preset,
+    rotation,
 )  # fmt: skip
 
 # The authors' code's range searches: a wide one on the first residual, a narrow one when alternating.
@@ -40,7 +44,11 @@ class FLRQ:
     """A flexible low-rank part from sketches of the scaled weight, the residual quantized under clipping.
 
     Attributes:
-        bits: width of a code, 2 to 8.
+        bits: width of a code, 2 to 8, with trellis codes 1 to 6.
+        codebook: what codes stand for: "scalar" values of an integer grid, or "trellis" values computed from the last
+            bits of a stream, for weights that are rotated before. These have a scale for each row: ``group_size``,
+            ``symmetric`` and ``rounding`` do not matter.
+        window: bits that a trellis value depends on; each more doubles the time and gains a little.
         group_size: input columns that share a scale; -1 for one group per row.
         symmetric: no zero points (the paper's text); asymmetric is what the authors' code does.
         rounding: how the residual is rounded: "clip" searches ranges and rounds to nearest (the paper),
@@ -62,7 +70,9 @@ class FLRQ:
         damping: share of the mean diagonal added to the diagonal, where the Hessian is factorised.
     """
 
-    bits: Bits = 4
+    bits: Annotated[int, Range(1, 8)] = 4
+    codebook: Literal["scalar", "trellis"] = "scalar"
+    window: Window = 12
     group_size: GroupSize = 128
     symmetric: bool = False
     rounding: Literal["clip", "nearest", "gptq"] = "gptq"
@@ -83,9 +93,21 @@ class FLRQ:
 
     scope: ClassVar[str] = "layer"
     needs_stats: ClassVar[bool] = True
+    # The first ranks take more off the error than as many bits of width would, if any do.
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_codebook(self)
+        if self.codebook == "trellis" and (self.metric != "hessian" or self.range_measure != "amax"):
+            raise ValueError(
+                "trellis codes belong to a rotated weight, whose columns have no activations and no groups, got metric "
+                f"{self.metric!r} and range_measure {self.range_measure!r}; leave them away"
+            )
+
+    @property
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Each width without factors and with a few."""
+        return {"bits": WIDTHS[self.codebook], "budget": (0.0, 0.03)}
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """Each weight by itself: its low rank, its codes, in turns."""
@@ -108,27 +130,46 @@ class FLRQ:
             the first one too. The error comes from the Hessian instead of stored tokens.
         """
         stats = needed(stats)
-        hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping)
+        basis = self._basis(weight.shape[1])
+        target = basis.rotate(weight)
+        hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping, block=basis.block)
         scaling = hessian.factor if self.metric == "hessian" else activation_scale(stats, self.exponent)
-        grid = layer_grid(weight.shape[1], self.bits, self.group_size, self.symmetric)
         codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
-        best: tuple[float, IntCodes, LowRank | None, str] | None = None
+        best: tuple[float, Codes, LowRank | None, str] | None = None
         wide, narrow = _SEARCHES.get(self.rounding, (SEARCHES["scale"], SEARCHES["scale"]))
         epochs = self.epochs if self.epochs >= 0 else 20 if self.bits == 2 else 1
-        for search in [wide] + epochs * [narrow]:
+        searches = [wide] + epochs * [narrow]
+        # Without a low rank every round finds the same codes.
+        for search in searches if self._rank_cap(*weight.shape) else dict.fromkeys(searches):
             for step in self.order.split("-then-"):
                 if step == "low-rank":
-                    low_rank, stop = self._fit_low_rank(weight - codes_part, scaling, generator)
+                    low_rank, stop = self._fit_low_rank(target - codes_part, scaling, generator)
                     low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(weight)
                 else:
-                    rounded = ROUNDINGS[self.rounding](weight - low_rank_part, hessian, grid, search)
+                    rounded = self._round(target - low_rank_part, hessian, search)
                     codes_part = rounded.decode()
-            error = float(output_energy(weight - codes_part - low_rank_part, hessian.matrix))
+            error = float(output_energy(target - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:
                 best = (error, rounded, low_rank, stop)
         assert best is not None
         _, rounded, low_rank, stop = best
-        return assemble(weight, rounded, low_rank, stop=stop, stats=stats)
+        return assemble(weight, rounded, low_rank, stop=stop, stats=stats, basis=basis if basis.block else None)
+
+    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian, search: RangeSearch | None) -> Codes:
+        """Codes of what the low rank does not hold."""
+        format = self._codes(*target.shape)
+        if isinstance(format, TrellisGrid):
+            return trellis(target, hessian, format)
+        return ROUNDINGS[self.rounding](target, hessian, format, search)
+
+    def _basis(self, width: int) -> Basis:
+        """Trellis codes want weights that are all but Gaussian."""
+        return rotation(width) if self.codebook == "trellis" else Basis(None, 0, 0)
+
+    def _codes(self, out: int, in_: int) -> IntGrid | TrellisGrid:
+        if self.codebook == "trellis":
+            return TrellisGrid.of(out, self.bits, self.window)
+        return layer_grid(in_, self.bits, self.group_size, self.symmetric)
 
     def _fit_low_rank(
         self, target: Float[Tensor, "out in"], scaling: Tensor, generator: torch.Generator
@@ -154,8 +195,9 @@ class FLRQ:
 
     def largest(self, out: int, in_: int) -> LayerFormat:
         """The format at the rank where the budget ends."""
-        grid = layer_grid(in_, self.bits, self.group_size, self.symmetric)
-        return LayerFormat(grid, self._rank_cap(out, in_), self.factor_type)
+        basis = self._basis(in_)
+        rank = self._rank_cap(out, in_)
+        return LayerFormat(self._codes(out, in_), rank, self.factor_type, rotation_block=basis.block)
 
     def _rank_cap(self, out: int, in_: int) -> int:
         return rank_cap(out, in_, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -10,24 +10,26 @@ from torch import Tensor
 
 from lorq.core.basis import Basis, check_block, largest_block
 from lorq.core.checks import Range, check_settings
-from lorq.core.codes import Codes, CodesFormat, VectorGrid
+from lorq.core.codes import Codes, CodesFormat, TrellisGrid, VectorGrid
 from lorq.core.codes.vectors import VECTOR_LENGTHS
 from lorq.core.linalg import shrink
 from lorq.core.low_rank import FactorType, LowRank, Metric, r1svd
 from lorq.core.problem import Problem
-from lorq.core.rounding import ROUNDINGS, gptvq
+from lorq.core.rounding import ROUNDINGS, gptvq, trellis
 from lorq.core.sketch import SketchForm
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import (
     SEARCHES,
-    Bits,
+    WIDTHS,
     Damping,
     GroupSize,
     Search,
     Share,
+    Window,
     activation_scale,
     assemble,
+    check_codebook,
     layer_grid,
     needed,
     preset,
@@ -43,11 +45,12 @@ class LoPRo:
     """The inputs permuted and rotated in blocks, the weight rounded there, and factors of fixed rank.
 
     Attributes:
-        bits: stored bits of a code per weight: 2 to 8, with vector codebooks 2 to 4.
+        bits: stored bits of a code per weight: 2 to 8, with vector codebooks 2 to 4, with trellis codes 1 to 6.
         group_size: input columns that share a scale; -1 for one group per row. Vector codebooks do not use it:
             with them each row has one scale.
         symmetric: no zero points (single weights only).
-        codebook: what codes stand for: "scalar" values of an integer grid, or "vector" entries of codebooks.
+        codebook: what codes stand for: "scalar" values of an integer grid, "vector" entries of codebooks, or "trellis"
+            values computed from the last bits of a stream (QTIP), with which bits may be 1 to 6.
         rounding: "gptq" passes errors on (with vector codebooks that is GPTVQ), "clip" and "nearest" do not;
             "clip" is for single weights.
         rotation: which columns are rotated: "full" all, "partial" all but the first (the paper), "none".
@@ -71,14 +74,15 @@ class LoPRo:
         codebook_columns: columns that share a codebook; -1 for the most that fit, up to 256.
         codebook_rows: rows that share a codebook; -1 for what makes 65536 weights (32768 at 3 bits).
         kmeans_iterations: steps of k-means for each codebook.
+        window: bits that a trellis value depends on; each more doubles the time and gains a little.
         shrinkage: how far the Hessian moves towards its diagonal, 0 to 1.
         damping: share of the mean diagonal added to the diagonal, where the Hessian is factorised.
     """
 
-    bits: Bits = 4
+    bits: Annotated[int, Range(1, 8)] = 4
     group_size: GroupSize = 128
     symmetric: bool = False
-    codebook: Literal["scalar", "vector"] = "scalar"
+    codebook: Literal["scalar", "vector", "trellis"] = "scalar"
     rounding: Literal["gptq", "clip", "nearest"] = "gptq"
     rotation: Literal["full", "partial", "none"] = "full"
     block: Annotated[int, Range(1, 1 << 16, "the largest that fits, up to 256")] = -1
@@ -97,6 +101,7 @@ class LoPRo:
     codebook_columns: Annotated[int, Range(1, 1 << 20, "the most that fit, up to 256")] = -1
     codebook_rows: Annotated[int, Range(1, 1 << 20, "what makes 65536 weights")] = -1
     kmeans_iterations: Annotated[int, Range(0, 1000)] = 10
+    window: Window = 12
     shrinkage: Share = 0.2
     damping: Damping = 0.01
 
@@ -110,10 +115,12 @@ class LoPRo:
                 "vector codebooks have no ranges to clip and no zero points, got "
                 f"rounding {self.rounding!r}, symmetric {self.symmetric}; leave symmetric away and take gptq or nearest"
             )
-        if self.codebook == "vector" and self.bits not in VECTOR_LENGTHS:
-            raise ValueError(
-                f"bits must be {', '.join(map(str, VECTOR_LENGTHS))} with vector codebooks, got {self.bits}"
-            )
+        check_codebook(self)
+
+    @property
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Each width without factors and with them."""
+        return {"bits": WIDTHS[self.codebook], "rank": tuple(dict.fromkeys((0, self.rank)))}
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """The weights of the layers that read one input, in one basis, so that it is rotated once for all.
@@ -122,14 +129,20 @@ class LoPRo:
             The paper permutes each matrix for itself; ``mean|R|`` is the sum over the matrices here.
         """
         weights = problem.weights
-        stats = needed(problem.stats.get(next(iter(weights))))
+        stats = {name: needed(problem.stats.get(name)) for name in weights}
         residuals = [
-            weight - self._low_rank_first(weight, stats, problem.generator(name)) for name, weight in weights.items()
+            weight - self._low_rank_first(weight, stats[name], problem.generator(name))
+            for name, weight in weights.items()
         ]
-        basis = self._basis(sum((r.abs().sum(0) for r in residuals), torch.zeros_like(stats.mean_abs)), stats)
-        hessian = PreparedHessian(basis.rotate_hessian(shrink(stats.hessian, self.shrinkage)), self.damping)
+        first = stats[next(iter(weights))]
+        basis = self._basis(sum((r.abs().sum(0) for r in residuals), torch.zeros_like(first.mean_abs)), first)
+        hessians: dict[int, PreparedHessian] = {}
+        for own in stats.values():
+            if id(own) not in hessians:
+                rotated = basis.rotate_hessian(shrink(own.hessian, self.shrinkage))
+                hessians[id(own)] = PreparedHessian(rotated, self.damping)
         return {
-            name: self._solve_in(basis, hessian, weight, stats, problem.generator(name))
+            name: self._solve_in(basis, hessians[id(stats[name])], weight, stats[name], problem.generator(name))
             for name, weight in weights.items()
         }
 
@@ -211,6 +224,8 @@ class LoPRo:
         )  # fmt: skip
 
     def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian) -> Codes:
+        if self.codebook == "trellis":
+            return trellis(target, hessian, TrellisGrid.of(target.shape[0], self.bits, self.window))
         if self.codebook == "vector":
             # Without passing errors on, only the diagonal of the metric is left.
             passing = self.rounding == "gptq"
@@ -244,6 +259,8 @@ class LoPRo:
         codes: CodesFormat
         if self.codebook == "vector":
             codes = self._vector_grid(out, in_)
+        elif self.codebook == "trellis":
+            codes = TrellisGrid.of(out, self.bits, self.window)
         else:
             codes = layer_grid(in_, self.bits, self.group_size, self.symmetric)
         factor_type = self.factor_type if rank else "float16"

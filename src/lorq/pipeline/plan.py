@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from lorq.core.tile_factors import TileFormat
@@ -28,12 +28,14 @@ class Plan:
     Attributes:
         layers: by part, the layers that are quantized and their methods; ``method`` is the one before overrides.
         excluded: why a layer is left as it is, by name.
+        budget: what was chosen to meet one and why, as JSON values (`lorq.pipeline.dial.Choice`); else nothing.
     """
 
     layers: Mapping[str, Mapping[Target, Method]]
     excluded: Mapping[str, str]
     method: Method
     options: Options
+    budget: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -81,7 +83,8 @@ class Plan:
 
     def observes(self, method: Method) -> bool:
         """Whether the inputs of a layer with this method are looked at."""
-        return method.needs_stats or self.options.activations == "tensor" or self.options.smoothing > 0
+        options = self.options
+        return method.needs_stats or options.has_budget or options.activations == "tensor" or options.smoothing > 0
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values; `from_dict` makes an equal plan of them."""
@@ -94,6 +97,7 @@ class Plan:
                 for part, layers in self.layers.items()
             },
             "excluded": dict(self.excluded),
+            "budget": dict(self.budget),
         }
 
     def _changes(self, method: Method) -> dict[str, Any]:
@@ -117,7 +121,8 @@ class Plan:
                 target = Target(**{key: value for key, value in entry.items() if key not in ("settings", "method")})
                 own = read_method(entry["method"]) if "method" in entry else method
                 layers[part][target] = replace(own, **entry["settings"])
-        return cls(layers, dict(values["excluded"]), method, read_options(dict(values["options"])))
+        options = read_options(dict(values["options"]))
+        return cls(layers, dict(values["excluded"]), method, options, dict(values["budget"]))
 
 
 def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
@@ -334,7 +339,8 @@ def estimate(plan: Plan, model: StreamedModel) -> Report:
         rank = shared.rank if shared else format.rank
         layers.append(LayerReport(target.name, shape, format.bits, rank, "largest", 0.0, 0.0, layer_bytes(bits)))
     stored = sum(layer.bytes for layer in layers) + sum(model.stored_bytes(name) for name in plan.kept(*model.parts))
-    return make_report(plan, model, layers, stored=stored, run_info={}, checksums={})
+    budget = {"budget": dict(plan.budget)} if plan.budget else {}
+    return make_report(plan, model, layers, stored=stored, run_info=budget, checksums={})
 
 
 def make_report(

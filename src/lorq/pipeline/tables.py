@@ -79,8 +79,9 @@ def head_stats(
     model: StreamedModel, head: str, tokens: Int[Tensor, "windows length"], stream: Stream, options: Options
 ) -> InputStats:
     """Statistics of the head's inputs, over windows that are behind the last block."""
-    width = model.model.get_submodule(head).in_features
-    sums = StatsAccumulator(int(width), options.token_weights, model.device)
+    # Gradients of logits are probabilities less what came: weighed by them the head came out the same (docs/log.md).
+    kind = "equal" if options.token_weights == "gradient" else options.token_weights
+    sums = StatsAccumulator(int(model.model.get_submodule(head).in_features), kind, model.device)
     with model.resident(*model.outside):
         for window, hidden in zip(tokens, stream.hidden, strict=True):
             sums.add(head_inputs(model, head, window, hidden))

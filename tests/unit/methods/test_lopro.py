@@ -414,7 +414,7 @@ def test_sizes_that_do_not_fit_are_refused_before_and_while_solving(settings, sh
 
 @pytest.mark.parametrize("bits", [5, 6, 8])
 def test_vector_codebooks_of_more_bits_are_refused(bits):
-    with pytest.raises(ValueError, match=f"bits must be 2, 3, 4 with vector codebooks, got {bits}$"):
+    with pytest.raises(ValueError, match=f"bits must be 2, 3, 4 with vector codes, got {bits}$"):
         LoPRo(bits=bits, codebook="vector")
     assert LoPRo(bits=bits).codebook == "scalar"
 

@@ -311,7 +311,7 @@ def test_a_layer_whose_inputs_are_zero_is_rounded_to_nearest_and_says_so(name):
     method = lorq.METHODS[name](bits=3, group_size=IN, **known)
     dead, live = target(f"{BLOCK}.dead"), target(f"{BLOCK}.live")
     solved = solve({dead: method, live: method}, {dead.name: silent(), live.name: stats()}, modules={})
-    plain = nearest(weight_of(dead), None, method.largest(OUT, IN).codes.plain())
+    plain = nearest(weight_of(dead), None, method.largest(OUT, IN).codes.plain(IN))
     assert torch.equal(solved[dead].dense(), plain.decode())
     assert solved[dead].format.rank == 0 and solved[dead].basis is None
     assert solved[dead].record.note == "its inputs are zero on every calibration token: rounded to nearest"

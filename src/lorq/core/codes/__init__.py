@@ -22,6 +22,7 @@ from lorq.core.codes.levels import (
     levels,
     start_block,
 )
+from lorq.core.codes.trellis import TrellisCodes, TrellisGrid
 from lorq.core.codes.vectors import Codebook, VectorCodes, VectorGrid
 from lorq.core.packing import Layout
 
@@ -60,7 +61,7 @@ class CodesFormat(Protocol):
         """The codes of some rows alone, of a weight of width ``in_``, without a look at the others'."""
         ...
 
-    def plain(self) -> IntGrid:
+    def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use in as many bits and groups, to be measured against."""
         ...
 
@@ -86,9 +87,12 @@ class Codes(Protocol):
         ...
 
 
-CODES: dict[str, type[Any]] = {"integer": IntGrid, "levels": LevelFormat, "vectors": VectorGrid}
+CODES: dict[str, type[Any]] = {
+    "integer": IntGrid, "levels": LevelFormat, "vectors": VectorGrid, "trellis": TrellisGrid,
+}  # fmt: skip
 
 __all__ = [
     "CODES", "LEVEL_KINDS", "Codebook", "Codes", "CodesFormat", "IntCodes", "IntGrid", "LevelCodes", "LevelFormat",
-    "LevelGrid", "LowRankScale", "VectorCodes", "VectorGrid", "level_values", "levels", "start_block",
+    "LevelGrid", "LowRankScale", "TrellisCodes", "TrellisGrid", "VectorCodes", "VectorGrid", "level_values", "levels",
+    "start_block",
 ]  # fmt: skip

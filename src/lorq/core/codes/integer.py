@@ -131,7 +131,7 @@ class IntGrid:
         codes = unpack(tensors["weight_packed"].index_select(0, index), self.bits, in_)
         return IntCodes(codes, tensors["weight_scale"].index_select(0, index), zero, self)
 
-    def plain(self) -> "IntGrid":
+    def plain(self, width: int) -> "IntGrid":
         return self
 
 

@@ -155,7 +155,7 @@ class LevelFormat:
         own = {name: t.index_select(0, index) if name in of_rows else t for name, t in tensors.items()}
         return self.read(own, len(index), in_)
 
-    def plain(self) -> IntGrid:
+    def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: for a scale of low rank, the groups that its fit started from."""
         group = start_block(self.group_size, self.scale_rank) if self.scale_rank else self.group_size
         return IntGrid(self.bits, group, symmetric=True)

@@ -92,7 +92,7 @@ class VectorGrid:
         own |= {name: tensors[name].index_select(0, tiles) for name in ("codebook", "codebook_scale")}
         return replace(self, rows=1).read(own, len(index), in_)
 
-    def plain(self) -> IntGrid:
+    def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: single weights of as many bits, a range for each group."""
         return IntGrid(self.bits, self.group_size)
 

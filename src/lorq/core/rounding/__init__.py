@@ -9,10 +9,11 @@ from lorq.core.rounding.clip import RangeSearch, clip
 from lorq.core.rounding.gptq import gptq, gptq_levels
 from lorq.core.rounding.gptvq import gptvq
 from lorq.core.rounding.nearest import nearest, nearest_levels
+from lorq.core.rounding.trellis import trellis
 from lorq.core.stats import PreparedHessian
 
 # Of a target, its inputs' Hessian, a grid and the ranges to try; a rounding leaves what it has no use for.
 Rounding = Callable[[Tensor, PreparedHessian, IntGrid, RangeSearch | None], IntCodes]
 ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "clip": clip, "gptq": gptq}
 
-__all__ = ["ROUNDINGS", "RangeSearch", "clip", "gptq", "gptq_levels", "gptvq", "nearest", "nearest_levels"]
+__all__ = ["ROUNDINGS", "RangeSearch", "clip", "gptq", "gptq_levels", "gptvq", "nearest", "nearest_levels", "trellis"]

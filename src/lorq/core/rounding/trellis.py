@@ -1,0 +1,122 @@
+"""Trellis rounding: the cheapest stream of codes for each column, later columns making up for the error."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorq.core.codes.trellis import VALUES_DEVIATION, TrellisCodes, TrellisGrid, trellis_values
+from lorq.core.half import SMALLEST_SCALE, stored_half
+from lorq.core.stats import PreparedHessian
+
+# Columns that pass their errors on to each other one by one, as in `lorq.core.rounding.gptq`.
+_BLOCK = 128
+# Rows around the seam of a sequence, where the search for its windows begins: some windows long.
+_AROUND = 12
+
+
+def trellis(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: TrellisGrid) -> TrellisCodes:
+    """Trellis codes that keep ``tr[(T - Q) H (T - Q)^T]`` small by passing errors on.
+
+    As `lorq.core.rounding.gptq`, but for how a column is rounded: the rows do not disturb each other in ``H``, so
+    that the best codes of a column minimise ``sum_r (t_r - scale_r value_r)^2``, which Viterbi's algorithm finds for
+    each sequence of rows.
+
+        scale_r = sqrt(mean(T_r^2)) / deviation of the values
+
+    Args:
+        target: what is to be rounded, best in a rotated basis, where its rows are all but Gaussian; unchanged.
+        hessian: of the inputs.
+
+    Raises:
+        ValueError: if the damped Hessian is not positive definite, or a scale does not fit float16.
+
+    Source:
+        QTIP, arXiv:2406.11235, for the codes. Deviation: sequences run down columns, so that feedback from column to
+        column is exact (QTIP's run through tiles of 16 x 16, within which there is none).
+    """
+    out, width = target.shape
+    grid.check(out, width)
+    deviation = target.square().mean(1, keepdim=True).sqrt() / VALUES_DEVIATION
+    scale = stored_half(deviation.clamp(min=SMALLEST_SCALE))
+    # Rows that fill the last tile: whatever their codes, they cost nothing.
+    spare = grid.rows(out) - out
+    columns = torch.nn.functional.pad(target, (0, 0, 0, spare)).T.contiguous()
+    row_scale = torch.nn.functional.pad(scale[:, 0].float(), (0, spare))
+    codes = torch.empty_like(columns, dtype=torch.uint8)
+    upper = hessian.inverse_factor
+    for start in range(0, width, _BLOCK):
+        end = min(start + _BLOCK, width)
+        codes[start:end], errors = encode_trellis(
+            columns[start:end], row_scale, upper[start:end, start:end].contiguous(), grid.bits, grid.window, grid.length
+        )
+        columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+    return TrellisCodes.of(codes.T.contiguous(), scale, grid)
+
+
+def encode_trellis_reference(
+    columns: Tensor, scale: Tensor, upper: Tensor, bits: int, window: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """Codes of a block of columns, each passing its error on to the later ones of the block.
+
+    Args:
+        columns: (count, rows) float32.
+        scale: (rows,) float32.
+        upper: (count, count) float32, of the factor of the inverse Hessian.
+        bits, window, length: of `TrellisGrid`.
+
+    Returns:
+        The codes (count, rows), uint8; and what each column missed, when its turn came, over the diagonal of ``upper``.
+    """
+    columns = columns.clone()
+    codes, errors = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
+    values = trellis_values(window, columns.device)
+    scales = scale.view(-1, length)
+    for i, column in enumerate(columns):
+        states = _search(column.view(-1, length), scales, values, bits)
+        codes[i] = (states & (2**bits - 1)).to(torch.uint8).flatten()
+        errors[i] = (column - scale * values[states].flatten()) / upper[i, i]
+        columns[i + 1 :].addr_(upper[i, i + 1 :], errors[i], alpha=-1)
+    return codes, errors
+
+
+# The function keeps its name, as the kernels' reference.
+encode_trellis = torch.library.custom_op("lorq::encode_trellis", encode_trellis_reference, mutates_args=())
+
+
+def _search(
+    targets: Float[Tensor, "sequences length"],
+    scale: Float[Tensor, "sequences length"],
+    values: Float[Tensor, "states"],
+    bits: int,
+) -> Tensor:
+    """The windows of each sequence, whose first reach around to its last codes (tail-biting).
+
+    The bits that windows have in common at the seam are those of a search of its own, some rows to both sides of it.
+    """
+    length, window = targets.shape[1], len(values).bit_length() - 1
+    around = min(length, _AROUND + 2 * window // bits)
+    rows = (torch.arange(2 * around, device=targets.device) - around) % length
+    near = _viterbi(targets[:, rows], scale[:, rows], values, bits, None)
+    return _viterbi(targets, scale, values, bits, near[:, around - 1] % (len(values) >> bits))
+
+
+def _viterbi(targets: Tensor, scale: Tensor, values: Tensor, bits: int, seam: Tensor | None) -> Tensor:
+    """The cheapest windows (sequences, length), from any to any window, or from and to those of given lower bits."""
+    sequences, length = targets.shape
+    groups = len(values) >> bits
+    costs = targets.new_zeros(sequences, groups)  # of the rows so far, by the lower bits of the window that they end in
+    if seam is not None:
+        costs.fill_(torch.inf).scatter_(1, seam.unsqueeze(1), 0.0)
+    ways = []
+    for t in range(length):
+        reached = costs.repeat_interleave(2**bits, 1)  # by the window before it loses its upper bits
+        reached = reached + (targets[:, t : t + 1] - scale[:, t : t + 1] * values).square()
+        costs, way = reached.view(sequences, 2**bits, groups).min(1)
+        ways.append(way)
+    lower = costs.argmin(1) if seam is None else seam
+    states = []
+    for way in reversed(ways):
+        state = way.gather(1, lower.unsqueeze(1))[:, 0] * groups + lower
+        states.append(state)
+        lower = state >> bits
+    return torch.stack(states[::-1], 1)
