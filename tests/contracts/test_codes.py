@@ -41,6 +41,9 @@ class ByteFormat:
     def read(self, tensors, out, in_):
         return ByteCodes(tensors["bytes"].view(out, in_), tensors["steps"])
 
+    def decode_rows(self, tensors, index, in_):
+        return ByteCodes(tensors["bytes"].view(-1, in_)[index], tensors["steps"][index]).decode()
+
     def plain(self, width):
         return IntGrid(8, self.width, symmetric=True)
 
@@ -117,6 +120,14 @@ def test_a_format_keeps_the_protocol_and_is_a_frozen_value_of_json(format):
     assert type(format)(**json.loads(json.dumps(dataclasses.asdict(format)))) == format
     with pytest.raises(dataclasses.FrozenInstanceError):
         format.bits = 1
+
+
+@formats
+def test_rows_that_are_decoded_alone_are_those_of_the_whole(format, random_weight):
+    codes = random_weight(OUT, IN, LayerFormat(format)).codes
+    index = torch.tensor([11, 0, 7, 7])
+    assert torch.equal(format.decode_rows(codes.tensors(), index, IN), codes.decode()[index])
+    assert format.decode_rows(codes.tensors(), index[:0], IN).shape == (0, IN)
 
 
 @formats

@@ -14,7 +14,7 @@ from helpers import tiny_folder
 from lorq.cli import main
 from lorq.core.packing import pack, unpack
 from lorq.methods import METHODS
-from lorq.runtime.linear import STORED
+from lorq.runtime.packed import STORED
 from lorq.storage.names import SENTINEL
 
 ROOT = Path(__file__).parents[2]

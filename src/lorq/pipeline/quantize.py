@@ -30,6 +30,7 @@ from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
 from lorq.pipeline.predict import predict
+from lorq.pipeline.tables import solve_tables
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
@@ -222,8 +223,13 @@ def _solve(
             progress(PASS, number, behind)
         if number >= behind and ahead:
             progress(QUANTIZE, number - behind, ahead)
+    began = time.monotonic()
+    tables = commit.tables(
+        lambda: solve_tables(model, plan.tables, tokens, streams.inputs, plan.options, executor, progress)
+    )
+    seconds["solving"] += time.monotonic() - began
     commit.settle()
-    verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), progress)
+    verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), tables, progress)
     return seconds
 
 
@@ -323,6 +329,7 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
             "layers": {name: format for record in records for name, format in record["formats"].items()},
             "tiles": {name: format for record in records for name, format in record["tiles"].items()},
             "inputs": [names for record in records for names in record["inputs"]],
+            "embeddings": {table: head for record in records for table, head in record["embeddings"].items()},
         },
     }  # fmt: skip
     # Where the model was read from is nobody's business and would differ from machine to machine.

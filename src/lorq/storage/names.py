@@ -1,6 +1,8 @@
 """The names of files in a lorq folder."""
 
 JOURNAL = "lorq_journal.jsonl"
+# The table of tokens and the head, as far as they are quantized.
+TABLES = "lorq-tables.safetensors"
 REPORT_NAME = "lorq_report.json"
 # Where an unfinished tuning is, of the whole model and of its blocks.
 TUNING = "lorq_tuning.safetensors"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lorq.core.codes.integer import IntCodes, IntGrid
@@ -55,6 +55,12 @@ class CodesFormat(Protocol):
 
     def read(self, tensors: Mapping[str, Tensor], out: int, in_: int) -> "Codes":
         """The codes behind stored tensors; the inverse of `Codes.tensors`."""
+        ...
+
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        """What the codes of some rows alone stand for, of a weight of width ``in_``, without a look at the others'."""
         ...
 
     def plain(self, width: int) -> IntGrid:

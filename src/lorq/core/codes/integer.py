@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from lorq.core.half import SMALLEST_SCALE, stored_half
-from lorq.core.packing import Layout, pack, pack_columns, packed_width, unpack, unpack_columns
+from lorq.core.packing import Layout, pack, pack_columns, packed_width, unpack, unpack_columns, unpack_columns_at
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,13 @@ class IntGrid:
         zero = None if self.symmetric else unpack_columns(tensors["weight_zero_point"], self.bits, out)
         codes = unpack(tensors["weight_packed"], self.bits, in_)
         return IntCodes(codes, tensors["weight_scale"], zero, self)
+
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        zero = None if self.symmetric else unpack_columns_at(tensors["weight_zero_point"], self.bits, index)
+        codes = unpack(tensors["weight_packed"].index_select(0, index), self.bits, in_)
+        return IntCodes(codes, tensors["weight_scale"].index_select(0, index), zero, self).decode()
 
     def plain(self, width: int) -> "IntGrid":
         return self

@@ -6,7 +6,7 @@ from functools import cache
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from lorq.core.codes.integer import IntGrid
@@ -149,6 +149,13 @@ class LevelFormat:
         else:
             scale = tensors["weight_scale"]
         return LevelCodes(unpack(tensors["weight_packed"], self.bits, in_), scale, self, tensors.get("levels"))
+
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        of_rows = "weight_packed", "weight_scale", "scale_left"
+        own = {name: t.index_select(0, index) if name in of_rows else t for name, t in tensors.items()}
+        return self.read(own, len(index), in_).decode()
 
     def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: for a scale of low rank, the groups that its fit started from."""

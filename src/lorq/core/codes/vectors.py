@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float, Int8, Int64, UInt8
 from torch import Tensor
 
 from lorq.core.codes.integer import IntGrid
@@ -86,6 +86,14 @@ class VectorGrid:
         book = Codebook(tensors["codebook"], tensors["codebook_scale"])
         return VectorCodes(codes, tensors["weight_scale"], book, self)
 
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        tiles = index // self.rows  # each row gets codebooks of its own
+        own = {name: tensors[name].index_select(0, index) for name in ("weight_packed", "weight_scale")}
+        own |= {name: tensors[name].index_select(0, tiles) for name in ("codebook", "codebook_scale")}
+        return replace(self, rows=1).read(own, len(index), in_).decode()
+
     def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: single weights of as many bits, a range for each group."""
         return IntGrid(self.bits, self.group_size)
@@ -138,11 +146,11 @@ class VectorCodes:
         values = self.codebook.values(dtype)
         row_tiles, column_tiles, entries, vector = values.shape
         codes = self.codes
-        tiled = codes.long().view(row_tiles, -1, column_tiles, codes.shape[1] // column_tiles)
+        tiled = codes.long().view(row_tiles, self.format.rows, column_tiles, codes.shape[1] // column_tiles)
         first = torch.arange(0, row_tiles * column_tiles * entries, entries, device=codes.device)
         first = first.view(row_tiles, 1, column_tiles, 1)
         weight = values.view(-1, vector)[tiled + first]  # (row_tiles, rows, column_tiles, vectors, vector)
-        grouped = weight.reshape(codes.shape[0], self.scale.shape[1], -1)
+        grouped = weight.reshape(codes.shape[0], self.scale.shape[1], self.format.group_size)
         return (grouped * self.scale.to(dtype).unsqueeze(-1)).flatten(1)
 
     def tensors(self) -> dict[str, Tensor]:
