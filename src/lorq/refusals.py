@@ -24,7 +24,7 @@ _SWITCHES = ("--dry-run", "--resume", "--overwrite", "--json", "--router-weights
 _VALUED = (
     "--method", "--bits", "--group-size", "--calibration", "--samples", "--seq-len", "--start-token", "--seed",
     "--device", "--activations", "--exclude", "--override", "--average-bits", "--wide-bits",
-    "--bits-per-weight", "--size", "--token-weights",
+    "--bits-per-weight", "--size", "--token-weights", "--tune",
 )  # fmt: skip
 
 

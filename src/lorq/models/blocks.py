@@ -88,8 +88,11 @@ class StreamedModel:
         self._answers: dict[tuple[type[nn.Module], int], Answer] = {}
         blocks = find_blocks(model)
         self._sources = self._match_names()
-        self._tied = {
-            name for name, origin in find_tied(model).items() if self._sources.get(name) == self._sources.get(origin)
+        # Parameters that are stored as another alone, each with the other's name.
+        self.tied = {
+            name: origin
+            for name, origin in find_tied(model).items()
+            if self._sources.get(name) == self._sources.get(origin)
         }
         self.parts = self._find_parts(blocks)
 
@@ -141,7 +144,7 @@ class StreamedModel:
     def _find_parts(self, blocks: list[str]) -> tuple[Part, ...]:
         names = list(self.model.state_dict(keep_vars=True))
         inside = tuple(block + "." for block in blocks)
-        outside = [name for name in names if not name.startswith(inside) and name not in self._tied]
+        outside = [name for name in names if not name.startswith(inside) and name not in self.tied]
         tables = {name for name, module in self.model.named_modules() if isinstance(module, nn.Embedding)}
         embedding = [name for name in outside if name.rpartition(".")[0] in tables]
         return (
@@ -202,7 +205,7 @@ class StreamedModel:
         given = {} if stored is None else stored
         names = [name for part in parts for name in part.tensors]
         read = {self._sources[name] for name in names}
-        names += [name for name in sorted(self._tied) if self._sources.get(name) in read]
+        names += [name for name in sorted(self.tied) if self._sources.get(name) in read]
         names = [name for name in names if name not in self._resident and not name.startswith(self._towers)]
         loaded: dict[Stored, Tensor] = {}  # tied parameters share one tensor
         for name in names:

@@ -41,7 +41,7 @@ class Dial:
         sizes: of each layer that is not overridden, in the order of the model: stored bits by the number of the change,
             for those that fit the layer.
         budget: stored bits that these layers can take together.
-        fixed: stored bits of the layers that are overridden.
+        fixed: stored bits of the layers that are overridden, and of tables.
     """
 
     plan: Plan
@@ -59,8 +59,9 @@ class Dial:
         """
         overridden = [re.compile(text.rpartition(":")[0]) for text in plan.options.override]
         sizes: dict[Target, dict[int, int]] = {
-            target: {} for target, _ in plan.jobs() if not any(p.search(target.name) for p in overridden)
-        }
+            target: {} for layers in plan.blocks.values() for target in layers
+            if not any(p.search(target.name) for p in overridden)
+        }  # fmt: skip
         if not sizes:
             raise ValueError("a budget needs layers that it can choose for, got 0: all are overridden")
         options = {**choices_of(plan.method)} | ({"bits": plan.options.widths} if plan.options.widths else {})

@@ -43,6 +43,11 @@ class Options:
             the method's bits; 0 for one width. Layers whose bits are overridden are not counted.
         wide_bits: see there.
         wide_layers: which layers are made wider, those of the "first" or of the "last" blocks.
+        embeddings: bits of the table that tokens are looked up in, 2 to 8; 0 leaves it as it is. Rounded to nearest,
+            row by row, but where it is the head too.
+        head: bits of the layer that makes the logits, 2 to 8; 0 leaves it as it is. Rounded with error feedback, under
+            its own inputs, where there is calibration. Where both are one table, either option says its bits.
+        table_group_size: columns of these two that share a scale; -1 for one group per row.
         bits_per_weight: all stored bits of the quantized layers over their weights, on average, such as 2.9: each layer
             gets those settings of the method with which the whole model is harmed least; 0 for the method's own.
         size: the same with a budget for all weight files together, such as "4.2GB", embeddings included.
@@ -73,6 +78,9 @@ class Options:
     average_bits: Annotated[float, Range(0, 8)] = 0.0
     wide_bits: Annotated[int, Range(2, 8)] = 4
     wide_layers: Literal["first", "last"] = "first"
+    embeddings: Annotated[int, Range(0, 8)] = 0
+    head: Annotated[int, Range(0, 8)] = 0
+    table_group_size: Annotated[int, Range(1, minus_one="one group per row")] = 64
     bits_per_weight: Annotated[float, Range(0, 16)] = 0.0
     size: str = ""
     widths: tuple[int, ...] = ()

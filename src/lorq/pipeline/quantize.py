@@ -1,7 +1,6 @@
 """quantize(): the only place that calls the stages in order."""
 
 import os
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -31,11 +30,12 @@ from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
 from lorq.pipeline.predict import predict
+from lorq.pipeline.tables import solve_tables
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
 from lorq.progress import OPEN, PASS, QUANTIZE, WRITE, Progress, no_progress
-from lorq.runtime.device import own_defaults, read_device
+from lorq.runtime.device import available_bytes, own_defaults, read_device
 from lorq.storage.atomic import require_space
 from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.config import FORMAT_VERSION
@@ -223,8 +223,13 @@ def _solve(
             progress(PASS, number, behind)
         if number >= behind and ahead:
             progress(QUANTIZE, number - behind, ahead)
+    began = time.monotonic()
+    tables = commit.tables(
+        lambda: solve_tables(model, plan.tables, tokens, streams.inputs, plan.options, executor, progress)
+    )
+    seconds["solving"] += time.monotonic() - began
     commit.settle()
-    verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), progress)
+    verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), tables, progress)
     return seconds
 
 
@@ -261,20 +266,12 @@ def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callab
 def _require_memory(model: StreamedModel) -> None:
     """The model writes text only if it fits in memory with room to spare."""
     parameters = sum(p.numel() for p in model.model.parameters())
-    available = _available_bytes()
+    available = available_bytes()
     if 4 * parameters > 0.7 * available:
         raise ValueError(
             f"calibration 'self' needs the whole model in memory ({4 * parameters / 1e9:.1f} GB in float32), "
             f"{available / 1e9:.1f} GB are free; name a text instead, such as --calibration FILE or wikitext2"
         )
-
-
-def _available_bytes(told: Path = Path("/proc/meminfo")) -> int:
-    """Memory that can be had: more than is free, since the system keeps files there that it can read again."""
-    try:
-        return 1024 * int(re.findall(r"^MemAvailable: *(\d+) kB", told.read_text(), re.M)[0])
-    except (OSError, IndexError):  # not Linux
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # What is not known yet when a run that goes on is compared: of a text, and what a budget leads to.
@@ -332,6 +329,7 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
             "layers": {name: format for record in records for name, format in record["formats"].items()},
             "tiles": {name: format for record in records for name, format in record["tiles"].items()},
             "inputs": [names for record in records for names in record["inputs"]],
+            "embeddings": {table: head for record in records for table, head in record["embeddings"].items()},
         },
     }  # fmt: skip
     # Where the model was read from is nobody's business and would differ from machine to machine.
