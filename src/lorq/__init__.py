@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from lorq.runtime.hf import load as load
     from lorq.storage.report import Report as Report
     from lorq.storage.report import read_report as read_report
+    from lorq.tuning import tune as tune
 
 # Public names come when they are asked for: `import torch` runs this file (entry point of `_autoload`) and must
 # not pay for transformers. The methods' classes are public by standing in METHODS.
 _HOME = {
     "METHODS": "methods", "Evaluation": "evaluation", "evaluate": "evaluation", "generate": "generation",
     "load": "runtime.hf",
-    "quantize": "pipeline.quantize", "Report": "storage.report", "read_report": "storage.report",
+    "quantize": "pipeline.quantize", "tune": "tuning", "Report": "storage.report", "read_report": "storage.report",
 }  # fmt: skip
 
 

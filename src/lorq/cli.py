@@ -38,12 +38,14 @@ from lorq.show import (
     print_figures,
     print_pieces,
     print_summary,
+    print_tuned,
     progress_bars,
     quiet,
 )
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
 from lorq.storage.report import html_page, read_report
+from lorq.tuning import quantize_and_tune
 
 app = cyclopts.App(
     name="lorq",
@@ -65,6 +67,7 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
         method: str = "flrq",
         settings: Any = settings,
         options: Any = options,
+        tune: int | None = None,
         json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
     ) -> None:
         """Quantize MODEL into the folder OUT.
@@ -73,10 +76,14 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
             model: a Hugging Face folder, a hub id, or a GGUF file.
             out: the new folder.
             method: how; `lorq quantize --method NAME --help` lists a method's own settings.
+            tune: then tune it for so many steps on the calibration's windows, as `lorq tune` does.
             json_: print the report as one JSON object.
         """
         with progress_bars() as progress:
-            report = lorq.quantize(model, out, settings, progress=progress, **vars(options))
+            if tune is None:
+                report = lorq.quantize(model, out, settings, progress=progress, **vars(options))
+            else:
+                report = quantize_and_tune(model, out, settings, tune, progress=progress, **vars(options))
         if json_:
             print(json.dumps(report.as_dict()))
             return
@@ -98,8 +105,10 @@ evaluate = command(
     lorq.evaluate, lambda result, as_json: print_figures(result.as_dict(), as_json), json="print one JSON object."
 )
 generate = command(lorq.generate, print_pieces)
+tune = command(lorq.tune, print_tuned, json="print the report as one JSON object.")
 app.command(evaluate, name="evaluate")
 app.command(generate, name="generate")
+app.command(tune, name="tune")
 
 
 @app.command
@@ -316,6 +325,7 @@ def families(pattern: str = "", *, json_: Annotated[bool, Parameter(name="--json
 # What a command keeps when it is interrupted.
 _GOES_ON = {
     "quantize": "; what is finished is kept, the same command with --resume goes on",
+    "tune": "; what is finished is kept, the same command with --resume goes on",
     "demo": "; what is finished is kept, the same command goes on",
 }
 

@@ -10,13 +10,18 @@ IMPORT = "load torch"
 OPEN = "open the model"
 CHECK = "check weights"
 WRITE = "write calibration text"
+WEIGH = "weigh calibration tokens"  # forward through all blocks and back
+PREDICT = "predict harm"  # where a budget is to be met
 PASS = "go through finished blocks"  # of a resumed run
 QUANTIZE = "quantize"
+TABLES = "quantize embeddings and head"
 VERIFY = "verify"
 # Those of the rest, after `IMPORT`.
 READ = "read the model"
 EVALUATE = "evaluate"
 TRAIN = "train"
+TUNE_BLOCKS = "tune blocks"
+TUNE = "tune the model"
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ from lorq.core.weight import layer_bytes
 from lorq.kernels import cpu
 from lorq.models.self_text import eval_mode
 from lorq.runtime.experts import QuantExperts
-from lorq.runtime.linear import QuantLinear
+from lorq.runtime.packed import PackedWeight
 
 # Logits per float32 temporary, 16 MB. A 49k vocabulary is compared 85 tokens at a time, with six such
 # temporaries alive: about 100 MB, however long the window is.
@@ -85,7 +85,7 @@ def bits_per_weight(model: nn.Module, folder: Path) -> float:
 
     For a model without quantized layers: the width of its folder's type.
     """
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    layers = [module for module in model.modules() if isinstance(module, PackedWeight)]
     if layers:
         # Rounded up to bytes for each layer, with its shape, as in the report.
         shares = {

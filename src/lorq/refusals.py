@@ -20,10 +20,11 @@ from lorq.storage.out_folder import check_out
 _HUB_SECONDS = 5
 # Flags of `lorq quantize` that take no value, with and without --no-, and some of those that take one. Words after
 # any other flag are left to the parser.
-_SWITCHES = ("--dry-run", "--resume", "--overwrite", "--json", "--router-weights", "--symmetric")
+_SWITCHES = ("--dry-run", "--resume", "--overwrite", "--json", "--router-weights", "--symmetric", "--fused-alike")
 _VALUED = (
     "--method", "--bits", "--group-size", "--calibration", "--samples", "--seq-len", "--start-token", "--seed",
     "--device", "--activations", "--exclude", "--override", "--average-bits", "--wide-bits",
+    "--bits-per-weight", "--size", "--token-weights", "--tune",
 )  # fmt: skip
 
 

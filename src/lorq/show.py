@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import is_dataclass
@@ -133,6 +134,10 @@ def print_summary(report: Report, out: Path | None) -> None:
     table.add_row("method", report.method)
     table.add_row("layers", str(len(report.layers)))
     table.add_row("bits per weight", f"{report.bits_per_weight:.3f}" + ("" if out else " at most"))
+    if "harm" in (told := report.run.get("budget", {})):  # a budget was met, by layers of several kinds
+        table.add_row("predicted divergence", f"{told['harm']:.4g} nats a token")
+        widths = Counter(layer.bits for layer in report.layers)
+        table.add_row("chosen", ", ".join(f"{bits} bits: {count} layers" for bits, count in sorted(widths.items())))
     table.add_row("weights on disk", size + ("" if out else " at most"))
     if any(ranks):  # of a low-rank part; methods without one have nothing to tell
         table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")
@@ -141,12 +146,26 @@ def print_summary(report: Report, out: Path | None) -> None:
         after = sum(layer.error_after for layer in report.layers) / len(report.layers)
         table.add_row("mean output error", f"{after:.4f} (rounding to nearest: {before:.4f})")
         table.add_row("folder", str(out))
+    if tuned := report.run.get("tuning"):
+        table.add_row("KL on held-out text", f"{tuned['kl_after']:.4f} (before tuning: {tuned['kl_before']:.4f})")
     if report.notes:
         table.add_row("with a note", f"{len(report.notes)}, see lorq inspect" if out else str(len(report.notes)))
     if report.seconds:
         parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
         table.add_row("seconds", f"{report.seconds:.1f}" + (f" ({parts})" if parts else ""))
     console.print(table)
+
+
+def print_tuned(report: Report, as_json: bool) -> None:
+    """What a tuning has reached."""
+    if as_json:
+        print(json.dumps(report.as_dict()))
+        return
+    tuned = report.run["tuning"]
+    console.print(
+        f"KL on {tuned['held_out']} windows of text that was held out: {tuned['kl_before']:.4f} before, "
+        f"{tuned['kl_after']:.4f} after" + (f" step {tuned['kept_step']} of {tuned['steps']}" if tuned["steps"] else "")
+    )
 
 
 def command(function: Callable[..., Any], show: Callable[..., None], json: str = "") -> Callable[..., None]:

@@ -11,6 +11,7 @@ import house
 import pytest
 
 from lorq.adapt import Settings
+from lorq.adapt.settings import Tuning
 from lorq.bench.commands import bench_app
 from lorq.cli import app
 from lorq.methods import METHODS
@@ -64,6 +65,10 @@ def test_every_setting_of_training_is_read():
     assert not unread(Settings, sources("adapt"), "chosen")
 
 
+def test_every_setting_of_tuning_is_read():
+    assert not unread(Tuning, sources("adapt"), "chosen", "settings")
+
+
 def test_a_setting_that_is_only_checked_counts_as_unread(tmp_path):
     @dataclass(frozen=True)
     class Artificial:
@@ -87,6 +92,7 @@ def test_a_setting_that_is_only_checked_counts_as_unread(tmp_path):
 COMMANDS = {
     "evaluation.py": {"evaluate"},
     "generation.py": {"generate"},
+    "tuning.py": {"tune"},
     "bench/commands.py": {"bench_sketch", "bench_experts", "bench_decode", "bench_adapt", "bench_quantize"},
     "cli.py": {"quantize", "inspect", "adapt", "merge", "demo", "families"},
 }

@@ -125,6 +125,25 @@ def unpack_columns(packed: Int32[Tensor, "words cols"], bits: int, rows: int) ->
     return unpack(packed.T, bits, rows).T.contiguous()
 
 
+def unpack_columns_at(
+    packed: Int32[Tensor, "words cols"], bits: int, rows: Int64[Tensor, "count"]
+) -> UInt8[Tensor, "count cols"]:
+    """The codes of ``pack_columns`` in some rows alone, in any order; bits 1 to 8.
+
+    Example:
+        >>> packed = pack_columns(torch.tensor([[1, 7], [2, 7], [3, 0]], dtype=torch.uint8), 3)
+        >>> unpack_columns_at(packed, 3, torch.tensor([2, 0]))
+        tensor([[3, 0],
+                [1, 7]], dtype=torch.uint8)
+    """
+    first = rows * bits
+    word, shift = first // 32, (first % 32).unsqueeze(1)
+    low = packed.index_select(0, word).to(torch.int64).bitwise_and_(0xFFFFFFFF) >> shift
+    # Of a code that ends in its word the next one's bits lie above the mask.
+    high = packed.index_select(0, (word + 1).clamp(max=len(packed) - 1)).to(torch.int64) << (32 - shift)
+    return (low | high).bitwise_and_(2**bits - 1).to(torch.uint8)
+
+
 def _require_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> None:
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}; convert it with .to({dtype})")

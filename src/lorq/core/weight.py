@@ -1,11 +1,11 @@
 """QuantizedWeight: the value that passes from a method's solve to packing, running and reporting."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lorq.core.activations import Activations
@@ -83,14 +83,32 @@ class LayerFormat:
             shape: of the weight, (out, in), where it is known: a compiled program must not read it from a tensor.
         """
         out, in_ = tensors["weight_shape"].tolist() if shape is None else shape
+        grid = tensors.get("input_scale"), tensors.get("input_zero_point")
+        activations = Activations(self.input_quantization, self.output_quantization, *grid)
+        return QuantizedWeight(self.codes.read(tensors, out, in_), *self._beside(tensors), activations)
+
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        """Some rows of the full matrix behind stored tensors, in any order; the others are not decoded.
+
+        Args:
+            tensors: by local name.
+            in_: the weight's width.
+        """
+        rows, (low_rank, basis) = self.codes.decode_rows(tensors, index, in_), self._beside(tensors)
+        if low_rank is not None:
+            left, right = low_rank.factors()
+            rows = rows + left.index_select(0, index) @ right
+        return rows if basis is None else basis.unrotate(rows)
+
+    def _beside(self, tensors: Mapping[str, Tensor]) -> tuple[LowRank | None, Basis | None]:
         low_rank, basis = None, None
         if self.rank:
             low_rank = LowRank(tensors["left"], tensors["right"], tensors.get("left_scale"), tensors.get("right_scale"))
         if self.has_basis:
             basis = Basis(tensors.get("permutation"), self.rotation_block, self.rotation_skip)
-        grid = tensors.get("input_scale"), tensors.get("input_zero_point")
-        activations = Activations(self.input_quantization, self.output_quantization, *grid)
-        return QuantizedWeight(self.codes.read(tensors, out, in_), low_rank, basis, activations)
+        return low_rank, basis
 
 
 def permutation_dtype(width: int) -> torch.dtype:
@@ -211,10 +229,53 @@ class QuantizedWeight:
         if self.basis is not None and self.basis.permutation is not None:
             tensors["permutation"] = self.basis.permutation.to(permutation_dtype(self.shape[1]))
         if isinstance(self.low_rank, LowRank):
-            tensors |= vars(self.low_rank)
+            tensors |= self.low_rank.tensors()
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+    def continuous(self) -> dict[str, Tensor]:
+        """Of `tensors` those that are numbers and no codes (`lorq.core.codes.Codes.continuous`), and the factors."""
+        return self.codes.continuous() | (self.low_rank.tensors() if isinstance(self.low_rank, LowRank) else {})
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "QuantizedWeight":
+        """The same weight with other numbers for `continuous`, of any floating-point type; differentiable in them."""
+        low_rank = self.low_rank
+        if isinstance(low_rank, LowRank):
+            low_rank = LowRank(**{name: numbers[name] for name in low_rank.tensors()})
+        return replace(self, codes=self.codes.refitted(numbers), low_rank=low_rank)
 
     def stored_bits(self) -> int:
         """Every bit of this weight on disk, an equal share of tile factors included; see `LayerFormat.stored_bits`."""
         shared = self.tile.factors.format.share(*self.shape) if self.tile else 0
         return self.format.stored_bits(*self.shape) + shared
+
+
+def join_rows(parts: Sequence[QuantizedWeight], energies: Sequence[float]) -> QuantizedWeight:
+    """One weight of strips of its rows, in their order, each solved by itself.
+
+    Args:
+        parts: of one format; all but the last of a multiple of 32 rows, so that what is packed down the columns fits.
+            What is no row's own, such as a basis, must be the same in all.
+        energies: of the outputs of the original's strips, which the record's errors are relative to.
+
+    Raises:
+        ValueError: if the strips do not belong together.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    format, shape = parts[0].format, (sum(part.shape[0] for part in parts), parts[0].shape[1])
+    strips, joined = [part.tensors() for part in parts], {}
+    for name, (whole, _) in format.layout(*shape).items():
+        own = [strip.get(name, torch.empty(0)) for strip in strips]
+        alike = own[0].shape == whole and (name == "weight_shape" or all(torch.equal(own[0], o) for o in own))
+        joined[name] = own[0] if alike else torch.cat(own)
+        if joined[name].shape != whole or any(part.format != format for part in parts):
+            raise ValueError(
+                f"strips of rows must have one format, a multiple of 32 rows but for the last, and the same {name} or "
+                f"rows of it, got {[part.shape for part in parts]}; solve the weight whole"
+            )
+    total, notes = max(sum(energies), 1e-30), dict.fromkeys(part.record.note for part in parts)
+    shares = [energy / total for energy in energies]
+    before = sum(part.record.error_before * share for part, share in zip(parts, shares, strict=True))
+    after = sum(part.record.error_after * share for part, share in zip(parts, shares, strict=True))
+    record = Record(parts[0].record.stop, before, after, "; ".join(filter(None, notes)))
+    return replace(format.read(joined, shape), record=record)

@@ -209,7 +209,7 @@ def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: 
 
 
 def by_strips(x: Tensor, y: Tensor, weight: Any, low_rank: Sequence[Tensor | None]) -> None:
-    """Into ``y``: whole tiles of rows decoded a strip at a time, and torch's product of each; then the low-rank part."""
+    """Into ``y``: strips of rows (tiles of 16) decoded in turn, and torch's product of each; then the low-rank part."""
     dtype = _product_type(x.dtype)
     z = x.to(dtype)
     rows = max(16, _STRIP_BYTES // (x.shape[1] * dtype.itemsize) // 16 * 16)

@@ -16,10 +16,8 @@ from lorq.kernels.operands import DTYPES, declines_input
 from lorq.kernels.reference_trellis import trellis_linear_reference
 
 
-def encode(
-    columns: Tensor, scale: Tensor, upper: Tensor, bits: int, window: int, length: int
-) -> tuple[Tensor, Tensor]:
-    """`lorq.core.rounding.trellis.encode_trellis` on the CPU; the reference where there is no library."""
+def encode(columns: Tensor, scale: Tensor, upper: Tensor, bits: int, window: int, length: int) -> tuple[Tensor, Tensor]:
+    """`encode_trellis` of the rounding on the CPU; the reference where there is no library."""
     module = cpu.library()[0]
     if module is None:
         return encode_trellis_reference(columns, scale, upper, bits, window, length)
@@ -62,16 +60,12 @@ def multiply(x: Tensor, *arguments: Any) -> Tensor:
     x = x.contiguous()
     tokens, threads = x.numel() // in_features, torch.get_num_threads()
     y = x.new_empty(*x.shape[:-1], out)
-    if tokens > few_tokens() or not weight.multiply(
-        x.data_ptr(), y.data_ptr(), tokens, cpu.TYPES[x.dtype], threads
-    ):
+    if tokens > few_tokens() or not weight.multiply(x.data_ptr(), y.data_ptr(), tokens, cpu.TYPES[x.dtype], threads):
         cpu.by_strips(x.view(tokens, in_features), y.view(tokens, out), weight, operands[2:])
     return y
 
 
-def _new_weight(
-    operands: Sequence[Tensor | None], bits: int, window: int, length: int, in_features: int
-) -> Any:
+def _new_weight(operands: Sequence[Tensor | None], bits: int, window: int, length: int, in_features: int) -> Any:
     """A weight as the library sees it; None where its tensors do not belong together, or lie elsewhere."""
     module = cpu.library()[0]
     packed, scale, left, right, left_scale, right_scale = operands

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorq.core.codes import CodesFormat
 from lorq.core.weight import LayerFormat
 from lorq.kernels import cpu, cpu_experts, cpu_trellis, int8, reference_trellis, triton_experts, triton_linear
 from lorq.kernels.operands import STORED_NAMES
@@ -19,19 +20,23 @@ class Operator:
     """What multiplies by codes of some kinds as they are stored (`lorq.core.codes.CodesFormat.operator`).
 
     Attributes:
-        call: of an input, the tensors and the settings.
+        call: of an input, the tensors and the numbers.
         tensors: the names of a layer's, in the operator's order; "levels" are not stored, the format tells them.
-        settings: the names of numbers of the codes' format.
+        numbers: the names of those that follow, of the codes' format.
     """
 
     call: Callable[..., Tensor]
     tensors: tuple[str, ...]
-    settings: tuple[str, ...]
+    numbers: tuple[str, ...]
+
+    def settings(self, codes: CodesFormat) -> list[int]:
+        """What the operator is called with after the tensors."""
+        return [getattr(codes, name) for name in self.numbers]
 
 
 OPERATORS = {
     "quant_linear": Operator(quant_linear, STORED_NAMES, ("bits",)),
-    "trellis_linear": Operator(trellis_linear, reference_trellis.STORED_NAMES, reference_trellis.SETTINGS),
+    "trellis_linear": Operator(trellis_linear, reference_trellis.STORED_NAMES, reference_trellis.NUMBERS),
 }
 
 
@@ -153,10 +158,10 @@ def turn(x: Tensor, *arguments: Any) -> Tensor:
     return rotate(x, *arguments) if kernels is None else kernels.turn(x, *arguments)
 
 
-def few_tokens(device: torch.device, dtype: torch.dtype, operator: str = "quant_linear") -> int:
+def few_tokens(device: torch.device, dtype: torch.dtype, operator: str | None = "quant_linear") -> int:
     """`Product.few_tokens`; 0 where there are no kernels."""
     kernels = KERNELS.get(device.type)
-    product = None if kernels is None else kernels.products.get(operator)
+    product = None if kernels is None else kernels.products.get(operator or "")
     return 0 if product is None else product.few_tokens(dtype)
 
 

@@ -9,7 +9,7 @@ from lorq.kernels.reference import decoded_linear
 
 # The operator's tensors as a checkpoint names them, and its numbers, which the codes' format has.
 STORED_NAMES = ("weight_packed", "weight_scale", "left", "right", "left_scale", "right_scale")
-SETTINGS = ("bits", "window", "length")
+NUMBERS = ("bits", "window", "length")
 
 
 def trellis_linear_reference(

@@ -1,10 +1,12 @@
 """The methods: each a frozen dataclass of settings with a pure `solve`."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from lorq.core.problem import Problem
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.methods.common import WIDTHS
 from lorq.methods.flrq import FLRQ, FLRQPaper
 from lorq.methods.gptq import GPTQ
 from lorq.methods.lopro import LoPRo, LoPRoPaper
@@ -44,6 +46,11 @@ class Method(Protocol):
     def largest(self, out: int, in_: int) -> LayerFormat:
         """The largest format that `solve` can return for a weight of this shape."""
         ...
+
+
+def choices_of(method: Method) -> Mapping[str, tuple[Any, ...]]:
+    """Settings that a budget chooses between, with their values: a method's own ``choices``, else widths of codes."""
+    return getattr(method, "choices", {"bits": WIDTHS["scalar"]})
 
 
 @runtime_checkable

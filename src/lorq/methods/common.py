@@ -30,6 +30,9 @@ SEARCHES: dict[Search, RangeSearch | None] = {
     "scale": RangeSearch(steps=20, depth=0.5, mode="scale"),
 }
 
+# Widths of each kind of codes that have kernels (docs/kernels.md): what a budget chooses from, if nothing else is said.
+WIDTHS = {"scalar": (2, 3, 4, 8), "vector": tuple(VECTOR_LENGTHS), "trellis": tuple(range(1, MOST_BITS + 1))}
+
 M = TypeVar("M")
 
 
@@ -55,7 +58,7 @@ def check_codebook(method: Any) -> None:
     Raises:
         ValueError: naming the settings.
     """
-    known = {"scalar": range(2, 9), "vector": VECTOR_LENGTHS, "trellis": range(1, MOST_BITS + 1)}[method.codebook]
+    known = range(2, 9) if method.codebook == "scalar" else WIDTHS[method.codebook]
     if method.bits not in known:
         raise ValueError(f"bits must be {', '.join(map(str, known))} with {method.codebook} codes, got {method.bits}")
     if method.codebook == "trellis":
@@ -103,6 +106,14 @@ def needed(stats: InputStats | None) -> InputStats:
     if stats is None:
         raise ValueError("this method needs input statistics, got None; calibrate first")
     return stats
+
+
+def row_weights(stats: InputStats) -> Float[Tensor, "out"] | None:
+    """What an error of each output costs, where gradients have told it: the root of its mean squared gradient.
+
+    The root, as few tokens tell it: the squares themselves do no better (docs/log.md).
+    """
+    return None if stats.output_weights is None else stats.output_weights.clamp(min=1e-6).sqrt()
 
 
 def activation_scale(stats: InputStats, exponent: float) -> Float[Tensor, "in"]:

@@ -1,7 +1,7 @@
 """FLRQ: flexible low rank by sketches, clipping, and alternation between the two (arXiv:2601.05684)."""
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import (
     SEARCHES,
+    WIDTHS,
     Damping,
     GroupSize,
     Share,
@@ -32,6 +33,7 @@ from lorq.methods.common import (
     needed,
     preset,
     rotation,
+    row_weights,
 )  # fmt: skip
 
 # The authors' code's range searches: a wide one on the first residual, a narrow one when alternating.
@@ -92,6 +94,7 @@ class FLRQ:
 
     scope: ClassVar[str] = "layer"
     needs_stats: ClassVar[bool] = True
+    # The first ranks take more off the error than as many bits of width would, if any do.
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -101,6 +104,11 @@ class FLRQ:
                 "trellis codes belong to a rotated weight, whose columns have no activations and no groups, got metric "
                 f"{self.metric!r} and range_measure {self.range_measure!r}; leave them away"
             )
+
+    @property
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Each width without factors and with a few."""
+        return {"bits": WIDTHS[self.codebook], "budget": (0.0, 0.03)}
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """Each weight by itself: its low rank, its codes, in turns."""
@@ -131,13 +139,15 @@ class FLRQ:
         best: tuple[float, Codes, LowRank | None, str] | None = None
         wide, narrow = _SEARCHES.get(self.rounding, (SEARCHES["scale"], SEARCHES["scale"]))
         epochs = self.epochs if self.epochs >= 0 else 20 if self.bits == 2 else 1
-        for search in [wide] + epochs * [narrow]:
+        searches = [wide] + epochs * [narrow]
+        # Without a low rank every round finds the same codes.
+        for search in searches if self._rank_cap(*weight.shape) else dict.fromkeys(searches):
             for step in self.order.split("-then-"):
                 if step == "low-rank":
                     low_rank, stop = self._fit_low_rank(target - codes_part, scaling, generator)
                     low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(weight)
                 else:
-                    rounded = self._round(target - low_rank_part, hessian, search)
+                    rounded = self._round(target - low_rank_part, hessian, search, row_weights(stats))
                     codes_part = rounded.decode()
             error = float(output_energy(target - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:
@@ -146,11 +156,13 @@ class FLRQ:
         _, rounded, low_rank, stop = best
         return assemble(weight, rounded, low_rank, stop=stop, stats=stats, basis=basis if basis.block else None)
 
-    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian, search: RangeSearch | None) -> Codes:
+    def _round(
+        self, target: Float[Tensor, "out in"], hessian: PreparedHessian, search: RangeSearch | None, rows: Tensor | None
+    ) -> Codes:
         """Codes of what the low rank does not hold."""
         format = self._codes(*target.shape)
         if isinstance(format, TrellisGrid):
-            return trellis(target, hessian, format)
+            return trellis(target, hessian, format, rows)
         return ROUNDINGS[self.rounding](target, hessian, format, search)
 
     def _basis(self, width: int) -> Basis:

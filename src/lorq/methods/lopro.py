@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import (
     SEARCHES,
+    WIDTHS,
     Damping,
     GroupSize,
     Search,
@@ -32,6 +33,7 @@ from lorq.methods.common import (
     layer_grid,
     needed,
     preset,
+    row_weights,
 )  # fmt: skip
 
 # GPTVQ's sizes of one codebook.
@@ -116,6 +118,11 @@ class LoPRo:
             )
         check_codebook(self)
 
+    @property
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """Each width without factors and with them."""
+        return {"bits": WIDTHS[self.codebook], "rank": tuple(dict.fromkeys((0, self.rank)))}
+
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """The weights of the layers that read one input, in one basis, so that it is rotated once for all.
 
@@ -123,14 +130,20 @@ class LoPRo:
             The paper permutes each matrix for itself; ``mean|R|`` is the sum over the matrices here.
         """
         weights = problem.weights
-        stats = needed(problem.stats.get(next(iter(weights))))
+        stats = {name: needed(problem.stats.get(name)) for name in weights}
         residuals = [
-            weight - self._low_rank_first(weight, stats, problem.generator(name)) for name, weight in weights.items()
+            weight - self._low_rank_first(weight, stats[name], problem.generator(name))
+            for name, weight in weights.items()
         ]
-        basis = self._basis(sum((r.abs().sum(0) for r in residuals), torch.zeros_like(stats.mean_abs)), stats)
-        hessian = PreparedHessian(basis.rotate_hessian(shrink(stats.hessian, self.shrinkage)), self.damping)
+        first = stats[next(iter(weights))]
+        basis = self._basis(sum((r.abs().sum(0) for r in residuals), torch.zeros_like(first.mean_abs)), first)
+        hessians: dict[int, PreparedHessian] = {}
+        for own in stats.values():
+            if id(own) not in hessians:
+                rotated = basis.rotate_hessian(shrink(own.hessian, self.shrinkage))
+                hessians[id(own)] = PreparedHessian(rotated, self.damping)
         return {
-            name: self._solve_in(basis, hessian, weight, stats, problem.generator(name))
+            name: self._solve_in(basis, hessians[id(stats[name])], weight, stats[name], problem.generator(name))
             for name, weight in weights.items()
         }
 
@@ -183,7 +196,7 @@ class LoPRo:
                     low_rank = self._fit(target - codes_part, metric, generator)
                     low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(target)
                 else:
-                    rounded = self._round(target - low_rank_part, hessian)
+                    rounded = self._round(target - low_rank_part, hessian, row_weights(stats))
                     codes_part = rounded.decode()
             error = float(output_energy(target - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:
@@ -211,9 +224,9 @@ class LoPRo:
             iterations=self.iterations, generator=generator,
         )  # fmt: skip
 
-    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian) -> Codes:
+    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian, rows: Tensor | None = None) -> Codes:
         if self.codebook == "trellis":
-            return trellis(target, hessian, TrellisGrid.of(target.shape[0], self.bits, self.window))
+            return trellis(target, hessian, TrellisGrid.of(target.shape[0], self.bits, self.window), rows)
         if self.codebook == "vector":
             # Without passing errors on, only the diagonal of the metric is left.
             passing = self.rounding == "gptq"

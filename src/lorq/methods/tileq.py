@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from lorq.core.problem import Problem
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.tile_factors import TileFactors, TileFormat, fit_tiles, grid_of, place_experts
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
-from lorq.methods.common import activation_scale, assemble, needed
+from lorq.methods.common import WIDTHS, activation_scale, assemble, needed
 from lorq.methods.lopro import LoPRo
 
 # Singular vectors by which experts are compared.
@@ -52,6 +52,11 @@ class TileQ(LoPRo):
                 f"sharing 'expert' stores an activation scale for each expert: metric must be activation, "
                 f"got {self.metric!r}"
             )
+
+    @property
+    def choices(self) -> dict[str, tuple[Any, ...]]:
+        """The widths: all experts of a layer share their factors' rank."""
+        return {"bits": WIDTHS[self.codebook]}
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """All experts of the projections that read the same inputs; other layers as LoPRo does them.

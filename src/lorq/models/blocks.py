@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorq.models.calls import Answer, Recorder, Room, Stream
+from lorq.models.calls import Answer, Entered, Key, Recorder, Room, Stream
 from lorq.models.skeleton import (
     find_blocks,
     find_tied,
@@ -88,8 +88,11 @@ class StreamedModel:
         self._answers: dict[tuple[type[nn.Module], int], Answer] = {}
         blocks = find_blocks(model)
         self._sources = self._match_names()
-        self._tied = {
-            name for name, origin in find_tied(model).items() if self._sources.get(name) == self._sources.get(origin)
+        # Parameters that are stored as another alone, each with the other's name.
+        self.tied = {
+            name: origin
+            for name, origin in find_tied(model).items()
+            if self._sources.get(name) == self._sources.get(origin)
         }
         self.parts = self._find_parts(blocks)
 
@@ -141,7 +144,7 @@ class StreamedModel:
     def _find_parts(self, blocks: list[str]) -> tuple[Part, ...]:
         names = list(self.model.state_dict(keep_vars=True))
         inside = tuple(block + "." for block in blocks)
-        outside = [name for name in names if not name.startswith(inside) and name not in self._tied]
+        outside = [name for name in names if not name.startswith(inside) and name not in self.tied]
         tables = {name for name, module in self.model.named_modules() if isinstance(module, nn.Embedding)}
         embedding = [name for name in outside if name.rpartition(".")[0] in tables]
         return (
@@ -202,7 +205,7 @@ class StreamedModel:
         given = {} if stored is None else stored
         names = [name for part in parts for name in part.tensors]
         read = {self._sources[name] for name in names}
-        names += [name for name in sorted(self._tied) if self._sources.get(name) in read]
+        names += [name for name in sorted(self.tied) if self._sources.get(name) in read]
         names = [name for name in names if name not in self._resident and not name.startswith(self._towers)]
         loaded: dict[Stored, Tensor] = {}  # tied parameters share one tensor
         for name in names:
@@ -308,10 +311,16 @@ class StreamedModel:
         """The output of a resident block for one window; what it leaves for later blocks is kept in the stream."""
         entered = stream.enter(block.name, window, self.device)
         inputs = stream.hidden[window].view(stream.calls.shape).to(self.device, self.dtype)
+        hidden, left = self.call(block, stream, inputs, entered)
+        for key, value in left.items():
+            stream.keep(key, window, value)
+        return hidden.view(stream.hidden.shape[1:])
+
+    def call(self, block: Part, stream: Stream, inputs: Tensor, entered: Entered) -> tuple[Tensor, dict[Key, Any]]:
+        """A resident block's answer, and what it leaves for later blocks."""
         out = self.model.get_submodule(block.name)(inputs, *entered.args, **entered.kwargs)
         hidden, *rest = out if isinstance(out, tuple | list) else (out,)
-        stream.left(block.name, window, entered, rest)
-        return hidden.view(stream.hidden.shape[1:])
+        return hidden, dict(stream.left(block.name, entered, rest))
 
     def differentiable_run(
         self, block: Part, stream: Stream, window: int, weights: Mapping[Target, Tensor]
@@ -333,6 +342,12 @@ class StreamedModel:
         self, window: Int[Tensor, "length"], hidden: Float[Tensor, "rows width"]
     ) -> Float[Tensor, "length vocabulary"]:
         """Logits from the last block's output: final norm, head and whatever else the architecture has there."""
+        return self.differentiable_logits(window, hidden)
+
+    def differentiable_logits(
+        self, window: Int[Tensor, "length"], hidden: Float[Tensor, "*rows width"]
+    ) -> Float[Tensor, "length vocabulary"]:
+        """The same; gradients flow into the hidden states."""
 
         def answer(block: Part, first: Tensor, *_: Any) -> Tensor:
             return hidden.view(first.shape).to(first.device, first.dtype) if block is self.blocks[-1] else first

@@ -9,9 +9,11 @@ from torch import nn
 from lorq.core.checks import all_finite
 from lorq.models.blocks import Part, StreamedModel
 from lorq.models.experts import expert_name, find_experts
+from lorq.models.tables import head_inputs
 from lorq.pipeline.check_weights import check_resident
 from lorq.pipeline.observe import seen_inputs
 from lorq.pipeline.plan import Plan
+from lorq.pipeline.tables import head_table
 from lorq.pipeline.verify import SAME_SQNR_DB, probe_tokens, sqnr_db
 from lorq.progress import CHECK, Progress
 
@@ -61,6 +63,9 @@ def check_walk(model: StreamedModel, plan: Plan, progress: Progress) -> Plan:
 
             expected = model.own_logits(tokens[1], walk_on, blocks).cpu()
             got = model.logits(tokens[1], stream.hidden[1]).cpu()
+            head, table = head_table(model, plan.tables)
+            if table is not None:
+                head_inputs(model, head, tokens[1], stream.hidden[1])
         except (RuntimeError, TypeError, LookupError, AttributeError) as error:
             first = (str(error).strip().splitlines() or [""])[0]
             raise ValueError(
@@ -75,9 +80,10 @@ def check_walk(model: StreamedModel, plan: Plan, progress: Progress) -> Plan:
             f"{SAME_SQNR_DB:.0f} dB, got {near:.1f} dB; it hands more from block to block than lorq follows"
         )
     layers = {part: {t: m for t, m in own.items() if t.name not in silent} for part, own in plan.layers.items()}
-    if any(plan.layers.values()) and not any(layers.values()):
+    checked = replace(plan, layers=layers, excluded=silent | dict(plan.excluded))
+    if any(plan.blocks.values()) and not any(checked.blocks.values()):
         raise ValueError(f"{name} is not supported: none of the layers to quantize is called when it runs on text")
-    return replace(plan, layers=layers, excluded=silent | dict(plan.excluded))
+    return checked
 
 
 def _layers(model: StreamedModel, plan: Plan, block: Part) -> dict[str, nn.Module]:

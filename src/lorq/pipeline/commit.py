@@ -1,22 +1,24 @@
 """Commit: what is solved is written, and put into the resident block, so that the walk goes on in it."""
 
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from lorq.core.weight import layer_bytes
-from lorq.models.blocks import Part, StreamedModel
+from lorq.core.weight import QuantizedWeight, layer_bytes
+from lorq.models.blocks import Part, StreamedModel, Target
 from lorq.models.experts import expert_name, find_experts
 from lorq.models.skeleton import get_tensor
 from lorq.pipeline.one_block import Solved
 from lorq.pipeline.plan import Plan
+from lorq.pipeline.tables import embedding_heads
 from lorq.pipeline.verify import Probe
 from lorq.pipeline.walk import Visit
 from lorq.storage.config import write_format
 from lorq.storage.folder import LorqFolder
-from lorq.storage.names import shard_name
+from lorq.storage.names import TABLES, shard_name
 from lorq.storage.report import LayerReport
 from lorq.storage.writer import CheckpointWriter
 
@@ -48,7 +50,27 @@ class Commit:
         shard = shard_name(0, len(self.model.blocks))
         if shard in self.writer.completed:
             return self._require_same(shard, "what lies outside the blocks", source)
-        self._write(shard, stored, {"layers": [], "formats": {}, "tiles": {}, "inputs": [], "source": source})
+        self._write(shard, stored, _record(source))
+
+    def tables(self, solve: Callable[[], Iterable[tuple[Target, QuantizedWeight]]]) -> dict[Target, QuantizedWeight]:
+        """Solve and write the table of tokens and the head, unless they are written; then what is written of them."""
+        tables = self.plan.tables
+        if not tables:
+            return {}
+        with self.model.checkpoint.hashed() as source:
+            for target in tables:
+                self.model.stored_tensor(f"{target.name}.weight")
+        if TABLES in self.writer.completed:
+            self._require_same(TABLES, " and ".join(target.name for target in tables), source())
+            folder = LorqFolder.of_shards(self.writer.folder, {TABLES: self.writer.completed[TABLES]})
+            return {target: folder.weight(target.name) for target in tables}
+        weights, record = dict(solve()), _record(source())
+        tensors: dict[str, Tensor] = {}
+        for target, weight in weights.items():
+            tensors |= _add(record, target, weight, weight.record.note)
+        record["embeddings"] = embedding_heads(self.model, tables)
+        self._write(TABLES, tensors, record)
+        return weights
 
     def block(self, visit: Visit, solved: Solved, probe: Probe) -> None:
         """Write a block, unless it is written, and re-enter it with the solved weights; the probe goes through it."""
@@ -85,28 +107,14 @@ class Commit:
         """A block's tensors, and what the journal keeps of its layers."""
         modules = find_experts(self.model.model, visit.part.name)
         tensors = visit.kept | solved.changed
-        record: dict[str, Any] = {
-            "layers": [],
-            "formats": {},
-            "tiles": {},
-            "inputs": solved.inputs,
-            "source": visit.source,
-        }
+        record = _record(visit.source) | {"inputs": solved.inputs}
         for target, weight in solved.weights.items():
-            tensors |= {f"{target.name}.{local}": t for local, t in weight.tensors().items()}
-            record["formats"][target.name] = write_format(weight.format)
+            tensors |= _add(record, target, weight, solved.notes.get(target.name, ""))
             place = expert_name(target.name, modules)
             if weight.tile is not None and place is not None and place.tiles not in record["tiles"]:
                 factors = weight.tile.factors
                 tensors |= {f"{place.tiles}.{local}": t for local, t in factors.tensors().items()}
                 record["tiles"][place.tiles] = asdict(factors.format)
-            report = LayerReport(
-                name=target.name, shape=weight.shape, bits=weight.format.bits, rank=weight.rank,
-                stop=weight.record.stop, error_before=weight.record.error_before,
-                error_after=weight.record.error_after, bytes=layer_bytes(weight.stored_bits()),
-                note=solved.notes.get(target.name, ""),
-            )  # fmt: skip
-            record["layers"].append(asdict(report))
         return tensors, record
 
     def _write(self, shard: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
@@ -125,3 +133,20 @@ class Commit:
         """Wait until all that was given to the disk is on it; raises what went wrong there."""
         while self._under_way:
             self._under_way.pop().result()
+
+
+def _record(source: str) -> dict[str, Any]:
+    """What the journal keeps of a shard, before anything is in it; ``source`` is the checksum of what it is made of."""
+    return {"layers": [], "formats": {}, "tiles": {}, "inputs": [], "embeddings": {}, "source": source}
+
+
+def _add(record: dict[str, Any], target: Target, weight: QuantizedWeight, note: str) -> dict[str, Tensor]:
+    """Tell a shard's record of a layer; its tensors."""
+    record["formats"][target.name] = write_format(weight.format)
+    report = LayerReport(
+        name=target.name, shape=weight.shape, bits=weight.format.bits, rank=weight.rank,
+        stop=weight.record.stop, error_before=weight.record.error_before,
+        error_after=weight.record.error_after, bytes=layer_bytes(weight.stored_bits()), note=note,
+    )  # fmt: skip
+    record["layers"].append(asdict(report))
+    return {f"{target.name}.{local}": tensor for local, tensor in weight.tensors().items()}

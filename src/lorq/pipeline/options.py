@@ -1,5 +1,6 @@
 """What is asked of a run, whatever the method."""
 
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,8 @@ class Options:
             "never". What the model writes itself always begins with one.
         seed: of every random choice; the same seed gives the same bytes.
         device: where blocks are run and solved: "auto", "cpu", "cuda", "cuda:1" and so on.
-        token_weights: "equal" counts each calibration token the same, "plain" by its squared length.
+        token_weights: "equal" counts each calibration token the same, "plain" by its squared length, "gradient" by how
+            much each layer's output at it decides what the model says: better, and one more pass forward and back.
         router_weights: weigh a routed token by its squared router weight in the expert's statistics.
         expert_tokens: an expert that sees fewer calibration tokens than this gets the statistics of all tokens of
             its layer; the report names it.
@@ -41,6 +43,17 @@ class Options:
             the method's bits; 0 for one width. Layers whose bits are overridden are not counted.
         wide_bits: see there.
         wide_layers: which layers are made wider, those of the "first" or of the "last" blocks.
+        embeddings: bits of the table that tokens are looked up in, 2 to 8; 0 leaves it as it is. Rounded to nearest,
+            row by row, but where it is the head too.
+        head: bits of the layer that makes the logits, 2 to 8; 0 leaves it as it is. Rounded with error feedback, under
+            its own inputs, where there is calibration. Where both are one table, either option says its bits.
+        table_group_size: columns of these two that share a scale; -1 for one group per row.
+        bits_per_weight: all stored bits of the quantized layers over their weights, on average, such as 2.9: each layer
+            gets those settings of the method with which the whole model is harmed least; 0 for the method's own.
+        size: the same with a budget for all weight files together, such as "4.2GB", embeddings included.
+        widths: with a budget, the widths of codes to choose from, each with the flag; left out, those with kernels.
+        fused_alike: with a budget, layers that read one input (q, k and v; gate and up; those of all experts) get one
+            setting, as servers want that fuse them.
         spill_bytes: hidden states, and what else is kept of every window, go to files mapped into memory past this.
         dry_run: check everything, report the sizes, write nothing.
         resume: continue an interrupted run in the same folder.
@@ -65,10 +78,22 @@ class Options:
     average_bits: Annotated[float, Range(0, 8)] = 0.0
     wide_bits: Annotated[int, Range(2, 8)] = 4
     wide_layers: Literal["first", "last"] = "first"
+    embeddings: Annotated[int, Range(0, 8)] = 0
+    head: Annotated[int, Range(0, 8)] = 0
+    table_group_size: Annotated[int, Range(1, minus_one="one group per row")] = 64
+    bits_per_weight: Annotated[float, Range(0, 16)] = 0.0
+    size: str = ""
+    widths: tuple[int, ...] = ()
+    fused_alike: bool = False
     spill_bytes: Annotated[int, Range(0)] = 2 << 30
     dry_run: bool = False
     resume: bool = False
     overwrite: bool = False
+
+    @property
+    def has_budget(self) -> bool:
+        """Each layer's settings are chosen, so that all together meet a size."""
+        return bool(self.bits_per_weight or self.size)
 
 
 def read_options(options: dict[str, Any]) -> Options:
@@ -84,6 +109,11 @@ def read_options(options: dict[str, Any]) -> Options:
             if not isinstance(given, list | tuple) or not all(isinstance(text, str) for text in given):
                 raise TypeError(f"{key} must be a text or a list of texts, got {given!r}")
             options[key] = tuple(given)
+    if "widths" in options:
+        given = options["widths"]
+        if not isinstance(given, list | tuple) or not all(type(bits) is int and 1 <= bits <= 8 for bits in given):
+            raise ValueError(f"widths must be a list of whole numbers from 1 to 8, got {given!r}")
+        options["widths"] = tuple(dict.fromkeys(given))
     if isinstance(options.get("calibration"), Path):
         options["calibration"] = str(options["calibration"])
     chosen = Options(**options)
@@ -93,7 +123,49 @@ def read_options(options: dict[str, Any]) -> Options:
             f"smoothing serves activations in 8 bits, got smoothing {chosen.smoothing} and activations 'none'; "
             "choose activations token or tensor, or no smoothing"
         )
+    if chosen.router_weights and chosen.token_weights == "gradient":
+        raise ValueError(
+            "token_weights 'gradient' counts a routed token by its squared router weight already, got router_weights "
+            "too; leave router_weights away"
+        )
+    _check_budget(chosen)
     return chosen
+
+
+def _check_budget(options: Options) -> None:
+    """Refuse to ask for one thing twice, or in a way that means nothing."""
+    given = [name for name in ("bits_per_weight", "size", "average_bits") if getattr(options, name)]
+    if len(given) > 1:
+        told = " and ".join(f"{name} {getattr(options, name)}" for name in given)
+        raise ValueError(f"bits_per_weight, size and average_bits are ways to ask for the same, got {told}; keep one")
+    if options.size:
+        read_size(options.size)
+    for name in ("widths", "fused_alike"):
+        if getattr(options, name) and not options.has_budget:
+            raise ValueError(f"{name} goes with a budget, got none; give bits_per_weight or size, or leave it away")
+    if options.has_budget and options.token_weights != "gradient":
+        raise ValueError(
+            f"a budget needs token_weights gradient, which tell how much the model depends on each layer, got "
+            f"{options.token_weights!r}"
+        )
+
+
+def read_size(text: str) -> int:
+    """Bytes, of a number with a unit.
+
+    Raises:
+        ValueError: if it is none.
+
+    Example:
+        >>> read_size("4.2GB"), read_size("107 MB"), read_size("1GiB")
+        (4200000000, 107000000, 1073741824)
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]i?)?B", text.strip(), re.IGNORECASE)
+    if not found:
+        raise ValueError(f"size must be a number of KB, MB or GB (or KiB, MiB, GiB), such as 4.2GB, got {text!r}")
+    unit = (found[2] or "").upper()
+    base = 1024 if unit.endswith("I") else 1000
+    return int(float(found[1]) * base ** " KMG".index(unit[:1] or " "))
 
 
 def read_method(method: str | Method) -> Method:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
 from lorq.core.tile_factors import TileFormat
@@ -13,8 +13,12 @@ from lorq.models.experts import find_experts, routing_layers
 from lorq.models.skeleton import find_tied, kept_modules
 from lorq.pipeline.dense_activations import KEYS_AND_VALUES
 from lorq.pipeline.options import Options, method_name, read_method, read_options
+from lorq.pipeline.tables import table_methods
 from lorq.pipeline.tasks import expert_formats
 from lorq.storage.report import LayerReport, Report
+
+# The parts that are no blocks.
+OUTSIDE = ("embeddings", "head")
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,14 @@ class Plan:
     Attributes:
         layers: by part, the layers that are quantized and their methods; ``method`` is the one before overrides.
         excluded: why a layer is left as it is, by name.
+        budget: what was chosen to meet one and why, as JSON values (`lorq.pipeline.dial.Choice`); else nothing.
     """
 
     layers: Mapping[str, Mapping[Target, Method]]
     excluded: Mapping[str, str]
     method: Method
     options: Options
+    budget: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -52,6 +58,16 @@ class Plan:
         chosen = self.options.stream
         return chosen if chosen != "auto" else "quantized" if self.blockwise else "original"
 
+    @property
+    def tables(self) -> dict[Target, Method]:
+        """The table of tokens and the head, as far as they are quantized."""
+        return {t: method for part in OUTSIDE for t, method in self.layers.get(part, {}).items()}
+
+    @property
+    def blocks(self) -> dict[str, Mapping[Target, Method]]:
+        """The layers of the blocks."""
+        return {part: layers for part, layers in self.layers.items() if part not in OUTSIDE}
+
     def jobs(self) -> Iterator[tuple[Target, Method]]:
         for layers in self.layers.values():
             yield from layers.items()
@@ -67,7 +83,8 @@ class Plan:
 
     def observes(self, method: Method) -> bool:
         """Whether the inputs of a layer with this method are looked at."""
-        return method.needs_stats or self.options.activations == "tensor" or self.options.smoothing > 0
+        options = self.options
+        return method.needs_stats or options.has_budget or options.activations == "tensor" or options.smoothing > 0
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON values; `from_dict` makes an equal plan of them."""
@@ -76,14 +93,18 @@ class Plan:
             "settings": self.settings,
             "options": asdict(self.options),
             "layers": {
-                part: [
-                    asdict(target) | {"settings": {k: v for k, v in vars(method).items() if v != self.settings[k]}}
-                    for target, method in layers.items()
-                ]
+                part: [asdict(target) | self._changes(method) for target, method in layers.items()]
                 for part, layers in self.layers.items()
             },
             "excluded": dict(self.excluded),
+            "budget": dict(self.budget),
         }
+
+    def _changes(self, method: Method) -> dict[str, Any]:
+        """What of a layer's method is not the plan's."""
+        if type(method) is not type(self.method):
+            return {"method": method_name(method), "settings": asdict(method)}
+        return {"settings": {key: v for key, v in vars(method).items() if v != self.settings[key]}}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
@@ -97,9 +118,11 @@ class Plan:
         for part, entries in values["layers"].items():
             layers[part] = {}
             for entry in entries:
-                target = Target(**{key: value for key, value in entry.items() if key != "settings"})
-                layers[part][target] = replace(method, **entry["settings"])
-        return cls(layers, dict(values["excluded"]), method, read_options(dict(values["options"])))
+                target = Target(**{key: value for key, value in entry.items() if key not in ("settings", "method")})
+                own = read_method(entry["method"]) if "method" in entry else method
+                layers[part][target] = replace(own, **entry["settings"])
+        options = read_options(dict(values["options"]))
+        return cls(layers, dict(values["excluded"]), method, options, dict(values["budget"]))
 
 
 def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
@@ -123,10 +146,13 @@ def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
     unused |= {("override", p.pattern) for p, _ in changes if not any(p.search(name) for name in names)}
     layers = {part: {t: choose(t, method, changes) for t in targets} for part, targets in selected.items()}
     plan = Plan(layers, excluded, method, options)
+    tables, others = table_methods(model, options, calibrated=plan.observes(method))
+    plan = replace(plan, layers=layers | tables, excluded=excluded | others)
     if unused:
         listed = ", ".join(f"{kind} {pattern!r}" for kind, pattern in sorted(unused))
         raise ValueError(f"patterns must match a layer that is not excluded, these match none: {listed}")
-    refuse_unfit(dict(plan.jobs()))
+    refuse_unfit({t: own for layers in plan.blocks.values() for t, own in layers.items()})
+    refuse_unfit(plan.tables, "another --table-group-size")
     if not names:
         raise ValueError("there must be at least one layer to quantize, got 0: everything is excluded")
     for own in layers.values():
@@ -169,7 +195,7 @@ def choose(target: Target, method: Method, changes: Iterable[tuple[re.Pattern[st
     return chosen
 
 
-def refuse_unfit(layers: Mapping[Target, Method]) -> None:
+def refuse_unfit(layers: Mapping[Target, Method], remedy: str = "") -> None:
     """Refuse settings that do not fit their layers, with a ValueError for all at once, by what is wrong."""
     unfit: dict[str, list[str]] = {}
     for target, method in layers.items():
@@ -186,9 +212,9 @@ def refuse_unfit(layers: Mapping[Target, Method]) -> None:
         fits = [g for g in (256, 128, 96, 64, 48, 32, 16) if all(width % g == 0 for width in widths)]
         sizes = ", ".join(map(str, fits)) or "none"
         hint = f" (group sizes that divide all widths: {sizes}; -1 is one group per row)"
+    rest = f"choose {remedy}{hint}" if remedy else f"choose others{hint}, or --override or --exclude those layers"
     raise ValueError(
-        f"settings must fit the layers; they do not for {sum(map(len, unfit.values()))} of them:\n{shown}\n"
-        f"choose others{hint}, or --override or --exclude those layers"
+        f"settings must fit the layers; they do not for {sum(map(len, unfit.values()))} of them:\n{shown}\n{rest}"
     )
 
 
@@ -249,10 +275,13 @@ def mix_widths(plan: Plan) -> Plan:
             f"average_bits must be above the method's bits and at most wide_bits, got {average} with bits {low} and "
             f"wide_bits {wide}; lower bits or raise wide_bits"
         )
-    sizes = {target: target.out_features * target.in_features for target, method in plan.jobs() if method.bits == low}
+    sizes = {
+        target: target.out_features * target.in_features
+        for layers in plan.blocks.values() for target, method in layers.items() if method.bits == low
+    }  # fmt: skip
     room = (average - low) / (wide - low) * sum(sizes.values())
     mixed = {part: dict(layers) for part, layers in plan.layers.items()}
-    for part in mixed if plan.options.wide_layers == "first" else reversed(list(mixed)):
+    for part in plan.blocks if plan.options.wide_layers == "first" else reversed(list(plan.blocks)):
         for target, method in plan.layers[part].items():
             if target in sizes and sizes[target] <= room:
                 mixed[part][target] = replace(method, bits=wide)
@@ -270,7 +299,8 @@ def check_activations(plan: Plan) -> None:
             f"activations must be none where experts share factors, got {options.activations!r} with {plan.name}; "
             "use --method lopro"
         )
-    turned = [t.name for t, m in plan.jobs() if m.largest(t.out_features, t.in_features).has_basis]
+    own = [job for layers in plan.blocks.values() for job in layers.items()]
+    turned = [t.name for t, m in own if m.largest(t.out_features, t.in_features).has_basis]
     if options.activations == "tensor" and turned:
         raise ValueError(
             f"activations 'tensor' need inputs in the model's own channels, {plan.name} rotates those of "
@@ -279,7 +309,7 @@ def check_activations(plan: Plan) -> None:
     if options.kv_cache != "none":
         lacking = [
             part
-            for part, layers in plan.layers.items()
+            for part, layers in plan.blocks.items()
             if not all(any(t.name.endswith(kind) for t in layers) for kind in KEYS_AND_VALUES)
         ]
         if lacking:
@@ -299,7 +329,9 @@ def estimate(plan: Plan, model: StreamedModel) -> Report:
             tiles |= dict.fromkeys(targets, tile)
     for target, method in plan.jobs():
         shape = (target.out_features, target.in_features)
-        format = replace(method.largest(*shape), input_quantization=plan.options.activations)
+        format = method.largest(*shape)
+        if target not in plan.tables:
+            format = replace(format, input_quantization=plan.options.activations)
         shared = tiles.get(target)
         if shared is not None:
             format = replace(format, rank=0)
@@ -307,7 +339,8 @@ def estimate(plan: Plan, model: StreamedModel) -> Report:
         rank = shared.rank if shared else format.rank
         layers.append(LayerReport(target.name, shape, format.bits, rank, "largest", 0.0, 0.0, layer_bytes(bits)))
     stored = sum(layer.bytes for layer in layers) + sum(model.stored_bytes(name) for name in plan.kept(*model.parts))
-    return make_report(plan, model, layers, stored=stored, run_info={}, checksums={})
+    budget = {"budget": dict(plan.budget)} if plan.budget else {}
+    return make_report(plan, model, layers, stored=stored, run_info=budget, checksums={})
 
 
 def make_report(

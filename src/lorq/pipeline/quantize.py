@@ -1,13 +1,13 @@
 """quantize(): the only place that calls the stages in order."""
 
 import os
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,14 +23,19 @@ from lorq.models.windows import Encoder, Windows, text_windows
 from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
+from lorq.pipeline.dial import Choice, Dial, mixed
+from lorq.pipeline.gradients import token_gradients
+from lorq.pipeline.observe import TokenGradients
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
-from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report, mix_widths
+from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
+from lorq.pipeline.predict import predict
+from lorq.pipeline.tables import solve_tables
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
 from lorq.progress import OPEN, PASS, QUANTIZE, WRITE, Progress, no_progress
-from lorq.runtime.device import own_defaults, read_device
+from lorq.runtime.device import available_bytes, own_defaults, read_device
 from lorq.storage.atomic import require_space
 from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.config import FORMAT_VERSION
@@ -77,7 +82,7 @@ def quantize(
         FileNotFoundError, FileExistsError, OSError: for missing models, used folders, full disks.
     """
     started = time.monotonic()
-    progress = progress or no_progress
+    progress, executor = progress or no_progress, executor or SameProcess()
     chosen, solver = read_options(options), read_method(method)
     if chosen.calibration != SELF:
         check_text(chosen.calibration, "calibration")
@@ -90,24 +95,25 @@ def quantize(
     refuse_adapter(source)
     streamed = StreamedModel.open(source, device=read_device(chosen.device))
     whole = make_plan(streamed, solver, chosen)
-    plan = mix_widths(whole)
+    plan = mixed(whole, streamed)
     progress(OPEN, 1, 1)
     begun = chosen.resume and (out / JOURNAL).is_file()
-    if begun:  # the text is compared when it is read
-        of_text = ("calibration", "calibration_tokens", "samples", "seq_len", "start_token")
-        check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in of_text})
+    if begun:
+        check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in _LATER})
     check_activations(plan)
     check_kinds(plan, streamed)
     _check_room(plan, streamed, out)
     with nullcontext() if chosen.dry_run else owned(out):
         calibration = _calibration(plan, streamed, progress)
-        plan = mix_widths(check_walk(streamed, whole, progress))
+        whole = check_walk(streamed, whole, progress)
+        plan = mixed(whole, streamed)
         check_activations(plan)
-        largest = _check_room(plan, streamed, out)
         if chosen.dry_run:
             if not looks_at_all(streamed):
                 check_weights(plan, streamed, progress)
-            return replace(largest, seconds=time.monotonic() - started)
+            with TemporaryDirectory() as scratch:
+                plan, _ = _chosen(whole, streamed, calibration, Path(scratch), executor, progress)
+            return replace(_check_room(plan, streamed, out), seconds=time.monotonic() - started)
         # Without calibration the work is as fast as the check.
         ahead = _observes(plan) and not looks_at_all(streamed)
         with checking_ahead(plan, streamed) if ahead else nullcontext(lambda: None) as refuse:
@@ -117,14 +123,34 @@ def quantize(
                 windows = _as_begun(out, windows)
             text_seconds = time.monotonic() - began
             refuse()
+            plan, gradients = _chosen(whole, streamed, lambda: windows, out, executor, progress)
             identity = _identity(plan, streamed, windows)
             writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
             with ThreadPoolExecutor(1, "write") as disk:
                 commit = Commit(streamed, plan, writer, disk)
-                stages = _solve(plan, streamed, windows, commit, executor or SameProcess(), progress, refuse)
+                stages = _solve(plan, streamed, windows, commit, executor, progress, refuse, gradients)
         stages["calibration"] += text_seconds
         report = _finish(plan, streamed, writer, windows)
         return replace(report, seconds=time.monotonic() - started, stages=stages)
+
+
+def _chosen(
+    whole: Plan, model: StreamedModel, calibration: Callable[[], Windows | None], folder: Path, executor: Executor,
+    progress: Progress,
+) -> tuple[Plan, TokenGradients | None]:  # fmt: skip
+    """The plan that meets a budget, if there is one: as the run in this folder has begun, or what is predicted best.
+
+    And the gradients, where that took them.
+    """
+    if not whole.options.has_budget:
+        return mixed(whole, model), None
+    dial = Dial.open(whole, model)
+    if whole.options.resume and (folder / JOURNAL).is_file():
+        return dial.met(Choice(**read_journal(folder / JOURNAL).identity["budget"])), None
+    windows = calibration()
+    assert windows is not None  # with a budget every layer is looked at
+    choice, gradients = predict(dial, model, windows.tokens, folder, executor, progress)
+    return dial.met(choice), gradients
 
 
 def _check_room(plan: Plan, model: StreamedModel, out: Path) -> Report:
@@ -141,7 +167,9 @@ def _spilled_bytes(plan: Plan, model: StreamedModel) -> int:
     """Of hidden states that do not fit in memory, as `Streams.begin` puts them into files beside the result."""
     options, width = plan.options, int(model.model.config.get_text_config().hidden_size)
     size = 4 * options.samples * options.seq_len * width if _observes(plan) else 0
-    return size * (2 if plan.blockwise else 1) if size > options.spill_bytes else 0
+    # What enters each block is kept until gradients are back there, and what leaves the last one.
+    count = 2 + len(model.blocks) if options.token_weights == "gradient" else 2 if plan.blockwise else 1
+    return size * count if size * count > options.spill_bytes else 0
 
 
 def _observes(plan: Plan) -> bool:
@@ -156,11 +184,12 @@ def _as_begun(out: Path, windows: Windows) -> Windows:
 
 def _solve(
     plan: Plan, model: StreamedModel, windows: Windows | None, commit: Commit, executor: Executor,
-    progress: Progress, refuse: Callable[[], None],
+    progress: Progress, refuse: Callable[[], None], gradients: TokenGradients | None,
 ) -> dict[str, float]:  # fmt: skip
     """Walk through the model, solve and commit each block, and read it all back; the seconds that stages took.
 
-    ``refuse`` is asked before each block whether something has come up meanwhile.
+    ``refuse`` is asked before each block whether something has come up meanwhile. ``gradients`` are taken here where
+    they are needed and not there.
 
     Every tensor of a block is read once. What is outside is read twice, before the blocks and after them: to keep it in
     memory meanwhile would take gigabytes from large vocabularies, all the time.
@@ -173,10 +202,13 @@ def _solve(
         tokens = torch.empty(0, 1, dtype=torch.int64) if windows is None else windows.tokens
         streams = Streams.begin(model, plan, tokens, folder)
         probe = Probe.begin(model, probe_tokens(model.model.config.get_text_config(), plan.options.seed))
-    finished = commit.finished
+    finished, began = commit.finished, time.monotonic()
+    if gradients is None and windows is not None and plan.options.token_weights == "gradient":
+        gradients = token_gradients(model, plan, windows.tokens, folder, progress, finished=finished)
+        seconds["calibration"] += time.monotonic() - began
     behind, ahead = len(finished), len(model.blocks) - len(finished)
     progress(*(PASS, 0, behind) if behind else (QUANTIZE, 0, ahead))
-    for number, visit in enumerate(walk(model, plan, streams, finished=finished), 1):
+    for number, visit in enumerate(walk(model, plan, streams, finished=finished, gradients=gradients), 1):
         refuse()
         commit.look()
         began = time.monotonic()
@@ -191,8 +223,13 @@ def _solve(
             progress(PASS, number, behind)
         if number >= behind and ahead:
             progress(QUANTIZE, number - behind, ahead)
+    began = time.monotonic()
+    tables = commit.tables(
+        lambda: solve_tables(model, plan.tables, tokens, streams.inputs, plan.options, executor, progress)
+    )
+    seconds["solving"] += time.monotonic() - began
     commit.settle()
-    verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), progress)
+    verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), tables, progress)
     return seconds
 
 
@@ -229,7 +266,7 @@ def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callab
 def _require_memory(model: StreamedModel) -> None:
     """The model writes text only if it fits in memory with room to spare."""
     parameters = sum(p.numel() for p in model.model.parameters())
-    available = _available_bytes()
+    available = available_bytes()
     if 4 * parameters > 0.7 * available:
         raise ValueError(
             f"calibration 'self' needs the whole model in memory ({4 * parameters / 1e9:.1f} GB in float32), "
@@ -237,14 +274,8 @@ def _require_memory(model: StreamedModel) -> None:
         )
 
 
-def _available_bytes(told: Path = Path("/proc/meminfo")) -> int:
-    """Memory that can be had: more than is free, since the system keeps files there that it can read again."""
-    try:
-        return 1024 * int(re.findall(r"^MemAvailable: *(\d+) kB", told.read_text(), re.M)[0])
-    except (OSError, IndexError):  # not Linux
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
+# What is not known yet when a run that goes on is compared: of a text, and what a budget leads to.
+_LATER = ("budget", "calibration", "calibration_tokens", "samples", "seq_len", "start_token")
 # Options that say how a run is done and leave the bytes as they are.
 _HOW = ("device", "spill_bytes", "dry_run", "resume", "overwrite")
 
@@ -261,6 +292,7 @@ def _run_info(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict
         "start_token": None if windows is None else windows.start_token,
         "calibration_tokens": None if windows is None else windows.sha256,
         "stream": plan.stream,
+        "budget": dict(plan.budget),
         "device_type": model.device.type,
     }
 
@@ -297,6 +329,7 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
             "layers": {name: format for record in records for name, format in record["formats"].items()},
             "tiles": {name: format for record in records for name, format in record["tiles"].items()},
             "inputs": [names for record in records for names in record["inputs"]],
+            "embeddings": {table: head for record in records for table, head in record["embeddings"].items()},
         },
     }  # fmt: skip
     # Where the model was read from is nobody's business and would differ from machine to machine.

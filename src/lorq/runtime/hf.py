@@ -17,11 +17,13 @@ from lorq.models.experts import find_experts, fuse_experts, split_experts
 from lorq.models.locate import resolve_model
 from lorq.models.skeleton import BUILDING, model_class
 from lorq.runtime.device import own_defaults, read_device, read_dtype
+from lorq.runtime.embedding import QuantEmbedding, TiedHead
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
-from lorq.runtime.other_class import Renaming, renaming
+from lorq.runtime.other_class import Renaming, is_of_another_class, renaming
+from lorq.runtime.packed import PackedWeight
 from lorq.runtime.same_input import join
-from lorq.runtime.swap import check_cells, check_permutation, check_tensors, swap_experts, swap_layers
+from lorq.runtime.swap import check_cells, check_permutation, check_tensors, swap_experts, swap_layers, tie_heads
 from lorq.storage.config import LorqConfig
 from lorq.storage.folder import check_report
 from lorq.storage.json_files import read_json
@@ -57,7 +59,10 @@ class LorqQuantizer(HfQuantizer):
             model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
         formats, tiles = self.quantization_config.formats(), self.quantization_config.tile_formats()
         self._renaming = change = renaming(model, formats)
-        swap_layers(model, {change(name): format for name, format in formats.items()})
+        modules, other = dict(model.named_modules()), is_of_another_class(model)  # which may have no such head
+        swap_layers(model, {change(n): f for n, f in formats.items() if not other or change(n) in modules})
+        heads = self.quantization_config.embeddings.items()
+        tie_heads(model, {change(t): change(n) if not other or change(n) in modules else "" for t, n in heads})
         swap_experts(model, {change(name): format for name, format in tiles.items()})
         if checkpoint_files:
             check_tensors(model, [Path(file) for file in checkpoint_files], change)
@@ -73,7 +78,7 @@ class LorqQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
-            if isinstance(module, QuantLinear) and not module.weight_shape.is_meta:
+            if isinstance(module, PackedWeight) and not module.weight_shape.is_meta:
                 shape = tuple(module.weight_shape.tolist())
                 if shape != (module.out_features, module.in_features):
                     raise ValueError(
@@ -87,12 +92,20 @@ class LorqQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        heads: dict[str, TiedHead] = {}
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantExperts):
                 model.set_submodule(name, module.dequantize(dtype))
         for name, module in list(model.named_modules()):
-            if isinstance(module, QuantLinear):
+            if isinstance(module, QuantLinear | QuantEmbedding):
                 model.set_submodule(name, module.dequantize(dtype))
+            elif isinstance(module, TiedHead):
+                heads[name] = module
+        for name, head in heads.items():
+            model.set_submodule(name, head.dequantize())
+        if heads:
+            vars(model).pop("_tied_weights_keys", None)
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         fuse_experts(model)  # so that it is transformers' own model again, to be saved like one
         return model
 

@@ -8,11 +8,17 @@ from lorq.runtime.experts_at_once import declines_stored
 from lorq.storage.folder import LorqFolder
 from lorq.storage.json_files import some_of
 
+# Of a table that nothing is multiplied by.
+LOOKUP = Implementation("row by row (torch)", {})
+
 
 def layer_implementations(folder: LorqFolder) -> dict[str, Implementation]:
     """What multiplies each layer of a folder on this machine: on its accelerator, or the CPU with float32 inputs."""
     place, widths = _place(), _widths(folder)
-    return {name: implementation(format, widths[name], *place) for name, format in folder.formats.items()}
+    return {
+        name: LOOKUP if folder.embeddings.get(name) == "" else implementation(format, widths[name], *place)
+        for name, format in folder.formats.items()
+    }
 
 
 def expert_lines(folder: LorqFolder) -> Iterator[str]:

@@ -22,11 +22,12 @@ def renaming(model: Any, layers: Collection[str]) -> Renaming:
     """How the quantized layers of a folder are called in ``model``.
 
     Raises:
-        ValueError: if it is of another class than the folder's and lacks some of them.
+        ValueError: if it is of another class than the folder's and lacks some of them, the head aside.
     """
     modules = {name for name, _ in model.named_modules()}
-    for change in _candidates(model, layers):
-        if all(change(name) in modules for name in layers):
+    inside = [name for name in layers if any(part.isdigit() for part in name.split("."))]  # the blocks
+    for change in _candidates(model, inside):
+        if all(change(name) in modules for name in inside):
             return change
     if not is_of_another_class(model):
         return Renaming()  # a damaged folder, which is told of by layer

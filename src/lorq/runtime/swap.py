@@ -10,42 +10,71 @@ from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
 from lorq.models.experts import Experts
 from lorq.models.skeleton import find_blocks, find_tied
+from lorq.runtime.embedding import QuantEmbedding, TiedHead
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.other_class import Renaming, is_of_another_class
+from lorq.runtime.packed import PackedWeight
 from lorq.storage.safetensors_file import read_header
 
 
 def swap_layers(model: nn.Module, formats: dict[str, LayerFormat]) -> None:
-    """Put empty `QuantLinear` modules, on the meta device, where the named linear layers are.
+    """Put empty `QuantLinear` modules, on the meta device, where the named linear layers are, or `QuantEmbedding`.
 
-    A ValueError if a name is not a linear layer of the model, or its width does not fit the format.
+    A ValueError if a name is no linear layer and no embedding of the model, or its width does not fit the format.
     """
     from transformers.pytorch_utils import Conv1D
 
     modules = dict(model.named_modules())
     for name, format in formats.items():
         layer = modules.get(name)
-        if not isinstance(layer, nn.Linear | Conv1D):
+        if not isinstance(layer, nn.Linear | Conv1D | nn.Embedding):
             raise ValueError(
                 f"quantization_config names the layer {name}, which is "
                 f"{'not in the model' if layer is None else 'no linear layer'}; the config belongs to another model"
             )
-        out, in_ = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+        out, in_ = layer.weight.shape[::-1] if isinstance(layer, Conv1D) else layer.weight.shape
         try:
             format.check(out, in_)
         except ValueError as error:
             raise ValueError(f"{name}: {error}; the config belongs to another model") from None
-        bias = layer.bias
-        new = QuantLinear(
-            in_, out, format, bias=bias is not None, dtype=None if bias is None else bias.dtype, device="meta"
-        )
+        new: PackedWeight
+        if isinstance(layer, nn.Embedding):
+            new = QuantEmbedding(layer, format, device="meta")
+        else:
+            bias = layer.bias
+            dtype = None if bias is None else bias.dtype
+            new = QuantLinear(in_, out, format, bias=bias is not None, dtype=dtype, device="meta")
         model.set_submodule(name, new.requires_grad_(False))
         parent = model.get_submodule(name.rpartition(".")[0])
         # Some architectures initialise their children's weights from the parent. There is nothing to initialise
         # (check_tensors has seen to it), and looking at a packed layer's weight would decode it.
         if not parent._parameters and not parent._buffers:
             parent._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def tie_heads(model: Any, embeddings: dict[str, str]) -> None:
+    """Let heads multiply by the packed tables of tokens that they are tied to, after `swap_layers`.
+
+    transformers must not tie what is packed: of such pairs it is not told any more. A ValueError if a name is not in
+    the model.
+    """
+    modules = dict(model.named_modules())
+    for table, name in embeddings.items():
+        own, head = modules.get(table), modules.get(name)
+        if not isinstance(own, QuantEmbedding) or (name and not isinstance(head, nn.Linear)):
+            raise ValueError(
+                f"quantization_config.embeddings names the table {table} with the head {name!r}, which the model does "
+                "not have; the config belongs to another model"
+            )
+        if isinstance(head, nn.Linear):
+            model.set_submodule(name, TiedHead(own, head.bias))
+    packed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, PackedWeight | TiedHead)}
+    for path, module in model.named_modules():
+        for key in ("all_tied_weights_keys", "_tied_weights_keys"):
+            if pairs := getattr(module, key, None):
+                names = {own: [f"{path}.{n}".removeprefix(".") for n in (own, origin)] for own, origin in pairs.items()}
+                setattr(module, key, {own: pairs[own] for own, full in names.items() if packed.isdisjoint(full)})
 
 
 def swap_experts(model: nn.Module, formats: dict[str, TileFormat]) -> None:
@@ -70,7 +99,7 @@ def swap_experts(model: nn.Module, formats: dict[str, TileFormat]) -> None:
         model.set_submodule(path, QuantExperts(model.get_submodule(path), tiles))  # type: ignore[arg-type]
 
 
-def check_permutation(name: str, layer: QuantLinear) -> None:
+def check_permutation(name: str, layer: PackedWeight) -> None:
     """Refuse an order of channels that is none, with a ValueError that names the layer."""
     order = layer.permutation
     if order is not None and not torch.equal(order.long().sort()[0].cpu(), torch.arange(layer.in_features)):
@@ -112,7 +141,7 @@ def check_tensors(model: Any, files: list[Path], change: Renaming = Renaming()) 
         elif tuple(stored[name].shape) != tuple(tensor.shape):
             wrong.append(f"{name} is {tuple(stored[name].shape)}, not {tuple(tensor.shape)}")
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear | Tiles):
+        if isinstance(module, PackedWeight | Tiles):
             for local, (_, dtype) in module.format.layout(module.out_features, module.in_features).items():
                 entry = stored.get(f"{name}.{local}")
                 if entry is not None and entry.dtype != dtype:

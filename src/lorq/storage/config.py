@@ -13,7 +13,7 @@ from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 class LorqConfig(QuantizationConfigMixin):
@@ -27,6 +27,7 @@ class LorqConfig(QuantizationConfigMixin):
     layers: dict[str, Any]
     tiles: dict[str, Any]
     inputs: list[list[str]]
+    embeddings: dict[str, str]
 
     def __init__(self, **keys: Any):
         self.quant_method = keys.pop("quant_method", "lorq")  # type: ignore[assignment]
@@ -45,9 +46,11 @@ class LorqConfig(QuantizationConfigMixin):
             keys["layers"] = {name: _entry_from_version_2(entry) for name, entry in keys["layers"].items()}
         if version < 4:
             keys.setdefault("inputs", [])  # not known
+        if version < 5:
+            keys.setdefault("embeddings", {})  # were left as they are
         for key, kind in (
             ("lorq_version", str), ("method", str), ("settings", dict), ("layers", dict), ("tiles", dict),
-            ("inputs", list),
+            ("inputs", list), ("embeddings", dict),
         ):  # fmt: skip
             if not isinstance(keys.get(key), kind):
                 raise ValueError(f"quantization_config.{key} must be a {kind.__name__}, got {keys.get(key)!r}")
@@ -55,11 +58,17 @@ class LorqConfig(QuantizationConfigMixin):
         if keys:
             raise ValueError(
                 f"unknown keys in quantization_config: {', '.join(sorted(keys))}; known are quant_method, "
-                "format_version, lorq_version, method, settings, layers, tiles, inputs"
+                "format_version, lorq_version, method, settings, layers, tiles, inputs, embeddings"
             )
         self.formats()  # checks them
         self.tile_formats()
         _check_inputs(self.inputs, self.layers)
+        for table, head in self.embeddings.items():
+            if table not in self.layers or not isinstance(head, str) or head in self.layers:
+                raise ValueError(
+                    "quantization_config.embeddings must name layers, each with the head that multiplies by it and is "
+                    f"no layer itself, or nothing, got {table!r} with {head!r}"
+                )
 
     def formats(self) -> dict[str, LayerFormat]:
         """The layers' formats by name."""

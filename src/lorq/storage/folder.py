@@ -25,12 +25,14 @@ class LorqFolder:
     Attributes:
         formats: of the quantized layers, by name.
         tiles: of the factors that experts share, by the names that they are stored under.
+        embeddings: names of the quantized tables of tokens, each with the head that multiplies by it, or "".
     """
 
     path: Path
     reader: WeightFiles
     formats: dict[str, LayerFormat]
     tiles: dict[str, TileFormat]
+    embeddings: dict[str, str]
 
     @classmethod
     def open(cls, path: str | Path) -> "LorqFolder":
@@ -47,19 +49,22 @@ class LorqFolder:
             raise damaged(path / "config.json", "quantization_config.quant_method must be 'lorq'")
         config = LorqConfig(**own)
         check_report(path, report, config)
-        return cls(path, WeightFiles.open(path, index_name=INDEX), config.formats(), config.tile_formats())
+        reader = WeightFiles.open(path, index_name=INDEX)
+        return cls(path, reader, config.formats(), config.tile_formats(), config.embeddings)
 
     @classmethod
     def of_shards(cls, path: Path, records: Mapping[str, Any]) -> "LorqFolder":
         """The shards that are written of a folder that need not be finished; it has no report yet.
 
-        ``records`` are of the shards by name, with ``formats`` of their layers and ``tiles`` as config.json has them.
+        ``records`` are of the shards by name, with ``formats`` of their layers, ``tiles`` and ``embeddings`` as
+        config.json has them.
         """
         headers = {name: read_header(path / name) for name in records}
         files = {tensor: name for name, header in headers.items() for tensor in header.tensors}
         formats = {n: read_format(n, entry) for record in records.values() for n, entry in record["formats"].items()}
         tiles = {n: TileFormat(**entry) for record in records.values() for n, entry in record["tiles"].items()}
-        return cls(path, WeightFiles(path, headers, files), formats, tiles)
+        tables = {table: head for record in records.values() for table, head in record["embeddings"].items()}
+        return cls(path, WeightFiles(path, headers, files), formats, tiles, tables)
 
     @cached_property
     def config(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The report of a quantized folder: one record per layer, and the totals."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,9 +130,32 @@ def html_page(report: Report, *, title: str) -> str:
         "max-width:70em;margin:2em auto}td,th{text-align:right;padding:0 .7em}td:first-child{text-align:left}</style>"
         f"<h1>{escape(title)}</h1><p>{escape(report.method)}, {report.bits_per_weight:.3f} bits per weight, "
         f"{report.bytes / 1e6:.1f} MB, {len(report.layers)} layers</p>"
+        f"{_budget(report)}<h2>Bits of each layer's codes</h2>{_bars([[l.bits for l in report.layers]], ['#36c'])}"
         f"<h2>Rank of each layer</h2>{_bars([ranks], ['#36c'])}"
         "<h2>Relative output error of each layer: rounding to nearest (grey), this folder (blue)</h2>"
         f"{_bars([before, after], ['#bbb', '#36c'])}<table><tr>{heads}</tr>{rows}</table>"
+    )
+
+
+def _budget(report: Report) -> str:
+    """The curve of the best choices under all budgets, and where this folder is; nothing if it was not chosen so."""
+    told = report.run.get("budget")
+    if not told:
+        return ""
+    at, harm = report.bits_per_weight, told["harm"]
+    curve = [(bits, math.log10(max(value, 1e-12))) for bits, value in told["curve"]]
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*curve, strict=True))
+
+    def place(bits: float, value: float) -> str:
+        x, y = (bits - left) / (right - left or 1.0), (value - low) / (high - low or 1.0)
+        return f"{1000 * x:.1f},{200 - 200 * y:.1f}"
+
+    line, (x, y) = " ".join(place(*point) for point in curve), place(at, math.log10(max(harm, 1e-12))).split(",")
+    return (
+        "<h2>Predicted divergence from the original by bits per weight, logarithmic</h2>"
+        f'<svg viewBox="-10 -10 1020 220" width="100%"><polyline points="{line}" fill="none" stroke="#36c"/>'
+        f'<circle cx="{x}" cy="{y}" r="5" fill="#c33"/></svg><p>{left:.3f} to {right:.3f} bits per weight, '
+        f"{10**high:.4g} to {10**low:.4g} nats a token; here {at:.3f} and {harm:.4g}</p>"
     )
 
 

@@ -140,6 +140,18 @@ def test_feedback_lowers_the_output_error_and_white_inputs_leave_nothing_to_feed
     assert energies[0] < 0.8 * energies[1]
 
 
+def test_rows_that_cost_more_get_the_better_codes_of_what_there_is(generator):
+    weight, rows = torch.randn(64, 40, generator=generator), torch.ones(64)
+    rows[::2] = 25.0
+    grid = TrellisGrid.of(64, 2, 12)
+    plain, weighed = (trellis(weight, prepared(torch.eye(40)), grid, given) for given in (None, rows))
+    before, after = ((weight - codes.decode()).square().mean(1) for codes in (plain, weighed))
+    assert float((rows * after).sum()) < 0.9 * float((rows * before).sum())
+    assert float(after[1::2].sum()) > float(before[1::2].sum())
+    alike = trellis(weight, prepared(torch.eye(40)), grid, torch.full((64,), 4.0))
+    assert torch.equal(alike.packed, plain.packed) and torch.equal(alike.scale, plain.scale)
+
+
 def test_a_height_that_fills_no_tile_has_rows_that_are_not_there(generator):
     weight = torch.randn(21, 8, generator=generator)
     codes = trellis(weight, prepared(torch.eye(8)), TrellisGrid.of(21, 4, 12))

@@ -187,7 +187,7 @@ def calls(monkeypatch):
         taken.append(args)
         return int8_linear(*args)
 
-    monkeypatch.setattr("lorq.runtime.linear.int8_linear", counted)
+    monkeypatch.setattr("lorq.runtime.packed.int8_linear", counted)
     return taken
 
 
@@ -203,7 +203,7 @@ def test_a_covered_layer_takes_the_product_of_bytes_and_agrees_with_the_referenc
     assert len(calls) == 1
     with torch.inference_mode():
         assert torch.equal(layer(x), y) and len(calls) == 2
-    monkeypatch.setattr("lorq.runtime.linear.declines_format", lambda *_: "not today")
+    monkeypatch.setattr("lorq.runtime.packed.declines_format", lambda *_: "not today")
     assert_close(layer(x), y, rtol=1e-5, atol=1e-5 * float(y.detach().abs().max()))
     assert len(calls) == 2
 

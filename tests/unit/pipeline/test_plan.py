@@ -14,7 +14,7 @@ from lorq.models.blocks import StreamedModel
 from lorq.pipeline.check_weights import check_kinds, check_weights
 from lorq.pipeline.options import Options
 from lorq.pipeline.plan import Plan, estimate, make_plan, mix_widths
-from lorq.pipeline.quantize import _available_bytes
+from lorq.runtime.device import available_bytes
 
 
 @pytest.fixture(scope="module")
@@ -142,5 +142,5 @@ def test_weights_of_integers_are_refused_before_any_is_read(spoiled, monkeypatch
 def test_memory_that_files_fill_can_be_had(tmp_path):
     told = tmp_path / "meminfo"
     told.write_text("MemTotal:       24689032 kB\nMemFree:          570000 kB\nMemAvailable:   21900000 kB\n")
-    assert _available_bytes(told) == 21_900_000 * 1024
-    assert _available_bytes(tmp_path / "nothing") > 0
+    assert available_bytes(told) == 21_900_000 * 1024
+    assert available_bytes(tmp_path / "nothing") > 0

@@ -302,7 +302,7 @@ def images(monkeypatch):
         made.append(weakref.ref(image))
         return image
 
-    monkeypatch.setattr("lorq.runtime.linear.turn", counted)
+    monkeypatch.setattr("lorq.runtime.packed.turn", counted)
     return made
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lorq.core.codes.integer import IntCodes, IntGrid
@@ -57,6 +57,12 @@ class CodesFormat(Protocol):
         """The codes behind stored tensors; the inverse of `Codes.tensors`."""
         ...
 
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        """What the codes of some rows alone stand for, of a weight of width ``in_``, without a look at the others'."""
+        ...
+
     def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use in as many bits and groups, to be measured against."""
         ...
@@ -80,6 +86,17 @@ class Codes(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, by local name (docs/format.md); `CodesFormat.read` is the inverse."""
+        ...
+
+    def continuous(self) -> dict[str, Tensor]:
+        """Of `tensors` those that are numbers and no codes, which tuning may change: scales, entries of codebooks."""
+        ...
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "Codes":
+        """The same codes with other numbers for `continuous`, of any floating-point type.
+
+        What they `decode` to is differentiable in the numbers.
+        """
         ...
 
 

@@ -1,12 +1,12 @@
 """Level codes: positions in a fixed table of values, under a scale for each group or for each weight."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from lorq.core.codes.integer import IntGrid
@@ -150,6 +150,13 @@ class LevelFormat:
             scale = tensors["weight_scale"]
         return LevelCodes(unpack(tensors["weight_packed"], self.bits, in_), scale, self, tensors.get("levels"))
 
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        of_rows = "weight_packed", "weight_scale", "scale_left"
+        own = {name: t.index_select(0, index) if name in of_rows else t for name, t in tensors.items()}
+        return self.read(own, len(index), in_).decode()
+
     def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: for a scale of low rank, the groups that its fit started from."""
         group = start_block(self.group_size, self.scale_rank) if self.scale_rank else self.group_size
@@ -205,3 +212,14 @@ class LevelCodes:
         if isinstance(self.scale, LowRankScale):
             return packed | {"scale_left": self.scale.left, "scale_right": self.scale.right}
         return packed | {"weight_scale": self.scale}
+
+    def continuous(self) -> dict[str, Tensor]:
+        """The scales, or their factors."""
+        if isinstance(self.scale, LowRankScale):
+            return {"scale_left": self.scale.left, "scale_right": self.scale.right}
+        return {"weight_scale": self.scale}
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "LevelCodes":
+        if isinstance(self.scale, LowRankScale):
+            return replace(self, scale=LowRankScale(numbers["scale_left"], numbers["scale_right"]))
+        return replace(self, scale=numbers["weight_scale"])

@@ -3,11 +3,11 @@
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int16, Int32, UInt8
+from jaxtyping import Float, Int16, Int32, Int64, UInt8
 from torch import Tensor
 
 from lorq.core.codes.integer import IntGrid
@@ -120,6 +120,21 @@ class TrellisGrid:
     def read(self, tensors: Mapping[str, Tensor], out: int, in_: int) -> "TrellisCodes":
         return TrellisCodes(tensors["weight_packed"], tensors["weight_scale"], self)
 
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        # Windows reach into the tile before; nothing else is read.
+        tile, sequence = index // TILE, self.length // TILE
+        before = tile - tile % sequence + (tile - 1) % sequence
+        words = torch.stack([tensors["weight_packed"][before, -1], *tensors["weight_packed"][tile].unbind(1)], 1)
+        end = (index % TILE + 1) * self.bits
+        first = (end - 1) // 16
+        pick = first.view(-1, 1, 1).expand(-1, 1, in_)
+        upper, lower = (words.gather(1, pick + i).squeeze(1).long() & 0xFFFF for i in (0, 1))
+        windows = ((upper << 16) | lower) >> (16 * (first + 1) - end).unsqueeze(1)
+        values = trellis_values(self.window, windows.device)[windows & (2**self.window - 1)]
+        return values * tensors["weight_scale"].index_select(0, index).float()
+
     def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: single weights of as many bits, a range for each row."""
         return IntGrid(self.bits, width)
@@ -160,6 +175,13 @@ class TrellisCodes:
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight_packed": self.packed, "weight_scale": self.scale}
+
+    def continuous(self) -> dict[str, Tensor]:
+        """The scales of the rows."""
+        return {"weight_scale": self.scale}
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "TrellisCodes":
+        return replace(self, scale=numbers["weight_scale"])
 
 
 def pack_streams(codes: UInt8[Tensor, "rows in"], bits: int) -> Int16[Tensor, "tiles {bits} in"]:

@@ -1,11 +1,11 @@
 """Vector codes: each stands for a few neighbouring weights, an entry of a codebook times a scale."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float, Int8, Int64, UInt8
 from torch import Tensor
 
 from lorq.core.codes.integer import IntGrid
@@ -86,6 +86,14 @@ class VectorGrid:
         book = Codebook(tensors["codebook"], tensors["codebook_scale"])
         return VectorCodes(codes, tensors["weight_scale"], book, self)
 
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        tiles = index // self.rows  # each row gets codebooks of its own
+        own = {name: tensors[name].index_select(0, index) for name in ("weight_packed", "weight_scale")}
+        own |= {name: tensors[name].index_select(0, tiles) for name in ("codebook", "codebook_scale")}
+        return replace(self, rows=1).read(own, len(index), in_).decode()
+
     def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: single weights of as many bits, a range for each group."""
         return IntGrid(self.bits, self.group_size)
@@ -93,9 +101,14 @@ class VectorGrid:
 
 @dataclass(frozen=True)
 class Codebook:
-    """The codebooks of a weight: entry ``k`` of tile ``(r, c)`` is ``entries[r, c, k] * scale[r, c]``."""
+    """The codebooks of a weight: entry ``k`` of tile ``(r, c)`` is ``entries[r, c, k] * scale[r, c]``.
 
-    entries: Int8[Tensor, "row_tiles column_tiles entries vector"]
+    Entries are int8 where they are stored.
+    """
+
+    entries: (
+        Int8[Tensor, "row_tiles column_tiles entries vector"] | Float[Tensor, "row_tiles column_tiles entries vector"]
+    )
     scale: Float[Tensor, "row_tiles column_tiles"]
 
     def values(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row_tiles column_tiles entries vector"]:
@@ -133,11 +146,11 @@ class VectorCodes:
         values = self.codebook.values(dtype)
         row_tiles, column_tiles, entries, vector = values.shape
         codes = self.codes
-        tiled = codes.long().view(row_tiles, -1, column_tiles, codes.shape[1] // column_tiles)
+        tiled = codes.long().view(row_tiles, self.format.rows, column_tiles, codes.shape[1] // column_tiles)
         first = torch.arange(0, row_tiles * column_tiles * entries, entries, device=codes.device)
         first = first.view(row_tiles, 1, column_tiles, 1)
         weight = values.view(-1, vector)[tiled + first]  # (row_tiles, rows, column_tiles, vectors, vector)
-        grouped = weight.reshape(codes.shape[0], self.scale.shape[1], -1)
+        grouped = weight.reshape(codes.shape[0], self.scale.shape[1], self.format.group_size)
         return (grouped * self.scale.to(dtype).unsqueeze(-1)).flatten(1)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -147,3 +160,12 @@ class VectorCodes:
             "codebook": self.codebook.entries,
             "codebook_scale": self.codebook.scale,
         }
+
+    def continuous(self) -> dict[str, Tensor]:
+        """The codebooks' entries, and the scales of rows and of codebooks."""
+        book = self.codebook
+        return {"weight_scale": self.scale, "codebook": book.entries, "codebook_scale": book.scale}
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "VectorCodes":
+        book = Codebook(numbers["codebook"], numbers["codebook_scale"])
+        return replace(self, scale=numbers["weight_scale"], codebook=book)

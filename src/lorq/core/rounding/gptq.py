@@ -41,7 +41,8 @@ def gptq(
     """
     width, size = target.shape[1], grid.group_size
     grid.grouped(target)  # refuses a group size that does not divide
-    columns = target.T.contiguous()  # (in, out): a column of the weight is contiguous
+    # (in, out): a column of the weight is contiguous. Of a single row `contiguous` would be the target itself.
+    columns = target.T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty_like(columns)
     scale = columns.new_empty(width // size, columns.shape[1])
     zero = torch.empty_like(scale)
@@ -79,7 +80,7 @@ def gptq_levels(
     Source:
         GPTQ, arXiv:2210.17323; the scale is there before the first column, so that nothing is fitted on the way.
     """
-    columns, scales = target.T.contiguous(), scale.T.contiguous()
+    columns, scales = target.T.clone(memory_format=torch.contiguous_format), scale.T.contiguous()
     codes = torch.empty_like(columns)
 
     def encode(i: int, column: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,7 +39,8 @@ def gptvq(
     """
     (out, width), size = target.shape, grid.columns
     grid.check(out, width)
-    columns = target.T.contiguous()  # (in, out): a column of the weight is contiguous
+    # (in, out): a column of the weight is contiguous. Of a single row `contiguous` would be the target itself.
+    columns = target.T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty(width // grid.vector, out, dtype=torch.uint8, device=target.device)
     scales, books = [], []
     for start in range(0, width, size):
