@@ -68,7 +68,7 @@ _STRIP_BYTES = 256 << 20  # of a decoded weight at a time
 
 
 def declines(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels do not run a layer, see `lorq.kernels.dispatch.Kernels`; None where they do."""
+    """Why the Triton kernels do not run a layer, see `lorq.kernels.dispatch.Product`; None where they do."""
     return declines_input("cuda", device, dtype) or declines_format(format) or declines_device(device)
 
 
