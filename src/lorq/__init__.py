@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorq.evaluation import evaluate as evaluate
     from lorq.generation import generate as generate
     from lorq.methods import *  # noqa: F403
+    from lorq.pipeline.presets import preset as preset
     from lorq.pipeline.quantize import quantize as quantize
     from lorq.runtime.hf import load as load
     from lorq.storage.report import Report as Report
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 _HOME = {
     "METHODS": "methods", "Evaluation": "evaluation", "evaluate": "evaluation", "generate": "generation",
     "load": "runtime.hf",
-    "quantize": "pipeline.quantize", "tune": "tuning", "Report": "storage.report", "read_report": "storage.report",
+    "preset": "pipeline.presets", "quantize": "pipeline.quantize",
+    "tune": "tuning", "Report": "storage.report", "read_report": "storage.report",
 }  # fmt: skip
 
 

@@ -57,13 +57,16 @@ app = cyclopts.App(
 app.command(bench_app)
 
 
-def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[str, ...] = ()) -> Callable[..., None]:
+def _quantize_command(
+    settings: Any = None, options: Any = None, methods: tuple[str, ...] = (), presets: tuple[str, ...] = ()
+) -> Callable[..., None]:
     """The quantize command with one method's settings and the run's options as flags; without them, what lists show."""
 
     def quantize(
         model: str,
         out: Path,
         *,
+        preset: str = "balanced",
         method: str = "flrq",
         settings: Any = settings,
         options: Any = options,
@@ -75,7 +78,9 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
         Args:
             model: a Hugging Face folder, a hub id, or a GGUF file.
             out: the new folder.
-            method: how; `lorq quantize --method NAME --help` lists a method's own settings.
+            preset: settings by what they cost, fast, balanced or best; `lorq quantize --preset NAME --help` shows them.
+            method: how, with the method's own defaults in place of a preset's; `lorq quantize --method NAME --help`
+                lists its settings.
             tune: then tune it for so many steps on the calibration's windows, as `lorq tune` does.
             json_: print the report as one JSON object.
         """
@@ -91,6 +96,7 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
 
     if methods:
         quantize.__annotations__ |= {
+            "preset": Literal[presets],  # type: ignore[valid-type]
             "method": Literal[methods],  # type: ignore[valid-type]
             "settings": Annotated[type(settings), Parameter(name="*")],
             "options": Annotated[type(options), Parameter(name="*")],
@@ -339,11 +345,20 @@ def _run(arguments: list[str]) -> None:
             progress(IMPORT, 0, 1)
             from lorq.methods import METHODS  # and with it torch, for which nothing else here waits
             from lorq.pipeline.options import Options
+            from lorq.pipeline.presets import DEFAULT, PRESETS
 
             progress(IMPORT, 1, 1)
+        if given(arguments, "--method") is None:
+            name = given(arguments, "--preset") or DEFAULT
+            flags = PRESETS[name].flags() if name in PRESETS else {}
+            if flags and not {"--help", "-h"} & set(arguments):
+                notes.print(f"preset {name}: {' '.join(map(' '.join, flags.items()))}")
+            arguments = arguments + [
+                word for pair in flags.items() if given(arguments, pair[0]) is None for word in pair
+            ]
         kind = METHODS.get(given(arguments, "--method") or "flrq", METHODS["flrq"])
         del app["quantize"]
-        app.command(_quantize_command(kind(), Options(), tuple(METHODS)))
+        app.command(_quantize_command(kind(), Options(), tuple(METHODS), tuple(PRESETS)))
     chosen, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     for name in ("text", "evaluation", "calibration"):
         if (text := bound.arguments.get(name)) not in (None, SELF):

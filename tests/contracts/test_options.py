@@ -113,7 +113,9 @@ def uses(node: ast.AST) -> Iterator[str]:
 def unused(function: ast.FunctionDef) -> set[str]:
     """Parameters of a function that it only checks, or not even that."""
     names = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
-    return names - {name for line in function.body for name in uses(line)} - {"method"}  # which chose the settings
+    return (
+        names - {name for line in function.body for name in uses(line)} - {"method", "preset"}
+    )  # which chose the settings
 
 
 @pytest.mark.parametrize("file", COMMANDS)

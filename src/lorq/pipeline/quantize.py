@@ -30,6 +30,7 @@ from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import read_method, read_options
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
 from lorq.pipeline.predict import predict
+from lorq.pipeline.presets import DEFAULT, PRESETS
 from lorq.pipeline.tables import solve_tables
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
@@ -53,7 +54,7 @@ from lorq.version import __version__
 def quantize(
     model: str | Path,
     out: str | Path,
-    method: str | Method = "flrq",
+    method: str | Method | None = None,
     *,
     progress: Progress | None = None,
     executor: Executor | None = None,
@@ -68,7 +69,8 @@ def quantize(
     Args:
         model: a local Hugging Face folder, a hub id, or a GGUF file.
         out: the new folder.
-        method: a name of `lorq.METHODS`, or an instance with its settings, such as ``lorq.FLRQ(bits=3)``.
+        method: a name of `lorq.METHODS`, or an instance with its settings, such as ``lorq.FLRQ(bits=3)``; if left out,
+            that of ``lorq.preset()``, with its options.
         progress: called as ``progress(stage, done, total)``.
         executor: where layers are solved, such as a process pool; if left out, here and at once. Methods that fit a
             whole block run in the model and are always solved here.
@@ -83,6 +85,8 @@ def quantize(
     """
     started = time.monotonic()
     progress, executor = progress or no_progress, executor or SameProcess()
+    if method is None:
+        method, options = PRESETS[DEFAULT].method, PRESETS[DEFAULT].options | options
     chosen, solver = read_options(options), read_method(method)
     if chosen.calibration != SELF:
         check_text(chosen.calibration, "calibration")
