@@ -23,8 +23,8 @@ _HUB_SECONDS = 5
 _SWITCHES = ("--dry-run", "--resume", "--overwrite", "--json", "--router-weights", "--symmetric", "--fused-alike")
 _VALUED = (
     "--method", "--bits", "--group-size", "--calibration", "--samples", "--seq-len", "--start-token", "--seed",
-    "--device", "--activations", "--exclude", "--override", "--average-bits", "--wide-bits",
-    "--bits-per-weight", "--size", "--token-weights", "--tune", "--preset",
+    "--device", "--activations", "--exclude", "--override", "--bits-per-weight", "--size", "--token-weights", "--tune",
+    "--preset",
 )  # fmt: skip
 
 

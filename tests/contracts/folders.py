@@ -47,7 +47,7 @@ CASES = {
     "llama nearest normal-float": ("llama", "nearest", {"bits": 2, "grid": "normal-float"}, {"calibration": "self"}),
     "llama overrides": (
         "llama", "gptq", {"bits": 2},
-        {"average_bits": 2.5, "exclude": ("o_proj",), "override": ("down_proj:bits=8",), "seed": 1},
+        {"exclude": ("o_proj",), "override": ("down_proj:bits=8",), "seed": 1},
     ),
     "llama 8 bits tensor": ("llama", "gptq", {"group_size": -1}, {"activations": "tensor", "smoothing": 0.5}),
     "llama 8 bits token": ("llama", "lopro", {"rank": 0}, {"activations": "token", "kv_cache": "token"}),

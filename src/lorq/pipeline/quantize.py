@@ -23,7 +23,7 @@ from lorq.models.windows import Encoder, Windows, text_windows
 from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
-from lorq.pipeline.dial import Choice, Dial, mixed
+from lorq.pipeline.dial import Choice, Dial, levelled
 from lorq.pipeline.gradients import token_gradients
 from lorq.pipeline.observe import TokenGradients
 from lorq.pipeline.one_block import solve_block
@@ -99,7 +99,7 @@ def quantize(
     refuse_adapter(source)
     streamed = StreamedModel.open(source, device=read_device(chosen.device))
     whole = make_plan(streamed, solver, chosen)
-    plan = mixed(whole, streamed)
+    plan = levelled(whole, streamed)
     progress(OPEN, 1, 1)
     begun = chosen.resume and (out / JOURNAL).is_file()
     if begun:
@@ -110,7 +110,7 @@ def quantize(
     with nullcontext() if chosen.dry_run else owned(out):
         calibration = _calibration(plan, streamed, progress)
         whole = check_walk(streamed, whole, progress)
-        plan = mixed(whole, streamed)
+        plan = levelled(whole, streamed)
         check_activations(plan)
         if chosen.dry_run:
             if not looks_at_all(streamed):
@@ -147,7 +147,7 @@ def _chosen(
     And the gradients, where that took them.
     """
     if not whole.options.has_budget:
-        return mixed(whole, model), None
+        return whole, None
     dial = Dial.open(whole, model)
     if whole.options.resume and (folder / JOURNAL).is_file():
         return dial.met(Choice(**read_journal(folder / JOURNAL).identity["budget"])), None
