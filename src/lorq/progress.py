@@ -17,6 +17,7 @@ VERIFY = "verify"
 READ = "read the model"
 EVALUATE = "evaluate"
 TRAIN = "train"
+COMPENSATE = "compensate"
 
 
 def duration(seconds: float) -> str:

@@ -24,7 +24,7 @@ from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.one_block import solve_block
-from lorq.pipeline.options import read_method, read_options
+from lorq.pipeline.options import Options, read_method, read_options
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report, mix_widths
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
@@ -197,13 +197,16 @@ def _solve(
 
 
 def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callable[[], Windows | None]:
-    """Calibration windows, if anything looks at inputs: those of a text are read at once, the model's own when called.
+    """`calibration_windows`, if anything looks at inputs."""
+    return calibration_windows(plan.options, model, progress) if _observes(plan) else lambda: None
+
+
+def calibration_windows(options: Options, model: StreamedModel, progress: Progress) -> Callable[[], Windows]:
+    """Calibration windows: those of a text are read at once, the model's own when called.
 
     So everything that can be refused is refused before gigabytes of weights are read.
     """
-    if not _observes(plan):
-        return lambda: None
-    options, folder, config = plan.options, model.checkpoint.folder, model.model.config
+    folder, config = model.checkpoint.folder, model.model.config
     if options.calibration != SELF:
         encoder = Encoder.open(folder, config, options.start_token)
         read = text_windows(options.calibration, encoder, samples=options.samples, seq_len=options.seq_len)

@@ -1,0 +1,193 @@
+"""compensate(): the only place that calls the stages in order."""
+
+import os
+import shutil
+import time
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorq.compensation.choose import Compensated, pair_bits
+from lorq.compensation.couple import Couple
+from lorq.compensation.fit import fit
+from lorq.compensation.gguf_form import check_gguf, write_gguf
+from lorq.compensation.lorq_form import check_lorq, write_lorq
+from lorq.compensation.peft_form import write_peft
+from lorq.compensation.settings import Form, Settings
+from lorq.core.checks import check_arguments
+from lorq.models.locate import full_path, refuse_adapter, resolve_model
+from lorq.models.texts import SELF, check_text
+from lorq.models.windows import Windows
+from lorq.pipeline.options import Options
+from lorq.pipeline.quantize import calibration_windows
+from lorq.progress import OPEN, Progress, no_progress
+from lorq.runtime.device import own_defaults, read_device
+from lorq.storage.atomic import require_space, sync_folder
+from lorq.storage.lock import owned, refuse_busy
+from lorq.storage.names import JOURNAL, REPORT_NAME
+from lorq.storage.report import LayerReport, Report
+from lorq.storage.writer import CheckpointWriter
+from lorq.version import __version__
+
+# Settings that say how a run is done, or what comes after the candidates.
+_HOW = ("device", "spill_bytes", "dry_run", "resume", "budget", "factor_type")
+
+
+@own_defaults()
+def compensate(
+    original: str | Path, quantized: str | Path, out: str | Path, *, form: Form = "peft",
+    progress: Progress | None = None, **settings: Any,
+) -> Report:  # fmt: skip
+    """Fit low-rank factors to what ``quantized`` misses of ``original``, and write them into the folder ``out``.
+
+    One block is in memory at a time. What is finished lies beside ``out``, in a folder that ends in ``.unfinished``, and
+    ``resume`` goes on from there; ``out`` appears when it is whole.
+
+    Args:
+        original: the model that was quantized: a Hugging Face folder, a hub id, or a GGUF file.
+        quantized: what somebody made of it, with GPTQ, AWQ, compressed-tensors, bitsandbytes or lorq; or a GGUF file;
+            or a folder of weights that were rounded and stored dense.
+        out: the new folder.
+        form: "peft" (an adapter), "gguf" (a LoRA file for llama.cpp), or "lorq" (a lorq folder: the same codes, where
+            they are integers with groups, with the factors).
+        progress: called as ``progress(stage, done, total)``.
+        **settings: fields of `lorq.compensation.settings.Settings`.
+
+    Returns:
+        The report, which the folder holds too. After a dry run it has the largest sizes that can come out.
+
+    Raises:
+        ValueError: for settings or models that do not fit, and an original that is not the quantized model's.
+        FileNotFoundError, FileExistsError, OSError: for missing models, used folders, full disks.
+    """
+    started = time.monotonic()
+    (form,) = check_arguments(compensate, form=form)
+    chosen, progress = read_settings(settings), progress or no_progress
+    if chosen.factor_type != "float16" and form != "lorq":
+        raise ValueError(f"factor_type {chosen.factor_type!r} is for --form lorq, {form} has float16")
+    if chosen.calibration != SELF:
+        check_text(chosen.calibration, "calibration")
+    out, file = full_path(out), full_path(quantized)
+    if form == "gguf":
+        check_gguf(file)
+    work = check_new(out, resume=chosen.resume)
+    progress(OPEN, 0, 1)
+    folders = [resolve_model(original), resolve_model(quantized)]
+    for folder in folders:
+        refuse_adapter(folder)
+    couple = Couple.open(*folders, exclude=chosen.exclude, experts=form == "lorq", device=read_device(chosen.device))
+    couple.check_embeddings()
+    if form == "lorq":
+        check_lorq(couple)
+    progress(OPEN, 1, 1)
+    if chosen.dry_run:
+        return replace(_largest(couple, chosen), seconds=time.monotonic() - started)
+    require_space(out, _needed_bytes(couple, form, chosen))
+    with owned(work):
+        windows = calibration_windows(_options(chosen), couple.original, progress)()
+        run = _run_info(couple, chosen, windows)
+        identity = run | {"threads": torch.get_num_threads(), "torch": torch.__version__, "experts": form == "lorq"}
+        writer = CheckpointWriter.create(work, identity, resume=chosen.resume)
+        fit(couple, windows.tokens, chosen, writer, progress)
+        done = Compensated.choose(couple, work, writer.completed, chosen)
+        report = Report("compensate", asdict(chosen), tuple(map(done.report, done.layers)), 0, dict(couple.kept), run, {})
+        result = work / "result"
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        if form == "lorq":
+            report = write_lorq(done, result, report)
+        else:
+            size = write_peft(done, result, str(quantized)) if form == "peft" else write_gguf(done, result, file)
+            report = replace(report, bytes=size)
+            (result / REPORT_NAME).write_bytes(report.to_bytes())
+        sync_folder(result)
+        if out.exists():
+            out.rmdir()  # it is empty
+        os.replace(result, out)
+        sync_folder(out.parent)
+        shutil.rmtree(work)
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def read_settings(settings: dict[str, Any]) -> Settings:
+    """Settings by their names.
+
+    Raises:
+        TypeError: for unknown ones.
+        ValueError: for values that they do not take.
+    """
+    known = [field.name for field in fields(Settings)]
+    if unknown := sorted(set(settings) - set(known)):
+        raise TypeError(f"unknown settings: {', '.join(unknown)}; known are {', '.join(known)}")
+    exclude, text = settings.get("exclude", ()), settings.get("calibration", SELF)
+    given = {"exclude": (exclude,) if isinstance(exclude, str) else tuple(exclude)}
+    return Settings(**settings | given | {"calibration": str(text)})
+
+
+def check_new(out: Path, *, resume: bool) -> Path:
+    """The folder for unfinished work beside a new folder.
+
+    Raises:
+        FileExistsError: if the new one is there, or unfinished work is and is not to be resumed.
+        FileNotFoundError: if there is nothing to resume.
+    """
+    work = out.with_name(f"{out.name}.unfinished")
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} must be a new folder, it is there and not empty; choose another, or delete it first")
+    there = (work / JOURNAL).is_file()
+    if there and not resume:
+        raise FileExistsError(f"{work} has unfinished work; go on with --resume, or delete it first")
+    if resume and not there:
+        raise FileNotFoundError(f"{work} must have unfinished work to resume, there is none; leave --resume away")
+    refuse_busy(work)
+    return work
+
+
+def _options(chosen: Settings) -> Options:
+    """The same for who reads calibration texts."""
+    names = ("calibration", "samples", "seq_len", "start_token", "seed")
+    return Options(**{name: getattr(chosen, name) for name in names})
+
+
+def _run_info(couple: Couple, chosen: Settings, windows: Windows) -> dict[str, Any]:
+    """Everything that decides the candidates' bytes."""
+    return {
+        **{key: value for key, value in asdict(chosen).items() if key not in _HOW},
+        "lorq_version": __version__,
+        "model": couple.original.checkpoint.fingerprint(),
+        "quantized": couple.files.fingerprint(),
+        "calibration": windows.source,
+        "calibration_tokens": windows.sha256,
+        "start_token": windows.start_token,
+        "device_type": couple.original.device.type,
+    }
+
+
+def _largest(couple: Couple, chosen: Settings) -> Report:
+    """What can come out at most: the ranks asked for, or the same for all layers as far as the budget goes."""
+    targets = [target for own in couple.targets.values() for target in own]
+    shapes = [(target.out_features, target.in_features) for target in targets]
+    stored = [couple.stored_bits(target) for target in targets]
+    costs = [pair_bits(shape, chosen.factor_type) for shape in shapes]
+    if chosen.rank:
+        ranks = [min(chosen.rank, *shape) for shape in shapes]
+        bits = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
+    else:
+        bits = int(chosen.allowed(sum(out * in_ for out, in_ in shapes), sum(stored)))
+        ranks = [bits // sum(costs)] * len(targets)
+    layers = tuple(
+        LayerReport(target.name, shape, round(own / (shape[0] * shape[1])), rank, "largest", 0.0, 0.0, (own + rank * cost) // 8)
+        for target, shape, own, rank, cost in zip(targets, shapes, stored, ranks, costs, strict=True)
+    )
+    return Report("compensate", asdict(chosen), layers, bits // 8, dict(couple.kept), {}, {})
+
+
+def _needed_bytes(couple: Couple, form: Form, chosen: Settings) -> int:
+    """On the disk, for candidates and result."""
+    most = chosen.rank or chosen.max_rank
+    targets = [target for own in couple.targets.values() for target in own]
+    candidates = sum(2 * min(most, t.out_features, t.in_features) * (t.out_features + t.in_features) for t in targets)
+    own = sum(header.file_bytes for header in couple.files.headers.values()) if form == "lorq" else 0
+    return 2 * candidates + own + (1 << 20)
