@@ -9,9 +9,9 @@ from lorq.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lorq import adapt as adapt
-    from lorq.compensation.run import compensate as compensate
     from lorq.evaluation import Evaluation as Evaluation
     from lorq.evaluation import evaluate as evaluate
+    from lorq.foreign.run import compensate as compensate
     from lorq.generation import generate as generate
     from lorq.methods import *  # noqa: F403
     from lorq.pipeline.quantize import quantize as quantize
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # not pay for transformers. The methods' classes are public by standing in METHODS.
 _HOME = {
     "METHODS": "methods", "Evaluation": "evaluation", "evaluate": "evaluation", "generate": "generation",
-    "load": "runtime.hf", "compensate": "compensation.run",
+    "load": "runtime.hf", "compensate": "foreign.run",
     "quantize": "pipeline.quantize", "Report": "storage.report", "read_report": "storage.report",
 }  # fmt: skip
 

@@ -49,9 +49,7 @@ def error_pairs(
     return Pairs(left, metric.undo(right), left.square().sum(0))
 
 
-def share_ranks(
-    gains: Sequence[Float[Tensor, "_"]], costs: Sequence[float], budget: float
-) -> tuple[list[int], float]:
+def share_ranks(gains: Sequence[Float[Tensor, "_"]], costs: Sequence[float], budget: float) -> tuple[list[int], float]:
     """The ranks of layers that gain most in all under a budget, and the price at which they do.
 
         max  sum_l sum_(k <= r_l) gain_lk    subject to    sum_l r_l cost_l <= budget

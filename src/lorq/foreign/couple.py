@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.compensation.quantized import QuantizedFiles, read_quantization
 from lorq.core.checks import all_finite
 from lorq.core.compensation import fit_scaling
+from lorq.foreign.quantized import QuantizedFiles, read_quantization
 from lorq.models.blocks import StreamedModel, Target
 from lorq.models.experts import expert_name, find_experts
 from lorq.models.skeleton import read_config, skeleton
@@ -73,7 +73,9 @@ class Couple:
         _check_alike(one, other)
         targets, kept = _select(other, files, exclude, experts)
         if not any(targets.values()):
-            raise ValueError(f"{quantized} must have a quantized layer in its blocks that can have factors, it has none")
+            raise ValueError(
+                f"{quantized} must have a quantized layer in its blocks that can have factors, it has none"
+            )
         return cls(one, other, files, targets, kept)
 
     def stored_bits(self, target: Target) -> int:
@@ -138,9 +140,7 @@ def _check_alike(original: StreamedModel, quantized: StreamedModel) -> None:
             f"{'; '.join(other[:3])}; give the model that was quantized"
         )
     if unknown := [name for name in quantized.unused_tensors if name not in original.unused_tensors]:
-        raise inconsistent(
-            names[1], f"{len(unknown)} tensors belong to no weight that is known of: {some_of(unknown)}"
-        )
+        raise inconsistent(names[1], f"{len(unknown)} tensors belong to no weight that is known of: {some_of(unknown)}")
 
 
 def _select(

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorq.compensation.choose import Compensated
-from lorq.compensation.couple import Couple
 from lorq.core.low_rank import LowRank, store_factors
 from lorq.core.weight import QuantizedWeight
+from lorq.foreign.choose import Compensated
+from lorq.foreign.couple import Couple
 from lorq.models.blocks import Part, Target
 from lorq.models.skeleton import read_config
 from lorq.storage.companions import find_companions, with_code_of
@@ -96,7 +96,12 @@ def write_lorq(done: Compensated, folder: Path, report: Report) -> Report:
     records = list(writer.completed.values())
     stored = sum(record["bytes"] for record in records)
     beside, left = find_companions(source)
-    report = replace(report, bytes=stored, checksums=writer.shard_checksums(), run=report.run | ({"not_copied": left} if left else {}))
+    report = replace(
+        report,
+        bytes=stored,
+        checksums=writer.shard_checksums(),
+        run=report.run | ({"not_copied": left} if left else {}),
+    )
     config = with_code_of(read_config(source, quantized=True).to_dict(), beside) | {
         "transformers_weights": SENTINEL,
         "quantization_config": {

@@ -7,12 +7,12 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from lorq.compensation.couple import Couple
-from lorq.compensation.settings import Settings
 from lorq.core.compensation import error_pairs
 from lorq.core.low_rank import Metric, store_factors
 from lorq.core.problem import layer_generator
 from lorq.core.stats import InputStats
+from lorq.foreign.couple import Couple
+from lorq.foreign.settings import Settings
 from lorq.models.blocks import Target
 from lorq.models.calls import Room
 from lorq.models.experts import expert_name, find_experts

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.compensation.bitsandbytes import STATE, read_eight_bits, read_four_bits, read_state
-from lorq.compensation.grouped import read_awq, read_gptq, read_packed, read_plain
 from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.foreign.bitsandbytes import STATE, read_eight_bits, read_four_bits, read_state
+from lorq.foreign.grouped import read_awq, read_gptq, read_packed, read_plain
 from lorq.storage.folder import LorqFolder
 from lorq.storage.json_files import damaged, read_json, some_of
 from lorq.storage.reader import WeightFiles
@@ -132,9 +132,9 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
 Found = Iterator[tuple[str, Packed]]
 
 
-def _parts(files: WeightFiles, key: str, others: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[
-    tuple[str, dict[str, str]]
-]:
+def _parts(
+    files: WeightFiles, key: str, others: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, str]]]:
     """The modules that have a tensor ``key``: their tensors by local name.
 
     Raises:
@@ -231,7 +231,9 @@ class _Own:
 
 def _lorq(folder: LorqFolder) -> Iterator[tuple[str, Packed]]:
     if folder.tiles:
-        raise ValueError(f"{folder.path} has factors that experts share (tileq), which take no others; use another method")
+        raise ValueError(
+            f"{folder.path} has factors that experts share (tileq), which take no others; use another method"
+        )
 
     def make(format: LayerFormat, tensors: Mapping[str, Tensor]) -> Weight:
         return _Own(format.read(tensors))

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from lorq.compensation.couple import Couple
-from lorq.compensation.fit import Fitted
-from lorq.compensation.settings import Settings
 from lorq.core.compensation import share_ranks
 from lorq.core.low_rank import LowRank, factor_bits, store_factors
+from lorq.foreign.couple import Couple
+from lorq.foreign.fit import Fitted
+from lorq.foreign.settings import Settings
 from lorq.storage.report import LayerReport
 from lorq.storage.safetensors_file import read_header, read_tensor
 
@@ -34,7 +34,7 @@ class Compensated:
 
     @classmethod
     def choose(cls, couple: Couple, folder: Path, records: Mapping[str, Any], settings: Settings) -> "Compensated":
-        """Give every layer its rank, from what `lorq.compensation.fit.fit` has left in a folder.
+        """Give every layer its rank, from what `lorq.foreign.fit.fit` has left in a folder.
 
         Raises:
             ValueError: if no layer gets any, or nothing is to be compensated.
@@ -78,7 +78,9 @@ class Compensated:
         bits = layer.stored_bits + rank * pair_bits(layer.shape, self.factor_type)
         width = round(layer.stored_bits / (layer.shape[0] * layer.shape[1]))
         stop = "none" if not layer.gains else "candidates" if rank == len(layer.gains) else "price"
-        return LayerReport(name, layer.shape, width, rank, stop, layer.before / energy, after / energy, bits // 8, layer.note)
+        return LayerReport(
+            name, layer.shape, width, rank, stop, layer.before / energy, after / energy, bits // 8, layer.note
+        )
 
 
 def pair_bits(shape: tuple[int, int], factor_type: str) -> int:

@@ -56,9 +56,7 @@ class GroupedCodes:
             )
         low, high = int(self.zero_point.min()), int(self.zero_point.max())
         if low < 0 or high >= 2**self.bits:
-            raise ValueError(
-                f"zero points must be codes, 0 to {2**self.bits - 1}, to be lorq's, got {low} to {high}"
-            )
+            raise ValueError(f"zero points must be codes, 0 to {2**self.bits - 1}, to be lorq's, got {low} to {high}")
         scale = self.scale.to(torch.float16)
         if not torch.equal(scale.float(), self.scale.float()):
             raise ValueError(f"scales must fit float16 to be lorq's, got {self.scale.dtype} ones that do not")

@@ -1,13 +1,12 @@
 """An adapter that peft loads on the quantized model, and transformers, vLLM and SGLang with it."""
 
-import json
 from collections import Counter
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorq.compensation.choose import Compensated
+from lorq.foreign.choose import Compensated
 from lorq.storage.atomic import sync_file
 from lorq.storage.json_files import json_bytes
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lorq.compensation.choose import Compensated
+from lorq.foreign.choose import Compensated
 
 ADAPTER = "adapter.gguf"
 

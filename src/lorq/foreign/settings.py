@@ -1,12 +1,15 @@
 """How a quantized model is compensated."""
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from lorq.core.checks import Range, check_settings
-from lorq.core.stats import TokenWeights
 from lorq.models.texts import StartToken
+from lorq.storage.lock import refuse_busy
+from lorq.storage.names import JOURNAL
 
 Form = Literal["peft", "gguf", "lorq"]
 _BUDGET = "5%"
@@ -46,7 +49,7 @@ class Settings:
     samples: Annotated[int, Range(1)] = 128
     seq_len: Annotated[int, Range(2)] = 2048
     start_token: StartToken = "auto"
-    token_weights: TokenWeights = "equal"
+    token_weights: Literal["equal", "plain"] = "equal"
     exclude: tuple[str, ...] = ()
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"
@@ -80,3 +83,24 @@ class Settings:
         if not 0 < number < 100:
             raise ValueError(f"budget must be bits per weight, such as 0.2, or a share, such as 5%, got {text!r}")
         return number / 100 * stored_bits if text.endswith("%") else number * weights
+
+
+def check_new(out: Path, *, resume: bool) -> Path:
+    """The folder for unfinished work beside a new folder.
+
+    Raises:
+        FileExistsError: if the new one is there, or unfinished work is and is not to be resumed.
+        FileNotFoundError: if there is nothing to resume.
+    """
+    work = out.with_name(f"{out.name}.unfinished")
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} must be a new folder, it is there and not empty; choose another, or delete it first"
+        )
+    there = (work / JOURNAL).is_file()
+    if there and not resume:
+        raise FileExistsError(f"{work} has unfinished work; go on with --resume, or delete it first")
+    if resume and not there:
+        raise FileNotFoundError(f"{work} must have unfinished work to resume, there is none; leave --resume away")
+    refuse_busy(work)
+    return work

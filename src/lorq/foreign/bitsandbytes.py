@@ -53,8 +53,8 @@ def read_state(state: Tensor) -> dict[str, Any]:
 def read_four_bits(tensors: Mapping[str, Tensor]) -> Blocks:
     """Codes two in a byte, the first in its upper half; blocks run through the rows one after the other.
 
-        weight = quant_map[code] * absmax[block],
-        absmax = nested_quant_map[absmax_code] * nested_absmax[block of blocks] + nested_offset   where it is nested
+    weight = quant_map[code] * absmax[block],
+    absmax = nested_quant_map[absmax_code] * nested_absmax[block of blocks] + nested_offset   where it is nested
     """
     key = next(name for name in tensors if name.startswith(STATE))
     state = read_state(tensors[key])

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from lorq.compensation.choose import Compensated, pair_bits
-from lorq.compensation.couple import Couple
-from lorq.compensation.fit import fit
-from lorq.compensation.gguf_form import check_gguf, write_gguf
-from lorq.compensation.lorq_form import check_lorq, write_lorq
-from lorq.compensation.peft_form import write_peft
-from lorq.compensation.settings import Form, Settings
 from lorq.core.checks import check_arguments
+from lorq.foreign.choose import Compensated, pair_bits
+from lorq.foreign.couple import Couple
+from lorq.foreign.fit import fit
+from lorq.foreign.gguf_form import check_gguf, write_gguf
+from lorq.foreign.lorq_form import check_lorq, write_lorq
+from lorq.foreign.peft_form import write_peft
+from lorq.foreign.settings import Form, Settings, check_new
 from lorq.models.locate import full_path, refuse_adapter, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.models.windows import Windows
@@ -25,8 +25,8 @@ from lorq.pipeline.quantize import calibration_windows
 from lorq.progress import OPEN, Progress, no_progress
 from lorq.runtime.device import own_defaults, read_device
 from lorq.storage.atomic import require_space, sync_folder
-from lorq.storage.lock import owned, refuse_busy
-from lorq.storage.names import JOURNAL, REPORT_NAME
+from lorq.storage.lock import owned
+from lorq.storage.names import REPORT_NAME
 from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter
 from lorq.version import __version__
@@ -42,8 +42,8 @@ def compensate(
 ) -> Report:  # fmt: skip
     """Fit low-rank factors to what ``quantized`` misses of ``original``, and write them into the folder ``out``.
 
-    One block is in memory at a time. What is finished lies beside ``out``, in a folder that ends in ``.unfinished``, and
-    ``resume`` goes on from there; ``out`` appears when it is whole.
+    One block is in memory at a time. What is finished lies beside ``out``, in a folder that ends in ``.unfinished``,
+    and ``resume`` goes on from there; ``out`` appears when it is whole.
 
     Args:
         original: the model that was quantized: a Hugging Face folder, a hub id, or a GGUF file.
@@ -53,7 +53,7 @@ def compensate(
         form: "peft" (an adapter), "gguf" (a LoRA file for llama.cpp), or "lorq" (a lorq folder: the same codes, where
             they are integers with groups, with the factors).
         progress: called as ``progress(stage, done, total)``.
-        **settings: fields of `lorq.compensation.settings.Settings`.
+        **settings: fields of `lorq.foreign.settings.Settings`.
 
     Returns:
         The report, which the folder holds too. After a dry run it has the largest sizes that can come out.
@@ -92,7 +92,9 @@ def compensate(
         writer = CheckpointWriter.create(work, identity, resume=chosen.resume)
         fit(couple, windows.tokens, chosen, writer, progress)
         done = Compensated.choose(couple, work, writer.completed, chosen)
-        report = Report("compensate", asdict(chosen), tuple(map(done.report, done.layers)), 0, dict(couple.kept), run, {})
+        report = Report(
+            "compensate", asdict(chosen), tuple(map(done.report, done.layers)), 0, dict(couple.kept), run, {}
+        )
         result = work / "result"
         shutil.rmtree(result, ignore_errors=True)
         result.mkdir()
@@ -124,25 +126,6 @@ def read_settings(settings: dict[str, Any]) -> Settings:
     exclude, text = settings.get("exclude", ()), settings.get("calibration", SELF)
     given = {"exclude": (exclude,) if isinstance(exclude, str) else tuple(exclude)}
     return Settings(**settings | given | {"calibration": str(text)})
-
-
-def check_new(out: Path, *, resume: bool) -> Path:
-    """The folder for unfinished work beside a new folder.
-
-    Raises:
-        FileExistsError: if the new one is there, or unfinished work is and is not to be resumed.
-        FileNotFoundError: if there is nothing to resume.
-    """
-    work = out.with_name(f"{out.name}.unfinished")
-    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out} must be a new folder, it is there and not empty; choose another, or delete it first")
-    there = (work / JOURNAL).is_file()
-    if there and not resume:
-        raise FileExistsError(f"{work} has unfinished work; go on with --resume, or delete it first")
-    if resume and not there:
-        raise FileNotFoundError(f"{work} must have unfinished work to resume, there is none; leave --resume away")
-    refuse_busy(work)
-    return work
 
 
 def _options(chosen: Settings) -> Options:
@@ -178,7 +161,9 @@ def _largest(couple: Couple, chosen: Settings) -> Report:
         bits = int(chosen.allowed(sum(out * in_ for out, in_ in shapes), sum(stored)))
         ranks = [bits // sum(costs)] * len(targets)
     layers = tuple(
-        LayerReport(target.name, shape, round(own / (shape[0] * shape[1])), rank, "largest", 0.0, 0.0, (own + rank * cost) // 8)
+        LayerReport(
+            target.name, shape, round(own / (shape[0] * shape[1])), rank, "largest", 0.0, 0.0, (own + rank * cost) // 8
+        )
         for target, shape, own, rank, cost in zip(targets, shapes, stored, ranks, costs, strict=True)
     )
     return Report("compensate", asdict(chosen), layers, bits // 8, dict(couple.kept), {}, {})

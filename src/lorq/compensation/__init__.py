@@ -1,1 +1,0 @@
-"""Low-rank factors for a model that somebody else has quantized: read it, fit what it misses, hand it on."""
