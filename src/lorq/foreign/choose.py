@@ -47,8 +47,8 @@ class Compensated:
         places = {layer["name"]: folder / shard for shard, record in records.items() for layer in record["layers"]}
         if not any(layer.gains for layer in fitted):
             raise ValueError(
-                f"{couple.quantized.checkpoint.folder} has the weights of {couple.original.checkpoint.folder}: there is "
-                "nothing to compensate"
+                f"{couple.quantized.checkpoint.folder} must miss something of its original, it has the weights of "
+                f"{couple.original.checkpoint.folder}: there is nothing to compensate"
             )
         ranks = choose_ranks(fitted, settings)
         if not any(ranks):

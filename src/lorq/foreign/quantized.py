@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from lorq.storage.json_files import damaged, read_json, some_of
 from lorq.storage.reader import WeightFiles
 
 
+@runtime_checkable
 class Weight(Protocol):
     """A quantized weight, read."""
 
