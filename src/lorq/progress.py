@@ -10,6 +10,7 @@ IMPORT = "load torch"
 OPEN = "open the model"
 CHECK = "check weights"
 WRITE = "write calibration text"
+WEIGH = "weigh calibration tokens"  # forward through all blocks and back
 PASS = "go through finished blocks"  # of a resumed run
 QUANTIZE = "quantize"
 VERIFY = "verify"

@@ -3,18 +3,20 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lorq.core.problem import BlockOutput
-from lorq.core.stats import InputStats, TokenWeights, output_energy
+from lorq.core.stats import InputStats, output_energy
 
 # Windows on which the loss is measured: enough to rank parameters, few enough to cost little beside the steps.
 _MEASURED = 8
 # Moments at which it is measured, evenly spread over the steps, besides the start.
 _MOMENTS = 5
+LossWeights = Literal["equal", "plain"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
 
 
 def block_loss(
-    block: BlockOutput, weights: Callable[[], Mapping[str, Tensor]], token_weights: TokenWeights
+    block: BlockOutput, weights: Callable[[], Mapping[str, Tensor]], token_weights: LossWeights
 ) -> Callable[[Int[Tensor, "batch"]], Float[Tensor, ""]]:
     """How far the block's output is from its target, for `minimise`.
 

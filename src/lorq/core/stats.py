@@ -13,7 +13,7 @@ from lorq.core.linalg import WIDE_STRIP, cholesky, damp, inverse_factor, shrink
 
 # Rows of the Gram matrix that are summed at a time.
 _STRIP = 256
-TokenWeights = Literal["equal", "plain"]
+TokenWeights = Literal["equal", "plain", "gradient"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ class InputStats:
         routed: how many of them the layer gets in use, where that is fewer: an expert that saw too few tokens has the
             statistics of all.
         low, high: smallest and largest value of each channel, unweighted; None where nobody looked.
+        sensitivity: with "gradient" weights, ``d_t`` times this is the squared gradient ``|dL/dy_t|^2`` of the loss in
+            nats, so a change ``D`` of the weight costs about ``sensitivity tr(D H D^T) / (2 out)`` a token; else 1.
+        input: a name by which layers with one input, each with its own statistics of it, know each other; else "".
     """
 
     hessian: Float[Tensor, "in in"]
@@ -36,6 +39,8 @@ class InputStats:
     routed: int | None = None
     low: Float[Tensor, "in"] | None = None
     high: Float[Tensor, "in"] | None = None
+    sensitivity: float = 1.0
+    input: str = ""
     _prepared: dict[tuple[float, float], "PreparedHessian"] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -100,7 +105,12 @@ class StatsAccumulator:
     """Sums an input's statistics window by window, in float32.
 
     ``D`` weighs the tokens: "equal" by ``1 / mean(x_t^2)``, as a few have enormous activations (attention sinks), and
-    the "plain" sum, ``D = I``, serves only those. Weights ``v_t`` from outside come on top; only their ratios matter.
+    the "plain" sum, ``D = I``, serves only those; "gradient" by how much the layer's output at a token decides, which
+    is given with the inputs. Weights ``v_t`` from outside come on top; only their ratios matter.
+
+    Source:
+        "gradient": the input side of YAQA's Kronecker factors of the Fisher information (arXiv:2505.22988), with the
+        output side left out.
     """
 
     def __init__(self, width: int, token_weights: TokenWeights = "equal", device: torch.device | str = "cpu"):
@@ -112,8 +122,13 @@ class StatsAccumulator:
         self.tokens = 0
         self.weight = 0.0  # sum of v_t
 
-    def add(self, inputs: Float[Tensor, "*batch in"], weights: Float[Tensor, "*batch"] | None = None) -> None:
+    def add(
+        self, inputs: Float[Tensor, "*batch in"], weights: Float[Tensor, "*batch"] | None = None,
+        gradients: Float[Tensor, "*batch"] | None = None,
+    ) -> None:  # fmt: skip
         """Count ``inputs``; leading dimensions are tokens, of weights ``v_t``, 1 if left out.
+
+        ``gradients`` are ``d_t`` where tokens are weighed so.
 
         Raises:
             FloatingPointError: if an input is not finite.
@@ -131,14 +146,16 @@ class StatsAccumulator:
         if self.token_weights == "equal":
             # A token of zeros has no direction; the clamp lets it add nothing.
             x = x * x.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
+        elif self.token_weights == "gradient":
+            if gradients is None:
+                raise ValueError(f"{len(x)} tokens must come with their gradients to be weighed so, got none")
+            x = x * _checked(gradients).sqrt()[:, None]
         self.tokens += x.shape[0]
         if weights is None:
             self.weight += x.shape[0]
             self.magnitude += x.abs().sum(0)
         else:
-            v = weights.reshape(-1).float()
-            if not bool((torch.isfinite(v) & (v >= 0)).all()):
-                raise ValueError(f"token weights must be finite and at least 0, got {v.min()} to {v.max()}")
+            v = _checked(weights)
             self.weight += float(v.sum())
             self.magnitude += v @ x.abs()
             x = x * v.sqrt()[:, None]
@@ -158,6 +175,13 @@ class StatsAccumulator:
         upper = self.gram.triu() / weight
         gram = upper + upper.triu(1).T
         return InputStats(gram, self.magnitude / weight, self.tokens, low=self.low, high=self.high)
+
+
+def _checked(weights: Float[Tensor, "*batch"]) -> Float[Tensor, "tokens"]:
+    v = weights.reshape(-1).float()
+    if not bool((torch.isfinite(v) & (v >= 0)).all()):
+        raise ValueError(f"token weights must be finite and at least 0, got {v.min()} to {v.max()}")
+    return v
 
 
 def output_energy(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> Float[Tensor, ""]:

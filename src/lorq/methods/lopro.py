@@ -122,14 +122,20 @@ class LoPRo:
             The paper permutes each matrix for itself; ``mean|R|`` is the sum over the matrices here.
         """
         weights = problem.weights
-        stats = needed(problem.stats.get(next(iter(weights))))
+        stats = {name: needed(problem.stats.get(name)) for name in weights}
         residuals = [
-            weight - self._low_rank_first(weight, stats, problem.generator(name)) for name, weight in weights.items()
+            weight - self._low_rank_first(weight, stats[name], problem.generator(name))
+            for name, weight in weights.items()
         ]
-        basis = self._basis(sum((r.abs().sum(0) for r in residuals), torch.zeros_like(stats.mean_abs)), stats)
-        hessian = PreparedHessian(basis.rotate_hessian(shrink(stats.hessian, self.shrinkage)), self.damping)
+        first = stats[next(iter(weights))]
+        basis = self._basis(sum((r.abs().sum(0) for r in residuals), torch.zeros_like(first.mean_abs)), first)
+        hessians: dict[int, PreparedHessian] = {}
+        for own in stats.values():
+            if id(own) not in hessians:
+                rotated = basis.rotate_hessian(shrink(own.hessian, self.shrinkage))
+                hessians[id(own)] = PreparedHessian(rotated, self.damping)
         return {
-            name: self._solve_in(basis, hessian, weight, stats, problem.generator(name))
+            name: self._solve_in(basis, hessians[id(stats[name])], weight, stats[name], problem.generator(name))
             for name, weight in weights.items()
         }
 

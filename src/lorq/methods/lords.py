@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorq.core.checks import Range, check_settings
 from lorq.core.codes import LevelCodes, LevelFormat, LevelGrid, LowRankScale, level_values, start_block
-from lorq.core.descent import Descent, block_loss, minimise
+from lorq.core.descent import Descent, LossWeights, block_loss, minimise
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import gptq_levels
 from lorq.core.scale_factors import (
@@ -21,7 +21,7 @@ from lorq.core.scale_factors import (
     store_scale,
     truncated,
 )
-from lorq.core.stats import InputStats, TokenWeights
+from lorq.core.stats import InputStats
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import Bits, Damping, GroupSize, Share, assemble, needed, preset
 
@@ -132,7 +132,7 @@ class LoRDS:
     refine_steps: Annotated[int, Range(0, 1_000_000)] = 0
     refine_rate: Annotated[float, Range(0, 1)] = 1e-2
     batch: Annotated[int, Range(1, 1 << 16)] = 2
-    loss_weights: TokenWeights = "equal"
+    loss_weights: LossWeights = "equal"
 
     block_settings: ClassVar[tuple[str, ...]] = ("refine_steps", "refine_rate", "batch", "loss_weights")
 

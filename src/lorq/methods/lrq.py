@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lorq.core.checks import Range, check_settings
 from lorq.core.codes import IntCodes, IntGrid
-from lorq.core.descent import Descent, block_loss, layer_loss, minimise
+from lorq.core.descent import Descent, LossWeights, block_loss, layer_loss, minimise
 from lorq.core.half import LARGEST_HALF, SMALLEST_SCALE
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import clip, nearest
-from lorq.core.stats import InputStats, PreparedHessian, TokenWeights
+from lorq.core.stats import InputStats, PreparedHessian
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import SEARCHES, Bits, GroupSize, Search, assemble, layer_grid, needed, preset
 
@@ -166,7 +166,7 @@ class LRQ:
     steps: Annotated[int, Range(0, 1_000_000)] = 100
     learning_rate: Annotated[float, Range(0, 1)] = 1e-2
     batch: Annotated[int, Range(1, 1 << 16)] = 2
-    loss_weights: TokenWeights = "equal"
+    loss_weights: LossWeights = "equal"
 
     scope: ClassVar[str] = "block"
     block_settings: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "batch", "loss_weights")

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorq.models.calls import Answer, Recorder, Room, Stream
+from lorq.models.calls import Answer, Entered, Key, Recorder, Room, Stream
 from lorq.models.skeleton import (
     find_blocks,
     find_tied,
@@ -312,10 +312,16 @@ class StreamedModel:
         """The output of a resident block for one window; what it leaves for later blocks is kept in the stream."""
         entered = stream.enter(block.name, window, self.device)
         inputs = stream.hidden[window].view(stream.calls.shape).to(self.device, self.dtype)
+        hidden, left = self.call(block, stream, inputs, entered)
+        for key, value in left.items():
+            stream.keep(key, window, value)
+        return hidden.view(stream.hidden.shape[1:])
+
+    def call(self, block: Part, stream: Stream, inputs: Tensor, entered: Entered) -> tuple[Tensor, dict[Key, Any]]:
+        """A resident block's answer, and what it leaves for later blocks."""
         out = self.model.get_submodule(block.name)(inputs, *entered.args, **entered.kwargs)
         hidden, *rest = out if isinstance(out, tuple | list) else (out,)
-        stream.left(block.name, window, entered, rest)
-        return hidden.view(stream.hidden.shape[1:])
+        return hidden, dict(stream.left(block.name, entered, rest))
 
     def differentiable_run(
         self, block: Part, stream: Stream, window: int, weights: Mapping[Target, Tensor]
@@ -337,6 +343,12 @@ class StreamedModel:
         self, window: Int[Tensor, "length"], hidden: Float[Tensor, "rows width"]
     ) -> Float[Tensor, "length vocabulary"]:
         """Logits from the last block's output: final norm, head and whatever else the architecture has there."""
+        return self.differentiable_logits(window, hidden)
+
+    def differentiable_logits(
+        self, window: Int[Tensor, "length"], hidden: Float[Tensor, "*rows width"]
+    ) -> Float[Tensor, "length vocabulary"]:
+        """The same; gradients flow into the hidden states."""
 
         def answer(block: Part, first: Tensor, *_: Any) -> Tensor:
             return hidden.view(first.shape).to(first.device, first.dtype) if block is self.blocks[-1] else first

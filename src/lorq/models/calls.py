@@ -254,23 +254,30 @@ class Stream:
     def _own(self, kept: Any) -> Any:
         return _of_tensors(kept, lambda tensor: self.room.take(tensor.shape, tensor.dtype).copy_(tensor))
 
-    def enter(self, block: str, window: int, device: torch.device) -> "Entered":
-        """A window's arguments for a block."""
+    def enter(self, block: str, window: int, device: torch.device, *, differentiable: bool = False) -> "Entered":
+        """A window's arguments for a block; ``differentiable``: what earlier blocks have left collects gradients."""
         mappings: dict[str, tuple[MutableMapping[Any, Any], dict[Any, Any]]] = {}
+        given: dict[Key, Any] = {}
 
         def of_window(kept: Any) -> Any:
             return _of_tensors(kept, lambda tensor: tensor[window].to(device))
+
+        def handed(key: Key) -> Any:
+            if key not in given:
+                own = of_window(self.handed[key])
+                given[key] = _of_tensors(own, _leaf) if differentiable else own
+            return given[key]
 
         def fill(value: Any) -> Any:
             if isinstance(value, _Slot):
                 kept = self.calls.tensors[value.number]
                 return of_window(kept) if value.number in self.calls.own else kept
             if isinstance(value, _Handed):
-                return of_window(self.handed[value.key])
+                return handed(value.key)
             if isinstance(value, _Mapping):
                 if value.name not in mappings:
                     items = {key: fill(item) for key, item in value.items.items()}
-                    items |= {key: of_window(kept) for (name, key), kept in self.handed.items() if name == value.name}
+                    items |= {key: handed((name, key)) for name, key in self.handed if name == value.name}
                     filled = copy.copy(value.empty)
                     filled.update(items)
                     mappings[value.name] = filled, items
@@ -280,24 +287,25 @@ class Stream:
             return {key: fill(item) for key, item in value.items()} if type(value) is dict else value
 
         args, kwargs = self.calls.trees[block]
-        return Entered(fill(args), fill(kwargs), mappings)
+        return Entered(fill(args), fill(kwargs), mappings, given)
 
-    def left(self, block: str, window: int, entered: "Entered", rest: Sequence[Any]) -> None:
-        """Keep what a block has left for later ones: of its answer, and in mappings."""
+    def left(self, block: str, entered: "Entered", rest: Sequence[Any]) -> Iterator[tuple[Key, Any]]:
+        """What a block has left for later ones: of its answer, and in mappings."""
         for place, item in _places(tuple(rest)):
             if (block, place) in self.calls.last:
-                self._keep((block, place), window, item)
+                yield (block, place), item
         for name, (mapping, before) in entered.mappings.items():
             if self.calls.last[name, None] != block:
                 for key, item in mapping.items():
                     if item is not before.get(key):
-                        self._keep((name, key), window, item)
+                        yield (name, key), item
 
-    def _keep(self, key: Key, window: int, value: Any) -> None:
+    def keep(self, key: Key, window: int, value: Any) -> None:
+        """Hand on to later blocks what one has left of a window."""
         if key not in self.handed:
             windows = len(self.hidden)
             self.handed[key] = _of_tensors(value, lambda tensor: self.room.take((windows, *tensor.shape), tensor.dtype))
-        for kept, item in zip(_tensors(self.handed[key]), _tensors(value), strict=True):
+        for kept, item in zip(tensors_in(self.handed[key]), tensors_in(value), strict=True):
             kept[window] = item.detach().cpu()
 
     def forget(self, block: str) -> None:
@@ -310,11 +318,19 @@ class Stream:
 
 @dataclass(frozen=True)
 class Entered:
-    """A window's arguments for a block. The mappings among them are its own, each beside what it held before."""
+    """A window's arguments for a block. The mappings among them are its own, each beside what it held before.
+
+    ``handed`` are those that earlier blocks have left.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mappings: dict[str, tuple[MutableMapping[Any, Any], dict[Any, Any]]]
+    handed: dict[Key, Any]
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.clone().requires_grad_() if tensor.is_floating_point() else tensor
 
 
 def _of_tensors(value: Any, make: Callable[[Tensor], Tensor]) -> Any:
@@ -333,5 +349,6 @@ def _places(value: Any, at: tuple[int, ...] = ()) -> Iterator[tuple[tuple[int, .
             yield from _places(item, (*at, place))
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """Those in tuples and lists, in order."""
     return [tensor for _, tensor in _places(value)]

@@ -61,8 +61,8 @@ class Watcher(Protocol):
     def before(self, hidden_states: Tensor, top_k_index: Tensor) -> None:
         """All tokens of the layer, and the experts that each is routed to."""
 
-    def ran(self, expert: int, inputs: Tensor, middle: Tensor, weights: Tensor) -> None:
-        """The tokens routed to one expert: its inputs, those of its down projection, and the router's weights."""
+    def ran(self, expert: int, tokens: Tensor, inputs: Tensor, middle: Tensor, weights: Tensor) -> None:
+        """Which tokens are routed to one expert: its inputs, its down projection's, and the router's weights."""
 
 
 class Expert(nn.Module):
@@ -199,7 +199,7 @@ class Experts(nn.ModuleList):
             inputs, weights = hidden_states[token], top_k_weights[token, place]
             middle = self.middle(number, inputs)
             if self.watcher:
-                self.watcher.ran(number, inputs, middle, weights)
+                self.watcher.ran(number, token, inputs, middle, weights)
             answer = self[number].down_proj(middle) * weights[:, None]
             out.index_add_(0, token, answer.to(out.dtype))
         return out

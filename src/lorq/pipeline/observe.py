@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorq.core.stats import InputStats, StatsAccumulator, TokenWeights
@@ -18,6 +19,38 @@ _TOKENS_PER_STRAY = 32
 
 
 @dataclass(frozen=True)
+class TokenGradients:
+    """Squared norms of the loss's gradients at modules' outputs, token by token in the order in which they pass.
+
+    Attributes:
+        squared: over their mean, by module: of layers, and of experts modules in the place of their layers.
+        mean: 0 where no gradient reaches a module.
+    """
+
+    squared: Mapping[str, Float[Tensor, "tokens"]] = field(default_factory=dict)
+    mean: Mapping[str, float] = field(default_factory=dict)
+
+    def reader(self, name: str) -> Callable[[Tensor], Float[Tensor, "*batch"] | None]:
+        """A module's next, its first at first, for inputs; None where there are none, or nothing but zeros."""
+        values, begun = self.squared.get(name), 0
+
+        def read(inputs: Tensor) -> Tensor | None:
+            nonlocal begun
+            if values is None or not self.mean[name]:
+                return None
+            count = inputs.shape[:-1].numel()
+            begun += count
+            if begun > len(values):
+                raise ValueError(
+                    f"{name} must be given as many tokens as when gradients were taken, {len(values)}, got {begun}; "
+                    "use token_weights equal"
+                )
+            return values[begun - count : begun].view(inputs.shape[:-1]).to(inputs.device)
+
+        return read
+
+
+@dataclass(frozen=True)
 class Observer:
     """How statistics are collected, as `Options` describe it; the sums live on ``device``."""
 
@@ -25,23 +58,36 @@ class Observer:
     router_weights: bool = False
     expert_tokens: int = 1
     device: torch.device | str = "cpu"
+    gradients: TokenGradients = field(default_factory=TokenGradients)
 
-    def add(self, sums: dict[str, StatsAccumulator], name: str, inputs: Tensor, weights: Tensor | None = None) -> None:
-        """Count the inputs of a layer in its sum, which is made when it is first needed."""
+    def add(
+        self, sums: dict[str, StatsAccumulator], name: str, inputs: Tensor, weights: Tensor | None = None,
+        gradients: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Count the inputs of a layer in its sum, which is made when it is first needed.
+
+        Tokens count the same where gradients should weigh them and there are none.
+        """
         if name not in sums:
-            sums[name] = StatsAccumulator(inputs.shape[-1], self.token_weights, self.device)
+            kind = "equal" if self.token_weights == "gradient" and gradients is None else self.token_weights
+            sums[name] = StatsAccumulator(inputs.shape[-1], kind, self.device)
         try:
-            sums[name].add(inputs, weights)
+            sums[name].add(inputs, weights, gradients)
         except (FloatingPointError, ValueError) as error:
             error.add_note(f"while calibrating {name}")
             raise
+
+    def scaled(self, stats: InputStats, name: str) -> InputStats:
+        """Statistics that know how much is at stake at the output of a module."""
+        return replace(stats, sensitivity=self.gradients.mean.get(name) or 1.0)
 
 
 @dataclass(frozen=True)
 class Observed:
     """What a block's run has shown; filled when the observation ends.
 
-    Layers with the same input share one object of the statistics; notes are for their reports.
+    Layers with the same input share one object of the statistics, unless gradients weigh its tokens for each in another
+    way; notes are for their reports.
     """
 
     stats: dict[str, InputStats] = field(default_factory=dict)
@@ -68,14 +114,22 @@ def observed(
     found = Observed()
 
     def add(name: str) -> Callable[..., None]:
-        return lambda module, args: observer.add(sums, name, args[0])
+        read = observer.gradients.reader(name)
+        return lambda module, args: observer.add(sums, name, args[0], gradients=read(args[0]))
 
-    with _hooks({name: add(name) for name in set(owners.values())}, layers), ExitStack() as stack:
+    apart = observer.token_weights == "gradient"
+    counted = owners.keys() if apart else set(owners.values())
+    with _hooks({name: add(name) for name in counted}, layers), ExitStack() as stack:
         for watch in watches:
             stack.enter_context(watch.watching())
         yield found
     finished = {name: sums.pop(name).finish() for name in list(sums)}
-    found.stats.update({name: finished[owner] for name, owner in owners.items()})
+    for name, owner in owners.items():
+        found.stats[name] = replace(observer.scaled(finished[name], name), input=owner) if apart else finished[owner]
+    if apart:
+        places = {name: path for path, own in names.items() for name in own}
+        dead = [name for name in layers if not observer.gradients.mean.get(places.get(name, name))]
+        found.notes.update(dict.fromkeys(dead, "no gradient reaches its output: each token counts the same"))
     for watch in watches:
         watch.finish(found)
 
@@ -141,6 +195,8 @@ class _ExpertsWatch:
         self.wanted = set(self.inputs.values())
         self.routed: dict[str, StatsAccumulator] = {}
         self.all: dict[str, StatsAccumulator] = {}  # the gates' shared input is under the module's own name
+        self.read = observer.gradients.reader(path)
+        self.gradients: Tensor | None = None  # of the window's tokens, by the sum of the experts
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -152,7 +208,9 @@ class _ExpertsWatch:
 
     def before(self, hidden_states: Tensor, top_k_index: Tensor) -> None:
         """Count the tokens of each expert, and show all tokens to those that have had few."""
-        hidden_states = hidden_states[(top_k_index < len(self.counts)).any(1)]
+        self.gradients, routed = self.read(hidden_states), (top_k_index < len(self.counts)).any(1)
+        hidden_states = hidden_states[routed]
+        gradients = None if self.gradients is None else self.gradients[routed]
         self.tokens += len(hidden_states)
         chosen = torch.bincount(top_k_index.flatten(), minlength=len(self.counts))
         self.counts = [a + b for a, b in zip(self.counts, chosen.tolist(), strict=False)]
@@ -160,18 +218,23 @@ class _ExpertsWatch:
         downs = {i: f"{self.path}.{i}.down_proj" for i in few}
         self.all = {name: total for name, total in self.all.items() if few and name in {self.path, *downs.values()}}
         if few:
-            self.observer.add(self.all, self.path, hidden_states)
+            self.observer.add(self.all, self.path, hidden_states, gradients=gradients)
         for i, name in downs.items():
             if name in self.wanted:
-                self.observer.add(self.all, name, self.experts.middle(i, hidden_states))
+                self.observer.add(self.all, name, self.experts.middle(i, hidden_states), gradients=gradients)
 
-    def ran(self, expert: int, inputs: Tensor, middle: Tensor, weights: Tensor) -> None:
-        """Count the tokens that were routed to an expert."""
+    def ran(self, expert: int, tokens: Tensor, inputs: Tensor, middle: Tensor, weights: Tensor) -> None:
+        """Count the tokens that were routed to an expert.
+
+        The gradient by its output is that by the experts' sum times the router's weight; gate and up projection weigh
+        their tokens by it too, since it is known wherever a token is routed.
+        """
+        gradients = None if self.gradients is None else self.gradients[tokens] * weights.float().square()
         v = weights.float().square() if self.observer.router_weights else None
         for projection, x in ((self.entry, inputs), ("down_proj", middle)):
             name = f"{self.path}.{expert}.{projection}"
             if name in self.wanted:
-                self.observer.add(self.routed, name, x, v)
+                self.observer.add(self.routed, name, x, v, gradients)
 
     def finish(self, found: Observed) -> None:
         """Give every layer its statistics, and those with few tokens of their own a note."""
@@ -182,10 +245,11 @@ class _ExpertsWatch:
             count = self.counts[int(expert)]
             sums = self.routed
             if count < self.observer.expert_tokens:
-                found.notes[name] = f"{count} of {self.tokens} tokens routed here, statistics from all of them"
+                note = f"{count} of {self.tokens} tokens routed here, statistics from all of them"
+                found.notes[name] = "; ".join(filter(None, (found.notes.get(name), note)))
                 sums, owner = self.all, owner if projection == "down_proj" else self.path
             if owner not in finished:
-                finished[owner] = sums.pop(owner).finish()
+                finished[owner] = self.observer.scaled(sums.pop(owner).finish(), self.path)
             if sums is self.all:
                 # One object for each expert, as gate and up share theirs: how many tokens it gets is its own.
                 key = f"{owner} {expert}"

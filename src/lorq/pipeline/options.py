@@ -24,7 +24,8 @@ class Options:
             "never". What the model writes itself always begins with one.
         seed: of every random choice; the same seed gives the same bytes.
         device: where blocks are run and solved: "auto", "cpu", "cuda", "cuda:1" and so on.
-        token_weights: "equal" counts each calibration token the same, "plain" by its squared length.
+        token_weights: "equal" counts each calibration token the same, "plain" by its squared length, "gradient" by how
+            much each layer's output at it decides what the model says: better, and one more pass forward and back.
         router_weights: weigh a routed token by its squared router weight in the expert's statistics.
         expert_tokens: an expert that sees fewer calibration tokens than this gets the statistics of all tokens of
             its layer; the report names it.
@@ -92,6 +93,11 @@ def read_options(options: dict[str, Any]) -> Options:
         raise ValueError(
             f"smoothing serves activations in 8 bits, got smoothing {chosen.smoothing} and activations 'none'; "
             "choose activations token or tensor, or no smoothing"
+        )
+    if chosen.router_weights and chosen.token_weights == "gradient":
+        raise ValueError(
+            "token_weights 'gradient' counts a routed token by its squared router weight already, got router_weights "
+            "too; leave router_weights away"
         )
     return chosen
 

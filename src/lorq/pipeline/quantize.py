@@ -23,6 +23,7 @@ from lorq.models.windows import Encoder, Windows, text_windows
 from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
+from lorq.pipeline.gradients import token_gradients
 from lorq.pipeline.one_block import solve_block
 from lorq.pipeline.options import Options, read_method, read_options
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report, mix_widths
@@ -141,7 +142,9 @@ def _spilled_bytes(plan: Plan, model: StreamedModel) -> int:
     """Of hidden states that do not fit in memory, as `Streams.begin` puts them into files beside the result."""
     options, width = plan.options, int(model.model.config.get_text_config().hidden_size)
     size = 4 * options.samples * options.seq_len * width if _observes(plan) else 0
-    return size * (2 if plan.blockwise else 1) if size > options.spill_bytes else 0
+    # What enters each block is kept until gradients are back there, and what leaves the last one.
+    count = 2 + len(model.blocks) if options.token_weights == "gradient" else 2 if plan.blockwise else 1
+    return size * count if size * count > options.spill_bytes else 0
 
 
 def _observes(plan: Plan) -> bool:
@@ -173,10 +176,13 @@ def _solve(
         tokens = torch.empty(0, 1, dtype=torch.int64) if windows is None else windows.tokens
         streams = Streams.begin(model, plan, tokens, folder)
         probe = Probe.begin(model, probe_tokens(model.model.config.get_text_config(), plan.options.seed))
-    finished = commit.finished
+    finished, gradients, began = commit.finished, None, time.monotonic()
+    if windows is not None and plan.options.token_weights == "gradient":
+        gradients = token_gradients(model, plan, windows.tokens, folder, progress, finished=finished)
+        seconds["calibration"] += time.monotonic() - began
     behind, ahead = len(finished), len(model.blocks) - len(finished)
     progress(*(PASS, 0, behind) if behind else (QUANTIZE, 0, ahead))
-    for number, visit in enumerate(walk(model, plan, streams, finished=finished), 1):
+    for number, visit in enumerate(walk(model, plan, streams, finished=finished, gradients=gradients), 1):
         refuse()
         commit.look()
         began = time.monotonic()

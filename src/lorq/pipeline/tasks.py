@@ -100,8 +100,8 @@ def block_tasks(
 
     Args:
         plan: the layers and their methods.
-        stats: by layer name; layers that read one input share one object. Emptied as tasks are made, since what is
-            derived from statistics is large.
+        stats: by layer name; layers that read one input share one object, or the input's name. Emptied as tasks are
+            made, since what is derived from statistics is large.
         modules: the block's experts modules by name.
         weight: a layer's weight, (out, in), float32, on the device where the work is done.
         block: what methods of scope "block" fit, all layers in one task.
@@ -125,9 +125,9 @@ def block_tasks(
     together: dict[Any, list[Target]] = {}  # layers with one input and one method, or each for itself
     for target, method in plan.items():
         own = stats.get(target.name)
-        alone = method.scope == "layer" or own is None
+        key = target.name if method.scope == "layer" or own is None else (own.input or id(own), method)
         if target not in experts:
-            together.setdefault(target.name if alone else (id(own), method), []).append(target)
+            together.setdefault(key, []).append(target)
     for targets in together.values():
         yield task(targets)
 

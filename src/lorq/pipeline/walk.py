@@ -18,7 +18,7 @@ from lorq.models.calls import Room, Stream
 from lorq.models.experts import find_experts
 from lorq.pipeline.check_weights import check_resident
 from lorq.pipeline.dense_activations import quantized_activations
-from lorq.pipeline.observe import Observed, Observer, observed
+from lorq.pipeline.observe import Observed, Observer, TokenGradients, observed
 from lorq.pipeline.plan import Plan
 
 # The resident block's output for a stream's window of this number.
@@ -95,10 +95,14 @@ class Visit:
     rounding: dict[str, tuple[Activations, Basis | None]] = field(default_factory=dict)
 
 
-def walk(model: StreamedModel, plan: Plan, streams: Streams, *, finished: Collection[str] = ()) -> Iterator[Visit]:
+def walk(
+    model: StreamedModel, plan: Plan, streams: Streams, *, finished: Collection[str] = (),
+    gradients: TokenGradients | None = None,
+) -> Iterator[Visit]:  # fmt: skip
     """Go through the blocks, each in memory while the walk is there; nothing outside the streams is changed.
 
-    The streams are at the first block, and behind the last at the end. Blocks named ``finished`` are not observed.
+    The streams are at the first block, and behind the last at the end. Blocks named ``finished`` are not observed, in
+    the others ``gradients`` weigh the tokens, where the plan wants that.
     """
     for part in model.blocks:
         with ExitStack() as stack:
@@ -109,29 +113,31 @@ def walk(model: StreamedModel, plan: Plan, streams: Streams, *, finished: Collec
             run, began = partial(model.run, part), time.monotonic()
             if streams.original is not None and (streams.original is not streams.inputs or part.name in finished):
                 advance(streams.original, run)
-            found = Observed() if part.name in finished else _observe(model, plan, part, streams, run)
+            found = Observed() if part.name in finished else _observe(model, plan, part, streams, run, gradients)
             visit = Visit(part, kept, source(), streams, found, time.monotonic() - began)
             del kept, found
             yield visit
             with quantized_activations(model.model, visit.rounding):
                 streams.leave(run, part)
             del visit
-        _give_memory_back()
+        give_memory_back()
 
 
-def _observe(model: StreamedModel, plan: Plan, part: Part, streams: Streams, run: Run) -> Observed:
+def _observe(
+    model: StreamedModel, plan: Plan, part: Part, streams: Streams, run: Run, gradients: TokenGradients | None
+) -> Observed:
     if not len(streams.inputs.hidden):
         return Observed()
-    options = plan.options
+    options, gradients = plan.options, gradients or TokenGradients()
     layers = {t.name: model.model.get_submodule(t.name) for t, m in plan.of(part).items() if plan.observes(m)}
-    observer = Observer(options.token_weights, options.router_weights, options.expert_tokens, model.device)
+    observer = Observer(options.token_weights, options.router_weights, options.expert_tokens, model.device, gradients)
     experts = find_experts(model.model, part.name)
     with observed(layers, experts, lambda: run(streams.inputs, 0), observer) as found:
         streams.look(run)
     return found
 
 
-def _give_memory_back() -> None:
+def give_memory_back() -> None:
     """Hand the last block's memory back to the system.
 
     glibc keeps what is freed between longer-lived tensors: resident memory rose by 6 MB a block of 10 MB.

@@ -107,6 +107,18 @@ def test_equal_weights_from_outside_change_nothing(token_weights, correlated):
     assert_close(sums.finish().mean_abs, plain.mean_abs, rtol=1e-6, atol=0)
 
 
+def test_gradients_weigh_tokens_and_weights_from_outside_come_on_top(correlated, generator):
+    x, d, v = correlated(60, 12), torch.rand(60, generator=generator), torch.arange(60) % 3.0
+    sums = StatsAccumulator(12, "gradient")
+    sums.add(x[:40].view(2, 20, 12), v[:40].view(2, 20), d[:40].view(2, 20))
+    sums.add(x[40:], v[40:], d[40:])
+    stats, x, d, v = sums.finish(), x.double(), d.double(), v.double()
+    assert_close(stats.hessian.double(), (x * (d * v)[:, None]).T @ x / v.sum(), rtol=1e-5, atol=1e-5)
+    assert_close(stats.mean_abs.double(), (d.sqrt() * v) @ x.abs() / v.sum(), rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="60 tokens must come with their gradients"):
+        StatsAccumulator(12, "gradient").add(x.float())
+
+
 @pytest.mark.parametrize("wrong, shown", [(-0.5, "-0.5 to 1.0"), (float("inf"), "1.0 to inf")])
 def test_token_weights_that_are_negative_or_not_finite_are_refused(wrong, shown):
     with pytest.raises(ValueError, match=f"finite and at least 0, got {shown}"):

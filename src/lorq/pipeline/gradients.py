@@ -1,0 +1,107 @@
+"""What each calibration token means to the model: squared gradients of its own log-likelihood at layers' outputs."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lorq.models.backward import WayBack
+from lorq.models.blocks import Part, StreamedModel
+from lorq.models.calls import Room
+from lorq.models.experts import expert_name, find_experts
+from lorq.pipeline.observe import TokenGradients
+from lorq.pipeline.plan import Plan
+from lorq.pipeline.walk import give_memory_back
+from lorq.progress import WEIGH, Progress
+
+
+def token_gradients(
+    model: StreamedModel, plan: Plan, windows: Int[Tensor, "windows length"], folder: Path,
+    progress: Progress, *, finished: Collection[str] = (),
+) -> TokenGradients:  # fmt: skip
+    """Of the layers whose inputs are looked at, but those of blocks ``finished`` before the first that is not.
+
+    One pass forward through the blocks keeps what enters each, one pass back runs each again: memory for one block,
+    and for the hidden states between them or, past ``spill_bytes``, files in ``folder``.
+
+    Raises:
+        FloatingPointError: if a gradient is not finite.
+    """
+    first = next((i for i, part in enumerate(model.blocks) if part.name not in finished), None)
+    if first is None:
+        return TokenGradients()
+    total = 2 * len(model.blocks) - first
+    progress(WEIGH, 0, total)
+
+    def passed(done: int) -> None:
+        give_memory_back()
+        progress(WEIGH, done, total)
+
+    way = WayBack.begin(
+        model, windows, Room(plan.options.spill_bytes, folder), seed=plan.options.seed,
+        passed=passed,
+    )  # fmt: skip
+    squared: dict[str, Tensor] = {}
+    mean: dict[str, float] = {}
+    for done, part in enumerate(reversed(model.blocks[first:]), len(model.blocks) + 1):
+        with model.resident(part), _watched(_outputs(model, plan, part)) as seen:
+            for window in range(len(windows)):
+                way.through(model, part, window)
+        for name, parts in reversed(seen.items()):  # where an overflow begins
+            whole = torch.cat(parts)
+            _check_finite(name, whole)
+            mean[name] = float(whole.mean())
+            squared[name] = (whole / (mean[name] or 1.0)).float()
+        del way.entrances[part.name]
+        passed(done)
+    return TokenGradients(squared, mean)
+
+
+def _outputs(model: StreamedModel, plan: Plan, part: Part) -> dict[str, nn.Module]:
+    """Where a block's gradients are looked at: at layers, and for experts' where the experts' sum comes out."""
+    experts = find_experts(model.model, part.name)
+    names = [target.name for target, method in plan.of(part).items() if plan.observes(method)]
+    places = {name: expert_name(name, experts) for name in names}
+    return {
+        path: model.model.get_submodule(path)
+        for path in dict.fromkeys(place.module if place else name for name, place in places.items())
+    }
+
+
+@contextmanager
+def _watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Note the squared gradient of each token at the modules' outputs, one tensor for every call, in their order."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+    def look(name: str) -> Callable[..., None]:
+        def called(module: nn.Module, args: Any, out: Tensor) -> None:
+            place = len(seen[name])
+            # Outputs that nothing reads have no gradient.
+            seen[name].append(torch.zeros(out[..., 0].numel(), dtype=torch.float64))
+
+            def arrived(gradient: Tensor) -> None:
+                rows = gradient.detach().reshape(-1, gradient.shape[-1])
+                # float64: squares of small gradients are below float32's range.
+                seen[name][place] = rows.double().square().sum(-1).cpu()
+
+            # Some layers read what does not come through the blocks: their outputs are where gradients begin.
+            (out if out.requires_grad else out.requires_grad_()).register_hook(arrived)
+
+        return called
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_hook(look(name)))
+        yield seen
+
+
+def _check_finite(name: str, squared: Float[Tensor, "tokens"]) -> None:
+    if bad := int((~torch.isfinite(squared)).sum()):
+        raise FloatingPointError(
+            f"gradients must be finite, got NaN or infinite ones for {bad} of {len(squared)} tokens at the output of "
+            f"{name}; the model overflows on this text: use token_weights equal, or another calibration text"
+        )
