@@ -95,5 +95,5 @@ def choose_ranks(layers: Sequence[Fitted], settings: Settings) -> list[int]:
         return [min(settings.rank, len(layer.gains)) for layer in layers]
     weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
     allowed = settings.allowed(weights, sum(layer.stored_bits for layer in layers))
-    gains = [torch.tensor(layer.gains, dtype=torch.float64) / max(layer.energy, 1e-30) for layer in layers]
+    gains = [torch.tensor(layer.gains, dtype=torch.float64) * layer.stake for layer in layers]
     return share_ranks(gains, [pair_bits(layer.shape, settings.factor_type) for layer in layers], allowed)[0]

@@ -12,7 +12,7 @@ import torch
 from lorq.core.checks import check_arguments
 from lorq.foreign.choose import Compensated, pair_bits
 from lorq.foreign.couple import Couple
-from lorq.foreign.fit import fit
+from lorq.foreign.fit import fit, observing_plan
 from lorq.foreign.gguf_form import check_gguf, write_gguf
 from lorq.foreign.lorq_form import check_lorq, write_lorq
 from lorq.foreign.peft_form import write_peft
@@ -20,7 +20,6 @@ from lorq.foreign.settings import Form, Settings, check_new
 from lorq.models.locate import full_path, refuse_adapter, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.models.windows import Windows
-from lorq.pipeline.options import Options
 from lorq.pipeline.quantize import calibration_windows
 from lorq.progress import OPEN, Progress, no_progress
 from lorq.runtime.device import own_defaults, read_device
@@ -86,11 +85,12 @@ def compensate(
         return replace(_largest(couple, chosen), seconds=time.monotonic() - started)
     require_space(out, _needed_bytes(couple, form, chosen))
     with owned(work):
-        windows = calibration_windows(_options(chosen), couple.original, progress)()
+        plan = observing_plan(couple, chosen)
+        windows = calibration_windows(plan.options, couple.original, progress)()
         run = _run_info(couple, chosen, windows)
         identity = run | {"threads": torch.get_num_threads(), "torch": torch.__version__, "experts": form == "lorq"}
         writer = CheckpointWriter.create(work, identity, resume=chosen.resume)
-        fit(couple, windows.tokens, chosen, writer, progress)
+        fit(couple, plan, windows.tokens, chosen, writer, progress)
         done = Compensated.choose(couple, work, writer.completed, chosen)
         report = Report(
             "compensate", asdict(chosen), tuple(map(done.report, done.layers)), 0, dict(couple.kept), run, {}
@@ -126,12 +126,6 @@ def read_settings(settings: dict[str, Any]) -> Settings:
     exclude, text = settings.get("exclude", ()), settings.get("calibration", SELF)
     given = {"exclude": (exclude,) if isinstance(exclude, str) else tuple(exclude)}
     return Settings(**settings | given | {"calibration": str(text)})
-
-
-def _options(chosen: Settings) -> Options:
-    """The same for who reads calibration texts."""
-    names = ("calibration", "samples", "seq_len", "start_token", "seed")
-    return Options(**{name: getattr(chosen, name) for name in names})
 
 
 def _run_info(couple: Couple, chosen: Settings, windows: Windows) -> dict[str, Any]:

@@ -32,7 +32,9 @@ class Settings:
         seq_len: tokens of a window.
         start_token: begin each window of a text with a start token: "auto" (as the model's tokenizer does), "always" or
             "never".
-        token_weights: "equal" counts each calibration token the same, "plain" by its squared length.
+        token_weights: "gradient" counts each calibration token by how much each layer's output at it decides what the
+            model says, which also tells where a bit gains most; "equal" counts each the same, "plain" by its squared
+            length.
         exclude: regular expressions; layers whose name one of them matches get no factors.
         seed: of what is drawn at random; the same seed gives the same bytes.
         device: where blocks are run and factors fitted: "auto", "cpu", "cuda", "cuda:1" and so on.
@@ -49,7 +51,7 @@ class Settings:
     samples: Annotated[int, Range(1)] = 128
     seq_len: Annotated[int, Range(2)] = 2048
     start_token: StartToken = "auto"
-    token_weights: Literal["equal", "plain"] = "equal"
+    token_weights: Literal["equal", "plain", "gradient"] = "gradient"
     exclude: tuple[str, ...] = ()
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"
