@@ -13,6 +13,7 @@ from lorq.core.sketch import sketch
 # A scaling of rows and columns is believed in if it explains this share of a difference; noise explains
 # (out + in) / (out in) of it.
 _EXPLAINED = 0.25
+_LEAST_SCALE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,9 @@ def error_pairs(
     return Pairs(left, metric.undo(right), left.square().sum(0))
 
 
-def share_ranks(gains: Sequence[Float[Tensor, "_"]], costs: Sequence[float], budget: float) -> tuple[list[int], float]:
+def share_ranks(
+    gains: Sequence[Float[Tensor, "_"]], costs: Sequence[float | int], budget: float | int
+) -> tuple[list[int], float]:
     """The ranks of layers that gain most in all under a budget, and the price at which they do.
 
         max  sum_l sum_(k <= r_l) gain_lk    subject to    sum_l r_l cost_l <= budget
@@ -86,7 +89,7 @@ def fit_scaling(
     Some quantizers (AWQ, SmoothQuant) first move scales from a layer's columns into the norm or the rows of the layer
     before. What they quantize is another matrix with the same function.
 
-    Alternating least squares; a zero row or column has scale 1.
+    Alternating least squares. A row or column of which nothing is left has scale 1, since nothing tells its own.
 
     Example:
         >>> w = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, -6.0]])
@@ -99,7 +102,8 @@ def fit_scaling(
 
     def ratio(a: Tensor, b: Tensor, axis: int) -> Tensor:
         energy = a.square().sum(axis)
-        return torch.where(energy > 0, (a * b).sum(axis) / energy.clamp(min=1e-300), 1.0)
+        found = (a * b).sum(axis) / energy.clamp(min=1e-300)
+        return torch.where(found > _LEAST_SCALE, found, 1.0)
 
     for _ in range(iterations):
         columns = ratio(rows[:, None] * w, v, 0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lorq.core.low_rank import LowRank, store_factors
-from lorq.core.weight import QuantizedWeight
+from lorq.core.weight import QuantizedWeight, layer_bytes
 from lorq.foreign.choose import Compensated
 from lorq.foreign.couple import Couple
 from lorq.models.blocks import Part, Target
@@ -16,7 +16,7 @@ from lorq.models.skeleton import read_config
 from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.config import FORMAT_VERSION, write_format
 from lorq.storage.names import REPORT_NAME, SENTINEL, shard_name
-from lorq.storage.report import Report
+from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter
 from lorq.version import __version__
 
@@ -96,12 +96,13 @@ def write_lorq(done: Compensated, folder: Path, report: Report) -> Report:
     records = list(writer.completed.values())
     stored = sum(record["bytes"] for record in records)
     beside, left = find_companions(source)
+    run = report.run | ({"not_copied": left} if left else {})
     report = replace(
-        report,
-        bytes=stored,
-        checksums=writer.shard_checksums(),
-        run=report.run | ({"not_copied": left} if left else {}),
-    )
+        report, bytes=stored, checksums=writer.shard_checksums(), run=run,
+        layers=tuple(
+            LayerReport(**layer | {"shape": tuple(layer["shape"])}) for record in records for layer in record["layers"]
+        ),
+    )  # fmt: skip
     config = with_code_of(read_config(source, quantized=True).to_dict(), beside) | {
         "transformers_weights": SENTINEL,
         "quantization_config": {
@@ -120,6 +121,7 @@ def _pack(done: Compensated, parts: tuple[Part, ...]) -> tuple[dict[str, Tensor]
     model = done.couple.quantized
     tensors: dict[str, Tensor] = {}
     formats: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = []
     for part in parts:
         weights = {f"{target.name}.weight": target for target in part.targets}
         for name in part.tensors:
@@ -133,5 +135,14 @@ def _pack(done: Compensated, parts: tuple[Part, ...]) -> tuple[dict[str, Tensor]
             factors = done.factors(target.name) if target.name in done.layers else None
             weight = with_factors(weight, factors)
             formats[target.name] = write_format(weight.format)
+            layers.append(vars(_report(done, target.name, weight)))
             tensors |= {f"{target.name}.{local}": tensor for local, tensor in weight.tensors().items()}
-    return tensors, {"formats": formats}
+    return tensors, {"formats": formats, "layers": layers}
+
+
+def _report(done: Compensated, name: str, weight: QuantizedWeight) -> LayerReport:
+    """What the report says of a layer, whose bytes here are those of lorq's codes."""
+    note = done.couple.kept.get(name, "")
+    plain = LayerReport(name, weight.shape, 0, 0, "none", 0.0, 0.0, 0, note and f"no factors: {note}")
+    known = done.report(name) if name in done.layers else plain
+    return replace(known, bits=weight.format.bits, rank=weight.rank, bytes=layer_bytes(weight.stored_bits()))

@@ -1,5 +1,6 @@
 """compensate(): the only place that calls the stages in order."""
 
+import json
 import os
 import shutil
 import time
@@ -24,8 +25,10 @@ from lorq.pipeline.quantize import calibration_windows
 from lorq.progress import OPEN, Progress, no_progress
 from lorq.runtime.device import own_defaults, read_device
 from lorq.storage.atomic import require_space, sync_folder
+from lorq.storage.journal import differences, read_journal
+from lorq.storage.json_files import json_bytes
 from lorq.storage.lock import owned
-from lorq.storage.names import REPORT_NAME
+from lorq.storage.names import JOURNAL, REPORT_NAME
 from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter
 from lorq.version import __version__
@@ -89,6 +92,8 @@ def compensate(
         windows = calibration_windows(plan.options, couple.original, progress)()
         run = _run_info(couple, chosen, windows)
         identity = run | {"threads": torch.get_num_threads(), "torch": torch.__version__, "experts": form == "lorq"}
+        if chosen.resume:
+            _check_begun(work, identity)
         writer = CheckpointWriter.create(work, identity, resume=chosen.resume)
         fit(couple, plan, windows.tokens, chosen, writer, progress)
         done = Compensated.choose(couple, work, writer.completed, chosen)
@@ -126,6 +131,14 @@ def read_settings(settings: dict[str, Any]) -> Settings:
     exclude, text = settings.get("exclude", ()), settings.get("calibration", SELF)
     given = {"exclude": (exclude,) if isinstance(exclude, str) else tuple(exclude)}
     return Settings(**settings | given | {"calibration": str(text)})
+
+
+def _check_begun(work: Path, identity: dict[str, Any]) -> None:
+    """Refuse to go on with what was begun with other settings or models."""
+    if different := differences(read_journal(work / JOURNAL).identity, json.loads(json_bytes(identity))):
+        raise ValueError(
+            f"{work} was begun differently: {'; '.join(different)}; resume with the same settings, or delete it"
+        )
 
 
 def _run_info(couple: Couple, chosen: Settings, windows: Windows) -> dict[str, Any]:
