@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import numpy
 import pytest
 import torch
 from helpers import folder_digests, tiny_folder
 from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM
 
 import lorq
@@ -303,3 +305,48 @@ def test_the_command_prints_what_came_out(original, quantized, text_file, tmp_pa
     assert "7 with factors, of 7" in shown and "mean 4.0, 4 to 4" in shown
     assert main([*command, *small]) == 1
     assert "must be a new folder, it is there and not empty" in capsys.readouterr().err
+
+
+def write_gguf(path, quantize):
+    """A small llama with random weights; ``quantize`` says how a block's matrices are stored."""
+    gguf = pytest.importorskip("gguf")
+    random = numpy.random.default_rng(0)
+    w = gguf.GGUFWriter(str(path), "llama")
+    w.add_context_length(64), w.add_embedding_length(64), w.add_block_count(1), w.add_feed_forward_length(96)
+    w.add_head_count(4), w.add_head_count_kv(2), w.add_layer_norm_rms_eps(1e-5), w.add_vocab_size(258)
+    w.add_rope_dimension_count(16), w.add_tokenizer_model("gpt2"), w.add_tokenizer_pre("default")
+    w.add_token_list([*sorted(ByteLevel.alphabet()), "<s>", "ab"]), w.add_token_merges(["a b"])
+    w.add_token_types([1] * 256 + [3, 1]), w.add_bos_token_id(256), w.add_eos_token_id(256)
+    shapes = {"token_embd": (258, 64), "output_norm": (64,), "blk.0.attn_norm": (64,), "blk.0.ffn_norm": (64,)}
+    shapes |= {"blk.0.attn_q": (64, 64), "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64)}
+    shapes |= {"blk.0.attn_output": (64, 64), "blk.0.ffn_gate": (96, 64), "blk.0.ffn_up": (96, 64)}
+    shapes |= {"blk.0.ffn_down": (64, 96), "output": (258, 64)}
+    for name, shape in shapes.items():
+        values = random.normal(1 if len(shape) == 1 else 0, 0.2, shape).astype(numpy.float32)
+        if quantize and name.startswith("blk.0") and len(shape) == 2:
+            kind = gguf.GGMLQuantizationType[quantize]
+            w.add_tensor(f"{name}.weight", gguf.quantize(values, kind), raw_dtype=kind)
+        else:
+            w.add_tensor(f"{name}.weight", values)
+    w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
+    return path
+
+
+def test_a_lora_file_for_llama_cpp_brings_the_rows_of_a_gguf_file_back(compensate, monkeypatch, tmp_path):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.setenv("LORQ_CACHE", str(tmp_path / "cache"))
+    original, quantized = write_gguf(tmp_path / "f32.gguf", ""), write_gguf(tmp_path / "q4.gguf", "Q4_0")
+    compensate(of=quantized, original=original, form="gguf", rank=FULL)
+    reader = gguf.GGUFReader(tmp_path / "out/adapter.gguf")
+    told = {key: reader.fields[key].contents() for key in reader.fields}
+    assert (told["general.type"], told["adapter.type"], told["general.architecture"]) == ("adapter", "lora", "llama")
+    assert told["adapter.lora.alpha"] == 0  # llama.cpp scales by alpha / rank, unless it is 0
+    factors = {tensor.name: torch.tensor(tensor.data).float() for tensor in reader.tensors}
+    assert len(factors) == 14
+    dense = {t.name: torch.tensor(t.data) for t in gguf.GGUFReader(original).tensors}
+    for tensor in gguf.GGUFReader(quantized).tensors:
+        if f"{tensor.name}.lora_a" in factors:
+            weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+            sum_ = weight + factors[f"{tensor.name}.lora_b"] @ factors[f"{tensor.name}.lora_a"]
+            # Of q and k as of the others, whose rows transformers puts in another order.
+            assert relative(sum_, dense[tensor.name]) < 0.02 < 0.05 < relative(weight, dense[tensor.name])
