@@ -25,6 +25,7 @@ import lorq
 from lorq.adapt.folder import check_trainable, read_adapter_config
 from lorq.adapt.settings import Settings
 from lorq.bench.commands import bench_app
+from lorq.compensation import compensate
 from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, READ, no_progress
@@ -115,6 +116,7 @@ tune = command(lorq.tune, print_tuned, json="print the report as one JSON object
 app.command(evaluate, name="evaluate")
 app.command(generate, name="generate")
 app.command(tune, name="tune")
+app.command(compensate)
 
 
 @app.command
@@ -363,7 +365,7 @@ def _run(arguments: list[str]) -> None:
     for name in ("text", "evaluation", "calibration"):
         if (text := bound.arguments.get(name)) not in (None, SELF):
             check_text(text, name)
-    for name in ("model", "reference"):
+    for name in ("model", "reference", "original", "quantized"):
         if (model := bound.arguments.get(name)) is not None:
             check_place(model)
             if not full_path(model).exists():  # on the hub
