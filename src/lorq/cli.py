@@ -273,11 +273,11 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     console.print(f"1. Quantize {source.name} to {bits} bits", style="bold")
     with progress_bars() as progress:
         progress(IMPORT, 0, 1)
-        flrq = lorq.FLRQ(bits=bits, group_size=64)  # which divides this model's widths, 576 and 1536
+        chosen = lorq.preset(bits=bits, samples=samples, seq_len=512)
         progress(IMPORT, 1, 1)
         report = lorq.quantize(
-            source, folder, flrq, samples=samples, seq_len=512, resume=unfinished,
-            overwrite=folder.exists() and not unfinished, progress=progress,
+            source, folder, **chosen, progress=progress, resume=unfinished,
+            overwrite=folder.exists() and not unfinished,
         )  # fmt: skip
     print_summary(report, folder)
     console.print("2. Measure against the original, on Python's documentation", style="bold")
