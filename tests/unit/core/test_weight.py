@@ -1,6 +1,7 @@
 """The accounting of stored bits, and the matrix that the parts stand for."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from helpers import layer_format
 
 from lorq.core.codes import IntCodes, IntGrid
 from lorq.core.low_rank import LowRank
-from lorq.core.weight import QuantizedWeight
+from lorq.core.weight import QuantizedWeight, Record, join_rows
 
 FORMATS = [
     layer_format(bits, group_size, symmetric, rank, factor_type)
@@ -79,3 +80,20 @@ def test_dense_is_codes_on_their_grid_plus_the_low_rank():
     zero_point = torch.tensor([[0, 3]], dtype=torch.uint8)
     weight = QuantizedWeight(IntCodes(codes, scale, zero_point, IntGrid(2, 2)))
     assert torch.equal(weight.dense(), torch.tensor([[0.0, 1.5, -4.0, -2.0]]))
+
+
+def test_strips_of_rows_join_to_the_weight_that_they_were_cut_from(random_weight):
+    for format in (layer_format(3, 16, False), layer_format(4, 48, True, grid="normal-float")):
+        whole = random_weight(75, 48, format)
+        tensors = whole.tensors()
+        parts = [format.take(tensors, index, 48) for index in torch.arange(75).split(32)]
+        parts = [replace(p, record=Record("none", 0.2 * (i + 1), 0.1 * (i + 1))) for i, p in enumerate(parts)]
+        joined = join_rows(parts, [2.0, 1.0, 1.0])
+        assert joined.tensors().keys() == tensors.keys()
+        assert torch.equal(joined.dense(), whole.dense())
+        assert joined.record.error_after == pytest.approx((0.1 * 2 + 0.2 + 0.3) / 4)
+        assert joined.record.error_before == pytest.approx((0.2 * 2 + 0.4 + 0.6) / 4)
+    odd = [layer_format(3, 16, False).take(random_weight(75, 48, layer_format(3, 16, False)).tensors(), index, 48)
+           for index in torch.arange(75).split(25)]  # fmt: skip
+    with pytest.raises(ValueError, match=r"a multiple of 32 rows .* weight_zero_point .* \[\(25, 48\), \(25, 48\), "):
+        join_rows(odd, [1.0, 1.0, 1.0])
