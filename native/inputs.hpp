@@ -50,6 +50,12 @@ inline void store_values(void* p, int64_t i, const float* values, int64_t count,
     else std::transform(values, values + count, static_cast<uint16_t*>(p) + i, to_half);
 }
 
+inline void store_eight(void* p, int64_t i, F v, Type type) {
+    if (type == Type::f32) store_f(static_cast<float*>(p) + i, v);
+    else if (type == Type::bf16) store_bfloat(static_cast<uint16_t*>(p) + i, v);
+    else store_half(static_cast<uint16_t*>(p) + i, v);
+}
+
 template <Type TYPE>
 LORQ_INLINE F load_eight(const void* p, int64_t i) {
     if constexpr (TYPE == Type::f32) return load_f(static_cast<const float*>(p) + i);

@@ -11,19 +11,22 @@ if TYPE_CHECKING:
     from lorq import adapt as adapt
     from lorq.evaluation import Evaluation as Evaluation
     from lorq.evaluation import evaluate as evaluate
+    from lorq.foreign.run import compensate as compensate
     from lorq.generation import generate as generate
     from lorq.methods import *  # noqa: F403
+    from lorq.pipeline.presets import preset as preset
     from lorq.pipeline.quantize import quantize as quantize
     from lorq.runtime.hf import load as load
     from lorq.storage.report import Report as Report
     from lorq.storage.report import read_report as read_report
+    from lorq.tuning import tune as tune
 
 # Public names come when they are asked for: `import torch` runs this file (entry point of `_autoload`) and must
 # not pay for transformers. The methods' classes are public by standing in METHODS.
 _HOME = {
     "METHODS": "methods", "Evaluation": "evaluation", "evaluate": "evaluation", "generate": "generation",
-    "load": "runtime.hf",
-    "quantize": "pipeline.quantize", "Report": "storage.report", "read_report": "storage.report",
+    "load": "runtime.hf", "compensate": "foreign.run", "preset": "pipeline.presets", "quantize": "pipeline.quantize",
+    "tune": "tuning", "Report": "storage.report", "read_report": "storage.report",
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ import lorq
 from lorq.adapt.folder import check_trainable, read_adapter_config
 from lorq.adapt.settings import Settings
 from lorq.bench.commands import bench_app
+from lorq.compensation import compensate
 from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, READ, no_progress
@@ -38,12 +39,14 @@ from lorq.show import (
     print_figures,
     print_pieces,
     print_summary,
+    print_tuned,
     progress_bars,
     quiet,
 )
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
 from lorq.storage.report import html_page, read_report
+from lorq.tuning import quantize_and_tune
 
 app = cyclopts.App(
     name="lorq",
@@ -55,16 +58,20 @@ app = cyclopts.App(
 app.command(bench_app)
 
 
-def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[str, ...] = ()) -> Callable[..., None]:
+def _quantize_command(
+    settings: Any = None, options: Any = None, methods: tuple[str, ...] = (), presets: tuple[str, ...] = ()
+) -> Callable[..., None]:
     """The quantize command with one method's settings and the run's options as flags; without them, what lists show."""
 
     def quantize(
         model: str,
         out: Path,
         *,
+        preset: str = "balanced",
         method: str = "flrq",
         settings: Any = settings,
         options: Any = options,
+        tune: int | None = None,
         json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
     ) -> None:
         """Quantize MODEL into the folder OUT.
@@ -72,11 +79,17 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
         Args:
             model: a Hugging Face folder, a hub id, or a GGUF file.
             out: the new folder.
-            method: how; `lorq quantize --method NAME --help` lists a method's own settings.
+            preset: settings by what they cost, fast, balanced or best; `lorq quantize --preset NAME --help` shows them.
+            method: how, with the method's own defaults in place of a preset's; `lorq quantize --method NAME --help`
+                lists its settings.
+            tune: then tune it for so many steps on the calibration's windows, as `lorq tune` does.
             json_: print the report as one JSON object.
         """
         with progress_bars() as progress:
-            report = lorq.quantize(model, out, settings, progress=progress, **vars(options))
+            if tune is None:
+                report = lorq.quantize(model, out, settings, progress=progress, **vars(options))
+            else:
+                report = quantize_and_tune(model, out, settings, tune, progress=progress, **vars(options))
         if json_:
             print(json.dumps(report.as_dict()))
             return
@@ -84,6 +97,7 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
 
     if methods:
         quantize.__annotations__ |= {
+            "preset": Literal[presets],  # type: ignore[valid-type]
             "method": Literal[methods],  # type: ignore[valid-type]
             "settings": Annotated[type(settings), Parameter(name="*")],
             "options": Annotated[type(options), Parameter(name="*")],
@@ -98,8 +112,11 @@ evaluate = command(
     lorq.evaluate, lambda result, as_json: print_figures(result.as_dict(), as_json), json="print one JSON object."
 )
 generate = command(lorq.generate, print_pieces)
+tune = command(lorq.tune, print_tuned, json="print the report as one JSON object.")
 app.command(evaluate, name="evaluate")
 app.command(generate, name="generate")
+app.command(tune, name="tune")
+app.command(compensate)
 
 
 @app.command
@@ -316,6 +333,7 @@ def families(pattern: str = "", *, json_: Annotated[bool, Parameter(name="--json
 # What a command keeps when it is interrupted.
 _GOES_ON = {
     "quantize": "; what is finished is kept, the same command with --resume goes on",
+    "tune": "; what is finished is kept, the same command with --resume goes on",
     "demo": "; what is finished is kept, the same command goes on",
 }
 
@@ -329,16 +347,25 @@ def _run(arguments: list[str]) -> None:
             progress(IMPORT, 0, 1)
             from lorq.methods import METHODS  # and with it torch, for which nothing else here waits
             from lorq.pipeline.options import Options
+            from lorq.pipeline.presets import DEFAULT, PRESETS
 
             progress(IMPORT, 1, 1)
+        if given(arguments, "--method") is None:
+            name = given(arguments, "--preset") or DEFAULT
+            flags = PRESETS[name].flags() if name in PRESETS else {}
+            if flags and not {"--help", "-h"} & set(arguments):
+                notes.print(f"preset {name}: {' '.join(map(' '.join, flags.items()))}")
+            arguments = arguments + [
+                word for pair in flags.items() if given(arguments, pair[0]) is None for word in pair
+            ]
         kind = METHODS.get(given(arguments, "--method") or "flrq", METHODS["flrq"])
         del app["quantize"]
-        app.command(_quantize_command(kind(), Options(), tuple(METHODS)))
+        app.command(_quantize_command(kind(), Options(), tuple(METHODS), tuple(PRESETS)))
     chosen, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     for name in ("text", "evaluation", "calibration"):
         if (text := bound.arguments.get(name)) not in (None, SELF):
             check_text(text, name)
-    for name in ("model", "reference"):
+    for name in ("model", "reference", "original", "quantized"):
         if (model := bound.arguments.get(name)) is not None:
             check_place(model)
             if not full_path(model).exists():  # on the hub

@@ -20,6 +20,9 @@ VERIFY = "verify"
 READ = "read the model"
 EVALUATE = "evaluate"
 TRAIN = "train"
+TUNE_BLOCKS = "tune blocks"
+TUNE = "tune the model"
+COMPENSATE = "compensate"
 
 
 def duration(seconds: float) -> str:

@@ -146,12 +146,26 @@ def print_summary(report: Report, out: Path | None) -> None:
         after = sum(layer.error_after for layer in report.layers) / len(report.layers)
         table.add_row("mean output error", f"{after:.4f} (rounding to nearest: {before:.4f})")
         table.add_row("folder", str(out))
+    if tuned := report.run.get("tuning"):
+        table.add_row("KL on held-out text", f"{tuned['kl_after']:.4f} (before tuning: {tuned['kl_before']:.4f})")
     if report.notes:
         table.add_row("with a note", f"{len(report.notes)}, see lorq inspect" if out else str(len(report.notes)))
     if report.seconds:
         parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
         table.add_row("seconds", f"{report.seconds:.1f}" + (f" ({parts})" if parts else ""))
     console.print(table)
+
+
+def print_tuned(report: Report, as_json: bool) -> None:
+    """What a tuning has reached."""
+    if as_json:
+        print(json.dumps(report.as_dict()))
+        return
+    tuned = report.run["tuning"]
+    console.print(
+        f"KL on {tuned['held_out']} windows of text that was held out: {tuned['kl_before']:.4f} before, "
+        f"{tuned['kl_after']:.4f} after" + (f" step {tuned['kept_step']} of {tuned['steps']}" if tuned["steps"] else "")
+    )
 
 
 def command(function: Callable[..., Any], show: Callable[..., None], json: str = "") -> Callable[..., None]:

@@ -41,8 +41,8 @@ class ByteFormat:
     def read(self, tensors, out, in_):
         return ByteCodes(tensors["bytes"].view(out, in_), tensors["steps"])
 
-    def take(self, tensors, index, in_):
-        return ByteCodes(tensors["bytes"].view(-1, in_)[index], tensors["steps"][index])
+    def decode_rows(self, tensors, index, in_):
+        return ByteCodes(tensors["bytes"].view(-1, in_)[index], tensors["steps"][index]).decode()
 
     def plain(self, width):
         return IntGrid(8, self.width, symmetric=True)
@@ -66,6 +66,12 @@ class ByteCodes:
 
     def tensors(self):
         return {"bytes": self.codes.flatten(), "steps": self.steps}
+
+    def continuous(self):
+        return {"steps": self.steps}
+
+    def refitted(self, numbers):
+        return dataclasses.replace(self, steps=numbers["steps"])
 
 
 @dataclass(frozen=True)
@@ -117,12 +123,11 @@ def test_a_format_keeps_the_protocol_and_is_a_frozen_value_of_json(format):
 
 
 @formats
-def test_rows_that_are_taken_are_those_of_the_whole(format, random_weight):
+def test_rows_that_are_decoded_alone_are_those_of_the_whole(format, random_weight):
     codes = random_weight(OUT, IN, LayerFormat(format)).codes
     index = torch.tensor([11, 0, 7, 7])
-    taken = format.take(codes.tensors(), index, IN)
-    assert taken.shape == (4, IN) and torch.equal(taken.decode(), codes.decode()[index])
-    assert format.take(codes.tensors(), index[:0], IN).decode().shape == (0, IN)
+    assert torch.equal(format.decode_rows(codes.tensors(), index, IN), codes.decode()[index])
+    assert format.decode_rows(codes.tensors(), index[:0], IN).shape == (0, IN)
 
 
 @formats
@@ -136,6 +141,35 @@ def test_tensors_are_those_of_the_layout_and_read_back_they_are_the_same_codes(f
     assert torch.equal(back.decode(), codes.decode()) and back.decode().shape == (OUT, IN)
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in back.tensors().items())
     assert weight.stored_bits() == sum(8 * t.numel() * t.element_size() for t in tensors.values())
+
+
+@formats
+def test_what_is_continuous_is_stored_as_it_is_and_with_it_the_same_codes_decode_to_the_same(format, random_weight):
+    codes = random_weight(OUT, IN, LayerFormat(format)).codes
+    numbers, tensors = codes.continuous(), codes.tensors()
+    assert numbers and all(torch.equal(number, tensors[name]) for name, number in numbers.items())
+    again = codes.refitted({name: number.float() for name, number in numbers.items()})
+    assert torch.equal(again.decode(), codes.decode())
+    back = again.refitted(numbers).tensors()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in back.items())
+
+
+@formats
+def test_decoding_is_differentiable_in_what_is_continuous(format, random_weight, generator):
+    codes = random_weight(OUT, IN, LayerFormat(format)).codes
+    numbers = {name: number.double().requires_grad_() for name, number in codes.continuous().items()}
+    seed = torch.randn(OUT, IN, generator=generator, dtype=torch.float64)
+
+    def value(given):
+        return (codes.refitted(given).decode(torch.float64) * seed).sum()
+
+    gradients = torch.autograd.grad(value(numbers), list(numbers.values()))
+    for (name, number), gradient in zip(numbers.items(), gradients, strict=True):
+        step = 1e-3 * torch.randn(number.shape, generator=generator, dtype=torch.float64) * number.detach().abs().mean()
+        with torch.no_grad():  # linear in each of them alone, so that differences are exact
+            ahead, behind = (value(numbers | {name: number + sign * step}) for sign in (1, -1))
+        assert float((gradient * step).sum()) != 0
+        torch.testing.assert_close((gradient * step).sum(), (ahead - behind) / 2, rtol=1e-6, atol=1e-12)
 
 
 @formats
@@ -173,9 +207,10 @@ def test_codes_of_a_kind_that_nobody_knows_are_refused_with_those_that_are():
 
 def test_no_kernel_takes_a_kind_that_it_does_not_know():
     format, cpu_ = LayerFormat(ByteFormat(IN), input_quantization="token"), torch.device("cpu")
-    whys = [cpu.declines_format(format, IN), triton_linear.declines_format(format), declines_experts(format)]
+    whys = [cpu.declines_format(format, IN), triton_linear.declines_format(format)]
     whys.append(int8.declines_format(format, IN, cpu_, torch.float32))
     assert set(whys) == {"codes of the kind bytes have no kernel"}
+    assert declines_experts(format) == "codes of the kind bytes are multiplied one expert after the other"
 
 
 @pytest.mark.parametrize("family, inputs", [("llama", "none"), ("mixtral", "none"), ("llama", "token")])

@@ -11,6 +11,7 @@ import house
 import pytest
 
 from lorq.adapt import Settings
+from lorq.adapt.settings import Tuning
 from lorq.bench.commands import bench_app
 from lorq.cli import app
 from lorq.methods import METHODS
@@ -64,6 +65,10 @@ def test_every_setting_of_training_is_read():
     assert not unread(Settings, sources("adapt"), "chosen")
 
 
+def test_every_setting_of_tuning_is_read():
+    assert not unread(Tuning, sources("adapt"), "chosen", "settings")
+
+
 def test_a_setting_that_is_only_checked_counts_as_unread(tmp_path):
     @dataclass(frozen=True)
     class Artificial:
@@ -85,8 +90,10 @@ def test_a_setting_that_is_only_checked_counts_as_unread(tmp_path):
 
 # The functions that commands are, by file; those that are commands by `lorq.show.command` have its flags.
 COMMANDS = {
+    "compensation.py": {"compensate"},
     "evaluation.py": {"evaluate"},
     "generation.py": {"generate"},
+    "tuning.py": {"tune"},
     "bench/commands.py": {"bench_sketch", "bench_experts", "bench_decode", "bench_adapt", "bench_quantize"},
     "cli.py": {"quantize", "inspect", "adapt", "merge", "demo", "families"},
 }
@@ -107,7 +114,9 @@ def uses(node: ast.AST) -> Iterator[str]:
 def unused(function: ast.FunctionDef) -> set[str]:
     """Parameters of a function that it only checks, or not even that."""
     names = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
-    return names - {name for line in function.body for name in uses(line)} - {"method"}  # which chose the settings
+    return (
+        names - {name for line in function.body for name in uses(line)} - {"method", "preset"}
+    )  # which chose the settings
 
 
 @pytest.mark.parametrize("file", COMMANDS)

@@ -15,7 +15,7 @@ print("loaded:", *{"torch", "transformers", "numpy"} & set(sys.modules))
 sys.exit(status)
 """
 BENCH = ("sketch", "experts", "decode", "adapt", "quantize")
-COMMANDS = ("evaluate", "inspect", "generate", "adapt", "merge", "families", "demo", "bench")
+COMMANDS = ("evaluate", "inspect", "generate", "tune", "adapt", "merge", "families", "demo", "bench")
 HELP = ["", *COMMANDS, *(f"bench {name}" for name in BENCH)]
 MISTAKES = {
     "quantise {model} {out}": 'Unknown command "quantise"',
@@ -31,6 +31,12 @@ MISTAKES = {
     "adapt {model} {out} --text python-docs": "{model} has no packed layers",
     "adapt {other} {out} --text python-docs": "{other} has 2 packed layers, none of them with scale factors",
     "adapt {model} {used} --text python-docs": "{used} must be a new folder",
+    "tune {missing} {out} --reference {model}": "no such model: {missing}",
+    "tune {model} {out} --reference {missing}": "no such model: {missing}",
+    "tune {model} {out} --reference {model}": "{model} has no lorq_report.json",
+    "tune {model} {out} --reference {model} --steps 0": "steps or block_steps must be at least 1, got 0 for both",
+    "tune {model} {out} --reference {model} --steps -1": "steps must be at least 0, got -1",
+    "tune {model} {out} --reference {model} --text nothing.txt": "text must be one of python-docs",
     "merge {missing} {empty} {out}": "no such model: {missing}",
     "merge {model} {empty} {out}": "{empty} has no lorq_adapter.json",
     "merge {model} {empty} {used}": "{used} must be a new folder",

@@ -38,7 +38,7 @@ def planned(folder, kind, **options):
 
 
 def by_autograd(folder, names, windows, seed=0):
-    """Squared gradients at modules' outputs, by name, from transformers' own model in one piece."""
+    """Squared gradients at modules' outputs, (tokens, channels) by name, from transformers' own model in one piece."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     outputs, found = {}, {name: [] for name in names}
 
@@ -61,7 +61,7 @@ def by_autograd(folder, names, windows, seed=0):
         for name, made in outputs.items():
             for out in made:
                 gradient = torch.zeros_like(out) if out.grad is None else out.grad
-                found[name].append(gradient.reshape(-1, out.shape[-1]).double().square().sum(-1))
+                found[name].append(gradient.reshape(-1, out.shape[-1]).double().square())
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 
@@ -77,10 +77,15 @@ def test_block_by_block_gradients_are_those_of_the_model_in_one_piece(kind, fold
     expected = by_autograd(folder, list(got.squared), windows)
     assert got.squared.keys() >= {t.name for t, _ in plan.jobs() if ".experts." not in t.name}
     assert any(float(tokens.std()) for tokens in got.squared.values())
-    for name, tokens in expected.items():
+    for name, squares in expected.items():
+        tokens, channels = squares.sum(1), squares.mean(0)
         assert got.mean[name] == pytest.approx(float(tokens.mean()), rel=1e-4)
         # float32 through two or four blocks, other sums.
         assert_close(got.squared[name].double() * got.mean[name], tokens, rtol=1e-3, atol=1e-4 * float(tokens.max()))
+        if name in got.outputs:
+            assert got.outputs[name].mean() == pytest.approx(1)
+            assert_close(got.outputs[name].double() * channels.mean(), channels, rtol=1e-3, atol=1e-4 * channels.max())
+    assert got.outputs.keys() == {t.name for t, _ in plan.jobs() if ".experts." not in t.name and got.mean[t.name]}
     blocks = len(model.blocks)
     assert told == [(WEIGH, done, 2 * blocks) for done in range(2 * blocks + 1)]
 
@@ -197,7 +202,7 @@ def test_each_layer_weighs_the_tokens_of_its_input_by_its_own_gradients(
     quantize(folder, tmp_path / "out", recorder)
     windows = text_windows(str(text_file), Encoder(byte_tokenizer(128), (BOS,), 257), **SMALL).tokens
     names = list(recorder.seen)
-    squared = by_autograd(folder, names, windows)
+    squared = {name: of.sum(1) for name, of in by_autograd(folder, names, windows).items()}
     _, inputs = inputs_of(folder, names, windows)
     for name, stats in recorder.seen.items():
         assert stats.sensitivity == pytest.approx(float(squared[name].mean()), rel=1e-4)
@@ -212,7 +217,7 @@ def test_an_expert_weighs_tokens_by_the_gradient_of_the_sum_and_the_routers_weig
 ):
     folder, path = folder_of("mixtral"), "model.layers.0.mlp.experts"
     windows = text_windows(str(text_file), Encoder(byte_tokenizer(128), (BOS,), 257), **SMALL).tokens
-    squared = by_autograd(folder, [path], windows)
+    squared = {path: by_autograd(folder, [path], windows)[path].sum(1)}
     model, inputs = inputs_of(folder, [path], windows)
     x, index, weights = inputs[path]
     d = squared[path] / squared[path].mean()
@@ -255,7 +260,7 @@ def test_a_layer_that_no_gradient_reaches_counts_tokens_alike_and_says_so(
     quantize(folder, tmp_path / "equal", recorder, token_weights="equal")
     for name, stats in weighed.items():
         same = torch.equal(stats.hessian, recorder.seen[name].hessian)
-        assert same == (name in dead) and (stats.sensitivity == 1.0) == (name in dead)
+        assert same == (name in dead) and (stats.sensitivity == 0.0) == (name in dead)
 
 
 # ---- runs -------------------------------------------------------------------------------------------------

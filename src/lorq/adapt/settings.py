@@ -1,4 +1,4 @@
-"""How a model is trained."""
+"""How a model is trained, and how it is tuned."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -38,3 +38,36 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a quantized model is tuned.
+
+    Attributes:
+        steps: gradient steps through the whole model, which must fit in memory with its original; 0 leaves them out.
+        block_steps: gradient steps on each block before, one block in memory at a time; 0 leaves them out.
+        batch: windows of a step.
+        samples: windows of text to tune on.
+        held_out: windows of the same text to measure on: what measures best is kept.
+        seq_len: tokens of a window.
+        start_token: begin each window of a text with a start token: "auto" (as the model's tokenizer does), "always" or
+            "never". What the original writes itself always begins with one.
+        learning_rate: of the first step, relative to the size of what learns; it falls to 0 along half a cosine.
+        seed: of the order of the windows, and of text that the original writes.
+    """
+
+    steps: Annotated[int, Range(0)] = 100
+    block_steps: Annotated[int, Range(0)] = 0
+    batch: Annotated[int, Range(1)] = 2
+    samples: Annotated[int, Range(1)] = 128
+    held_out: Annotated[int, Range(1)] = 4
+    seq_len: Annotated[int, Range(2)] = 512
+    start_token: StartToken = "auto"
+    learning_rate: Annotated[float, Range(0, 1)] = 1e-3
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not self.steps + self.block_steps:
+            raise ValueError("steps or block_steps must be at least 1, got 0 for both; give one of them")

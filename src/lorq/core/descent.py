@@ -15,7 +15,7 @@ from lorq.core.stats import InputStats, output_energy
 # Windows on which the loss is measured: enough to rank parameters, few enough to cost little beside the steps.
 _MEASURED = 8
 # Moments at which it is measured, evenly spread over the steps, besides the start.
-_MOMENTS = 5
+MOMENTS = 5
 LossWeights = Literal["equal", "plain"]
 
 
@@ -52,6 +52,24 @@ class Outcome:
         return f"loss {self.start:.4g} before, {self.best:.4g} after step {self.step}"
 
 
+@dataclass
+class State:
+    """Where `minimise` is between two steps: all that it needs to go on.
+
+    Attributes:
+        step: steps taken.
+        start, best, kept_step: of `Outcome` so far.
+        tensors: by "parameter", "mean" and "square" (Adam's moments) and "kept", the parameters that measured best, in
+            the order of the parameters.
+    """
+
+    step: int
+    start: float
+    best: float
+    kept_step: int
+    tensors: dict[str, list[Tensor]]
+
+
 def minimise(
     parameters: Sequence[Tensor],
     loss: Callable[[Int[Tensor, "batch"]], Float[Tensor, ""]],
@@ -59,18 +77,26 @@ def minimise(
     descent: Descent,
     *,
     generator: torch.Generator,
+    units: Sequence[float] | None = None,
+    measure: Callable[[], float] | None = None,
+    state: State | None = None,
+    watch: Callable[[State], None] | None = None,
 ) -> Outcome:
     """Change ``parameters`` in place so that the mean loss of the windows falls: Adam, its rate on half a cosine.
 
-    Each step takes the next windows of a shuffled order, which is shuffled anew when it is used up. The loss of at
-    most 8 fixed windows, evenly spread over all, is measured before the first step and at 5 moments, the last of them
-    at the end; the parameters that measured best are kept, so that the result is never worse there than the start.
+    Each step takes the next windows of a shuffled order, which is shuffled anew when it is used up. A loss is measured
+    before the first step and at 5 moments, the last of them at the end; the parameters that measured best are kept, so
+    that the result is never worse there than the start.
 
     Args:
         parameters: leaves of one device; the same tensors that ``loss`` reads.
         loss: mean loss of the windows of these numbers, differentiable in the parameters.
         windows: how many there are, at least 1.
         generator: of the order, which is drawn on the CPU (`cpu_generator`).
+        units: what the rate of each parameter is multiplied by; 1 if left out.
+        measure: what is measured; if left out, the loss of at most 8 fixed windows, evenly spread over all.
+        state: go on from there, with the same bits as without an interruption.
+        watch: is shown the state after each measurement and each step; its tensors are those that the work goes on in.
 
     Raises:
         ArithmeticError: if the loss is not finite.
@@ -79,34 +105,64 @@ def minimise(
         LRQ, arXiv:2407.11534, the authors' code: Adam with its usual betas, cosine to 0, shuffled batches.
         Measuring and keeping the best is ours; the code keeps the last parameters.
     """
-    step, batch = 0, min(descent.batch, windows)
-    measured = torch.linspace(0, windows - 1, min(windows, _MEASURED)).round().long().split(batch)
-    moments = {math.ceil(descent.steps * i / _MOMENTS) for i in range(1, _MOMENTS + 1)}
-
-    def measure() -> float:
-        with torch.no_grad():
-            value = sum(float(loss(part)) * len(part) for part in measured) / sum(map(len, measured))
-        return _finite(value, step, descent)
-
-    start = best = measure()
-    kept, kept_step = [p.detach().clone() for p in parameters], 0
-    adam = torch.optim.Adam(parameters, lr=descent.learning_rate)
+    batch = min(descent.batch, windows)
+    measure = measure or _of_windows(loss, windows, batch)
+    moments = {math.ceil(descent.steps * i / MOMENTS) for i in range(1, MOMENTS + 1)}
+    if state is None:
+        start = _finite(measure(), 0, descent)
+        copies = {kind: [torch.zeros_like(p) for p in parameters] for kind in ("mean", "square")}
+        kept = [p.detach().clone() for p in parameters]
+        state = State(0, start, start, 0, {"parameter": [p.detach() for p in parameters], **copies, "kept": kept})
+    groups = [{"params": [p]} for p in parameters]
+    adam = torch.optim.Adam(groups, lr=descent.learning_rate)
+    _go_on(adam, parameters, state)
     order = _shuffled(windows, cpu_generator(generator))
-    while step < descent.steps:
-        adam.param_groups[0]["lr"] = descent.learning_rate * (1 + math.cos(math.pi * step / descent.steps)) / 2
+    for _ in range(state.step * batch):
+        next(order)
+    if watch is not None:
+        watch(state)
+    while state.step < descent.steps:
+        rate = descent.learning_rate * (1 + math.cos(math.pi * state.step / descent.steps)) / 2
+        for group, unit in zip(adam.param_groups, units or [1.0] * len(groups), strict=True):
+            group["lr"] = rate * unit
         adam.zero_grad()
         with torch.enable_grad():
             value = loss(torch.tensor([next(order) for _ in range(batch)]))
-            _finite(float(value.detach()), step, descent)
+            _finite(float(value.detach()), state.step, descent)
             value.backward()
         adam.step()
-        step += 1
-        if step in moments and (now := measure()) < best:
-            best, kept, kept_step = now, [p.detach().clone() for p in parameters], step
+        state.step += 1
+        if state.step in moments and (now := _finite(measure(), state.step, descent)) < state.best:
+            state.best, state.kept_step = now, state.step
+            for kept_, parameter in zip(state.tensors["kept"], parameters, strict=True):
+                kept_.copy_(parameter.detach())
+        if watch is not None:
+            watch(state)
     with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
+        for parameter, value in zip(parameters, state.tensors["kept"], strict=True):
             parameter.copy_(value)
-    return Outcome(start, best, kept_step)
+    return Outcome(state.start, state.best, state.kept_step)
+
+
+def _of_windows(loss: Callable[[Tensor], Tensor], windows: int, batch: int) -> Callable[[], float]:
+    """The mean loss of at most 8 windows."""
+    measured = torch.linspace(0, windows - 1, min(windows, _MEASURED)).round().long().split(batch)
+
+    def measure() -> float:
+        with torch.no_grad():
+            return sum(float(loss(part)) * len(part) for part in measured) / sum(map(len, measured))
+
+    return measure
+
+
+def _go_on(adam: torch.optim.Adam, parameters: Sequence[Tensor], state: State) -> None:
+    """Let an optimizer work in a state's tensors, from where it is."""
+    with torch.no_grad():
+        for place, parameter in enumerate(parameters):
+            parameter.copy_(state.tensors["parameter"][place])
+            state.tensors["parameter"][place] = parameter.detach()
+            mean, square = state.tensors["mean"][place], state.tensors["square"][place]
+            adam.state[parameter] = {"step": torch.tensor(float(state.step)), "exp_avg": mean, "exp_avg_sq": square}
 
 
 def _finite(loss: float, step: int, descent: Descent) -> float:
@@ -141,10 +197,9 @@ def block_loss(
     """
 
     def loss(windows: Int[Tensor, "batch"]) -> Float[Tensor, ""]:
-        made = weights()
-        device = next(iter(made.values())).device
-        targets = block.targets[windows].to(device).float()
-        errors = (block.forward(made, windows).float() - targets).square().mean(-1)  # (batch, length)
+        made = block.forward(weights(), windows).float()
+        targets = block.targets[windows].to(made.device).float()
+        errors = (made - targets).square().mean(-1)  # (batch, length)
         if token_weights == "equal":
             # A token of zeros gets a finite weight.
             errors = errors / targets.square().mean(-1).clamp(min=1e-30)

@@ -60,6 +60,10 @@ class LowRank:
         left, right = self.factors(dtype)
         return left @ right
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by name."""
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+
 
 def factor_bits(factor_type: str) -> int:
     """Width of a stored entry: 16 or 8.

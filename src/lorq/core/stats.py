@@ -31,6 +31,8 @@ class InputStats:
         low, high: smallest and largest value of each channel, unweighted; None where nobody looked.
         sensitivity: with "gradient" weights, ``d_t`` times this is the squared gradient ``|dL/dy_t|^2`` of the loss in
             nats, so a change ``D`` of the weight costs about ``sensitivity tr(D H D^T) / (2 out)`` a token; else 1.
+        output_weights: with "gradient" weights, the mean squared gradient at each output of a layer, over their mean;
+            None where nobody looked.
         input: a name by which layers with one input, each with its own statistics of it, know each other; else "".
     """
 
@@ -41,6 +43,7 @@ class InputStats:
     low: Float[Tensor, "in"] | None = None
     high: Float[Tensor, "in"] | None = None
     sensitivity: float = 1.0
+    output_weights: Float[Tensor, "out"] | None = None
     input: str = ""
     _prepared: dict[tuple[float, float, int], "PreparedHessian"] = field(
         default_factory=dict, init=False, repr=False, compare=False

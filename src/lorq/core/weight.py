@@ -83,27 +83,32 @@ class LayerFormat:
             shape: of the weight, (out, in), where it is known: a compiled program must not read it from a tensor.
         """
         out, in_ = tensors["weight_shape"].tolist() if shape is None else shape
-        return self._around(self.codes.read(tensors, out, in_), tensors)
+        grid = tensors.get("input_scale"), tensors.get("input_zero_point")
+        activations = Activations(self.input_quantization, self.output_quantization, *grid)
+        return QuantizedWeight(self.codes.read(tensors, out, in_), *self._beside(tensors), activations)
 
-    def take(self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int) -> "QuantizedWeight":
-        """Some rows of the weight behind stored tensors, in any order; the others are not decoded.
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        """Some rows of the full matrix behind stored tensors, in any order; the others are not decoded.
 
         Args:
             tensors: by local name.
             in_: the weight's width.
         """
-        own = {name: t.index_select(0, index) if name == "left" else t for name, t in tensors.items()}
-        return self._around(self.codes.take(tensors, index, in_), own)
+        rows, (low_rank, basis) = self.codes.decode_rows(tensors, index, in_), self._beside(tensors)
+        if low_rank is not None:
+            left, right = low_rank.factors()
+            rows = rows + left.index_select(0, index) @ right
+        return rows if basis is None else basis.unrotate(rows)
 
-    def _around(self, codes: Codes, tensors: Mapping[str, Tensor]) -> "QuantizedWeight":
+    def _beside(self, tensors: Mapping[str, Tensor]) -> tuple[LowRank | None, Basis | None]:
         low_rank, basis = None, None
         if self.rank:
             low_rank = LowRank(tensors["left"], tensors["right"], tensors.get("left_scale"), tensors.get("right_scale"))
         if self.has_basis:
             basis = Basis(tensors.get("permutation"), self.rotation_block, self.rotation_skip)
-        grid = tensors.get("input_scale"), tensors.get("input_zero_point")
-        activations = Activations(self.input_quantization, self.output_quantization, *grid)
-        return QuantizedWeight(codes, low_rank, basis, activations)
+        return low_rank, basis
 
 
 def permutation_dtype(width: int) -> torch.dtype:
@@ -224,8 +229,19 @@ class QuantizedWeight:
         if self.basis is not None and self.basis.permutation is not None:
             tensors["permutation"] = self.basis.permutation.to(permutation_dtype(self.shape[1]))
         if isinstance(self.low_rank, LowRank):
-            tensors |= vars(self.low_rank)
+            tensors |= self.low_rank.tensors()
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+
+    def continuous(self) -> dict[str, Tensor]:
+        """Of `tensors` those that are numbers and no codes (`lorq.core.codes.Codes.continuous`), and the factors."""
+        return self.codes.continuous() | (self.low_rank.tensors() if isinstance(self.low_rank, LowRank) else {})
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "QuantizedWeight":
+        """The same weight with other numbers for `continuous`, of any floating-point type; differentiable in them."""
+        low_rank = self.low_rank
+        if isinstance(low_rank, LowRank):
+            low_rank = LowRank(**{name: numbers[name] for name in low_rank.tensors()})
+        return replace(self, codes=self.codes.refitted(numbers), low_rank=low_rank)
 
     def stored_bits(self) -> int:
         """Every bit of this weight on disk, an equal share of tile factors included; see `LayerFormat.stored_bits`."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorq.core.low_rank import FACTOR_TYPES
+from lorq.core.rounding.trellis import encode_trellis, encode_trellis_reference
 from lorq.core.weight import LayerFormat
 from lorq.kernels.operands import DTYPES, NAMES, Operands, code_sizes, declines_input, format_of, known_sizes
 from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate, rotate_reference
@@ -67,8 +68,8 @@ _STRIP_BYTES = 256 << 20  # of a decoded weight at a time
 
 
 def declines(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels do not run a layer, see `lorq.kernels.dispatch.Kernels`; None where they do."""
-    return declines_input("cuda", device, dtype) or declines_format(format) or _declines_device(device)
+    """Why the Triton kernels do not run a layer, see `lorq.kernels.dispatch.Product`; None where they do."""
+    return declines_input("cuda", device, dtype) or declines_format(format) or declines_device(device)
 
 
 def few_tokens(dtype: torch.dtype) -> int:
@@ -91,7 +92,7 @@ def declines_format(f: LayerFormat) -> str | None:
 
 
 @cache
-def _declines_device(device: torch.device) -> str | None:
+def declines_device(device: torch.device) -> str | None:
     """Why no kernel runs on a CUDA device; asked at every forward."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
@@ -309,7 +310,7 @@ def declines_basis(block: int, device: torch.device, dtype: torch.dtype) -> str 
     """Why the kernel does not take inputs into a basis; None where it does. Arguments as those of `declines`."""
     fits = block != 1 and block <= _LARGEST_BLOCK
     why = None if fits else f"blocks of {block} are not between 2 and {_LARGEST_BLOCK}"
-    return declines_input("cuda", device, dtype) or why or _declines_device(device)
+    return declines_input("cuda", device, dtype) or why or declines_device(device)
 
 
 @quant_linear.register_kernel("cuda")
@@ -327,3 +328,13 @@ def turn_or_reference(x: Tensor, permutation: Tensor | None, block: int, skip: i
         return rotate_reference(x, permutation, block, skip, inverse)
     with torch.cuda.device(x.device):
         return turn(x, permutation, block, skip, inverse)
+
+
+@encode_trellis.register_kernel("cuda")
+def encode(columns: Tensor, scale: Tensor, upper: Tensor, *sizes: int) -> tuple[Tensor, Tensor]:
+    if declines_device(columns.device) is not None:
+        return encode_trellis_reference(columns, scale, upper, *sizes)
+    from lorq.kernels import triton_encoder
+
+    with torch.cuda.device(columns.device):
+        return triton_encoder.encode(columns, scale, upper, *sizes)

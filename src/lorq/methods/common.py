@@ -108,6 +108,14 @@ def needed(stats: InputStats | None) -> InputStats:
     return stats
 
 
+def row_weights(stats: InputStats) -> Float[Tensor, "out"] | None:
+    """What an error of each output costs, where gradients have told it: the root of its mean squared gradient.
+
+    The root, as few tokens tell it: the squares themselves do no better (docs/log.md).
+    """
+    return None if stats.output_weights is None else stats.output_weights.clamp(min=1e-6).sqrt()
+
+
 def activation_scale(stats: InputStats, exponent: float) -> Float[Tensor, "in"]:
     """The activation scale: what the weight's columns are multiplied by before they are sketched.
 

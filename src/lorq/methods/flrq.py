@@ -33,6 +33,7 @@ from lorq.methods.common import (
     needed,
     preset,
     rotation,
+    row_weights,
 )  # fmt: skip
 
 # The authors' code's range searches: a wide one on the first residual, a narrow one when alternating.
@@ -107,7 +108,7 @@ class FLRQ:
     @property
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """Each width without factors and with a few."""
-        return {"bits": WIDTHS[self.codebook], "budget": (0.0, 0.03)}
+        return {"bits": WIDTHS[self.codebook], "budget": tuple(dict.fromkeys((0.0, min(self.budget, 0.03))))}
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """Each weight by itself: its low rank, its codes, in turns."""
@@ -146,7 +147,7 @@ class FLRQ:
                     low_rank, stop = self._fit_low_rank(target - codes_part, scaling, generator)
                     low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(weight)
                 else:
-                    rounded = self._round(target - low_rank_part, hessian, search)
+                    rounded = self._round(target - low_rank_part, hessian, search, row_weights(stats))
                     codes_part = rounded.decode()
             error = float(output_energy(target - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:
@@ -155,11 +156,13 @@ class FLRQ:
         _, rounded, low_rank, stop = best
         return assemble(weight, rounded, low_rank, stop=stop, stats=stats, basis=basis if basis.block else None)
 
-    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian, search: RangeSearch | None) -> Codes:
+    def _round(
+        self, target: Float[Tensor, "out in"], hessian: PreparedHessian, search: RangeSearch | None, rows: Tensor | None
+    ) -> Codes:
         """Codes of what the low rank does not hold."""
         format = self._codes(*target.shape)
         if isinstance(format, TrellisGrid):
-            return trellis(target, hessian, format)
+            return trellis(target, hessian, format, rows)
         return ROUNDINGS[self.rounding](target, hessian, format, search)
 
     def _basis(self, width: int) -> Basis:

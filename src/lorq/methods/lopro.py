@@ -33,6 +33,7 @@ from lorq.methods.common import (
     layer_grid,
     needed,
     preset,
+    row_weights,
 )  # fmt: skip
 
 # GPTVQ's sizes of one codebook.
@@ -195,7 +196,7 @@ class LoPRo:
                     low_rank = self._fit(target - codes_part, metric, generator)
                     low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(target)
                 else:
-                    rounded = self._round(target - low_rank_part, hessian)
+                    rounded = self._round(target - low_rank_part, hessian, row_weights(stats))
                     codes_part = rounded.decode()
             error = float(output_energy(target - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:
@@ -223,9 +224,9 @@ class LoPRo:
             iterations=self.iterations, generator=generator,
         )  # fmt: skip
 
-    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian) -> Codes:
+    def _round(self, target: Float[Tensor, "out in"], hessian: PreparedHessian, rows: Tensor | None = None) -> Codes:
         if self.codebook == "trellis":
-            return trellis(target, hessian, TrellisGrid.of(target.shape[0], self.bits, self.window))
+            return trellis(target, hessian, TrellisGrid.of(target.shape[0], self.bits, self.window), rows)
         if self.codebook == "vector":
             # Without passing errors on, only the diagonal of the metric is left.
             passing = self.rounding == "gptq"

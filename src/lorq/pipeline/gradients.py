@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorq.models.backward import WayBack
 from lorq.models.blocks import Part, StreamedModel
 from lorq.models.calls import Room
-from lorq.models.experts import expert_name, find_experts
+from lorq.models.experts import Experts, expert_name, find_experts
 from lorq.pipeline.observe import TokenGradients
 from lorq.pipeline.plan import Plan
 from lorq.pipeline.walk import give_memory_back
@@ -47,18 +47,26 @@ def token_gradients(
     )  # fmt: skip
     squared: dict[str, Tensor] = {}
     mean: dict[str, float] = {}
+    outputs: dict[str, Tensor] = {}
     for done, part in enumerate(reversed(model.blocks[first:]), len(model.blocks) + 1):
-        with model.resident(part), _watched(_outputs(model, plan, part)) as seen:
+        modules = _outputs(model, plan, part)
+        with model.resident(part), _watched(modules) as seen:
             for window in range(len(windows)):
                 way.through(model, part, window)
         for name, parts in reversed(seen.items()):  # where an overflow begins
-            whole = torch.cat(parts)
+            whole = torch.cat([tokens for tokens, _ in parts])
             _check_finite(name, whole)
             mean[name] = float(whole.mean())
             squared[name] = (whole / (mean[name] or 1.0)).float()
+            # Those of experts' sum are none of the channels of their gates.
+            if mean[name] and not isinstance(modules[name], Experts):
+                channels = torch.zeros(1, dtype=torch.float64)
+                for _, of_channels in parts:
+                    channels = channels + of_channels
+                outputs[name] = (channels / channels.mean()).float()
         del way.entrances[part.name]
         passed(done)
-    return TokenGradients(squared, mean)
+    return TokenGradients(squared, mean, outputs)
 
 
 def _outputs(model: StreamedModel, plan: Plan, part: Part) -> dict[str, nn.Module]:
@@ -73,20 +81,21 @@ def _outputs(model: StreamedModel, plan: Plan, part: Part) -> dict[str, nn.Modul
 
 
 @contextmanager
-def _watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """Note the squared gradient of each token at the modules' outputs, one tensor for every call, in their order."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+def _watched(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Note the squared gradients at the modules' outputs, those of each token and each channel's sum, call by call."""
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in modules}
 
     def look(name: str) -> Callable[..., None]:
         def called(module: nn.Module, args: Any, out: Tensor) -> None:
             place = len(seen[name])
             # Outputs that nothing reads have no gradient.
-            seen[name].append(torch.zeros(out[..., 0].numel(), dtype=torch.float64))
+            nothing = torch.zeros(out[..., 0].numel(), dtype=torch.float64), out.new_zeros(1).double().cpu()
+            seen[name].append(nothing)
 
             def arrived(gradient: Tensor) -> None:
-                rows = gradient.detach().reshape(-1, gradient.shape[-1])
                 # float64: squares of small gradients are below float32's range.
-                seen[name][place] = rows.double().square().sum(-1).cpu()
+                squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square()
+                seen[name][place] = squares.sum(-1).cpu(), squares.sum(0).cpu()
 
             # Some layers read what does not come through the blocks: their outputs are where gradients begin.
             (out if out.requires_grad else out.requires_grad_()).register_hook(arrived)

@@ -25,10 +25,12 @@ class TokenGradients:
     Attributes:
         squared: over their mean, by module: of layers, and of experts modules in the place of their layers.
         mean: 0 where no gradient reaches a module.
+        outputs: mean squares at each channel of a layer's output, over their mean.
     """
 
     squared: Mapping[str, Float[Tensor, "tokens"]] = field(default_factory=dict)
     mean: Mapping[str, float] = field(default_factory=dict)
+    outputs: Mapping[str, Float[Tensor, "out"]] = field(default_factory=dict)
 
     def reader(self, name: str) -> Callable[[Tensor], Float[Tensor, "*batch"] | None]:
         """A module's next, its first at first, for inputs; None where there are none, or nothing but zeros."""
@@ -79,7 +81,12 @@ class Observer:
 
     def scaled(self, stats: InputStats, name: str) -> InputStats:
         """Statistics that know how much is at stake at the output of a module."""
-        return replace(stats, sensitivity=self.gradients.mean.get(name, 1.0))
+        outputs = self.gradients.outputs.get(name)
+        return replace(
+            stats,
+            sensitivity=self.gradients.mean.get(name, 1.0),
+            output_weights=None if outputs is None else outputs.to(stats.hessian.device),
+        )
 
 
 @dataclass(frozen=True)

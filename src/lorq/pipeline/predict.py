@@ -46,7 +46,7 @@ def predict(
 
     The harm of a layer whose weight changes by ``D`` is the second order of the divergence, from its statistics,
 
-        sensitivity / (2 out) tr(D H D^T)
+        sensitivity / (2 out) tr(A D H D^T),    A = diag(output_weights)
 
     for each token, where the layer is solved with every change. Harms of layers add up. Where rows are solved one by
     one, some rows stand for all.
@@ -126,37 +126,57 @@ def _harms(
 ) -> dict[Target, dict[int, float]]:
     """Of the block where a walk is, by layer and number of the change."""
     stats, experts = visit.observed.stats, find_experts(model.model, visit.part.name)
-    whole = {target: _worth(model.resident_weight(target), stats[target.name], tokens) for target in free}
     harms: dict[Target, dict[int, float]] = {target: {} for target in free}
+    some = {target.name: _of_rows(stats[target.name], target) for target in free}
     for number, change in enumerate(dial.changes):
         own = dial.plan.of(visit.part)
         methods = {t: replace(own[t], **change) for t in free if number in dial.sizes[t]}
-        rows = partial(_rows, model, methods)
-        tasks = block_tasks(methods, dict(stats), experts, weight=rows, seed=dial.plan.options.seed)
+        rows = {t: _rows(method, t) for t, method in methods.items()}
+        known = {t.name: (some if rows[t] is not None else stats)[t.name] for t in methods}
+        weight = partial(_weight, model, rows)
+        tasks = block_tasks(methods, dict(known), experts, weight=weight, seed=dial.plan.options.seed)
         calls = [executor.submit(solve_task, task) for task in tasks]
         solved = {name: weight for call in calls for name, weight in call.result().items()}
         for target in methods:
-            harms[target][number] = whole[target] * solved[target.name].record.error_after
+            error = solved[target.name].dense() - weight(target)
+            harms[target][number] = _harm(error, known[target.name], tokens)
     return harms
 
 
-def _worth(weight: Tensor, stats: InputStats, tokens: int) -> float:
-    """The harm of a layer that is lost altogether, as far as the second order tells it.
+def _harm(error: Float[Tensor, "out in"], stats: InputStats, tokens: int) -> float:
+    """Of a layer with an error in its weight, by the second order; some of its rows stand for all.
 
     Tokens that are not routed to an expert are none of its harm.
     """
-    energy = float(output_energy(weight.contiguous(), stats.hessian))
-    return stats.sensitivity * energy / (2 * len(weight)) * min(1.0, stats.load / tokens)
+    if stats.output_weights is not None:
+        error = error * stats.output_weights.to(error.device).sqrt().unsqueeze(1)
+    energy = float(output_energy(error, stats.hessian))
+    return stats.sensitivity * energy / (2 * len(error)) * min(1.0, stats.load / tokens)
 
 
-def _rows(model: StreamedModel, methods: Mapping[Target, Method], target: Target) -> Float[Tensor, "rows in"]:
-    """Some rows of a layer, evenly spread; all of them where a part of the method is fitted to all together."""
-    weight, method = model.resident_weight(target), methods[target]
-    out, in_ = weight.shape
+def _rows(method: Method, target: Target) -> Tensor | None:
+    """Some rows of a layer, evenly spread; None for all, where a part of the method is fitted to all together."""
+    out, in_ = target.out_features, target.in_features
     if out <= _ROWS or method.largest(out, in_).rank:
-        return weight.contiguous()
+        return None
     try:
         method.largest(_ROWS, in_)
     except ValueError:
-        return weight.contiguous()
-    return weight[torch.arange(_ROWS, device=weight.device) * out // _ROWS].contiguous()
+        return None
+    return _spread(out)
+
+
+def _spread(out: int) -> Tensor:
+    return torch.arange(_ROWS) * out // _ROWS
+
+
+def _of_rows(stats: InputStats, target: Target) -> InputStats:
+    """The statistics of a layer of which some rows are left."""
+    if stats.output_weights is None or target.out_features <= _ROWS:
+        return stats
+    return replace(stats, output_weights=stats.output_weights[_spread(target.out_features)])
+
+
+def _weight(model: StreamedModel, rows: Mapping[Target, Tensor | None], target: Target) -> Float[Tensor, "rows in"]:
+    weight, index = model.resident_weight(target), rows[target]
+    return (weight if index is None else weight[index.to(weight.device)]).contiguous()

@@ -1,7 +1,6 @@
 """quantize(): the only place that calls the stages in order."""
 
 import os
-import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -24,19 +23,20 @@ from lorq.models.windows import Encoder, Windows, text_windows
 from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
-from lorq.pipeline.dial import Choice, Dial, mixed
+from lorq.pipeline.dial import Choice, Dial, levelled
 from lorq.pipeline.gradients import token_gradients
 from lorq.pipeline.observe import TokenGradients
 from lorq.pipeline.one_block import solve_block
-from lorq.pipeline.options import read_method, read_options
+from lorq.pipeline.options import Options, read_method, read_options
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
 from lorq.pipeline.predict import predict
+from lorq.pipeline.presets import DEFAULT, PRESETS
 from lorq.pipeline.tables import solve_tables
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, walk
 from lorq.progress import OPEN, PASS, QUANTIZE, WRITE, Progress, no_progress
-from lorq.runtime.device import own_defaults, read_device
+from lorq.runtime.device import available_bytes, own_defaults, read_device
 from lorq.storage.atomic import require_space
 from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.config import FORMAT_VERSION
@@ -54,7 +54,7 @@ from lorq.version import __version__
 def quantize(
     model: str | Path,
     out: str | Path,
-    method: str | Method = "flrq",
+    method: str | Method | None = None,
     *,
     progress: Progress | None = None,
     executor: Executor | None = None,
@@ -69,7 +69,8 @@ def quantize(
     Args:
         model: a local Hugging Face folder, a hub id, or a GGUF file.
         out: the new folder.
-        method: a name of `lorq.METHODS`, or an instance with its settings, such as ``lorq.FLRQ(bits=3)``.
+        method: a name of `lorq.METHODS`, or an instance with its settings, such as ``lorq.FLRQ(bits=3)``; if left out,
+            that of ``lorq.preset()``, with its options.
         progress: called as ``progress(stage, done, total)``.
         executor: where layers are solved, such as a process pool; if left out, here and at once. Methods that fit a
             whole block run in the model and are always solved here.
@@ -84,6 +85,8 @@ def quantize(
     """
     started = time.monotonic()
     progress, executor = progress or no_progress, executor or SameProcess()
+    if method is None:
+        method, options = PRESETS[DEFAULT].method, PRESETS[DEFAULT].options | options
     chosen, solver = read_options(options), read_method(method)
     if chosen.calibration != SELF:
         check_text(chosen.calibration, "calibration")
@@ -96,7 +99,7 @@ def quantize(
     refuse_adapter(source)
     streamed = StreamedModel.open(source, device=read_device(chosen.device))
     whole = make_plan(streamed, solver, chosen)
-    plan = mixed(whole, streamed)
+    plan = levelled(whole, streamed)
     progress(OPEN, 1, 1)
     begun = chosen.resume and (out / JOURNAL).is_file()
     if begun:
@@ -107,7 +110,7 @@ def quantize(
     with nullcontext() if chosen.dry_run else owned(out):
         calibration = _calibration(plan, streamed, progress)
         whole = check_walk(streamed, whole, progress)
-        plan = mixed(whole, streamed)
+        plan = levelled(whole, streamed)
         check_activations(plan)
         if chosen.dry_run:
             if not looks_at_all(streamed):
@@ -144,7 +147,7 @@ def _chosen(
     And the gradients, where that took them.
     """
     if not whole.options.has_budget:
-        return mixed(whole, model), None
+        return whole, None
     dial = Dial.open(whole, model)
     if whole.options.resume and (folder / JOURNAL).is_file():
         return dial.met(Choice(**read_journal(folder / JOURNAL).identity["budget"])), None
@@ -235,13 +238,16 @@ def _solve(
 
 
 def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callable[[], Windows | None]:
-    """Calibration windows, if anything looks at inputs: those of a text are read at once, the model's own when called.
+    """`calibration_windows`, if anything looks at inputs."""
+    return calibration_windows(plan.options, model, progress) if _observes(plan) else lambda: None
+
+
+def calibration_windows(options: Options, model: StreamedModel, progress: Progress) -> Callable[[], Windows]:
+    """Calibration windows: those of a text are read at once, the model's own when called.
 
     So everything that can be refused is refused before gigabytes of weights are read.
     """
-    if not _observes(plan):
-        return lambda: None
-    options, folder, config = plan.options, model.checkpoint.folder, model.model.config
+    folder, config = model.checkpoint.folder, model.model.config
     if options.calibration != SELF:
         encoder = Encoder.open(folder, config, options.start_token)
         read = text_windows(options.calibration, encoder, samples=options.samples, seq_len=options.seq_len)
@@ -267,20 +273,12 @@ def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callab
 def _require_memory(model: StreamedModel) -> None:
     """The model writes text only if it fits in memory with room to spare."""
     parameters = sum(p.numel() for p in model.model.parameters())
-    available = _available_bytes()
+    available = available_bytes()
     if 4 * parameters > 0.7 * available:
         raise ValueError(
             f"calibration 'self' needs the whole model in memory ({4 * parameters / 1e9:.1f} GB in float32), "
             f"{available / 1e9:.1f} GB are free; name a text instead, such as --calibration FILE or wikitext2"
         )
-
-
-def _available_bytes(told: Path = Path("/proc/meminfo")) -> int:
-    """Memory that can be had: more than is free, since the system keeps files there that it can read again."""
-    try:
-        return 1024 * int(re.findall(r"^MemAvailable: *(\d+) kB", told.read_text(), re.M)[0])
-    except (OSError, IndexError):  # not Linux
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 # What is not known yet when a run that goes on is compared: of a text, and what a budget leads to.

@@ -134,4 +134,4 @@ def put_dense(weight: QuantizedWeight, resident: Tensor) -> None:
     """Put what a quantized table stands for where its weight is, strip by strip."""
     tensors, width = {name: t.to(resident.device) for name, t in weight.tensors().items()}, weight.shape[1]
     for index in torch.arange(len(resident), device=resident.device).split(strip_rows(width)):
-        resident[index[0] : index[-1] + 1] = weight.format.take(tensors, index, width).dense()
+        resident[index[0] : index[-1] + 1] = weight.format.decode_rows(tensors, index, width)

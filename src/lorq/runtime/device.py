@@ -1,7 +1,10 @@
-"""Devices and dtypes behind their names, and torch's defaults for them."""
+"""Devices and dtypes behind their names, torch's defaults for them, and how much memory there is."""
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -52,3 +55,11 @@ def read_dtype(name: str | torch.dtype, *, auto: bool = True) -> torch.dtype:
     if dtype is None:
         raise ValueError(f"dtype must be {'auto, ' if auto else ''}{', '.join(known)}, got {name!r}")
     return dtype
+
+
+def available_bytes(told: Path = Path("/proc/meminfo")) -> int:
+    """Memory that can be had: more than is free, since the system keeps files there that it can read again."""
+    try:
+        return 1024 * int(re.findall(r"^MemAvailable: *(\d+) kB", told.read_text(), re.M)[0])
+    except (OSError, IndexError):  # not Linux
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

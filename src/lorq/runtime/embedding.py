@@ -47,8 +47,7 @@ class QuantEmbedding(PackedWeight):
 
     def rows(self, index: Int64[Tensor, "count"]) -> Float[Tensor, "count in"]:
         """Some rows of the table, decoded."""
-        decoded = self.format.take(self.stored(), index, self.in_features)
-        return decoded.dense().to(self.own.weight.dtype)
+        return self.format.decode_rows(self.stored(), index, self.in_features).to(self.own.weight.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Embedding:
         """The original module with the dense table."""

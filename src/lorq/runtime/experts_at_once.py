@@ -96,10 +96,10 @@ def declines_at_once(
         return "inputs need gradients"
     for name in layers:
         first = layers[name][0]
-        # Without them experts may be of any kind, and read their common input each in an order of its own.
-        alike = name in tiled or all(isinstance(layer, QuantLinear) for layer in layers[name])
+        # Without shared factors experts may be of any kind, and read their common input each in an order of its own.
+        alike = all(isinstance(layer, QuantLinear) for layer in layers[name])
         if not alike or (name not in tiled and name != "down_proj" and first.format.permuted):
-            return f"{name} has no shared factors"
+            return f"{name} has {'layers that are not packed' if name in tiled else 'no shared factors'}"
         why = declines_experts(first.format, first.in_features, x.device, x.dtype, weights.numel() / len(layers[name]))
         if why is not None:
             return why

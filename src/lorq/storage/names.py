@@ -4,6 +4,9 @@ JOURNAL = "lorq_journal.jsonl"
 # The table of tokens and the head, as far as they are quantized.
 TABLES = "lorq-tables.safetensors"
 REPORT_NAME = "lorq_report.json"
+# Where an unfinished tuning is, of the whole model and of its blocks.
+TUNING = "lorq_tuning.safetensors"
+TUNED_BLOCKS = "lorq_tuned_blocks.safetensors"
 INDEX = "lorq.safetensors.index.json"
 # transformers only warns about a quant_method it does not know and then returns random weights. So config.json
 # names a weights file that does not exist, whose name says what to do; with lorq present, a hook (`lorq.runtime.hf`)

@@ -27,7 +27,7 @@ from lorq.storage.atomic import TEMPORARY, rename_synced, room_for, sha256_of, s
 from lorq.storage.journal import FinishedShard, append_line, differences, read_journal, write_journal
 from lorq.storage.json_files import json_bytes, name_below, plain_name, read_json, some_of
 from lorq.storage.lock import LOCK
-from lorq.storage.names import INDEX, JOURNAL
+from lorq.storage.names import INDEX, JOURNAL, TUNED_BLOCKS, TUNING
 from lorq.storage.out_folder import check_content, quant_method
 from lorq.storage.safetensors_file import read_header
 
@@ -207,7 +207,7 @@ def _remove_own_files(folder: Path) -> None:
     """Remove what lorq wrote; what marks the folder as lorq's goes last, so that a crash leaves the mark."""
     if (folder / JOURNAL).is_file():
         journal = read_journal(folder / JOURNAL)
-        own = [*(shard.name for shard in journal.shards), *journal.closing, JOURNAL]
+        own = [*(shard.name for shard in journal.shards), *journal.closing, TUNED_BLOCKS, TUNING, JOURNAL]
     else:
         own = []
         for index in sorted(folder.glob("*.index.json")):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from lorq.core.descent import Descent, block_loss, cpu_generator, layer_loss, minimise
+from lorq.core.descent import Descent, State, block_loss, cpu_generator, layer_loss, minimise
 from lorq.core.problem import BlockOutput
 from lorq.core.stats import StatsAccumulator, output_energy
 
@@ -205,3 +205,45 @@ def test_a_layers_loss_is_its_output_error(correlated, generator):
 def test_orders_are_drawn_on_the_cpu():
     generator = seeded()
     assert cpu_generator(generator) is generator
+
+
+# ---- going on ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 12, 20])
+def test_a_descent_that_goes_on_from_a_state_ends_with_the_same_bits(after, generator):
+    bottoms = torch.randn(5, 3, generator=generator)
+
+    def descend(**more):
+        p, q = leaf(1.0, -2.0, 0.5), leaf(0.1)
+        outcome = minimise(
+            [p, q], lambda w: ((p * q.exp() - bottoms[w]) ** 2).sum(-1).mean(), 5, Descent(20, 0.05, batch=2),
+            generator=seeded(3), units=[1.0, 0.5], **more,
+        )  # fmt: skip
+        return p.detach(), q.detach(), outcome
+
+    noted = []
+
+    def watch(state):
+        tensors = {kind: [tensor.clone() for tensor in own] for kind, own in state.tensors.items()}
+        noted.append(State(**vars(state) | {"tensors": tensors}))
+
+    *whole, outcome = descend(watch=watch)
+    assert [state.step for state in noted] == list(range(21))
+    *resumed, again = descend(state=noted[after])
+    assert again == outcome and all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_a_unit_multiplies_the_rate_of_its_parameter():
+    p, q = leaf(0.0), leaf(0.0)
+    minimise([p, q], lambda w: p.sum() + q.sum(), 1, Descent(10, 0.01), generator=seeded(), units=[1.0, 0.25])
+    assert_close(q.detach(), p.detach() / 4)
+
+
+def test_what_measures_best_is_kept_whatever_the_loss_says():
+    p = leaf(0.0)
+    outcome = minimise(
+        [p], lambda w: p.sum(), 1, Descent(10, 0.01), generator=seeded(), measure=lambda: abs(float(p.detach()) + 0.03)
+    )
+    assert outcome.step == 4 and outcome.start == pytest.approx(0.03)  # measured after 2, 4, 6, 8 and 10 steps
+    assert abs(float(p.detach()) + 0.03) == pytest.approx(outcome.best)

@@ -57,8 +57,10 @@ class CodesFormat(Protocol):
         """The codes behind stored tensors; the inverse of `Codes.tensors`."""
         ...
 
-    def take(self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int) -> "Codes":
-        """The codes of some rows alone, of a weight of width ``in_``, without a look at the others'."""
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        """What the codes of some rows alone stand for, of a weight of width ``in_``, without a look at the others'."""
         ...
 
     def plain(self, width: int) -> IntGrid:
@@ -84,6 +86,17 @@ class Codes(Protocol):
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors, by local name (docs/format.md); `CodesFormat.read` is the inverse."""
+        ...
+
+    def continuous(self) -> dict[str, Tensor]:
+        """Of `tensors` those that are numbers and no codes, which tuning may change: scales, entries of codebooks."""
+        ...
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "Codes":
+        """The same codes with other numbers for `continuous`, of any floating-point type.
+
+        What they `decode` to is differentiable in the numbers.
+        """
         ...
 
 

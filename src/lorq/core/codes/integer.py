@@ -1,7 +1,7 @@
 """Integer codes: equally spaced values, a scale (and a zero point) for each row and group of columns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -126,10 +126,12 @@ class IntGrid:
         codes = unpack(tensors["weight_packed"], self.bits, in_)
         return IntCodes(codes, tensors["weight_scale"], zero, self)
 
-    def take(self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int) -> "IntCodes":
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
         zero = None if self.symmetric else unpack_columns_at(tensors["weight_zero_point"], self.bits, index)
         codes = unpack(tensors["weight_packed"].index_select(0, index), self.bits, in_)
-        return IntCodes(codes, tensors["weight_scale"].index_select(0, index), zero, self)
+        return IntCodes(codes, tensors["weight_scale"].index_select(0, index), zero, self).decode()
 
     def plain(self, width: int) -> "IntGrid":
         return self
@@ -188,3 +190,10 @@ class IntCodes:
         if self.zero_point is not None:
             tensors["weight_zero_point"] = pack_columns(self.zero_point, self.format.bits)
         return tensors
+
+    def continuous(self) -> dict[str, Tensor]:
+        """The scales; zero points are whole numbers."""
+        return {"weight_scale": self.scale}
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "IntCodes":
+        return replace(self, scale=numbers["weight_scale"])

@@ -1,7 +1,7 @@
 """Level codes: positions in a fixed table of values, under a scale for each group or for each weight."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
@@ -150,10 +150,12 @@ class LevelFormat:
             scale = tensors["weight_scale"]
         return LevelCodes(unpack(tensors["weight_packed"], self.bits, in_), scale, self, tensors.get("levels"))
 
-    def take(self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int) -> "LevelCodes":
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
         of_rows = "weight_packed", "weight_scale", "scale_left"
         own = {name: t.index_select(0, index) if name in of_rows else t for name, t in tensors.items()}
-        return self.read(own, len(index), in_)
+        return self.read(own, len(index), in_).decode()
 
     def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: for a scale of low rank, the groups that its fit started from."""
@@ -210,3 +212,14 @@ class LevelCodes:
         if isinstance(self.scale, LowRankScale):
             return packed | {"scale_left": self.scale.left, "scale_right": self.scale.right}
         return packed | {"weight_scale": self.scale}
+
+    def continuous(self) -> dict[str, Tensor]:
+        """The scales, or their factors."""
+        if isinstance(self.scale, LowRankScale):
+            return {"scale_left": self.scale.left, "scale_right": self.scale.right}
+        return {"weight_scale": self.scale}
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "LevelCodes":
+        if isinstance(self.scale, LowRankScale):
+            return replace(self, scale=LowRankScale(numbers["scale_left"], numbers["scale_right"]))
+        return replace(self, scale=numbers["weight_scale"])

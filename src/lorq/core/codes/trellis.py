@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -37,9 +37,13 @@ def trellis_values(window: int, device: torch.device | str = "cpu") -> Float[Ten
         >>> trellis_values(4)[:3]
         tensor([-3.9844,  1.2188, -1.5547])
     """
-    product = torch.arange(2**window, device=device) * _MULTIPLIER
-    total = torch.stack([(product >> 8 * i) & 255 for i in range(4)]).sum(0)
-    return (total - 510).float() / 128
+    return _values_of(torch.arange(2**window, device=device, dtype=torch.int32))
+
+
+def _values_of(windows: Int32[Tensor, "*shape"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    product = windows * (_MULTIPLIER - 2**32)  # of 32 bits, and so are the products
+    total = (product & 255) + (product >> 8 & 255) + (product >> 16 & 255) + (product >> 24 & 255)
+    return (total - 510).to(dtype) / 128
 
 
 # Their standard deviation, that of the sum of four bytes over 128.
@@ -66,7 +70,7 @@ class TrellisGrid:
     length: int
 
     kind: ClassVar[str] = "trellis"
-    operator: ClassVar[str | None] = None
+    operator: ClassVar[str | None] = "trellis_linear"
 
     @classmethod
     def of(cls, out: int, bits: int, window: int) -> "TrellisGrid":
@@ -116,8 +120,10 @@ class TrellisGrid:
     def read(self, tensors: Mapping[str, Tensor], out: int, in_: int) -> "TrellisCodes":
         return TrellisCodes(tensors["weight_packed"], tensors["weight_scale"], self)
 
-    def take(self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int) -> "TrellisRows":
-        """The rows' windows reach into the tile before; nothing else is read."""
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
+        # Windows reach into the tile before; nothing else is read.
         tile, sequence = index // TILE, self.length // TILE
         before = tile - tile % sequence + (tile - 1) % sequence
         words = torch.stack([tensors["weight_packed"][before, -1], *tensors["weight_packed"][tile].unbind(1)], 1)
@@ -126,7 +132,8 @@ class TrellisGrid:
         pick = first.view(-1, 1, 1).expand(-1, 1, in_)
         upper, lower = (words.gather(1, pick + i).squeeze(1).long() & 0xFFFF for i in (0, 1))
         windows = ((upper << 16) | lower) >> (16 * (first + 1) - end).unsqueeze(1)
-        return TrellisRows(windows & (2**self.window - 1), tensors["weight_scale"].index_select(0, index), self)
+        values = trellis_values(self.window, windows.device)[windows & (2**self.window - 1)]
+        return values * tensors["weight_scale"].index_select(0, index).float()
 
     def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: single weights of as many bits, a range for each row."""
@@ -161,33 +168,20 @@ class TrellisCodes:
 
     def values(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The values of the windows, without their scales."""
-        g, table = self.format, trellis_values(self.format.window, self.packed.device).to(dtype)
-        values = torch.stack([table[w] for w in stream_windows(self.packed, g.bits, g.window, g.length)], 1)
+        g = self.format
+        windows = stream_windows(self.packed, g.bits, g.window, g.length)
+        values = torch.stack([_values_of(w, dtype) for w in windows], 1)
         return values.flatten(0, 1)[: self.shape[0]]
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight_packed": self.packed, "weight_scale": self.scale}
 
+    def continuous(self) -> dict[str, Tensor]:
+        """The scales of the rows."""
+        return {"weight_scale": self.scale}
 
-@dataclass(frozen=True)
-class TrellisRows:
-    """Single rows of trellis codes: windows that are cut out of their streams, which cannot be stored by themselves."""
-
-    windows: Int64[Tensor, "out in"]
-    scale: Float[Tensor, "out 1"]
-    format: TrellisGrid
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.windows.shape[0], self.windows.shape[1]
-
-    def decode(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
-        """``scale * value(window)``."""
-        table = trellis_values(self.format.window, self.windows.device).to(dtype)
-        return table[self.windows] * self.scale.to(dtype)
-
-    def tensors(self) -> dict[str, Tensor]:
-        raise TypeError(f"rows of trellis codes have no streams to store, got {self.shape[0]} rows")
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "TrellisCodes":
+        return replace(self, scale=numbers["weight_scale"])
 
 
 def pack_streams(codes: UInt8[Tensor, "rows in"], bits: int) -> Int16[Tensor, "tiles {bits} in"]:

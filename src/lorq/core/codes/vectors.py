@@ -86,11 +86,13 @@ class VectorGrid:
         book = Codebook(tensors["codebook"], tensors["codebook_scale"])
         return VectorCodes(codes, tensors["weight_scale"], book, self)
 
-    def take(self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int) -> "VectorCodes":
+    def decode_rows(
+        self, tensors: Mapping[str, Tensor], index: Int64[Tensor, "count"], in_: int
+    ) -> Float[Tensor, "count in"]:
         tiles = index // self.rows  # each row gets codebooks of its own
         own = {name: tensors[name].index_select(0, index) for name in ("weight_packed", "weight_scale")}
         own |= {name: tensors[name].index_select(0, tiles) for name in ("codebook", "codebook_scale")}
-        return replace(self, rows=1).read(own, len(index), in_)
+        return replace(self, rows=1).read(own, len(index), in_).decode()
 
     def plain(self, width: int) -> IntGrid:
         """What plain rounding to nearest would use: single weights of as many bits, a range for each group."""
@@ -99,9 +101,14 @@ class VectorGrid:
 
 @dataclass(frozen=True)
 class Codebook:
-    """The codebooks of a weight: entry ``k`` of tile ``(r, c)`` is ``entries[r, c, k] * scale[r, c]``."""
+    """The codebooks of a weight: entry ``k`` of tile ``(r, c)`` is ``entries[r, c, k] * scale[r, c]``.
 
-    entries: Int8[Tensor, "row_tiles column_tiles entries vector"]
+    Entries are int8 where they are stored.
+    """
+
+    entries: (
+        Int8[Tensor, "row_tiles column_tiles entries vector"] | Float[Tensor, "row_tiles column_tiles entries vector"]
+    )
     scale: Float[Tensor, "row_tiles column_tiles"]
 
     def values(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "row_tiles column_tiles entries vector"]:
@@ -153,3 +160,12 @@ class VectorCodes:
             "codebook": self.codebook.entries,
             "codebook_scale": self.codebook.scale,
         }
+
+    def continuous(self) -> dict[str, Tensor]:
+        """The codebooks' entries, and the scales of rows and of codebooks."""
+        book = self.codebook
+        return {"weight_scale": self.scale, "codebook": book.entries, "codebook_scale": book.scale}
+
+    def refitted(self, numbers: Mapping[str, Tensor]) -> "VectorCodes":
+        book = Codebook(numbers["codebook"], numbers["codebook_scale"])
+        return replace(self, scale=numbers["weight_scale"], codebook=book)
