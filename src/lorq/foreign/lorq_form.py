@@ -107,7 +107,7 @@ def write_lorq(done: Compensated, folder: Path, report: Report) -> Report:
         "transformers_weights": SENTINEL,
         "quantization_config": {
             "quant_method": "lorq", "format_version": FORMAT_VERSION, "lorq_version": __version__,
-            "method": report.method, "settings": report.settings, "tiles": {}, "inputs": done.inputs,
+            "method": report.method, "settings": report.settings, "tiles": {}, "inputs": done.inputs, "embeddings": {},
             "layers": {name: format for record in records for name, format in record["formats"].items()},
         },
     }  # fmt: skip
