@@ -77,6 +77,7 @@ inline void multiply_block(int pieces, const Weight& w, const Tables& t, Planes&
         if (w.bits == 2) return whole_block<2>(pieces, w, p, row, count, scratch, y);
         if (w.bits == 3) return whole_block<3>(pieces, w, p, row, count, scratch, y);
         if (w.bits == 4) return whole_block<4>(pieces, w, p, row, count, scratch, y);
+        if (w.bits == 6) return whole_block<6>(pieces, w, p, row, count, scratch, y);
         return whole_block<8>(pieces, w, p, row, count, scratch, y);
     }
     if (w.scale_rank) multiply_scaled_rows(w, t, p.mixed, row, count, scratch, y);

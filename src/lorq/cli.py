@@ -25,6 +25,7 @@ import lorq
 from lorq.adapt.folder import check_trainable, read_adapter_config
 from lorq.adapt.settings import Settings
 from lorq.bench.commands import bench_app
+from lorq.compensation import compensate
 from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, READ, no_progress
@@ -57,13 +58,16 @@ app = cyclopts.App(
 app.command(bench_app)
 
 
-def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[str, ...] = ()) -> Callable[..., None]:
+def _quantize_command(
+    settings: Any = None, options: Any = None, methods: tuple[str, ...] = (), presets: tuple[str, ...] = ()
+) -> Callable[..., None]:
     """The quantize command with one method's settings and the run's options as flags; without them, what lists show."""
 
     def quantize(
         model: str,
         out: Path,
         *,
+        preset: str = "balanced",
         method: str = "flrq",
         settings: Any = settings,
         options: Any = options,
@@ -75,7 +79,9 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
         Args:
             model: a Hugging Face folder, a hub id, or a GGUF file.
             out: the new folder.
-            method: how; `lorq quantize --method NAME --help` lists a method's own settings.
+            preset: settings by what they cost, fast, balanced or best; `lorq quantize --preset NAME --help` shows them.
+            method: how, with the method's own defaults in place of a preset's; `lorq quantize --method NAME --help`
+                lists its settings.
             tune: then tune it for so many steps on the calibration's windows, as `lorq tune` does.
             json_: print the report as one JSON object.
         """
@@ -91,6 +97,7 @@ def _quantize_command(settings: Any = None, options: Any = None, methods: tuple[
 
     if methods:
         quantize.__annotations__ |= {
+            "preset": Literal[presets],  # type: ignore[valid-type]
             "method": Literal[methods],  # type: ignore[valid-type]
             "settings": Annotated[type(settings), Parameter(name="*")],
             "options": Annotated[type(options), Parameter(name="*")],
@@ -109,6 +116,7 @@ tune = command(lorq.tune, print_tuned, json="print the report as one JSON object
 app.command(evaluate, name="evaluate")
 app.command(generate, name="generate")
 app.command(tune, name="tune")
+app.command(compensate)
 
 
 @app.command
@@ -265,11 +273,11 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     console.print(f"1. Quantize {source.name} to {bits} bits", style="bold")
     with progress_bars() as progress:
         progress(IMPORT, 0, 1)
-        flrq = lorq.FLRQ(bits=bits, group_size=64)  # which divides this model's widths, 576 and 1536
+        chosen = lorq.preset(bits=bits, samples=samples, seq_len=512)
         progress(IMPORT, 1, 1)
         report = lorq.quantize(
-            source, folder, flrq, samples=samples, seq_len=512, resume=unfinished,
-            overwrite=folder.exists() and not unfinished, progress=progress,
+            source, folder, **chosen, progress=progress, resume=unfinished,
+            overwrite=folder.exists() and not unfinished,
         )  # fmt: skip
     print_summary(report, folder)
     console.print("2. Measure against the original, on Python's documentation", style="bold")
@@ -339,16 +347,25 @@ def _run(arguments: list[str]) -> None:
             progress(IMPORT, 0, 1)
             from lorq.methods import METHODS  # and with it torch, for which nothing else here waits
             from lorq.pipeline.options import Options
+            from lorq.pipeline.presets import DEFAULT, PRESETS
 
             progress(IMPORT, 1, 1)
+        if given(arguments, "--method") is None:
+            name = given(arguments, "--preset") or DEFAULT
+            flags = PRESETS[name].flags() if name in PRESETS else {}
+            if flags and not {"--help", "-h"} & set(arguments):
+                notes.print(f"preset {name}: {' '.join(map(' '.join, flags.items()))}")
+            arguments = arguments + [
+                word for pair in flags.items() if given(arguments, pair[0]) is None for word in pair
+            ]
         kind = METHODS.get(given(arguments, "--method") or "flrq", METHODS["flrq"])
         del app["quantize"]
-        app.command(_quantize_command(kind(), Options(), tuple(METHODS)))
+        app.command(_quantize_command(kind(), Options(), tuple(METHODS), tuple(PRESETS)))
     chosen, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     for name in ("text", "evaluation", "calibration"):
         if (text := bound.arguments.get(name)) not in (None, SELF):
             check_text(text, name)
-    for name in ("model", "reference"):
+    for name in ("model", "reference", "original", "quantized"):
         if (model := bound.arguments.get(name)) is not None:
             check_place(model)
             if not full_path(model).exists():  # on the hub

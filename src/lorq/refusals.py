@@ -23,8 +23,8 @@ _HUB_SECONDS = 5
 _SWITCHES = ("--dry-run", "--resume", "--overwrite", "--json", "--router-weights", "--symmetric", "--fused-alike")
 _VALUED = (
     "--method", "--bits", "--group-size", "--calibration", "--samples", "--seq-len", "--start-token", "--seed",
-    "--device", "--activations", "--exclude", "--override", "--average-bits", "--wide-bits",
-    "--bits-per-weight", "--size", "--token-weights", "--tune",
+    "--device", "--activations", "--exclude", "--override", "--bits-per-weight", "--size", "--token-weights", "--tune",
+    "--preset",
 )  # fmt: skip
 
 
@@ -53,6 +53,10 @@ def check_early(arguments: list[str]) -> None:
             check_out(out)
     if (method := given(arguments, "--method")) is not None:
         check_name("method", method, _method_names())
+        if preset := given(arguments, "--preset"):
+            raise ValueError(
+                f"a preset is a method with its settings, got preset {preset} and method {method}; keep one of them"
+            )
     if (text := given(arguments, "--calibration")) not in (None, SELF):
         check_text(text, "calibration")
 

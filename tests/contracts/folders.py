@@ -47,7 +47,7 @@ CASES = {
     "llama nearest normal-float": ("llama", "nearest", {"bits": 2, "grid": "normal-float"}, {"calibration": "self"}),
     "llama overrides": (
         "llama", "gptq", {"bits": 2},
-        {"average_bits": 2.5, "exclude": ("o_proj",), "override": ("down_proj:bits=8",), "seed": 1},
+        {"exclude": ("o_proj",), "override": ("down_proj:bits=8",), "seed": 1},
     ),
     "llama 8 bits tensor": ("llama", "gptq", {"group_size": -1}, {"activations": "tensor", "smoothing": 0.5}),
     "llama 8 bits token": ("llama", "lopro", {"rank": 0}, {"activations": "token", "kv_cache": "token"}),
@@ -134,7 +134,19 @@ def help_text() -> str:
     import lorq
     from lorq.cli import main
 
-    commands = ["", "evaluate", "inspect", "generate", "tune", "adapt", "merge", "families", "demo", "bench"]
+    commands = [
+        "",
+        "evaluate",
+        "inspect",
+        "generate",
+        "tune",
+        "adapt",
+        "merge",
+        "compensate",
+        "families",
+        "demo",
+        "bench",
+    ]
     commands += [f"bench {name}" for name in ("sketch", "experts", "decode", "adapt", "quantize")]
     commands += [f"quantize --method {name}" for name in lorq.METHODS]
     printed = []

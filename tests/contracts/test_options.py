@@ -90,6 +90,7 @@ def test_a_setting_that_is_only_checked_counts_as_unread(tmp_path):
 
 # The functions that commands are, by file; those that are commands by `lorq.show.command` have its flags.
 COMMANDS = {
+    "compensation.py": {"compensate"},
     "evaluation.py": {"evaluate"},
     "generation.py": {"generate"},
     "tuning.py": {"tune"},
@@ -113,7 +114,9 @@ def uses(node: ast.AST) -> Iterator[str]:
 def unused(function: ast.FunctionDef) -> set[str]:
     """Parameters of a function that it only checks, or not even that."""
     names = {argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)}
-    return names - {name for line in function.body for name in uses(line)} - {"method"}  # which chose the settings
+    return (
+        names - {name for line in function.body for name in uses(line)} - {"method", "preset"}
+    )  # which chose the settings
 
 
 @pytest.mark.parametrize("file", COMMANDS)

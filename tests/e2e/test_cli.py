@@ -23,7 +23,20 @@ from lorq.storage import writer
 
 SMALL = ["--samples", "4", "--seq-len", "32"]
 NEAREST = ["--method", "nearest", "--group-size", "32"]
-FLRQ = ["--bits", "3", "--group-size", "32", "--rounding", "nearest", "--epochs", "0", "--min-gain", "0"]
+FLRQ = [
+    "--method",
+    "flrq",
+    "--bits",
+    "3",
+    "--group-size",
+    "32",
+    "--rounding",
+    "nearest",
+    "--epochs",
+    "0",
+    "--min-gain",
+    "0",
+]
 LAYERS = [
     f"model.layers.{i}.{name}"
     for i in range(2)

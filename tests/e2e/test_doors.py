@@ -242,7 +242,7 @@ def test_what_is_known_before_torch_is_what_is_so():
     from lorq.pipeline.options import Options
 
     assert _method_names() == list(lorq.METHODS)
-    defaults = vars(Options()) | {"method": "", "json": False}
+    defaults = vars(Options()) | {"method": "", "preset": "", "tune": 0, "json": False}
     for kind in lorq.METHODS.values():
         defaults |= vars(kind())
     flags = {f"--{name.replace('_', '-')}": isinstance(value, bool) for name, value in defaults.items()}

@@ -234,14 +234,12 @@ def test_a_forked_child_quantizes_as_its_parent_did(folder_of, tmp_path):
     assert folder_digests(tmp_path / "child") == folder_digests(tmp_path / "parent")
 
 
-def test_the_average_width_counts_the_layers_that_are_left(tmp_path):
+def test_a_budget_counts_the_layers_that_are_left(tmp_path, run):
     """BART's attention to an encoder is not called when its decoder runs alone."""
     families.build("bart", "BartForCausalLM", tmp_path / "model")
-    method, options = lorq.Nearest(bits=2, group_size=16), {"average_bits": 2.3, "wide_bits": 4}
-    layers = lorq.quantize(tmp_path / "model", tmp_path / "out", method, **options).layers
-    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
-    average = sum(layer.bits * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
-    assert 2 < average <= 2.3
+    method, options = lorq.Nearest(group_size=16), run | {"token_weights": "gradient", "bits_per_weight": 4.0}
+    report = lorq.quantize(tmp_path / "model", tmp_path / "out", method, **options)
+    assert 3.6 < report.bits_per_weight <= 4.0 and len({layer.bits for layer in report.layers}) > 1
 
 
 # ---- walks ------------------------------------------------------------------------------------------------

@@ -160,7 +160,7 @@ int main() {
     for (int threads : {1, 3})
         for (const auto& [bits, vector] : {std::pair{4, 1}, std::pair{3, 1}, std::pair{2, 4}}) check_experts(bits, vector, threads);
     const int64_t shapes[][3] = {{1, 64, 32}, {7, 96, 32}, {5, 576, 64}, {17, 128, 128}, {33, 64, 64}, {3, 160, 32}, {18, 256, 128}};
-    for (int bits : {2, 3, 4, 8})
+    for (int bits : {2, 3, 4, 6, 8})
         for (const auto& [out, in, group] : shapes)
             for (bool symmetric : {false, true})
                 for (int threads : {1, 3}) {

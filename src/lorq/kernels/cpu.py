@@ -30,7 +30,7 @@ TYPES = {
     torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4, torch.float8_e4m3fn: 5,
 }  # fmt: skip
 # Columns whose codes lie in one lane (native/inputs.hpp).
-_LANE = {2: 16, 3: 8, 4: 8, 8: 4}
+_LANE = {2: 16, 3: 8, 4: 8, 6: 4, 8: 4}
 # Tokens whose inputs are prepared at once.
 _MOST_AT_ONCE = 64
 # Bytes of a decoded strip: short ones make torch's product slow, long ones leave the cache before it.
@@ -132,7 +132,7 @@ def declines_format(f: LayerFormat, in_features: int) -> str | None:
             return f"codes of {c.bits} bits for {c.vector} weights have no kernel"
         run = {"a codebook": c.codebook_columns, "a group": c.group_size}
         return next((f"{what} of {n} columns is no multiple of 8" for what, n in run.items() if n % 8), None)
-    if c.bits not in _LANE or (c.bits == 8 and not c.whole_numbers):
+    if c.bits not in _LANE or (c.bits > 4 and not c.whole_numbers):
         return f"{c.levels} codes of {c.bits} bits have no kernel"
     if c.scale_rank:
         return None if in_features % 8 == 0 else f"the width {in_features} is no multiple of 8"

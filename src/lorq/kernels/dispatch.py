@@ -26,7 +26,7 @@ from lorq.kernels.reference_trellis import trellis_linear
 
 @dataclass(frozen=True)
 class Operator:
-    """What multiplies by codes of some kinds as they are stored (`lorq.core.codes.CodesFormat.operator`).
+    """What multiplies by codes of some kinds as they are stored, by the name that their format gives as ``operator``.
 
     Attributes:
         call: of an input, the tensors and the numbers.

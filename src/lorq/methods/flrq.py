@@ -108,7 +108,7 @@ class FLRQ:
     @property
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """Each width without factors and with a few."""
-        return {"bits": WIDTHS[self.codebook], "budget": (0.0, 0.03)}
+        return {"bits": WIDTHS[self.codebook], "budget": tuple(dict.fromkeys((0.0, min(self.budget, 0.03))))}
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """Each weight by itself: its low rank, its codes, in turns."""

@@ -11,7 +11,7 @@ from lorq.core.knapsack import Candidate, choose
 from lorq.methods import Method, choices_of
 from lorq.models.blocks import StreamedModel, Target
 from lorq.pipeline.options import read_size
-from lorq.pipeline.plan import Plan, estimate, mix_widths, some
+from lorq.pipeline.plan import Plan, estimate, some
 
 # A safetensors header takes so much of a tensor beside its name, and of a file beside its tensors.
 _ENTRY_BYTES, _FILE_BYTES = 96, 64
@@ -124,9 +124,9 @@ class Dial:
         return replace(self.plan, layers=layers)
 
 
-def mixed(plan: Plan, model: StreamedModel) -> Plan:
-    """The plan with the widths that its options ask for; with a budget, about so."""
-    return Dial.open(plan, model).level() if plan.options.has_budget else mix_widths(plan)
+def levelled(plan: Plan, model: StreamedModel) -> Plan:
+    """`Dial.level`, where there is a budget."""
+    return Dial.open(plan, model).level() if plan.options.has_budget else plan
 
 
 def _sizes_with(

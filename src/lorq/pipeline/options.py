@@ -39,10 +39,6 @@ class Options:
         kv_cache: "token" rounds keys and values to 8 bits, on each token's own range.
         exclude: regular expressions; layers whose name one of them matches stay as they are.
         override: "REGEX:key=value"; matching layers get another setting of the method.
-        average_bits: code bits on average, such as 2.25: as many layers as that allows get ``wide_bits`` in place of
-            the method's bits; 0 for one width. Layers whose bits are overridden are not counted.
-        wide_bits: see there.
-        wide_layers: which layers are made wider, those of the "first" or of the "last" blocks.
         embeddings: bits of the table that tokens are looked up in, 2 to 8; 0 leaves it as it is. Rounded to nearest,
             row by row, but where it is the head too.
         head: bits of the layer that makes the logits, 2 to 8; 0 leaves it as it is. Rounded with error feedback, under
@@ -75,9 +71,6 @@ class Options:
     kv_cache: Literal["none", "token"] = "none"
     exclude: tuple[str, ...] = ()
     override: tuple[str, ...] = ()
-    average_bits: Annotated[float, Range(0, 8)] = 0.0
-    wide_bits: Annotated[int, Range(2, 8)] = 4
-    wide_layers: Literal["first", "last"] = "first"
     embeddings: Annotated[int, Range(0, 8)] = 0
     head: Annotated[int, Range(0, 8)] = 0
     table_group_size: Annotated[int, Range(1, minus_one="one group per row")] = 64
@@ -134,10 +127,10 @@ def read_options(options: dict[str, Any]) -> Options:
 
 def _check_budget(options: Options) -> None:
     """Refuse to ask for one thing twice, or in a way that means nothing."""
-    given = [name for name in ("bits_per_weight", "size", "average_bits") if getattr(options, name)]
+    given = [name for name in ("bits_per_weight", "size") if getattr(options, name)]
     if len(given) > 1:
         told = " and ".join(f"{name} {getattr(options, name)}" for name in given)
-        raise ValueError(f"bits_per_weight, size and average_bits are ways to ask for the same, got {told}; keep one")
+        raise ValueError(f"bits_per_weight and size are two ways to ask for the same, got {told}; keep one")
     if options.size:
         read_size(options.size)
     for name in ("widths", "fused_alike"):

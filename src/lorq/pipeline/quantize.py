@@ -23,13 +23,14 @@ from lorq.models.windows import Encoder, Windows, text_windows
 from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
-from lorq.pipeline.dial import Choice, Dial, mixed
+from lorq.pipeline.dial import Choice, Dial, levelled
 from lorq.pipeline.gradients import token_gradients
 from lorq.pipeline.observe import TokenGradients
 from lorq.pipeline.one_block import solve_block
-from lorq.pipeline.options import read_method, read_options
+from lorq.pipeline.options import Options, read_method, read_options
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
 from lorq.pipeline.predict import predict
+from lorq.pipeline.presets import DEFAULT, PRESETS
 from lorq.pipeline.tables import solve_tables
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
@@ -53,7 +54,7 @@ from lorq.version import __version__
 def quantize(
     model: str | Path,
     out: str | Path,
-    method: str | Method = "flrq",
+    method: str | Method | None = None,
     *,
     progress: Progress | None = None,
     executor: Executor | None = None,
@@ -68,7 +69,8 @@ def quantize(
     Args:
         model: a local Hugging Face folder, a hub id, or a GGUF file.
         out: the new folder.
-        method: a name of `lorq.METHODS`, or an instance with its settings, such as ``lorq.FLRQ(bits=3)``.
+        method: a name of `lorq.METHODS`, or an instance with its settings, such as ``lorq.FLRQ(bits=3)``; if left out,
+            that of ``lorq.preset()``, with its options.
         progress: called as ``progress(stage, done, total)``.
         executor: where layers are solved, such as a process pool; if left out, here and at once. Methods that fit a
             whole block run in the model and are always solved here.
@@ -83,6 +85,8 @@ def quantize(
     """
     started = time.monotonic()
     progress, executor = progress or no_progress, executor or SameProcess()
+    if method is None:
+        method, options = PRESETS[DEFAULT].method, PRESETS[DEFAULT].options | options
     chosen, solver = read_options(options), read_method(method)
     if chosen.calibration != SELF:
         check_text(chosen.calibration, "calibration")
@@ -95,7 +99,7 @@ def quantize(
     refuse_adapter(source)
     streamed = StreamedModel.open(source, device=read_device(chosen.device))
     whole = make_plan(streamed, solver, chosen)
-    plan = mixed(whole, streamed)
+    plan = levelled(whole, streamed)
     progress(OPEN, 1, 1)
     begun = chosen.resume and (out / JOURNAL).is_file()
     if begun:
@@ -106,7 +110,7 @@ def quantize(
     with nullcontext() if chosen.dry_run else owned(out):
         calibration = _calibration(plan, streamed, progress)
         whole = check_walk(streamed, whole, progress)
-        plan = mixed(whole, streamed)
+        plan = levelled(whole, streamed)
         check_activations(plan)
         if chosen.dry_run:
             if not looks_at_all(streamed):
@@ -143,7 +147,7 @@ def _chosen(
     And the gradients, where that took them.
     """
     if not whole.options.has_budget:
-        return mixed(whole, model), None
+        return whole, None
     dial = Dial.open(whole, model)
     if whole.options.resume and (folder / JOURNAL).is_file():
         return dial.met(Choice(**read_journal(folder / JOURNAL).identity["budget"])), None
@@ -234,13 +238,16 @@ def _solve(
 
 
 def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callable[[], Windows | None]:
-    """Calibration windows, if anything looks at inputs: those of a text are read at once, the model's own when called.
+    """`calibration_windows`, if anything looks at inputs."""
+    return calibration_windows(plan.options, model, progress) if _observes(plan) else lambda: None
+
+
+def calibration_windows(options: Options, model: StreamedModel, progress: Progress) -> Callable[[], Windows]:
+    """Calibration windows: those of a text are read at once, the model's own when called.
 
     So everything that can be refused is refused before gigabytes of weights are read.
     """
-    if not _observes(plan):
-        return lambda: None
-    options, folder, config = plan.options, model.checkpoint.folder, model.model.config
+    folder, config = model.checkpoint.folder, model.model.config
     if options.calibration != SELF:
         encoder = Encoder.open(folder, config, options.start_token)
         read = text_windows(options.calibration, encoder, samples=options.samples, seq_len=options.seq_len)

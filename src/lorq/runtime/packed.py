@@ -52,8 +52,8 @@ class PackedWeight(nn.Module):
             # Whole numbers have no gradient to give.
             learns = z.requires_grad and torch.is_grad_enabled()
             if not learns and declines_format(self.format, self.in_features, z.device, z.dtype) is None:
-                codes = self.weight_packed, self.weight_scale, self.weight_zero_point
-                return int8_linear(z, *codes, *grid, self.format.bits)
+                whole = self.weight_packed, self.weight_scale, self.weight_zero_point
+                return int8_linear(z, *whole, *grid, self.format.bits)
             z = fake_quantize(z, *grid)
         codes = self.format.codes
         if codes.operator is None:

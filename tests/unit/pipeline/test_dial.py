@@ -164,7 +164,6 @@ def test_settings_that_fit_no_layer_are_refused(models):
             {"bits_per_weight": 3.0, "size": "1GB"},
             "bits_per_weight 3.0 and size 1GB; keep",
         ),
-        ({"bits_per_weight": 3.0, "average_bits": 3.5}, "bits_per_weight 3.0 and average_bits 3.5; keep one"),
         ({"size": "4.2"}, "number of KB, MB or GB .* got '4.2'"),
         ({"widths": (2, 9), "bits_per_weight": 3.0}, r"whole numbers from 1 to 8, got \(2, 9\)"),
         ({"widths": (2, 3)}, "widths goes with a budget, got none"),

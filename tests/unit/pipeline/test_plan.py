@@ -13,7 +13,7 @@ import lorq
 from lorq.models.blocks import StreamedModel
 from lorq.pipeline.check_weights import check_kinds, check_weights
 from lorq.pipeline.options import Options
-from lorq.pipeline.plan import Plan, estimate, make_plan, mix_widths
+from lorq.pipeline.plan import Plan, estimate, make_plan
 from lorq.runtime.device import available_bytes
 
 
@@ -25,10 +25,10 @@ def models(folder_of):
 @pytest.mark.parametrize("name", lorq.METHODS)
 def test_a_plan_goes_through_json_and_is_the_same(name, models):
     method = lorq.METHODS[name](**{"group_size": 32} if name != "lrq-paper" else {})
-    options = Options(exclude=("o_proj",), override=("down_proj:bits=8",), average_bits=method.bits + 0.5, wide_bits=8)
+    options = Options(exclude=("o_proj",), override=("down_proj:bits=8",))
     if method.bits == 2 or name == "lords-paper":
         options = Options(exclude=("o_proj",), smoothing=0.25, activations="token")
-    plan = mix_widths(make_plan(models["mixtral"], method, options))
+    plan = make_plan(models["mixtral"], method, options)
     again = Plan.from_dict(json.loads(json.dumps(plan.as_dict())))
     assert again == plan and list(again.jobs()) == list(plan.jobs())
     assert (again.name, again.stream, list(again.excluded)) == (name, plan.stream, list(plan.excluded))

@@ -1,0 +1,67 @@
+"""Presets: methods with their settings, and options of a run, by what they cost."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args
+
+from lorq.core.checks import check_name
+from lorq.methods import FLRQ, Method
+from lorq.pipeline.options import Options, method_name
+
+PresetName = Literal["fast", "balanced", "best"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What stands in for the defaults of a method and of a run.
+
+    Attributes:
+        method: with its settings.
+        options: those fields of `Options` that are others than their defaults.
+    """
+
+    method: Method
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def flags(self) -> dict[str, str]:
+        """The flags of `lorq quantize` that ask for the same, with their values."""
+        changed = {key: value for key, value in vars(self.method).items() if value != getattr(type(self.method)(), key)}
+        given = {"method": method_name(self.method)} | changed | self.options
+        return {f"--{key.replace('_', '-')}": str(value) for key, value in given.items()}
+
+
+# What each costs and reaches is in docs/results.md.
+PRESETS: dict[str, Preset] = {
+    "fast": Preset(FLRQ(codebook="trellis", window=10, budget=0.0, epochs=0)),
+    "balanced": Preset(FLRQ(codebook="trellis", budget=0.0, epochs=0), {"token_weights": "gradient"}),
+    "best": Preset(FLRQ(codebook="trellis", window=14, budget=0.0, epochs=0), {"token_weights": "gradient"}),
+}
+DEFAULT: PresetName = "balanced"
+assert set(PRESETS) == set(get_args(PresetName))
+
+
+def preset(name: str = DEFAULT, **changes: Any) -> dict[str, Any]:
+    """Arguments of `lorq.quantize` by what they cost, such as ``lorq.quantize(model, out, **lorq.preset("best"))``.
+
+    Args:
+        name: "fast" takes no longer than GPTQ, "balanced" weighs tokens and outputs by the model's own gradients too,
+            "best" searches longer.
+        **changes: settings of the preset's method and options of the run, such as ``bits=3``.
+
+    Raises:
+        ValueError: for an unknown name, or a value out of range.
+        TypeError: for what is neither a setting nor an option.
+
+    Example:
+        >>> preset("balanced", bits=3, samples=16)["method"].bits
+        3
+    """
+    check_name("preset", name, PRESETS)
+    chosen = PRESETS[name]
+    settings, options = ({f.name for f in fields(kind)} for kind in (chosen.method, Options))  # type: ignore[arg-type]
+    if unknown := sorted(set(changes) - settings - options):
+        raise TypeError(
+            f"a preset takes settings of {method_name(chosen.method)} and options, got {', '.join(unknown)}"
+        )
+    own = {key: value for key, value in changes.items() if key in settings}
+    rest = {key: value for key, value in changes.items() if key in options}
+    return {"method": replace(chosen.method, **own), **chosen.options, **rest}  # type: ignore[type-var]

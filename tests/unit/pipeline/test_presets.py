@@ -1,0 +1,52 @@
+"""Presets: the command and Python mean the same by a name, and what a user says goes before it."""
+
+import json
+
+import pytest
+from helpers import tiny_folder
+
+import lorq
+from lorq.cli import main
+from lorq.pipeline.presets import DEFAULT, PRESETS, preset
+
+RUN = {"samples": 2, "seq_len": 32}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("presets") / "llama", "llama")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_command_means_by_a_preset_what_python_does(name, source, text_file, tmp_path, capsys):
+    words = ["--preset", name, "--bits", "3", "--samples", "2", "--seq-len", "32", "--calibration", str(text_file)]
+    assert main(["quantize", str(source), str(tmp_path / "command"), *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    given = preset(name, bits=3, calibration=str(text_file), **RUN)
+    report = lorq.quantize(source, tmp_path / "python", **given)
+    assert told["settings"] == report.settings and report.settings["codebook"] == "trellis"
+    assert told["run"] == json.loads(json.dumps(report.run)) and told["checksums"] == report.checksums
+
+
+def test_without_a_method_python_takes_the_default_preset(source, text_file, tmp_path):
+    report = lorq.quantize(source, tmp_path / "out", calibration=text_file, **RUN)
+    assert report.settings == vars(PRESETS[DEFAULT].method) and report.run["token_weights"] == "gradient"
+
+
+def test_what_is_said_goes_before_the_preset():
+    given = preset("best", bits=2, window=12, token_weights="equal")
+    assert (given["method"].bits, given["method"].window, given["token_weights"]) == (2, 12, "equal")
+    with pytest.raises(ValueError, match="window must be between 8 and 16, got 17"):
+        preset("best", window=17)
+    with pytest.raises(TypeError, match="settings of flrq and options, got widows"):
+        preset("best", widows=12)
+    with pytest.raises(
+        ValueError, match=r"preset must be one of fast, balanced, best, got 'bset'; did you mean best\?"
+    ):
+        preset("bset")
+
+
+def test_a_preset_and_a_method_are_two_ways_to_say_how(source, tmp_path, capsys):
+    words = ["quantize", str(source), str(tmp_path / "out"), "--preset", "fast", "--method", "gptq"]
+    assert main(words) == 1
+    assert "got preset fast and method gptq; keep one of them" in capsys.readouterr().err
