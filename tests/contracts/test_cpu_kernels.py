@@ -274,7 +274,7 @@ def test_no_kernel_reads_or_writes_outside_its_tensors(tmp_path):
     """The kernels on heap blocks of exactly their size, under the address and undefined-behaviour sanitizers."""
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     vnni = [*avx2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512vnni"]
-    flags = {"portable": [], "avx2": avx2, "vnni": vnni, "vbmi": [*vnni, "-mavx512vbmi"]}
+    flags = {"portable": [], "avx2": avx2, "vnni": vnni, "vbmi": [*vnni, "-mavx512vbmi", "-mavx512vbmi2"]}
     best = import_module("lorq.kernels._cpu_portable").best()
     for isa in {*list(flags)[:2], best} - ({"avx2"} if best == "portable" else set()):
         program = tmp_path / isa

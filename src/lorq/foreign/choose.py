@@ -54,7 +54,7 @@ class Compensated:
         if not any(ranks):
             raise ValueError(
                 f"budget {settings.budget!r} must suffice for a pair of factors in the layer where it gains most; give "
-                "more"
+                "more, and --resume to keep what is finished"
             )
         layers = {layer.name: (layer, rank) for layer, rank in zip(fitted, ranks, strict=True)}
         inputs = [group for record in records.values() for group in record["inputs"]]
@@ -76,7 +76,7 @@ class Compensated:
         energy = max(layer.energy, 1e-30)
         after = max(0.0, layer.before - sum(layer.gains[:rank]))
         bits = layer.stored_bits + rank * pair_bits(layer.shape, self.factor_type)
-        width = round(layer.stored_bits / (layer.shape[0] * layer.shape[1]))
+        width = layer.stored_bits // (layer.shape[0] * layer.shape[1])  # less what scales take
         stop = "none" if not layer.gains else "candidates" if rank == len(layer.gains) else "price"
         return LayerReport(
             name, layer.shape, width, rank, stop, layer.before / energy, after / energy, bits // 8, layer.note

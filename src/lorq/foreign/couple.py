@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorq.core.checks import all_finite
 from lorq.core.compensation import fit_scaling
+from lorq.foreign.gguf_file import GgufFile
 from lorq.foreign.quantized import QuantizedFiles, read_quantization
 from lorq.models.blocks import StreamedModel, Target
 from lorq.models.experts import expert_name, find_experts
@@ -46,6 +47,7 @@ class Couple:
     Attributes:
         targets: the layers that can have factors, by block.
         kept: why others have none, by name.
+        gguf: the file that the quantized model was decoded from, if it was.
     """
 
     original: StreamedModel
@@ -53,11 +55,13 @@ class Couple:
     files: QuantizedFiles
     targets: Mapping[str, tuple[Target, ...]]
     kept: Mapping[str, str]
+    gguf: GgufFile | None = None
 
     @classmethod
     def open(
-        cls, original: Path, quantized: Path, *, exclude: tuple[str, ...], experts: bool, device: torch.device
-    ) -> "Couple":
+        cls, original: Path, quantized: Path, *, exclude: tuple[str, ...] = (), experts: bool = False,
+        device: torch.device | str = "cpu", gguf: GgufFile | None = None,
+    ) -> "Couple":  # fmt: skip
         """Open both folders; headers are read, and no weight.
 
         Args:
@@ -76,10 +80,12 @@ class Couple:
             raise ValueError(
                 f"{quantized} must have a quantized layer in its blocks that can have factors, it has none"
             )
-        return cls(one, other, files, targets, kept)
+        return cls(one, other, files, targets, kept, gguf)
 
     def stored_bits(self, target: Target) -> int:
         """What the quantized weight of a layer takes."""
+        if self.gguf is not None and (own := self.gguf.stored_bytes(target.name)) is not None:
+            return 8 * own
         names = self.quantized.stored_names(f"{target.name}.weight")
         return 8 * sum(self.files.stored_bytes(name) for name in names)
 

@@ -40,6 +40,7 @@ def write_peft(done: Compensated, folder: Path, base: str) -> int:
         tensors[f"base_model.model.{name}.lora_A.weight"] = factors.right.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = factors.left.contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors keeps it to its owner
     sync_file(folder / WEIGHTS)
     (folder / CONFIG).write_bytes(json_bytes(config))
     return sum(tensor.nbytes for tensor in tensors.values())

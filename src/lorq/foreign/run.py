@@ -14,6 +14,7 @@ from lorq.core.checks import check_arguments
 from lorq.foreign.choose import Compensated, pair_bits
 from lorq.foreign.couple import Couple
 from lorq.foreign.fit import fit, observing_plan
+from lorq.foreign.gguf_file import GgufFile
 from lorq.foreign.gguf_form import check_gguf, write_gguf
 from lorq.foreign.lorq_form import check_lorq, write_lorq
 from lorq.foreign.peft_form import write_peft
@@ -79,7 +80,10 @@ def compensate(
     folders = [resolve_model(original), resolve_model(quantized)]
     for folder in folders:
         refuse_adapter(folder)
-    couple = Couple.open(*folders, exclude=chosen.exclude, experts=form == "lorq", device=read_device(chosen.device))
+    gguf = GgufFile.open(file) if file.is_file() else None
+    couple = Couple.open(
+        *folders, exclude=chosen.exclude, experts=form == "lorq", device=read_device(chosen.device), gguf=gguf
+    )
     couple.check_embeddings()
     if form == "lorq":
         check_lorq(couple)
@@ -94,28 +98,35 @@ def compensate(
         identity = run | {"threads": torch.get_num_threads(), "torch": torch.__version__, "experts": form == "lorq"}
         if chosen.resume:
             _check_begun(work, identity)
-        writer = CheckpointWriter.create(work, identity, resume=chosen.resume)
+        writer = CheckpointWriter.create(work, identity, resume=chosen.resume, overwrite=not chosen.resume)
         fit(couple, plan, windows.tokens, chosen, writer, progress)
         done = Compensated.choose(couple, work, writer.completed, chosen)
         report = Report(
             "compensate", asdict(chosen), tuple(map(done.report, done.layers)), 0, dict(couple.kept), run, {}
         )
-        result = work / "result"
-        shutil.rmtree(result, ignore_errors=True)
-        result.mkdir()
-        if form == "lorq":
-            report = write_lorq(done, result, report)
-        else:
-            size = write_peft(done, result, str(quantized)) if form == "peft" else write_gguf(done, result, file)
-            report = replace(report, bytes=size)
-            (result / REPORT_NAME).write_bytes(report.to_bytes())
-        sync_folder(result)
-        if out.exists():
-            out.rmdir()  # it is empty
-        os.replace(result, out)
-        sync_folder(out.parent)
-        shutil.rmtree(work)
+        report = _write(done, form, str(quantized), report, work, out)
     return replace(report, seconds=time.monotonic() - started)
+
+
+def _write(done: Compensated, form: Form, base: str, report: Report, work: Path, out: Path) -> Report:
+    """Write the result beside the candidates, and let it appear as ``out``, whole; the report with its size."""
+    result = work / "result"
+    shutil.rmtree(result, ignore_errors=True)
+    result.mkdir()
+    if form == "lorq":
+        report = write_lorq(done, result, report)
+    else:
+        gguf = done.couple.gguf
+        size = write_peft(done, result, base) if gguf is None or form == "peft" else write_gguf(done, result, gguf)
+        report = replace(report, bytes=size)
+        (result / REPORT_NAME).write_bytes(report.to_bytes())
+    sync_folder(result)
+    if out.exists():
+        out.rmdir()  # it is empty
+    os.replace(result, out)
+    sync_folder(out.parent)
+    shutil.rmtree(work)
+    return report
 
 
 def read_settings(settings: dict[str, Any]) -> Settings:
@@ -169,7 +180,7 @@ def _largest(couple: Couple, chosen: Settings) -> Report:
         ranks = [bits // sum(costs)] * len(targets)
     layers = tuple(
         LayerReport(
-            target.name, shape, round(own / (shape[0] * shape[1])), rank, "largest", 0.0, 0.0, (own + rank * cost) // 8
+            target.name, shape, own // (shape[0] * shape[1]), rank, "largest", 0.0, 0.0, (own + rank * cost) // 8
         )
         for target, shape, own, rank, cost in zip(targets, shapes, stored, ranks, costs, strict=True)
     )

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from lorq.core.checks import Range, check_settings
 from lorq.models.texts import StartToken
+from lorq.storage.journal import read_journal
 from lorq.storage.lock import refuse_busy
 from lorq.storage.names import JOURNAL
 
@@ -99,7 +100,7 @@ def check_new(out: Path, *, resume: bool) -> Path:
         raise FileExistsError(
             f"{out} must be a new folder, it is there and not empty; choose another, or delete it first"
         )
-    there = (work / JOURNAL).is_file()
+    there = (work / JOURNAL).is_file() and bool(read_journal(work / JOURNAL).shards)
     if there and not resume:
         raise FileExistsError(f"{work} has unfinished work; go on with --resume, or delete it first")
     if resume and not there:

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from lorq.core.codes import CodesFormat
 from lorq.core.weight import LayerFormat
-from lorq.kernels import cpu, cpu_experts, cpu_trellis, int8, reference_trellis, triton_experts, triton_linear
+from lorq.kernels import (
+    cpu,
+    cpu_experts,
+    cpu_trellis,
+    int8,
+    reference_trellis,
+    triton_experts,
+    triton_linear,
+    triton_trellis,
+)
 from lorq.kernels.operands import STORED_NAMES
 from lorq.kernels.reference import quant_linear, rotate
 from lorq.kernels.reference_trellis import trellis_linear
@@ -98,7 +107,10 @@ KERNELS = {
     ),
     "cuda": Kernels(
         "Triton", str,
-        {"quant_linear": Product(triton_linear.declines, triton_linear.multiply, triton_linear.few_tokens)},
+        {
+            "quant_linear": Product(triton_linear.declines, triton_linear.multiply, triton_linear.few_tokens),
+            "trellis_linear": Product(triton_trellis.declines, triton_trellis.multiply, triton_trellis.few_tokens),
+        },
         triton_linear.turn_or_reference, triton_experts.declines,
     ),
 }  # fmt: skip
