@@ -36,6 +36,7 @@ from lorq.show import (
     console,
     download_bars,
     notes,
+    print_families,
     print_figures,
     print_pieces,
     print_summary,
@@ -315,19 +316,7 @@ def families(pattern: str = "", *, json_: Annotated[bool, Parameter(name="--json
     if json_:
         print(json.dumps(rows))
         return
-    table = Table()
-    for title in ("model type", "class", "verdict", "reason"):
-        table.add_column(title, overflow="fold")
-    for row in rows:
-        table.add_row(row["model_type"], row["class"], row["verdict"], row["reason"])
-    console.print(table)
-    verdicts = [row["verdict"] for row in rows]
-    if "not built" in verdicts:
-        console.print("not built: no small model of it could be made here, so nothing is known")
-    console.print(
-        f"{verdicts.count('works')} of {len(rows)} work, {verdicts.count('refused')} are refused, "
-        f"{verdicts.count('not built')} are not built"
-    )
+    print_families(rows)
 
 
 # What a command keeps when it is interrupted.

@@ -243,3 +243,20 @@ def print_rows(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
         table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
     if table:
         console.print(table)
+
+
+def print_families(rows: list[dict[str, str]]) -> None:
+    """A table of model types, and how many of them work."""
+    table = Table()
+    for title in ("model type", "class", "verdict", "reason"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(row["model_type"], row["class"], row["verdict"], row["reason"])
+    console.print(table)
+    verdicts = [row["verdict"] for row in rows]
+    if "not built" in verdicts:
+        console.print("not built: no small model of it could be made here, so nothing is known")
+    console.print(
+        f"{verdicts.count('works')} of {len(rows)} work, {verdicts.count('refused')} are refused, "
+        f"{verdicts.count('not built')} are not built"
+    )

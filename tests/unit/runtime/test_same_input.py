@@ -73,9 +73,9 @@ def products(monkeypatch):
     """Rows of the joined products that are made."""
     rows, multiply = [], lorq.runtime.same_input.multiply
 
-    def counted(x, packed, *rest):
+    def counted(x, packed, *rest, **operator):
         rows.append(len(packed))
-        return multiply(x, packed, *rest)
+        return multiply(x, packed, *rest, **operator)
 
     monkeypatch.setattr(lorq.runtime.same_input, "multiply", counted)
     return rows
