@@ -344,9 +344,7 @@ def _run(arguments: list[str]) -> None:
             flags = PRESETS[name].flags() if name in PRESETS else {}
             if flags and not {"--help", "-h"} & set(arguments):
                 notes.print(f"preset {name}: {' '.join(map(' '.join, flags.items()))}")
-            arguments = arguments + [
-                word for pair in flags.items() if given(arguments, pair[0]) is None for word in pair
-            ]
+            arguments = arguments + [f"{f}={value}" for f, value in flags.items() if given(arguments, f) is None]
         kind = METHODS.get(given(arguments, "--method") or "flrq", METHODS["flrq"])
         del app["quantize"]
         app.command(_quantize_command(kind(), Options(), tuple(METHODS), tuple(PRESETS)))
