@@ -53,6 +53,13 @@ LORQ_INLINE F eight_values(const Weight& w, const Tables& t, const uint8_t* code
         return load_bytes(values);
     }
     if (w.bits == 8) return add(to_float(load_ubytes(codes_of_row + column)), spread_f(-128.0f));
+    if (w.bits == 6) {
+        uint64_t word = 0;
+        uint8_t codes[8];
+        std::memcpy(&word, codes_of_row + column / 8 * 6, 6);
+        LORQ_UNROLL for (int k = 0; k < 8; ++k) codes[k] = uint8_t(word >> 6 * k & 63);
+        return add(to_float(load_ubytes(codes)), spread_f(-32.0f));
+    }
     const I codes = shift_each(spread_i(eight_bits(codes_of_row, column, w.bits)), t.steps);
     if (w.bits == 4) return pick16(t.low, t.high, codes);
     return pick(t.low, codes);

@@ -9,14 +9,15 @@
 
 namespace lorq {
 
-// How codes of a width lie in a lane of 32 bits (24 at 3 bits): `positions` in each byte, of neighbouring columns. A code
+// How codes of a width lie in a lane of 32 bits (24 at 3 and 6 bits): `positions` in each byte, of neighbouring columns. A code
 // of 8 bits is multiplied in two parts of 4.
 template <int BITS>
 struct Lane {
-    static constexpr int positions = BITS == 2 ? 4 : BITS == 8 ? 1 : 2;
+    static constexpr int positions = BITS == 2 ? 4 : BITS >= 6 ? 1 : 2;
     static constexpr int parts = BITS == 8 ? 2 : 1;
     static constexpr int columns = 4 * positions;
-    static constexpr int bytes = BITS == 3 ? 3 : 4;
+    static constexpr bool of_24_bits = BITS == 3 || BITS == 6;
+    static constexpr int bytes = of_24_bits ? 3 : 4;
     // Chunks whose sums of pairs fit 16 bits. They begin at -2^(bits-1) times the inputs, so that each pair moves them by
     // at most 2 * 2^(bits-1) * 128; the lower part of 8 bits begins at 0 and has 2 * 15 * 128.
     static constexpr int64_t fit = (BITS == 8 ? 8 : (1 << (8 - BITS)) - 1) / positions;
@@ -47,6 +48,12 @@ inline void store_values(void* p, int64_t i, const float* values, int64_t count,
     if (type == Type::f32) std::memcpy(static_cast<float*>(p) + i, values, size_t(count) * 4);
     else if (type == Type::bf16) std::transform(values, values + count, static_cast<uint16_t*>(p) + i, to_bfloat);
     else std::transform(values, values + count, static_cast<uint16_t*>(p) + i, to_half);
+}
+
+inline void store_eight(void* p, int64_t i, F v, Type type) {
+    if (type == Type::f32) store_f(static_cast<float*>(p) + i, v);
+    else if (type == Type::bf16) store_bfloat(static_cast<uint16_t*>(p) + i, v);
+    else store_half(static_cast<uint16_t*>(p) + i, v);
 }
 
 template <Type TYPE>
@@ -172,6 +179,7 @@ inline void place(const Weight& w, int pieces, Inputs& x) {
     if (w.bits == 2) place<2>(w, pieces, x);
     else if (w.bits == 3) place<3>(w, pieces, x);
     else if (w.bits == 4) place<4>(w, pieces, x);
+    else if (w.bits == 6) place<6>(w, pieces, x);
     else place<8>(w, pieces, x);
 }
 

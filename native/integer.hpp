@@ -1,4 +1,4 @@
-// Whole numbers (integer codes of 2, 3, 4, 8 bits, a scale for each group). Lane l of a chunk of eight holds the codes of
+// Whole numbers (integer codes of 2, 3, 4, 6, 8 bits, a scale for each group). Lane l of a chunk of eight holds the codes of
 // neighbouring columns; a right shift and a mask bring one code into each byte, and one instruction multiplies 32 of them
 // (64 of two rows, where a register has 512 bits) by 32 bytes of the inputs and adds pairs or fours. A lane's sums are of
 // its own columns alone; at the end of a group they become float32 and are multiplied by the scale. Codes count from the
@@ -22,9 +22,9 @@ LORQ_INLINE Wide code_at(Wide v) {
 template <int BITS>
 LORQ_INLINE Wide load_chunk(const uint8_t* from, int64_t row_bytes) {
     I parts[SIDE];
-    LORQ_UNROLL for (int s = 0; s < SIDE; ++s) parts[s] = BITS == 3 ? load_threes(from + s * row_bytes) : load_i(from + s * row_bytes);
+    LORQ_UNROLL for (int s = 0; s < SIDE; ++s) parts[s] = Lane<BITS>::of_24_bits ? load_threes(from + s * row_bytes) : load_i(from + s * row_bytes);
     const Wide v = beside(parts);
-    if constexpr (BITS == 3) return spread_threes(v);
+    if constexpr (Lane<BITS>::of_24_bits) return spread_threes(v);  // two codes of 3 bits to a byte, or one of 6
     else return v;
 }
 
@@ -144,7 +144,7 @@ void add_left(const Weight& w, const float* z, int64_t row, int64_t stride, Wide
 template <int BITS, int PIECES, int ROWS>
 void multiply_rows(const Weight& w, const Inputs& x, const float* z, const Units<BITS>& units, int64_t row, int64_t stride,
                    int64_t first, float* steps, float* y) {
-    constexpr int64_t P = Lane<BITS>::positions, H = Lane<BITS>::parts, SIZE = 8 * Lane<BITS>::bytes, REACH = BITS == 3 ? 28 : 32;
+    constexpr int64_t P = Lane<BITS>::positions, H = Lane<BITS>::parts, SIZE = 8 * Lane<BITS>::bytes, REACH = Lane<BITS>::of_24_bits ? 28 : 32;
     const int64_t row_bytes = 4 * w.words, pitch = w.groups() + 16;
     const int64_t last_row = (w.out - row - stride * (ROWS - 1)) * row_bytes;  // from there to the end
     const int64_t chunks = (w.in + 8 * Lane<BITS>::columns - 1) / (8 * Lane<BITS>::columns);

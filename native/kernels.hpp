@@ -77,6 +77,7 @@ inline void multiply_block(int pieces, const Weight& w, const Tables& t, Planes&
         if (w.bits == 2) return whole_block<2>(pieces, w, p, row, count, scratch, y);
         if (w.bits == 3) return whole_block<3>(pieces, w, p, row, count, scratch, y);
         if (w.bits == 4) return whole_block<4>(pieces, w, p, row, count, scratch, y);
+        if (w.bits == 6) return whole_block<6>(pieces, w, p, row, count, scratch, y);
         return whole_block<8>(pieces, w, p, row, count, scratch, y);
     }
     if (w.scale_rank) multiply_scaled_rows(w, t, p.mixed, row, count, scratch, y);
@@ -90,11 +91,11 @@ inline void multiply_block(int pieces, const Weight& w, const Tables& t, Planes&
 }
 
 // The ranks of all projections, shared between the threads.
-inline void project(const Call& c, const Team& team, int thread) {
+inline void project(const std::vector<Projection>& projections, const Team& team, int thread) {
     int64_t total = 0, begin, end, before = 0;
-    for (const Projection& p : c.projections) total += p.rank;
+    for (const Projection& p : projections) total += p.rank;
     team.share(total, 1, thread, begin, end);
-    for (const Projection& p : c.projections) {
+    for (const Projection& p : projections) {
         for (int64_t k = std::max<int64_t>(begin - before, 0); k < std::min<int64_t>(end - before, p.rank); ++k) {
             p.z[k] = sum_row(p.right, k, p.x->x.data(), p.width);
             if (p.right.scale) p.z[k] *= from_half(p.right.scale[k]);
@@ -107,7 +108,7 @@ inline void project(const Call& c, const Team& team, int thread) {
 inline void multiply_job(Team& team, int thread, void* data) {
     const Call& c = *static_cast<const Call*>(data);
     if (!c.projections.empty()) {
-        project(c, team, thread);
+        project(c.projections, team, thread);
         team.wait();
     }
     int64_t begin, end, before = 0;
@@ -229,12 +230,7 @@ struct Decoding {
     Type type;
     std::vector<float> mixed;
 
-    LORQ_INLINE void store(int64_t i, int64_t j, F value) const {
-        if (type == Type::f32) return store_f(static_cast<float*>(to) + i * w.in + j, value);
-        float v[8];
-        store_f(v, value);
-        for (int k = 0; k < 8; ++k) store_value(to, i * w.in + j + k, v[k], type);
-    }
+    LORQ_INLINE void store(int64_t i, int64_t j, F value) const { store_eight(to, i * w.in + j, value, type); }
 };
 
 // Row i of those asked for, a run of one scale after the other.

@@ -10,6 +10,7 @@
 #include "operator.hpp"
 #include "rotation.hpp"
 #include "trellis.hpp"
+#include "trellis_product.hpp"
 
 namespace nb = nanobind;
 using namespace lorq;
@@ -116,6 +117,26 @@ NB_MODULE(LORQ_MODULE, m) {
         .def(
             "decode",
             [](const Weight& w, Pointer to, int64_t first, int64_t count, int type, int threads) {
+                decode(w, reinterpret_cast<void*>(to), first, count, Type(type), threads);
+            },
+            nb::call_guard<nb::gil_scoped_release>());
+    nb::class_<TrellisWeight>(m, "TrellisWeight")
+        .def(
+            "__init__",
+            [](TrellisWeight* w, int64_t out, int64_t in, int bits, int window, int64_t length, Pointer packed, Pointer scale,
+               Stored left, Stored right, int rank) {
+                new (w) TrellisWeight{out, in, bits, window, length, at<uint16_t>(packed), at<uint16_t>(scale), factor(left),
+                                      factor(right), rank};
+            })
+        .def(
+            "multiply",
+            [](const TrellisWeight& w, Pointer x, Pointer y, int64_t tokens, int type, int threads) {
+                return multiply(w, at<void>(x), reinterpret_cast<void*>(y), tokens, Type(type), threads);
+            },
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "decode",
+            [](const TrellisWeight& w, Pointer to, int64_t first, int64_t count, int type, int threads) {
                 decode(w, reinterpret_cast<void*>(to), first, count, Type(type), threads);
             },
             nb::call_guard<nb::gil_scoped_release>());

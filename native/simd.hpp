@@ -146,6 +146,17 @@ inline F load_bfloat(const uint16_t* p) {
     return _mm256_castsi256_ps(
         _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
 }
+inline void store_half(uint16_t* p, F v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline void store_bfloat(uint16_t* p, F v) {  // as to_bfloat
+    const I bits = _mm256_castps_si256(v), odd = both(shift_right<16>(bits), spread_i(1));
+    const I rounded = shift_right<16>(plus(plus(bits, spread_i(0x7fff)), odd));
+    const I nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const I all = _mm256_blendv_epi8(rounded, either(shift_right<16>(bits), spread_i(0x40)), nan);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1)));
+}
+inline I load_uhalves(const uint16_t* p) { return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline F load_bytes(const int8_t* p) {
     return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
@@ -216,6 +227,9 @@ inline F pick16(F low, F high, I lanes) {
 }
 inline F load_half(const uint16_t* p) { F r; LORQ_EACH r.v[i] = from_half(p[i]); return r; }
 inline F load_bfloat(const uint16_t* p) { F r; LORQ_EACH r.v[i] = from_bfloat(p[i]); return r; }
+inline void store_half(uint16_t* p, F v) { LORQ_EACH p[i] = to_half(v.v[i]); }
+inline void store_bfloat(uint16_t* p, F v) { LORQ_EACH p[i] = to_bfloat(v.v[i]); }
+inline I load_uhalves(const uint16_t* p) { I r; LORQ_EACH r.v[i] = p[i]; return r; }
 inline F load_bytes(const int8_t* p) { F r; LORQ_EACH r.v[i] = float(p[i]); return r; }
 inline I load_ubytes(const void* p) { I r; LORQ_EACH r.v[i] = static_cast<const uint8_t*>(p)[i]; return r; }
 inline float most(F v) {

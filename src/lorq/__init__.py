@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lorq import adapt as adapt
     from lorq.evaluation import Evaluation as Evaluation
     from lorq.evaluation import evaluate as evaluate
+    from lorq.foreign.run import compensate as compensate
     from lorq.generation import generate as generate
     from lorq.methods import *  # noqa: F403
     from lorq.pipeline.presets import preset as preset
@@ -24,8 +25,7 @@ if TYPE_CHECKING:
 # not pay for transformers. The methods' classes are public by standing in METHODS.
 _HOME = {
     "METHODS": "methods", "Evaluation": "evaluation", "evaluate": "evaluation", "generate": "generation",
-    "load": "runtime.hf",
-    "preset": "pipeline.presets", "quantize": "pipeline.quantize",
+    "load": "runtime.hf", "compensate": "foreign.run", "preset": "pipeline.presets", "quantize": "pipeline.quantize",
     "tune": "tuning", "Report": "storage.report", "read_report": "storage.report",
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ import lorq
 from lorq.adapt.folder import check_trainable, read_adapter_config
 from lorq.adapt.settings import Settings
 from lorq.bench.commands import bench_app
+from lorq.compensation import compensate
 from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, READ, no_progress
@@ -115,6 +116,7 @@ tune = command(lorq.tune, print_tuned, json="print the report as one JSON object
 app.command(evaluate, name="evaluate")
 app.command(generate, name="generate")
 app.command(tune, name="tune")
+app.command(compensate)
 
 
 @app.command
@@ -271,11 +273,11 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     console.print(f"1. Quantize {source.name} to {bits} bits", style="bold")
     with progress_bars() as progress:
         progress(IMPORT, 0, 1)
-        flrq = lorq.FLRQ(bits=bits, group_size=64)  # which divides this model's widths, 576 and 1536
+        chosen = lorq.preset(bits=bits, samples=samples, seq_len=512)
         progress(IMPORT, 1, 1)
         report = lorq.quantize(
-            source, folder, flrq, samples=samples, seq_len=512, resume=unfinished,
-            overwrite=folder.exists() and not unfinished, progress=progress,
+            source, folder, **chosen, progress=progress, resume=unfinished,
+            overwrite=folder.exists() and not unfinished,
         )  # fmt: skip
     print_summary(report, folder)
     console.print("2. Measure against the original, on Python's documentation", style="bold")
@@ -363,7 +365,7 @@ def _run(arguments: list[str]) -> None:
     for name in ("text", "evaluation", "calibration"):
         if (text := bound.arguments.get(name)) not in (None, SELF):
             check_text(text, name)
-    for name in ("model", "reference"):
+    for name in ("model", "reference", "original", "quantized"):
         if (model := bound.arguments.get(name)) is not None:
             check_place(model)
             if not full_path(model).exists():  # on the hub

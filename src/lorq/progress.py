@@ -22,6 +22,7 @@ EVALUATE = "evaluate"
 TRAIN = "train"
 TUNE_BLOCKS = "tune blocks"
 TUNE = "tune the model"
+COMPENSATE = "compensate"
 
 
 def duration(seconds: float) -> str:

@@ -134,7 +134,19 @@ def help_text() -> str:
     import lorq
     from lorq.cli import main
 
-    commands = ["", "evaluate", "inspect", "generate", "tune", "adapt", "merge", "families", "demo", "bench"]
+    commands = [
+        "",
+        "evaluate",
+        "inspect",
+        "generate",
+        "tune",
+        "adapt",
+        "merge",
+        "compensate",
+        "families",
+        "demo",
+        "bench",
+    ]
     commands += [f"bench {name}" for name in ("sketch", "experts", "decode", "adapt", "quantize")]
     commands += [f"quantize --method {name}" for name in lorq.METHODS]
     printed = []

@@ -29,7 +29,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 INTEGER = [
     (layer_format(bits, group, symmetric, rank, kind), shape)
     for bits, (group, shape), symmetric, (rank, kind) in product(
-        (2, 3, 4, 8),
+        (2, 3, 4, 6, 8),
         [(32, (7, 96)), (64, (33, 576)), (128, (16, 256)), (16, (5, 48)), (96, (2, 96)), (1536, (3, 1536))],
         (False, True),
         [(0, "float16"), (5, "int8")],
@@ -54,18 +54,6 @@ OTHERS = [
     (layer_format(4, 72, True, 4, "float16", grid="normal-float", scale_rank=5), (4, 72)),
     (layer_format(8, 48, True, scale_rank=1), (3, 48)),
 ]
-
-
-@pytest.fixture(params=["portable", "avx2", "vnni", "vbmi"])
-def module(request, monkeypatch):
-    """The library of one instruction set, in use."""
-    order = ["portable", "avx2", "vnni", "vbmi"]
-    best = import_module("lorq.kernels._cpu_portable").best()
-    if request.param not in order[: order.index(best) + 1]:
-        pytest.skip(f"this processor's best is {best}")
-    found = import_module(f"lorq.kernels._cpu_{request.param}")
-    monkeypatch.setattr(cpu, "library", lambda: (found, request.param))
-    return found
 
 
 def covered(weight, x):
@@ -149,7 +137,7 @@ def test_batches_slices_and_odd_addresses_are_read_as_they_are(module, shape, ra
     assert sqnr_db(x.double() @ dense(weight).T, y) > SQNR_DB[torch.float32]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=str)
 def test_inputs_that_are_not_finite_come_out_as_the_reference_has_them(module, bad, bits, random_weight, generator):
     weight = random_weight(7, 64, layer_format(bits, 32, False))
@@ -286,7 +274,7 @@ def test_no_kernel_reads_or_writes_outside_its_tensors(tmp_path):
     """The kernels on heap blocks of exactly their size, under the address and undefined-behaviour sanitizers."""
     avx2 = ["-mavx2", "-mfma", "-mf16c"]
     vnni = [*avx2, "-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512vnni"]
-    flags = {"portable": [], "avx2": avx2, "vnni": vnni, "vbmi": [*vnni, "-mavx512vbmi"]}
+    flags = {"portable": [], "avx2": avx2, "vnni": vnni, "vbmi": [*vnni, "-mavx512vbmi", "-mavx512vbmi2"]}
     best = import_module("lorq.kernels._cpu_portable").best()
     for isa in {*list(flags)[:2], best} - ({"avx2"} if best == "portable" else set()):
         program = tmp_path / isa
@@ -366,7 +354,7 @@ def test_a_permutation_that_names_no_channel_is_left_to_the_reference(module, ba
         cpu.turn(torch.ones(1, 48), order, 16, 0)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("tokens", [1, 70], ids=str)
 def test_inputs_of_one_byte_err_by_half_a_step_and_only_when_asked(module, tokens, bits, random_weight, generator):
     weight = random_weight(24, 256, layer_format(bits, 64, False, 2, "int8"))

@@ -55,7 +55,8 @@ def test_the_readmes_commands_run_in_their_order(model, capsys):
     commands = [line.strip() for line in README.splitlines() if line.startswith("    lorq ")]
     verbs = [shlex.split(command)[1] for command in commands]
     first, training = ["quantize", "evaluate", "inspect", "generate"], ["adapt", "evaluate", "merge", "adapt"]
-    assert verbs == [*first, "quantize", "quantize", "quantize", "tune", "quantize", *training]
+    tuned = ["quantize", "tune", "compensate", "compensate"]
+    assert verbs == [*first, "quantize", "quantize", *tuned, "quantize", *training]
     for command in commands:
         assert main(shlex.split(smaller(command))[1:]) == 0, command
 

@@ -273,15 +273,15 @@ def test_the_operator_with_factors_that_learn_is_registered_as_torch_wants_it(fo
 
 def check_row(kernels, format, random_weight, generator, device, floors=SQNR_DB):
     """What every row of the table promises, on one format."""
-    weight = random_weight(33, 48, format)
+    weight, product = random_weight(33, 48, format), kernels.products["quant_linear"]
     parts = [part.to(device) if isinstance(part, torch.Tensor) else part for part in operands(weight)]
     order, block, skip = torch.randperm(48, generator=generator).to(torch.int16), 16, 16
     turned = Basis(order, block, skip).rotate(torch.eye(48, dtype=torch.float64))
     for dtype, floor in floors.items():
-        assert kernels.few_tokens(dtype) >= (1 if dtype != torch.float64 else 0)
+        assert product.few_tokens(dtype) >= (1 if dtype != torch.float64 else 0)
         for tokens in (1, 9, 70):
             x = torch.randn(tokens, 48, generator=generator).to(dtype)
-            y = kernels.multiply(x.to(device), *parts)
+            y = product.multiply(x.to(device), *parts)
             assert y.dtype == dtype and sqnr_db(x.double() @ dense(weight).T, y.cpu()) > floor, (tokens, dtype)
             z = kernels.turn(x.to(device), order.to(device), block, skip)
             assert z.dtype == dtype and sqnr_db(x.double() @ turned, z.cpu()) > floor
@@ -307,7 +307,8 @@ def test_every_row_of_the_table_says_why_not_and_the_reference_runs_there(device
     by = implementation(format, 48, torch.device(device), float64)
     assert by.name == "reference (torch)" and by.declined == {kernels.name: "inputs are torch.float64"}
     parts, x = operands(random_weight(7, 48, format)), torch.randn(3, 48, generator=generator, dtype=float64)
-    assert torch.equal(kernels.multiply(x, *parts), quant_linear_reference(x, *parts))
+    multiply = kernels.products["quant_linear"].multiply
+    assert torch.equal(multiply(x, *parts), quant_linear_reference(x, *parts))
     assert torch.equal(kernels.turn(x, None, 16, 0), rotate_reference(x, None, 16, 0))
 
 

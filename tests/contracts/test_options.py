@@ -90,6 +90,7 @@ def test_a_setting_that_is_only_checked_counts_as_unread(tmp_path):
 
 # The functions that commands are, by file; those that are commands by `lorq.show.command` have its flags.
 COMMANDS = {
+    "compensation.py": {"compensate"},
     "evaluation.py": {"evaluate"},
     "generation.py": {"generate"},
     "tuning.py": {"tune"},

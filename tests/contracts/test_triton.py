@@ -325,7 +325,7 @@ LARGE = {
     "2 bits in vectors of 4": layer_format(2, 4096, True, 32, "int8", 4, 64, 512),
     "3 bits in vectors of 2": layer_format(3, 4096, True, 0, "float16", 2, 64, 512),
 }
-LAUNCHED = ("whole_rows", "spans", "finish", "project", "decode", "turn")
+LAUNCHED = ("whole_rows", "spans", "finish", "project", "decode", "turn", "trellis_products", "trellis_decode")
 
 
 class Recorder:

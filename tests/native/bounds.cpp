@@ -8,6 +8,7 @@
 
 #include "kernels.hpp"
 #include "rotation.hpp"
+#include "trellis_product.hpp"
 
 using namespace lorq;
 
@@ -102,11 +103,64 @@ static void check_experts(int bits, int vector, int threads) {
     ++checked;
 }
 
+// Bit `at` of the ring of a sequence's strings (docs/format.md).
+static uint32_t bit_of(const std::vector<uint16_t>& packed, int bits, int64_t in, int64_t column, int64_t first_tile, int64_t ring, int64_t at) {
+    const int64_t size = 16 * bits, wrapped = (at + ring * size) % (ring * size);
+    const int64_t tile = first_tile + wrapped / size, n = wrapped % size;
+    return packed[size_t((tile * bits + n / 16) * in + column)] >> (15 - n % 16) & 1;
+}
+
+// Trellis codes, window by window and bit by bit.
+static void check_trellis(int bits, int window, int64_t out, int64_t in, int64_t length, int threads) {
+    const int64_t tiles = (out + 15) / 16, tokens = 3, rank = 3;
+    const auto packed = filled<uint16_t>(size_t(tiles * bits * in), [] { return uint16_t(any()); });
+    const auto scale = filled<uint16_t>(size_t(out), [] { return half(0.01f * small()); });
+    const auto left = filled<int8_t>(size_t(out * rank), [] { return int8_t(any()); });
+    const auto right = filled<int8_t>(size_t(rank * in), [] { return int8_t(any()); });
+    const auto scales = filled<uint16_t>(size_t(rank), [] { return half(0.002f); });
+    const auto x = filled<float>(size_t(tokens * in), small);
+    TrellisWeight w{out, in, bits, window, length, packed.data(), scale.data(), {left.data(), Type::i8, scales.data()},
+                    {right.data(), Type::i8, scales.data()}, int(rank)};
+    std::vector<float> dense(size_t(out * in)), y(size_t(tokens * out));
+    std::vector<uint16_t> halves(x.size(), half(0.5f)), half_y(y.size());
+    decode(w, dense.data(), 0, out, Type::f32, threads);
+    if (!multiply(w, x.data(), y.data(), tokens, Type::f32, threads)) std::abort();
+    if (!multiply(w, halves.data(), half_y.data(), tokens, Type::f16, threads)) std::abort();
+    for (int64_t o = 0; o < out; ++o)
+        for (int64_t i = 0; i < in; ++i) {
+            const int64_t row = o % length, ring = length / 16;
+            uint32_t n = 0;
+            for (int64_t at = (row + 1) * bits - window; at < (row + 1) * bits; ++at)
+                n = n << 1 | bit_of(packed, bits, in, i, (o - row) / 16, ring, at);
+            n *= 0xC49087BF;
+            const int sum = int((n & 255) + (n >> 8 & 255) + (n >> 16 & 255) + (n >> 24)) - 510;
+            if (dense[size_t(o * in + i)] != from_half(scale[size_t(o)]) * float(sum) / 128) std::fprintf(stderr, "trellis\n"), std::exit(1);
+        }
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t o = 0; o < out; ++o) {
+            double expected = 0;
+            for (int64_t i = 0; i < in; ++i) {
+                double weight = dense[size_t(o * in + i)];
+                for (int64_t k = 0; k < rank; ++k)
+                    weight += double(left[size_t(o * rank + k)]) * right[size_t(k * in + i)] * std::pow(double(from_half(half(0.002f))), 2);
+                expected += weight * x[size_t(t * in + i)];
+            }
+            if (std::fabs(expected - y[size_t(t * out + o)]) > 1e-5 * (1 + std::fabs(expected)))
+                std::fprintf(stderr, "trellis: %g, not %g\n", double(y[size_t(t * out + o)]), expected), std::exit(1);
+        }
+    ++checked;
+}
+
 int main() {
+    for (int bits = 1; bits <= 6; ++bits)
+        for (int window : {bits + 4, 12, 16})
+            for (const auto& [out, in, length] : {std::array<int64_t, 3>{16, 32, 16}, {37, 77, 48}, {64, 530, 32}, {5, 3, 16}})
+                for (int threads : {1, 3})
+                    if (length * bits >= window) check_trellis(bits, window, out, in, length, threads);
     for (int threads : {1, 3})
         for (const auto& [bits, vector] : {std::pair{4, 1}, std::pair{3, 1}, std::pair{2, 4}}) check_experts(bits, vector, threads);
     const int64_t shapes[][3] = {{1, 64, 32}, {7, 96, 32}, {5, 576, 64}, {17, 128, 128}, {33, 64, 64}, {3, 160, 32}, {18, 256, 128}};
-    for (int bits : {2, 3, 4, 8})
+    for (int bits : {2, 3, 4, 6, 8})
         for (const auto& [out, in, group] : shapes)
             for (bool symmetric : {false, true})
                 for (int threads : {1, 3}) {

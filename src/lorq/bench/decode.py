@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lorq.bench.timing import seconds_of
-from lorq.core.codes import IntGrid, LevelFormat, VectorGrid
+from lorq.core.codes import IntGrid, LevelFormat, TrellisGrid, VectorGrid
+from lorq.core.codes.trellis import MOST_BITS
 from lorq.core.codes.vectors import VECTOR_LENGTHS
 from lorq.core.scale_factors import parity_rank
 from lorq.core.weight import LayerFormat
@@ -18,7 +19,8 @@ from lorq.kernels import cpu
 from lorq.runtime.linear import QuantLinear
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "14336x4096")
-KINDS = ("integer", "lords", "vector")
+KINDS = ("integer", "lords", "vector", "trellis")
+_WINDOW = 12  # of trellis codes
 # Weights of one kind in rotation are larger than any cache, but for very small ones.
 _ROTATION_BYTES = 128 << 20
 _MOST_LAYERS = 64
@@ -61,6 +63,8 @@ def format_of(kind: str, bits: int, rank: int, out: int, in_: int, group_size: i
         return LayerFormat(IntGrid(bits, group_size), rank, "int8")
     if kind == "lords":
         return LayerFormat(LevelFormat(bits, "normal-float", in_, parity_rank(out, in_, group_size)), rank, "int8")
+    if kind == "trellis":
+        return LayerFormat(TrellisGrid.of(out, bits, _WINDOW), rank, "int8") if bits <= MOST_BITS else None
     vector = VECTOR_LENGTHS.get(bits)
     if vector is None:
         return None
@@ -76,8 +80,9 @@ def random_layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator:
         for name, tensor in layer.stored().items():
             if name == "weight_shape":
                 tensor.copy_(torch.tensor([out, in_]))
-            elif tensor.dtype == torch.int32:
-                tensor.random_(-(2**31), 2**31 - 1, generator=generator)
+            elif tensor.dtype in (torch.int16, torch.int32):
+                range_of = torch.iinfo(tensor.dtype)
+                tensor.random_(range_of.min, range_of.max, generator=generator)
             elif tensor.dtype == torch.int8:
                 tensor.random_(-127, 128, generator=generator)
             else:

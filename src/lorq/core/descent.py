@@ -16,6 +16,8 @@ from lorq.core.stats import InputStats, output_energy
 _MEASURED = 8
 # Moments at which it is measured, evenly spread over the steps, besides the start.
 MOMENTS = 5
+# Added to the root of Adam's second moment.
+_EPSILON = 1e-8
 LossWeights = Literal["equal", "plain"]
 
 
@@ -93,7 +95,8 @@ def minimise(
         loss: mean loss of the windows of these numbers, differentiable in the parameters.
         windows: how many there are, at least 1.
         generator: of the order, which is drawn on the CPU (`cpu_generator`).
-        units: what the rate of each parameter is multiplied by; 1 if left out.
+        units: in which each parameter is counted: of the size of its entries, so that one rate serves all; 1 if left
+            out.
         measure: what is measured; if left out, the loss of at most 8 fixed windows, evenly spread over all.
         state: go on from there, with the same bits as without an interruption.
         watch: is shown the state after each measurement and each step; its tensors are those that the work goes on in.
@@ -113,7 +116,9 @@ def minimise(
         copies = {kind: [torch.zeros_like(p) for p in parameters] for kind in ("mean", "square")}
         kept = [p.detach().clone() for p in parameters]
         state = State(0, start, start, 0, {"parameter": [p.detach() for p in parameters], **copies, "kept": kept})
-    groups = [{"params": [p]} for p in parameters]
+    units = units or [1.0] * len(parameters)
+    # As if each parameter were counted in its unit: its gradient then is so much larger.
+    groups = [{"params": [p], "eps": _EPSILON / unit} for p, unit in zip(parameters, units, strict=True)]
     adam = torch.optim.Adam(groups, lr=descent.learning_rate)
     _go_on(adam, parameters, state)
     order = _shuffled(windows, cpu_generator(generator))
@@ -123,7 +128,7 @@ def minimise(
         watch(state)
     while state.step < descent.steps:
         rate = descent.learning_rate * (1 + math.cos(math.pi * state.step / descent.steps)) / 2
-        for group, unit in zip(adam.param_groups, units or [1.0] * len(groups), strict=True):
+        for group, unit in zip(adam.param_groups, units, strict=True):
             group["lr"] = rate * unit
         adam.zero_grad()
         with torch.enable_grad():

@@ -1,8 +1,8 @@
 """The operators: one schema each, a torch reference, and faster implementations per device."""
 
-from lorq.kernels import cpu_trellis as cpu_trellis  # its implementation is registered
 from lorq.kernels.dispatch import (
     KERNELS,
+    OPERATORS,
     Implementation,
     declines_experts,
     few_tokens,
@@ -13,8 +13,9 @@ from lorq.kernels.dispatch import (
 from lorq.kernels.int8 import int8_linear
 from lorq.kernels.reference import fake_quantize, quant_linear, rotate
 from lorq.kernels.reference_experts import expert_linear
+from lorq.kernels.reference_trellis import trellis_linear
 
 __all__ = [
-    "KERNELS", "Implementation", "declines_experts", "expert_linear", "fake_quantize", "few_tokens",
-    "implementation", "int8_linear", "multiply", "quant_linear", "rotate", "turn",
+    "KERNELS", "OPERATORS", "Implementation", "declines_experts", "expert_linear", "fake_quantize", "few_tokens",
+    "implementation", "int8_linear", "multiply", "quant_linear", "rotate", "trellis_linear", "turn",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ on small products when it is first needed.
 
 import _thread
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -30,7 +30,7 @@ TYPES = {
     torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4, torch.float8_e4m3fn: 5,
 }  # fmt: skip
 # Columns whose codes lie in one lane (native/inputs.hpp).
-_LANE = {2: 16, 3: 8, 4: 8, 8: 4}
+_LANE = {2: 16, 3: 8, 4: 8, 6: 4, 8: 4}
 # Tokens whose inputs are prepared at once.
 _MOST_AT_ONCE = 64
 # Bytes of a decoded strip: short ones make torch's product slow, long ones leave the cache before it.
@@ -101,7 +101,7 @@ def check_products(kind: str) -> None:
 
 
 def declines(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a layer is not multiplied by the C++ kernels, see `lorq.kernels.dispatch.Kernels`; None where it is."""
+    """Why a layer is not multiplied by the C++ kernels, see `lorq.kernels.dispatch.Product`; None where it is."""
     why = declines_input("cpu", device, dtype)
     if why is None and library()[0] is None:
         why = library()[1]
@@ -132,7 +132,7 @@ def declines_format(f: LayerFormat, in_features: int) -> str | None:
             return f"codes of {c.bits} bits for {c.vector} weights have no kernel"
         run = {"a codebook": c.codebook_columns, "a group": c.group_size}
         return next((f"{what} of {n} columns is no multiple of 8" for what, n in run.items() if n % 8), None)
-    if c.bits not in _LANE or (c.bits == 8 and not c.whole_numbers):
+    if c.bits not in _LANE or (c.bits > 4 and not c.whole_numbers):
         return f"{c.levels} codes of {c.bits} bits have no kernel"
     if c.scale_rank:
         return None if in_features % 8 == 0 else f"the width {in_features} is no multiple of 8"
@@ -162,7 +162,7 @@ def multiply(x: Tensor, *arguments: Any) -> Tensor:
     direct = tokens <= few_tokens(by_bytes=weight.by_bytes) or (_one_byte and weight.whole_numbers)
     if direct and _directly(x, y, weight, tokens):
         return y
-    _by_strips(x.view(tokens, in_features), y.view(tokens, out), weight, operands[8:])
+    by_strips(x.view(tokens, in_features), y.view(tokens, out), weight, operands[8:])
     return y  # and no view of it: models that add to it in place could not be trained
 
 
@@ -208,11 +208,11 @@ def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: 
     return y if found else rotate_reference(x, permutation, block, skip, inverse)
 
 
-def _by_strips(x: Tensor, y: Tensor, weight: Any, low_rank: Sequence[Tensor | None]) -> None:
-    """Into ``y``: rows decoded a strip at a time, and torch's product of each; then the low-rank part."""
+def by_strips(x: Tensor, y: Tensor, weight: Any, low_rank: Sequence[Tensor | None]) -> None:
+    """Into ``y``: strips of rows (tiles of 16) decoded in turn, and torch's product of each; then the low-rank part."""
     dtype = _product_type(x.dtype)
     z = x.to(dtype)
-    rows = max(16, _STRIP_BYTES // (x.shape[1] * dtype.itemsize))
+    rows = max(16, _STRIP_BYTES // (x.shape[1] * dtype.itemsize) // 16 * 16)
     strip = torch.empty(min(rows, y.shape[1]), x.shape[1], dtype=dtype)
     for first in range(0, y.shape[1], rows):
         count = min(rows, y.shape[1] - first)
@@ -317,15 +317,28 @@ def _agree(portable: Any, fast: Any) -> bool:
                 weight.multiply(x.data_ptr(), to.data_ptr(), 2, 1, pieces, 1)
         if not torch.allclose(y[0], y[1], rtol=1e-4, atol=1e-3 * (2**bits if vector == 1 else 128)):
             return False
+    for bits in (1, 3, 6):
+        x, packed = torch.randn(1, 80, generator=generator), bytes_(2, bits, 160)
+        y, scale, none = torch.empty(2, 20), torch.rand(20, generator=generator).half(), (0, 0, 0)
+        for module, to in zip((portable, fast), y, strict=True):
+            weight = module.TrellisWeight(20, 80, bits, 10, 32, packed.data_ptr(), scale.data_ptr(), none, none, 0)
+            weight.multiply(x.data_ptr(), to.data_ptr(), 1, 1, 1)
+        if not torch.allclose(y[0], y[1], rtol=1e-4, atol=1e-3):
+            return False
     return True
 
 
-def _run_for_operator(x: Tensor, *arguments: Any) -> Tensor:
-    try:
-        return multiply(x, *arguments)
-    except KeyboardInterrupt:
-        _thread.interrupt_main()  # what passes through the operator comes out as an error that programs may catch
-        raise
+def for_operator(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function as an operator of torch's runs it."""
+
+    def run(x: Tensor, *arguments: Any) -> Tensor:
+        try:
+            return function(x, *arguments)
+        except KeyboardInterrupt:
+            _thread.interrupt_main()  # what passes through the operator comes out as an error that programs may catch
+            raise
+
+    return run
 
 
 def _implement() -> Any:
@@ -338,7 +351,7 @@ def _implement() -> Any:
     # Not `register_kernel` of the operators, whose wrapper takes as long as `multiply` does for a small layer.
     torch.library.impl("lorq::rotate", "cpu", turn)
     torch.library.define("lorq::quant_linear_by_python", quant_linear._schema)
-    torch.library.impl("lorq::quant_linear_by_python", "cpu", _run_for_operator)
+    torch.library.impl("lorq::quant_linear_by_python", "cpu", for_operator(multiply))
     (module, name), suffix = _built(), "dylib" if sys.platform == "darwin" else "so"
     path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
     few = _few_tokens(name, by_bytes=True), _few_tokens(name, by_bytes=False)

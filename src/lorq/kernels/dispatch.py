@@ -7,45 +7,111 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorq.core.codes import CodesFormat
 from lorq.core.weight import LayerFormat
-from lorq.kernels import cpu, cpu_experts, int8, triton_experts, triton_linear
+from lorq.kernels import (
+    cpu,
+    cpu_experts,
+    cpu_trellis,
+    int8,
+    reference_trellis,
+    triton_experts,
+    triton_linear,
+    triton_trellis,
+)
+from lorq.kernels.operands import STORED_NAMES
 from lorq.kernels.reference import quant_linear, rotate
+from lorq.kernels.reference_trellis import trellis_linear
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What multiplies by codes of some kinds as they are stored, by the name that their format gives as ``operator``.
+
+    Attributes:
+        call: of an input, the tensors and the numbers.
+        tensors: the names of a layer's, in the operator's order; "levels" are not stored, the format tells them.
+        numbers: the names of those that follow, of the codes' format.
+    """
+
+    call: Callable[..., Tensor]
+    tensors: tuple[str, ...]
+    numbers: tuple[str, ...]
+
+    def settings(self, codes: CodesFormat) -> list[int]:
+        """What the operator is called with after the tensors."""
+        return [getattr(codes, name) for name in self.numbers]
+
+
+OPERATORS = {
+    "quant_linear": Operator(quant_linear, STORED_NAMES, ("bits",)),
+    "trellis_linear": Operator(trellis_linear, reference_trellis.STORED_NAMES, reference_trellis.NUMBERS),
+}
+
+
+@dataclass(frozen=True)
+class Product:
+    """An operator of `OPERATORS` on one type of device. Whatever it declines is the reference's.
+
+    Attributes:
+        declines: why a layer of a format, width, device and dtype of inputs is not multiplied; None where it is.
+        multiply: the operator there, by the reference where it declines; also the operator's implementation.
+        few_tokens: by dtype, up to how many tokens codes (of `quant_linear` whole numbers) are multiplied as they are
+            stored.
+    """
+
+    declines: Callable[[LayerFormat, int, torch.device, torch.dtype], str | None]
+    multiply: Callable[..., Tensor]
+    few_tokens: Callable[[torch.dtype], int]
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What runs on one type of device. Whatever it declines is the reference's.
+    """What runs on one type of device.
 
     Attributes:
         name: of the kernels.
         variant: of them that this machine has, or nothing.
-        declines: why a layer of a format, width, device and dtype of inputs is not multiplied; None where it is.
-        multiply: `quant_linear` on this device, by the reference where it declines; also the operator's implementation.
-        turn: `rotate` likewise.
-        few_tokens: by dtype, up to how many tokens whole numbers are multiplied as they are stored.
-        declines_experts: why experts of one format do not run in one call; `declines` with the pairs of a token and an
-            expert for each expert.
+        products: by operator.
+        turn: `rotate` on this device, as `Product.multiply` is its operator.
+        declines_experts: why experts of one format do not run in one call; `Product.declines` with the pairs of a token
+            and an expert for each expert.
         run_experts: see `lorq.kernels.cpu_experts.run`; None where `expert_linear` runs, with shared factors beside it.
     """
 
     name: str
     variant: Callable[[], str]
-    declines: Callable[[LayerFormat, int, torch.device, torch.dtype], str | None]
-    multiply: Callable[..., Tensor]
+    products: dict[str, Product]
     turn: Callable[..., Tensor]
-    few_tokens: Callable[[torch.dtype], int]
     declines_experts: Callable[[LayerFormat, int, torch.device, torch.dtype, float], str | None]
     run_experts: Callable[..., Tensor | None] | None = None
+
+    def declines(self, format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
+        """`Product.declines` of the operator of the format's codes."""
+        product = self.products.get(format.codes.operator or "")
+        if product is None:
+            return f"codes of the kind {format.codes.kind} have no kernel"
+        return product.declines(format, in_features, device, dtype)
 
 
 KERNELS = {
     "cpu": Kernels(
-        "C++", lambda: cpu.library()[1], cpu.declines, cpu.multiply, cpu.turn,
-        lambda _: cpu.few_tokens(by_bytes=True), cpu_experts.declines, cpu_experts.run,
+        "C++", lambda: cpu.library()[1],
+        {
+            "quant_linear": Product(cpu.declines, cpu.multiply, lambda _: cpu.few_tokens(by_bytes=True)),
+            "trellis_linear": Product(
+                cpu_trellis.declines, cpu_trellis.multiply, lambda _: cpu_trellis.few_tokens()
+            ),
+        },
+        cpu.turn, cpu_experts.declines, cpu_experts.run,
     ),
     "cuda": Kernels(
-        "Triton", str, triton_linear.declines, triton_linear.multiply, triton_linear.turn_or_reference,
-        triton_linear.few_tokens, triton_experts.declines,
+        "Triton", str,
+        {
+            "quant_linear": Product(triton_linear.declines, triton_linear.multiply, triton_linear.few_tokens),
+            "trellis_linear": Product(triton_trellis.declines, triton_trellis.multiply, triton_trellis.few_tokens),
+        },
+        triton_linear.turn_or_reference, triton_experts.declines,
     ),
 }  # fmt: skip
 
@@ -64,7 +130,7 @@ class Implementation:
 
 
 def implementation(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> Implementation:
-    """What multiplies a layer of this format when it runs, without a gradient; arguments as of `Kernels.declines`."""
+    """What multiplies a layer of this format when it runs, without a gradient; arguments as of `Product.declines`."""
     declined = {}
     if format.input_quantization != "none":
         why = int8.declines(format, in_features, device, dtype)
@@ -91,10 +157,11 @@ def declines_experts(
     return kernels.declines_experts(format, in_features, device, dtype, pairs)
 
 
-def multiply(x: Tensor, *arguments: Any) -> Tensor:
-    """`quant_linear`, without torch's dispatcher, as costly as a small layer, where nothing is traced or learns."""
+def multiply(x: Tensor, *arguments: Any, operator: str = "quant_linear") -> Tensor:
+    """An operator, without torch's dispatcher, as costly as a small layer, where nothing is traced or learns."""
     kernels = _direct(x, *arguments)
-    return quant_linear(x, *arguments) if kernels is None else kernels.multiply(x, *arguments)
+    product = None if kernels is None else kernels.products.get(operator)
+    return OPERATORS[operator].call(x, *arguments) if product is None else product.multiply(x, *arguments)
 
 
 def turn(x: Tensor, *arguments: Any) -> Tensor:
@@ -103,10 +170,11 @@ def turn(x: Tensor, *arguments: Any) -> Tensor:
     return rotate(x, *arguments) if kernels is None else kernels.turn(x, *arguments)
 
 
-def few_tokens(device: torch.device, dtype: torch.dtype) -> int:
-    """Tokens up to which whole numbers are multiplied as they are stored; 0 where there are no kernels."""
+def few_tokens(device: torch.device, dtype: torch.dtype, operator: str | None = "quant_linear") -> int:
+    """`Product.few_tokens`; 0 where there are no kernels."""
     kernels = KERNELS.get(device.type)
-    return 0 if kernels is None else kernels.few_tokens(dtype)
+    product = None if kernels is None else kernels.products.get(operator or "")
+    return 0 if product is None else product.few_tokens(dtype)
 
 
 def _direct(x: Tensor, *arguments: Any) -> Kernels | None:

@@ -66,7 +66,7 @@ def declines_experts(format: LayerFormat) -> str | None:
     """Why no kernel runs all experts of a format in one call; None where one may."""
     sizes = code_sizes(format.codes)
     if sizes is None:
-        return f"codes of the kind {format.codes.kind} have no kernel"
+        return f"codes of the kind {format.codes.kind} are multiplied one expert after the other"
     if sizes.scale_rank:
         return f"experts have scales of rank {sizes.scale_rank}"
     if format.rank:

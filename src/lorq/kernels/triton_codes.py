@@ -227,6 +227,34 @@ def _weights(packed, scale, zero, levels, scale_left, scale_right, book, book_sc
 
 @jit
 @no_type_check
+def _trellis_weights(packed, scale, ring, row, inside, k, in_features, BITS: constexpr,
+                     WINDOW: constexpr):  # fmt: skip
+    """Rows ``row``, columns ``k`` of trellis codes, float32; zero past the last of them.
+
+    A window lies in two words, which the first-level cache holds for the rows that share them. ``ring`` tiles are a
+    sequence.
+    """
+    tile, end = row // 16, (row % 16 + 1) * BITS
+    word = (end - 1) // 16  # of the tile's strings, in which a window ends
+    before = tl.where(tile % ring == 0, tile + ring - 1, tile - 1) * BITS + BITS - 1
+    upper_at = tl.where(word == 0, before, tile * BITS + word - 1)
+    ok = inside[:, None] & (k < in_features)[None, :]
+    upper = tl.load(packed + upper_at[:, None] * in_features + k[None, :], ok, 0).to(tl.uint16, bitcast=True)
+    lower = tl.load(packed + (tile * BITS + word)[:, None] * in_features + k[None, :], ok, 0).to(
+        tl.uint16, bitcast=True
+    )
+    both = (upper.to(tl.uint32) << 16) | lower.to(tl.uint32)
+    window = (both >> (16 * (word + 1) - end).to(tl.uint32)[:, None]) & ((1 << WINDOW) - 1)
+    product = window * 0xC49087BF
+    # Sums of two bytes in each half, then of both halves in the upper one.
+    halves = (product & 0x00FF00FF) + ((product >> 8) & 0x00FF00FF)
+    values = ((halves * 0x00010001) >> 16).to(tl.int32) - 510
+    step = tl.load(scale + row, inside, 0.0).to(tl.float32) / 128
+    return tl.where(ok, values.to(tl.float32) * step[:, None], 0.0)
+
+
+@jit
+@no_type_check
 def _stored(values, E4M3: constexpr):
     """Entries of a stored factor as float32. Bytes of e4m3 are read as such: sm_80 has no instruction for them."""
     if E4M3:

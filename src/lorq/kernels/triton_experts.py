@@ -88,7 +88,7 @@ def linear(x: Tensor, expert: Tensor, *operands: Any) -> Tensor:
     tiles = pairs if plan is None else plan.shape[1]
     if weight[4] is not None:
         weight[4] = weight[4].contiguous().view(triton_linear._ENTRIES[codes.vector])
-    factor, e4m3 = (None, False) if left is None else triton_linear._stored(left)
+    factor, e4m3 = (None, False) if left is None else triton_linear.stored_factor(left)
     arrays = [t if t is None else t.contiguous() for t in (*weight, factor, left_scale, projected, cells)]
     grid_rows, rank = (1, 1) if projected is None else projected.shape[1:]
     triton_tile.experts[tiles, -(-out // tile.rows)](
@@ -96,7 +96,7 @@ def linear(x: Tensor, expert: Tensor, *operands: Any) -> Tensor:
         words, 0 if weight[2] is None else weight[2][0].numel(), grid_rows, rank, BITS=codes.bits,
         VECTOR=codes.vector, GROUP=codes.group_size, BOOK_ROWS=codes.codebook_rows,
         BOOK_COLUMNS=codes.codebook_columns, E4M3=e4m3, T=tile.tokens, N=tile.rows, K=tile.columns, R=32,
-        STAGES=tile.stages, **triton_linear._options(tile.warps, tile.stages),
+        STAGES=tile.stages, **triton_linear.options(tile.warps, tile.stages),
     )  # fmt: skip
     return y
 

@@ -64,11 +64,11 @@ _ONE_SCALED = Tile(1, 16, 256, 4, 1)  # with a product of tiles for its scales
 # By bytes of an input's number: from so many tokens on the weight is decoded, and torch multiplies.
 MANY_FROM = {2: 65, 4: 33}
 _DECODED, _DECODED_WITH_FACTORS = Tile(0, 32, 256, 4, 1), Tile(0, 128, 128, 8, 1)
-_STRIP_BYTES = 256 << 20  # of a decoded weight at a time
+STRIP_BYTES = 256 << 20  # of a decoded weight at a time
 
 
 def declines(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the Triton kernels do not run a layer, see `lorq.kernels.dispatch.Kernels`; None where they do."""
+    """Why the Triton kernels do not run a layer, see `lorq.kernels.dispatch.Product`; None where they do."""
     return declines_input("cuda", device, dtype) or declines_format(format) or declines_device(device)
 
 
@@ -169,24 +169,24 @@ def _by_tiles(format: LayerFormat, tile: Tile, span: int, p: Operands, x: Tensor
     (tokens, in_features), out, words = x.shape, y.shape[1], p.packed.shape[1]
     scale_rank = known_sizes(format).scale_rank
     weight, sizes = _weight_arguments(p, format)
-    left, e4m3 = (None, False) if p.left is None else _stored(p.left)
+    left, e4m3 = (None, False) if p.left is None else stored_factor(p.left)
     rows, splits = -(-out // tile.rows), -(-in_features // span)
     sizes |= {"T": tile.tokens, "N": tile.rows, "K": tile.columns, "STAGES": tile.stages}
-    options = _options(tile.warps, tile.stages)
+    how = options(tile.warps, tile.stages)
     # What tensor cores multiply has the type of the inputs.
-    z = _projected(x, p, x.dtype if splits == 1 and tile.tokens > 1 else torch.float32)
+    z = projected(x, p.right, p.right_scale, x.dtype if splits == 1 and tile.tokens > 1 else torch.float32)
     if splits == 1:
         triton_tile.whole_rows[(rows * -(-tokens // tile.tokens),)](
             x, y, z, left, p.left_scale, *weight, tokens, out, in_features, words, scale_rank, format.rank,
-            **sizes, E4M3=e4m3, R=32, **options,
+            **sizes, E4M3=e4m3, R=32, **how,
         )  # fmt: skip
         return
     partial = torch.empty(splits, tokens, out, dtype=torch.float32, device=x.device)
     triton_tile.spans[rows, splits](
-        x, partial, *weight, tokens, out, in_features, words, scale_rank, span, **sizes, **options
+        x, partial, *weight, tokens, out, in_features, words, scale_rank, span, **sizes, **how
     )
     triton_tile.finish[-(-out // 128), tokens](
-        partial, y, z, left, p.left_scale, tokens, out, splits, format.rank, E4M3=e4m3, N=128, R=32, **_options()
+        partial, y, z, left, p.left_scale, tokens, out, splits, format.rank, E4M3=e4m3, N=128, R=32, **options()
     )
 
 
@@ -199,8 +199,8 @@ def _by_decoding(format: LayerFormat, p: Operands, x: Tensor, y: Tensor) -> None
     weight, sizes = _weight_arguments(p, format)
     left, right, e4m3 = None, None, False
     if p.left is not None and p.right is not None:
-        (left, e4m3), (right, _) = _stored(p.left), _stored(p.right)
-    rows = max(32, _STRIP_BYTES // (in_features * x.element_size()) // 32 * 32)
+        (left, e4m3), (right, _) = stored_factor(p.left), stored_factor(p.right)
+    rows = max(32, STRIP_BYTES // (in_features * x.element_size()) // 32 * 32)
     strip = torch.empty(min(rows, out), in_features, dtype=x.dtype, device=x.device)
     tile = _DECODED if left is None else _DECODED_WITH_FACTORS
     columns = _columns(tile.columns, format, in_features)
@@ -208,12 +208,12 @@ def _by_decoding(format: LayerFormat, p: Operands, x: Tensor, y: Tensor) -> None
         last = min(first + rows, out)
         triton_tile.decode[-(-(last - first) // tile.rows), -(-in_features // columns)](
             strip, *weight, left, p.left_scale, right, p.right_scale, first, last, in_features, words,
-            scale_rank, format.rank, **sizes, E4M3=e4m3, N=tile.rows, K=columns, R=32, **_options(tile.warps),
+            scale_rank, format.rank, **sizes, E4M3=e4m3, N=tile.rows, K=columns, R=32, **options(tile.warps),
         )  # fmt: skip
         torch.mm(x, strip[: last - first].T, out=y[:, first:last])
 
 
-def _options(warps: int = 4, stages: int = 3) -> dict[str, int | bool]:
+def options(warps: int = 4, stages: int = 3) -> dict[str, int | bool]:
     """How a kernel is compiled. Products and sums fuse: Triton 3.9 wants that said."""
     return {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
@@ -265,25 +265,25 @@ def _weight_arguments(p: Operands, format: LayerFormat) -> tuple[list[Tensor | N
     return [t if t is None else t.contiguous() for t in tensors], sizes
 
 
-def _stored(factor: Tensor) -> tuple[Tensor, bool]:
+def stored_factor(factor: Tensor) -> tuple[Tensor, bool]:
     """A factor as the kernels read it, and whether its bytes are e4m3."""
     e4m3 = factor.dtype == torch.float8_e4m3fn
     return (factor.view(torch.uint8) if e4m3 else factor).contiguous(), e4m3
 
 
-def _projected(x: Tensor, p: Operands, dtype: torch.dtype) -> Tensor | None:
+def projected(x: Tensor, right: Tensor | None, right_scale: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """``x right^T``, (tokens, rank); None without factors."""
     from lorq.kernels import triton_tile
 
-    if p.left is None or p.right is None:
+    if right is None:
         return None
-    (tokens, in_features), (right, e4m3) = x.shape, _stored(p.right)
+    (tokens, in_features), (stored, e4m3) = x.shape, stored_factor(right)
     z = torch.empty(tokens, right.shape[0], dtype=dtype, device=x.device)
     # One token's products wait for this: many short programs.
     rank, rows = right.shape[0], 1 if tokens == 1 else 8
     columns = min(4096 // rows, 1 << max(5, (in_features - 1).bit_length()))
     triton_tile.project[tokens, -(-rank // rows)](
-        x, right, p.right_scale, z, in_features, rank, E4M3=e4m3, R=rows, K=columns, **_options(8)
+        x, stored, right_scale, z, in_features, rank, E4M3=e4m3, R=rows, K=columns, **options(8)
     )
     return z
 
@@ -301,7 +301,7 @@ def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: 
     blocks = (width - kept) // size
     triton_tile.turn[y.numel() // width, blocks + -(-kept // size)](
         flat, y, None if permutation is None else permutation.contiguous(), width, kept, blocks, INVERSE=inverse,
-        BLOCK=size, STEPS=int(log2(block)) if block else 0, NORM=size**-0.5, **_options(max(1, min(8, size // 256))),
+        BLOCK=size, STEPS=int(log2(block)) if block else 0, NORM=size**-0.5, **options(max(1, min(8, size // 256))),
     )  # fmt: skip
     return y
 

@@ -13,6 +13,7 @@ from lorq.kernels.triton_codes import (
     _repeated,
     _steps,
     _stored,
+    _trellis_weights,
     _weights,
     constexpr,
     jit,
@@ -207,6 +208,54 @@ def decode(to, packed, scale, zero, levels, scale_left, scale_right, book, book_
             if right_scale is not None:
                 factor *= tl.load(right_scale + r, r < rank, 0.0).to(tl.float32)[:, None]
             w = tl.dot(l.to(to.dtype.element_ty), factor.to(to.dtype.element_ty), w, input_precision="ieee")
+    at = to + (row - first).to(tl.int64)[:, None] * in_features + k[None, :]
+    tl.store(at, w.to(to.dtype.element_ty), inside[:, None] & (k < in_features)[None, :])
+
+
+@jit
+@no_type_check
+def trellis_products(x, to, z, left, left_scale, packed, scale, ring, tokens, out_features, in_features, rank, span,
+                     BITS: constexpr, WINDOW: constexpr, E4M3: constexpr, WHOLE: constexpr, T: constexpr, N: constexpr,
+             K: constexpr, R: constexpr, STAGES: constexpr):  # fmt: skip
+    """``to[split, token, row]``, sums over one span of the columns; of all of them with ``left z^T`` (``WHOLE``).
+
+    For few tokens and trellis codes; ``to`` is the output itself where there is one span.
+    """
+    row, split, token = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1), tl.arange(0, T)
+    inside, real = row < out_features, token < tokens
+    first = split * span
+    last = tl.minimum(first + span, in_features)
+    if T == 1:
+        sums = tl.zeros((N, K), tl.float32)
+    else:
+        sums = tl.zeros((N, T), tl.float32)
+    for k0 in tl.range(first, last, K, num_stages=STAGES):
+        k = k0 + tl.arange(0, K)
+        w = _trellis_weights(packed, scale, ring, row, inside, k, in_features, BITS, WINDOW)
+        if T == 1:
+            sums += w * tl.load(x + k, k < in_features, 0.0).to(tl.float32)[None, :]
+        else:
+            from_ = x + token[:, None] * in_features + k[None, :]
+            values = tl.load(from_, real[:, None] & (k < in_features)[None, :], 0.0)
+            sums = tl.dot(w.to(values.dtype), tl.trans(values), sums, input_precision="ieee")
+    if T == 1:
+        total = tl.sum(sums, 1)[:, None]
+    else:
+        total = sums
+    if WHOLE and left is not None:
+        total = _low_rank(total, left, left_scale, z, token * rank, real, row, inside, rank, E4M3, T, R)
+    at = to + (split * tokens + token)[None, :] * out_features + row[:, None]
+    tl.store(at, total.to(to.dtype.element_ty), inside[:, None] & real[None, :])
+
+
+@jit
+@no_type_check
+def trellis_decode(to, packed, scale, ring, first, last, in_features, BITS: constexpr, WINDOW: constexpr, N: constexpr,
+           K: constexpr):  # fmt: skip
+    """Rows ``first .. last - 1`` of the weight into ``to``, (rows, in), in its dtype."""
+    row, k = first + tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1) * K + tl.arange(0, K)
+    inside = row < last
+    w = _trellis_weights(packed, scale, ring, row, inside, k, in_features, BITS, WINDOW)
     at = to + (row - first).to(tl.int64)[:, None] * in_features + k[None, :]
     tl.store(at, w.to(to.dtype.element_ty), inside[:, None] & (k < in_features)[None, :])
 

@@ -174,6 +174,10 @@ class StreamedModel:
         """A tensor as the checkpoint keeps it, by its name in the model."""
         return self._sources[name].read(self.checkpoint)
 
+    def stored_names(self, name: str) -> list[str]:
+        """The names that the checkpoint has for a tensor of the model, or for those that it is made of."""
+        return self._sources[name].names
+
     def tensor_aside(self, name: str) -> Tensor:
         """The same for who only looks (`WeightFiles.aside`)."""
         return self._sources[name].read(self.checkpoint.aside())

@@ -11,8 +11,11 @@ from torch.nn.functional import linear
 from lorq.models.experts import find_experts, split_experts
 
 
-def read_config(folder: Path) -> Any:
-    """The folder's transformers config; a ValueError if it is unreadable, needs remote code, or is quantized."""
+def read_config(folder: Path, *, quantized: bool = False) -> Any:
+    """The folder's transformers config; a ValueError if it is unreadable, needs remote code, or is quantized.
+
+    With ``quantized`` it may be, and the config is that of the dense model.
+    """
     from transformers import AutoConfig
 
     try:
@@ -21,7 +24,9 @@ def read_config(folder: Path) -> Any:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the config of {folder} could not be read: {first}") from error
     existing = getattr(config, "quantization_config", None)
-    if existing is not None:
+    if existing is not None and quantized:
+        del config.quantization_config
+    elif existing is not None:
         method = existing.get("quant_method") if isinstance(existing, dict) else existing
         raise ValueError(f"{folder} is already quantized ({method}); give the original model")
     return config

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorq.models.blocks import StreamedModel, Target
-from lorq.models.skeleton import is_linear
+from lorq.models.skeleton import find_towers, is_linear
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Tables:
     Attributes:
         embedding, head: as layers (vocabulary, width), where they can be quantized; else why not.
         tied: they are one weight, which is the embedding's.
-        others: tables besides, such as GPT-2's positions, by name; each with its class.
+        others: tables besides in the text model, such as GPT-2's positions, by name; each with its class.
     """
 
     embedding: Target | str
@@ -46,7 +46,8 @@ def find_tables(streamed: StreamedModel) -> Tables:
             head = Target(names[id(output)], output.out_features, output.in_features, False)
     if pairs and (why := next((found for found in (embedding, head) if isinstance(found, str)), "")):
         embedding = head = why
-    tables = {name.rpartition(".")[0] for name in streamed.outside[0].tensors} - {names.get(id(lookup))}
+    text = [name.rpartition(".")[0] for name in streamed.outside[0].tensors if not name.startswith(find_towers(model))]
+    tables = set(text) - {names.get(id(lookup))}
     return Tables(embedding, head, bool(pairs), {n: type(model.get_submodule(n)).__name__ for n in sorted(tables)})
 
 

@@ -27,7 +27,7 @@ from lorq.pipeline.dial import Choice, Dial, levelled
 from lorq.pipeline.gradients import token_gradients
 from lorq.pipeline.observe import TokenGradients
 from lorq.pipeline.one_block import solve_block
-from lorq.pipeline.options import read_method, read_options
+from lorq.pipeline.options import Options, read_method, read_options
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
 from lorq.pipeline.predict import predict
 from lorq.pipeline.presets import DEFAULT, PRESETS
@@ -238,13 +238,16 @@ def _solve(
 
 
 def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callable[[], Windows | None]:
-    """Calibration windows, if anything looks at inputs: those of a text are read at once, the model's own when called.
+    """`calibration_windows`, if anything looks at inputs."""
+    return calibration_windows(plan.options, model, progress) if _observes(plan) else lambda: None
+
+
+def calibration_windows(options: Options, model: StreamedModel, progress: Progress) -> Callable[[], Windows]:
+    """Calibration windows: those of a text are read at once, the model's own when called.
 
     So everything that can be refused is refused before gigabytes of weights are read.
     """
-    if not _observes(plan):
-        return lambda: None
-    options, folder, config = plan.options, model.checkpoint.folder, model.model.config
+    folder, config = model.checkpoint.folder, model.model.config
     if options.calibration != SELF:
         encoder = Encoder.open(folder, config, options.start_token)
         read = text_windows(options.calibration, encoder, samples=options.samples, seq_len=options.seq_len)

@@ -31,20 +31,18 @@ SAME_SQNR_DB = 60.0
 class Probe:
     """Short windows that go through the quantized blocks in memory, and again as they are on disk.
 
-    Their ``tokens`` are random, ``start`` is what they enter the first block with. ``routes`` tell where they are
-    routed, by experts module, for each window; filled the first time.
+    Their ``tokens`` are random. ``routes`` tell where they are routed, by experts module, for each window; filled the
+    first time.
     """
 
     tokens: Int[Tensor, "windows length"]
-    start: Float[Tensor, "windows length width"]
     stream: Stream
     routes: list[dict[str, tuple[Tensor, Tensor]]]
 
     @classmethod
     def begin(cls, model: StreamedModel, tokens: Int[Tensor, "windows length"]) -> "Probe":
         """At a model's first block."""
-        stream = model.embed(tokens)
-        return cls(tokens, stream.hidden.clone(), stream, [{} for _ in tokens])
+        return cls(tokens, model.embed(tokens), [{} for _ in tokens])
 
     def run(self, model: StreamedModel, block: Part) -> Float[Tensor, "length width"]:
         """The resident block's output for the first window."""
@@ -104,7 +102,9 @@ def verify(
     swap_experts(empty, folder.tiles)
     written = StreamedModel(empty, folder.reader, device=model.device)
     again = replace(Probe.begin(written, probe.tokens), routes=probe.routes)
-    again.stream.hidden.copy_(probe.start)
+    looked_up = again.stream.hidden.clone()
+    if tables:
+        again = replace(again, stream=model.embed(probe.tokens))
     for number, block in enumerate(written.blocks, 1):
         with written.resident(block):
             again.advance(written, block)
@@ -112,11 +112,11 @@ def verify(
     with model.resident(*model.outside):
         for target, weight in tables.items():
             put_dense(weight, model.resident_weight(target))
-        expected, start = probe.logits(model), model.embed(probe.tokens).hidden
+        expected, start = probe.logits(model), model.embed(probe.tokens).hidden if tables else looked_up
     logits = again.logits(written)
     if not bool(torch.isfinite(logits).all()):
         raise ArithmeticError(f"{folder.path} read back gives logits that are not finite; keep it for a bug report")
-    near = min(sqnr_db(expected, logits), sqnr_db(start, again.start))
+    near = min(sqnr_db(expected, logits), sqnr_db(start, looked_up))
     if near < SAME_SQNR_DB:
         raise ArithmeticError(
             f"{folder.path} read back must give the solved model's logits to {SAME_SQNR_DB:.0f} dB, got {near:.1f} dB; "

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lorq.core.codes import levels
+from lorq.kernels import OPERATORS
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.same_input import Together
 
 
 def merge_calls(graph: torch.fx.Graph) -> None:
     """Leave one of several calls of lorq's operators with the same arguments. They write to nothing."""
-    ours = torch.ops.lorq.rotate.default, torch.ops.lorq.quant_linear.default
+    ours = [getattr(torch.ops.lorq, name).default for name in ("rotate", *OPERATORS)]
     seen: dict[tuple[Any, ...], torch.fx.Node] = {}
     for node in list(graph.nodes):
         if node.op == "call_function" and node.target in ours:

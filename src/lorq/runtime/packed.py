@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from lorq.core.codes import LevelFormat, levels
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.kernels import fake_quantize, int8_linear, multiply, turn
+from lorq.kernels import OPERATORS, fake_quantize, int8_linear, multiply, turn
 from lorq.kernels.int8 import declines_format
 from lorq.kernels.operands import STORED_NAMES
 from lorq.kernels.reference import decoded_linear
@@ -52,19 +52,20 @@ class PackedWeight(nn.Module):
             # Whole numbers have no gradient to give.
             learns = z.requires_grad and torch.is_grad_enabled()
             if not learns and declines_format(self.format, self.in_features, z.device, z.dtype) is None:
-                codes = self.weight_packed, self.weight_scale, self.weight_zero_point
-                return int8_linear(z, *codes, *grid, self.format.bits)
+                whole = self.weight_packed, self.weight_scale, self.weight_zero_point
+                return int8_linear(z, *whole, *grid, self.format.bits)
             z = fake_quantize(z, *grid)
-        if self.format.codes.operator is None:
+        codes = self.format.codes
+        if codes.operator is None:
             weight = self.format.read(self.stored(), (self.out_features, self.in_features))
             return decoded_linear(z, weight.codes.decode(), weight.low_rank)  # type: ignore[arg-type]
-        return multiply(z, *self.operands(), self.format.bits)
+        return multiply(z, *self.operands(), *OPERATORS[codes.operator].settings(codes), operator=codes.operator)
 
     def operands(self) -> list[Tensor | None]:
         """The operator's tensors."""
         # From torch's own dicts: a module's __getattr__, twelve times, takes as long as a small product.
         tensors = {**self._buffers, **self._parameters, "levels": self.levels}
-        return [tensors[name] for name in STORED_NAMES]
+        return [tensors[name] for name in OPERATORS[self.format.codes.operator or ""].tensors]
 
     @property
     def levels(self) -> Tensor | None:

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorq.core.codes import IntGrid
+from lorq.core.codes import IntGrid, TrellisGrid
+from lorq.core.codes.trellis import TILE
 from lorq.core.weight import LayerFormat
-from lorq.kernels import few_tokens, multiply, turn
+from lorq.kernels import OPERATORS, few_tokens, multiply, turn
 from lorq.kernels.derived import Derived
-from lorq.kernels.operands import DTYPES, STORED_NAMES, code_sizes
+from lorq.kernels.operands import DTYPES, code_sizes
 from lorq.models.experts import Expert
 from lorq.runtime.linear import QuantLinear, parts_of
 
@@ -109,16 +110,17 @@ class Together:
             self.layers[place] = weakref.ref(layer)
         elif known is not layer:  # a replica
             return None
-        parts = self._parts.take(place, x, lambda: self._made(x))
+        parts = self._parts.take(place, x, lambda: self._made(x, layer.format.codes.operator))
         if parts is None or parts[1][place] != _seen(layer):
             return None
         part: Tensor = parts[0][place]
         return part
 
-    def _made(self, x: Tensor) -> tuple[list[Tensor], list[Any]] | None:
+    def _made(self, x: Tensor, operator: str | None) -> tuple[list[Tensor], list[Any]] | None:
         """The layers' parts of the product with ``x``, and the tensors that they had."""
         # Nothing that learns is joined.
-        if x.numel() > few_tokens(x.device, x.dtype) * x.shape[-1] or (x.requires_grad and torch.is_grad_enabled()):
+        few = few_tokens(x.device, x.dtype, operator)
+        if x.numel() > few * x.shape[-1] or (x.requires_grad and torch.is_grad_enabled()):
             return None
         layers: list[Any] = [known() for known in self.layers]
         joined = self._as_one(layers)
@@ -135,10 +137,12 @@ class Together:
     def refresh(self) -> None:
         """Show compiled programs what the layers hold now."""
         if self.program is not None and self.joins:
-            operands, self._rows = self._as_one([known() for known in self.layers]) or ([], [])
+            layers: list[Any] = [known() for known in self.layers]
+            operands, self._rows = self._as_one(layers) or ([], [])
             self.program[:] = operands
             if operands and operands[0] is not None:
-                self._few = {dtype: few_tokens(operands[0].device, dtype) for dtype in DTYPES}
+                operator = layers[0].format.codes.operator
+                self._few = {dtype: few_tokens(operands[0].device, dtype, operator) for dtype in DTYPES}
 
 
 # The operator's tensors of several layers as of one, and the permutation; and the rows of each layer.
@@ -149,9 +153,15 @@ def _parts(x: Tensor, operands: Sequence[Tensor | None], rows: list[int], format
     """Each layer's part of the product with ``x``."""
     *stored, permutation = operands
     z = turn(x, permutation, format.rotation_block, format.rotation_skip) if format.has_basis else x
-    y = multiply(z, *stored, format.bits)
+    operator = format.codes.operator or ""
+    y = multiply(z, *stored, *OPERATORS[operator].settings(format.codes), operator=operator)
     # Not views of one tensor: what a layer returns may be written to.
     return [part.contiguous() for part in torch.unsafe_split_with_sizes(y, rows, -1)]
+
+
+def _names(layers: Sequence[QuantLinear]) -> tuple[str, ...]:
+    """Of the tensors that the operator of some layers takes."""
+    return OPERATORS[layers[0].format.codes.operator or ""].tensors
 
 
 def _stored(layers: Iterable[QuantLinear]) -> list[Tensor]:
@@ -178,7 +188,7 @@ def _join(known: Sequence[Callable[[], QuantLinear | None]], _: Sequence[Tensor 
     if first is not None and not all(torch.equal(first, layer.permutation) for layer in layers):  # type: ignore[arg-type]
         return None
     joined: list[Tensor | None] = []
-    for name, own in zip(STORED_NAMES, zip(*tensors, strict=True), strict=True):
+    for name, own in zip(_names(layers), zip(*tensors, strict=True), strict=True):
         parts = [tensor for tensor in own if tensor is not None]
         if name == "levels" or not parts:
             joined.append(own[0])
@@ -193,7 +203,7 @@ def _share(layers: Sequence[QuantLinear], joined: _One | None) -> list[Tensor]:
 
     Others take the place of those that were, which another thread may be multiplying with.
     """
-    for name, whole in zip(STORED_NAMES, [] if joined is None else joined[0], strict=False):
+    for name, whole in zip(_names(layers), [] if joined is None else joined[0], strict=False):
         if whole is not None and name not in ("levels", "left"):
             own = [layer._buffers for layer in layers if layer._buffers[name] is not None]
             for buffers, part in zip(own, parts_of(whole, [len(b[name]) for b in own]), strict=True):  # type: ignore[arg-type]
@@ -212,7 +222,7 @@ def fit(layers: Sequence[QuantLinear]) -> bool:
     """Whether layers of one input and basis can be one: their formats fit together, and joining costs little."""
     first = layers[0].format
     sizes = code_sizes(first.codes)
-    if sizes is None or sizes.scale_rank:
+    if first.codes.operator is None or (sizes is not None and sizes.scale_rank):
         return False
     zero_points = isinstance(first.codes, IntGrid) and not first.codes.symmetric
     for layer in layers:
@@ -221,6 +231,8 @@ def fit(layers: Sequence[QuantLinear]) -> bool:
             return False
         if zero_points and layer is not layers[-1] and layer.out_features * f.bits % 32:
             return False  # zero points of two layers would meet in a word
+        if isinstance(first.codes, TrellisGrid) and layer is not layers[-1] and layer.out_features % TILE:
+            return False  # and rows in a tile
     ranked = [layer for layer in layers if layer.format.rank]
     if len({layer.format.factor_type for layer in ranked}) > 1:
         return False

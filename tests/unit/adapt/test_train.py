@@ -210,7 +210,8 @@ def test_a_layer_computes_the_same_before_in_and_after_training(
 ):
     # Training rounds the weight to the inputs' type, as the reference does; the C++ kernels, compared with that
     # elsewhere, do not.
-    monkeypatch.setitem(KERNELS, "cpu", dataclasses.replace(KERNELS["cpu"], multiply=quant_linear_reference))
+    product = dataclasses.replace(KERNELS["cpu"].products["quant_linear"], multiply=quant_linear_reference)
+    monkeypatch.setitem(KERNELS, "cpu", dataclasses.replace(KERNELS["cpu"], products={"quant_linear": product}))
     bias = torch.randn(24, generator=generator).to(dtype) if bias else None
     layer = pack(torch.randn(24, 16, generator=generator), bits=bits, grid=kind, bias=bias, activations=activations)
     layer = layer.to(dtype) if bias is not None else layer

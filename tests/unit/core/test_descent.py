@@ -234,10 +234,12 @@ def test_a_descent_that_goes_on_from_a_state_ends_with_the_same_bits(after, gene
     assert again == outcome and all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
 
 
-def test_a_unit_multiplies_the_rate_of_its_parameter():
-    p, q = leaf(0.0), leaf(0.0)
-    minimise([p, q], lambda w: p.sum() + q.sum(), 1, Descent(10, 0.01), generator=seeded(), units=[1.0, 0.25])
-    assert_close(q.detach(), p.detach() / 4)
+def test_a_parameter_with_a_unit_takes_the_steps_that_it_takes_counted_in_it():
+    p, q = leaf(0.0), leaf(0.0)  # with gradients so small that Adam's epsilon shows
+    minimise([p], lambda w: 1e-8 * p.sum(), 1, Descent(10, 0.01), generator=seeded())
+    minimise([q], lambda w: 1e-8 * (q / 0.25).sum(), 1, Descent(10, 0.01), generator=seeded(), units=[0.25])
+    assert_close(q.detach() / 0.25, p.detach())
+    assert -0.04 < float(p.detach()) < -0.01
 
 
 def test_what_measures_best_is_kept_whatever_the_loss_says():

@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from helpers import layer_format
+from helpers import layer_format, same_codes, solve_one
 
 from lorq.core.codes import IntCodes, IntGrid
 from lorq.core.low_rank import LowRank
-from lorq.core.weight import QuantizedWeight
+from lorq.core.weight import QuantizedWeight, join_rows
+from lorq.methods import Nearest
 
 FORMATS = [
     layer_format(bits, group_size, symmetric, rank, factor_type)
@@ -79,3 +80,20 @@ def test_dense_is_codes_on_their_grid_plus_the_low_rank():
     zero_point = torch.tensor([[0, 3]], dtype=torch.uint8)
     weight = QuantizedWeight(IntCodes(codes, scale, zero_point, IntGrid(2, 2)))
     assert torch.equal(weight.dense(), torch.tensor([[0.0, 1.5, -4.0, -2.0]]))
+
+
+@pytest.mark.parametrize("grid", ["integer", "normal-float"])
+def test_strips_of_rows_join_to_the_weight_as_it_is_solved_whole(grid, generator):
+    weight, method = torch.randn(75, 48, generator=generator), Nearest(bits=3, group_size=16, grid=grid)
+    whole = solve_one(method, weight)
+    strips = weight.split(32)
+    joined = join_rows([solve_one(method, strip) for strip in strips], [float(s.square().sum()) for s in strips])
+    assert same_codes(joined, whole) and joined.format == whole.format
+    assert joined.record.error_after == pytest.approx(whole.record.error_after, rel=1e-5)
+    assert joined.record.error_before == pytest.approx(whole.record.error_before, rel=1e-5)
+
+
+def test_strips_that_end_within_a_word_of_zero_points_are_refused(generator):
+    parts = [solve_one(Nearest(bits=3, group_size=16), torch.randn(25, 48, generator=generator)) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"a multiple of 32 rows .* weight_zero_point .* \[\(25, 48\), \(25, 48\), "):
+        join_rows(parts, [1.0, 1.0, 1.0])

@@ -37,9 +37,13 @@ def trellis_values(window: int, device: torch.device | str = "cpu") -> Float[Ten
         >>> trellis_values(4)[:3]
         tensor([-3.9844,  1.2188, -1.5547])
     """
-    product = torch.arange(2**window, device=device) * _MULTIPLIER
-    total = torch.stack([(product >> 8 * i) & 255 for i in range(4)]).sum(0)
-    return (total - 510).float() / 128
+    return _values_of(torch.arange(2**window, device=device, dtype=torch.int32))
+
+
+def _values_of(windows: Int32[Tensor, "*shape"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:
+    product = windows * (_MULTIPLIER - 2**32)  # of 32 bits, and so are the products
+    total = (product & 255) + (product >> 8 & 255) + (product >> 16 & 255) + (product >> 24 & 255)
+    return (total - 510).to(dtype) / 128
 
 
 # Their standard deviation, that of the sum of four bytes over 128.
@@ -66,7 +70,7 @@ class TrellisGrid:
     length: int
 
     kind: ClassVar[str] = "trellis"
-    operator: ClassVar[str | None] = None
+    operator: ClassVar[str | None] = "trellis_linear"
 
     @classmethod
     def of(cls, out: int, bits: int, window: int) -> "TrellisGrid":
@@ -164,8 +168,9 @@ class TrellisCodes:
 
     def values(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The values of the windows, without their scales."""
-        g, table = self.format, trellis_values(self.format.window, self.packed.device).to(dtype)
-        values = torch.stack([table[w] for w in stream_windows(self.packed, g.bits, g.window, g.length)], 1)
+        g = self.format
+        windows = stream_windows(self.packed, g.bits, g.window, g.length)
+        values = torch.stack([_values_of(w, dtype) for w in windows], 1)
         return values.flatten(0, 1)[: self.shape[0]]
 
     def tensors(self) -> dict[str, Tensor]:

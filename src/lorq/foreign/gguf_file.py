@@ -1,0 +1,69 @@
+"""A GGUF file as llama.cpp has it: names, sizes and values of tensors, and the order of their rows."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A GGUF model: its tensors by name, and which is a layer's weight."""
+
+    path: Path
+    architecture: str
+    tensors: Mapping[str, Any]
+    name_of: Callable[[str], str | None]
+
+    @classmethod
+    def open(cls, path: Path) -> "GgufFile":
+        """Read the header; the tensors stay in the file."""
+        from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
+
+        reader = GGUFReader(path)
+        architecture = str(reader.fields["general.architecture"].contents())
+        number = {name: number for number, name in MODEL_ARCH_NAMES.items()}[architecture]
+        names = get_tensor_name_map(number, int(reader.fields[f"{architecture}.block_count"].contents()))
+
+        def name_of(layer: str) -> str | None:
+            found: str | None = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))
+            return found
+
+        return cls(path, architecture, {tensor.name: tensor for tensor in reader.tensors}, name_of)
+
+    def stored_bytes(self, layer: str) -> int | None:
+        """What a layer's weight takes; None where it is no tensor of its own."""
+        tensor = self.tensors.get(self.name_of(layer) or "")
+        return None if tensor is None else int(tensor.n_bytes)
+
+    def values(self, name: str) -> Float[Tensor, "out in"]:
+        """A tensor's, as `lorq.models.locate` keeps them."""
+        from gguf import dequantize
+
+        tensor = self.tensors[name]
+        return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).to(torch.float16)
+
+
+def row_order(stored: Float[Tensor, "out in"], weight: Float[Tensor, "out in"]) -> Int[Tensor, "out"] | None:
+    """Which row of ``weight`` each row of ``stored`` is; None where one is not there.
+
+    Example:
+        >>> row_order(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[3.0, 4.0], [1.0, 2.0]]))
+        tensor([1, 0])
+    """
+    if stored.shape != weight.shape:
+        return None
+    places: dict[bytes, list[int]] = {}
+    for i, row in enumerate(weight.to(stored.dtype).numpy()):
+        places.setdefault(np.ascontiguousarray(row).tobytes(), []).append(i)
+    try:
+        # Of rows that are alike, in their order: the first to the first.
+        found = [places[np.ascontiguousarray(row).tobytes()].pop(0) for row in stored.numpy()]
+    except (KeyError, IndexError):
+        return None
+    return torch.tensor(found)

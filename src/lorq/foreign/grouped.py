@@ -1,0 +1,138 @@
+"""Integer codes with groups as other programs pack them: GPTQ, AWQ, compressed-tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from lorq.core.basis import Basis
+from lorq.core.codes import IntCodes, IntGrid
+from lorq.core.packing import unpack, unpack_columns
+from lorq.core.weight import QuantizedWeight
+
+# AWQ deals eight neighbouring columns to the places 0, 4, 1, 5 ... of a word; here, where column j of eight lies.
+_AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+@dataclass(frozen=True)
+class GroupedCodes:
+    """Codes on equally spaced values, a scale and a zero point for each row and group of columns.
+
+    A weight is ``(codes - zero_point[:, group]) * scale[:, group]``.
+
+    Attributes:
+        scale: in weight units, as stored.
+        zero_point: whole numbers, which may lie outside the codes.
+        group: of each column.
+    """
+
+    codes: UInt8[Tensor, "out in"]
+    bits: int
+    scale: Float[Tensor, "out groups"]
+    zero_point: Int[Tensor, "out groups"]
+    group: Int[Tensor, "in"]
+
+    def decode(self) -> Float[Tensor, "out in"]:
+        """The weight, float32."""
+        group = self.group.long()
+        return (self.codes.float() - self.zero_point.float()[:, group]) * self.scale.float()[:, group]
+
+    def exact(self) -> QuantizedWeight:
+        """The same weight in lorq's own codes, to the last bit.
+
+        Columns whose groups lie scattered (GPTQ's act-order) are put side by side, and the basis tells where from.
+
+        Raises:
+            ValueError: if groups are of different sizes, or zero points or scales have no place in lorq's codes.
+        """
+        groups, columns = self.scale.shape[1], len(self.group)
+        sizes = torch.bincount(self.group.long(), minlength=groups)
+        if len(sizes) != groups or int(sizes.min()) != int(sizes.max()):
+            raise ValueError(
+                f"groups must be of one size to be lorq's codes, got {groups} for {columns} columns, of "
+                f"{int(sizes.min())} to {int(sizes.max())}"
+            )
+        low, high = int(self.zero_point.min()), int(self.zero_point.max())
+        if low < 0 or high >= 2**self.bits:
+            raise ValueError(f"zero points must be codes, 0 to {2**self.bits - 1}, to be lorq's, got {low} to {high}")
+        scale = self.scale.to(torch.float16)
+        if not torch.equal(scale.float(), self.scale.float()):
+            raise ValueError(f"scales must fit float16 to be lorq's, got {self.scale.dtype} ones that do not")
+        grid = IntGrid(self.bits, columns // groups, symmetric=low == high == 2 ** (self.bits - 1))
+        order = self.group.long().argsort(stable=True)
+        in_order = torch.equal(order, torch.arange(columns))
+        codes = self.codes if in_order else self.codes[:, order]
+        zero = None if grid.symmetric else self.zero_point.to(torch.uint8)
+        return QuantizedWeight(IntCodes(codes, scale, zero, grid), None, None if in_order else Basis(order, 0, 0))
+
+
+def _in_order(columns: int, groups: int) -> Int[Tensor, "in"]:
+    """Groups of neighbouring columns, the last of which may be smaller."""
+    size = -(-columns // groups)
+    return torch.arange(columns) // size
+
+
+def read_gptq(tensors: Mapping[str, Tensor], *, zero_offset: int) -> GroupedCodes:
+    """GPTQ's ``qweight`` (in * bits / 32, out), ``qzeros``, ``scales`` (groups, out) and ``g_idx`` (in).
+
+    Codes are one string of bits down each column. The first version of the format stores zero points less one:
+    ``zero_offset`` 1.
+
+    Raises:
+        ValueError: if the shapes do not belong together.
+    """
+    words, scale, group = tensors["qweight"], tensors["scales"].T, tensors["g_idx"]
+    columns = len(group)
+    bits = words.shape[0] * 32 // columns
+    codes = unpack(words.T.contiguous(), bits, columns)
+    zero = unpack(tensors["qzeros"].contiguous(), bits, len(scale)).T.to(torch.int32) + zero_offset
+    return GroupedCodes(codes, bits, scale, zero, group)
+
+
+def read_awq(tensors: Mapping[str, Tensor]) -> GroupedCodes:
+    """AWQ's "gemm" form: ``qweight`` (in, out / 8), ``qzeros`` (groups, out / 8), ``scales`` (groups, out), 4 bits."""
+
+    def unpacked(words: Tensor) -> Tensor:
+        codes = unpack(words.contiguous(), 4, 8 * words.shape[1])
+        return codes.unflatten(1, (-1, 8))[..., list(_AWQ_PLACES)].flatten(1)
+
+    codes, scale = unpacked(tensors["qweight"]).T.contiguous(), tensors["scales"].T
+    zero = unpacked(tensors["qzeros"]).T.to(torch.int32)
+    return GroupedCodes(codes, 4, scale, zero, _in_order(codes.shape[1], scale.shape[1]))
+
+
+def read_packed(tensors: Mapping[str, Tensor]) -> GroupedCodes:
+    """compressed-tensors' "pack-quantized": lorq's own packing, codes and zero points less ``2^(bits - 1)``.
+
+    Raises:
+        ValueError: if the words are not the dense ones of version 0.18 and later.
+    """
+    out, columns = tensors["weight_shape"].tolist()
+    words, scale = tensors["weight_packed"], tensors["weight_scale"].view(out, -1)
+    bits = next((b for b in range(1, 9) if -(-columns * b // 32) == words.shape[1]), 0)
+    if not bits:
+        raise ValueError(
+            f"{columns} codes of 1 to 8 bits side by side must fill the {words.shape[1]} words of a row, as "
+            "compressed-tensors 0.18 and later packs them; write the model again with a newer one"
+        )
+    group = tensors.get("weight_g_idx")
+    if group is None:
+        group = _in_order(columns, scale.shape[1])
+    if (packed := tensors.get("weight_zero_point")) is not None:
+        zero = unpack_columns(packed, bits, out).to(torch.int32)
+    else:
+        zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.int32)
+    return GroupedCodes(unpack(words, bits, columns), bits, scale, zero, group)
+
+
+def read_plain(tensors: Mapping[str, Tensor]) -> GroupedCodes:
+    """compressed-tensors' "int-quantized": ``weight`` int8, ``weight_scale`` and maybe ``weight_zero_point``."""
+    weight = tensors["weight"]
+    scale = tensors["weight_scale"].expand(len(weight), 1) if tensors["weight_scale"].numel() == 1 else None
+    scale = tensors["weight_scale"].view(len(weight), -1) if scale is None else scale
+    zero = tensors.get("weight_zero_point")
+    zero = torch.zeros(scale.shape, dtype=torch.int32) if zero is None else zero.expand(scale.shape).to(torch.int32)
+    codes = (weight.to(torch.int16) + 128).to(torch.uint8)
+    return GroupedCodes(codes, 8, scale, zero + 128, _in_order(weight.shape[1], scale.shape[1]))

@@ -1,0 +1,148 @@
+"""A lorq folder: the quantized model's codes as they are, and the factors beside them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorq.core.low_rank import LowRank, store_factors
+from lorq.core.weight import QuantizedWeight, layer_bytes
+from lorq.foreign.choose import Compensated
+from lorq.foreign.couple import Couple
+from lorq.models.blocks import Part, Target
+from lorq.models.skeleton import read_config
+from lorq.storage.companions import find_companions, with_code_of
+from lorq.storage.config import FORMAT_VERSION, write_format
+from lorq.storage.names import REPORT_NAME, SENTINEL, shard_name
+from lorq.storage.report import LayerReport, Report
+from lorq.storage.writer import CheckpointWriter
+from lorq.version import __version__
+
+
+def check_lorq(couple: Couple) -> None:
+    """Refuse a model whose weights are no codes of lorq, by those of its first block.
+
+    Raises:
+        ValueError: naming the layer and the reason.
+    """
+    if not couple.files.layers:
+        raise ValueError(
+            f"--form lorq needs weights that are integer codes with groups, {couple.quantized.checkpoint.folder} has "
+            "none that lorq knows of (what a GGUF file holds is known by its values alone); take --form peft or gguf"
+        )
+    for target in couple.quantized.blocks[0].targets:
+        _exact(couple, target)
+
+
+def _exact(couple: Couple, target: Target) -> QuantizedWeight | None:
+    """A layer's weight in lorq's codes; None where it is not quantized."""
+    names = couple.quantized.stored_names(f"{target.name}.weight")
+    if couple.files.layers.keys().isdisjoint(names):
+        return None
+    try:
+        if target.transposed or len(names) > 1:
+            raise ValueError("it is stored in another form than the layer has it")
+        return couple.files.weight(names[0]).exact()
+    except ValueError as error:
+        raise ValueError(
+            f"--form lorq needs weights that are lorq's codes, {target.name} is not: {error}; take --form peft"
+        ) from error
+
+
+def with_factors(weight: QuantizedWeight, factors: LowRank | None) -> QuantizedWeight:
+    """A quantized weight with factors, in the model's own channels, beside those that it has.
+
+        W^ + L R = (codes + R_0) T^T + L R = (codes + [L_0 L] [R_0; R T]) T^T
+
+    Raises:
+        ValueError: if it has factors of another type.
+    """
+    if factors is None:
+        return weight
+    own, type_ = weight.low_rank, factors.factor_type
+    if weight.basis is not None:
+        left, right = factors.factors()
+        factors = store_factors(left, weight.basis.rotate(right), factor_type=type_)
+        assert factors is not None
+    if own is None:
+        return replace(weight, low_rank=factors)
+    if not isinstance(own, LowRank) or own.factor_type != type_:
+        raise ValueError(
+            f"a layer has factors of one type, these would be {type_} beside "
+            f"{getattr(own, 'factor_type', 'shared')} ones; take the other --factor-type, or --form peft"
+        )
+    left_scale, right_scale = (
+        None if a is None or b is None else torch.cat([a, b])
+        for a, b in ((own.left_scale, factors.left_scale), (own.right_scale, factors.right_scale))
+    )
+    left, right = torch.cat([own.left, factors.left], 1), torch.cat([own.right, factors.right])
+    return replace(weight, low_rank=LowRank(left, right, left_scale, right_scale))
+
+
+def write_lorq(done: Compensated, folder: Path, report: Report) -> Report:
+    """Write the folder, block by block; the report with its sizes.
+
+    Raises:
+        ValueError: if a weight is no code of lorq.
+    """
+    model, source = done.couple.quantized, done.couple.quantized.checkpoint.folder
+    writer = CheckpointWriter.create(folder, {})
+    for number, part in enumerate((model.outside, *model.blocks)):
+        tensors, record = _pack(done, part if isinstance(part, tuple) else (part,))
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        writer.write_shard(shard_name(number, len(model.blocks)), tensors, record | {"bytes": size})
+    records = list(writer.completed.values())
+    stored = sum(record["bytes"] for record in records)
+    beside, left = find_companions(source)
+    run = report.run | ({"not_copied": left} if left else {})
+    report = replace(
+        report, bytes=stored, checksums=writer.shard_checksums(), run=run,
+        layers=tuple(
+            LayerReport(**layer | {"shape": tuple(layer["shape"])}) for record in records for layer in record["layers"]
+        ),
+    )  # fmt: skip
+    config = with_code_of(read_config(source, quantized=True).to_dict(), beside) | {
+        "transformers_weights": SENTINEL,
+        "quantization_config": {
+            "quant_method": "lorq", "format_version": FORMAT_VERSION, "lorq_version": __version__,
+            "method": report.method, "settings": report.settings, "tiles": {}, "inputs": done.inputs, "embeddings": {},
+            "layers": {name: format for record in records for name, format in record["formats"].items()},
+        },
+    }  # fmt: skip
+    config.pop("_name_or_path", None)
+    writer.finish(config=config, files={**beside, REPORT_NAME: report.to_bytes()})
+    return report
+
+
+def _pack(done: Compensated, parts: tuple[Part, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of parts, and their layers' formats."""
+    model = done.couple.quantized
+    tensors: dict[str, Tensor] = {}
+    formats: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = []
+    for part in parts:
+        weights = {f"{target.name}.weight": target for target in part.targets}
+        for name in part.tensors:
+            target = weights.get(name)
+            weight = None if target is None else _exact(done.couple, target)
+            if target is None or weight is None:
+                if not done.couple.files.layers.keys().isdisjoint(model.stored_names(name)):
+                    raise ValueError(f"--form lorq keeps {name} as it is, and it is quantized; take --form peft")
+                tensors[name] = model.stored_tensor(name)
+                continue
+            factors = done.factors(target.name) if target.name in done.layers else None
+            weight = with_factors(weight, factors)
+            formats[target.name] = write_format(weight.format)
+            layers.append(vars(_report(done, target.name, weight)))
+            tensors |= {f"{target.name}.{local}": tensor for local, tensor in weight.tensors().items()}
+    return tensors, {"formats": formats, "layers": layers}
+
+
+def _report(done: Compensated, name: str, weight: QuantizedWeight) -> LayerReport:
+    """What the report says of a layer, whose bytes here are those of lorq's codes."""
+    note = done.couple.kept.get(name, "")
+    plain = LayerReport(name, weight.shape, 0, 0, "none", 0.0, 0.0, 0, note and f"no factors: {note}")
+    known = done.report(name) if name in done.layers else plain
+    return replace(known, bits=weight.format.bits, rank=weight.rank, bytes=layer_bytes(weight.stored_bits()))

@@ -1,0 +1,246 @@
+"""A model that somebody has quantized, opened: its layers' weights under the names that the original has."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorq.core.weight import LayerFormat, QuantizedWeight
+from lorq.foreign.bitsandbytes import STATE, read_eight_bits, read_four_bits, read_state
+from lorq.foreign.grouped import read_awq, read_gptq, read_packed, read_plain
+from lorq.storage.folder import LorqFolder
+from lorq.storage.json_files import damaged, read_json, some_of
+from lorq.storage.reader import WeightFiles
+
+
+@runtime_checkable
+class Weight(Protocol):
+    """A quantized weight, read."""
+
+    def decode(self) -> Float[Tensor, "out in"]:
+        """In float32."""
+        ...
+
+    def exact(self) -> QuantizedWeight:
+        """In lorq's codes, to the last bit; a ValueError that says why where these cannot have it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Where a quantized weight lies: shape, names of its tensors by local name, and what makes a weight of them."""
+
+    shape: tuple[int, int]
+    parts: Mapping[str, str]
+    make: Callable[[Mapping[str, Tensor]], Weight]
+
+
+@dataclass(frozen=True)
+class QuantizedFiles(WeightFiles):
+    """Weight files in which quantized weights are read as what they stand for, in float32.
+
+    Attributes:
+        layers: the quantized weights, by the names that they have in the original, such as ``....up_proj.weight``.
+        places: the file of every stored tensor.
+    """
+
+    layers: Mapping[str, Packed] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, folder: Path, config: Mapping[str, Any] | None) -> "QuantizedFiles":
+        """The weights of a folder whose config says of its quantization ``config``; None for dense weights.
+
+        Raises:
+            ValueError: for a quantization that is not read here, or tensors that do not belong together.
+        """
+        if config is None:
+            files = WeightFiles.open(folder)
+            return cls(files.folder, files.headers, files.files)
+        method = str(config.get("quant_method"))
+        if method == "lorq":
+            lorq = LorqFolder.open(folder)
+            return cls._with(lorq.reader, dict(_lorq(lorq)))
+        if method not in FORMATS:
+            raise ValueError(
+                f"{folder} must be quantized as one of {', '.join((*FORMATS, 'lorq'))}, or be a GGUF file, its config "
+                f"says {method}; give a folder of its dequantized weights instead"
+            )
+        files = WeightFiles.open(folder)
+        layers = {f"{module}.weight": packed for module, packed in FORMATS[method](files, config)}
+        if not layers:
+            raise ValueError(f"{folder} must have weights that {method} has packed, as its config says; it has none")
+        return cls._with(files, layers)
+
+    @classmethod
+    def _with(cls, files: WeightFiles, layers: dict[str, Packed]) -> "QuantizedFiles":
+        taken = {name for packed in layers.values() for name in packed.parts.values()}
+        dense = {name: file for name, file in files.files.items() if name not in taken}
+        # A packed weight is looked for in the file of its first part.
+        made = {name: files.files[next(iter(packed.parts.values()))] for name, packed in layers.items()}
+        return cls(files.folder, files.headers, dense | made, layers=layers, places=files.files)
+
+    def weight(self, name: str) -> Weight:
+        """A quantized weight.
+
+        Raises:
+            ValueError: if its tensors do not belong together.
+        """
+        packed = self.layers[name]
+        files = WeightFiles(self.folder, self.headers, dict(self.places), self._seen)
+        parts = {local: files.tensor(stored) for local, stored in packed.parts.items()}
+        try:
+            return packed.make(parts)
+        except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
+            raise damaged(self.folder / self.files[name], f"{name} could not be read: {error}") from error
+
+    def tensor(self, name: str, index: int | None = None) -> Tensor:
+        if name not in self.layers:
+            return super().tensor(name, index)
+        decoded = self.weight(name).decode()
+        return decoded if index is None else decoded[index]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.layers[name].shape if name in self.layers else super().shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self.layers else super().dtype(name)
+
+    def stored_bytes(self, name: str) -> int:
+        """What a weight takes on disk, all that belongs to it counted."""
+        if name not in self.layers:
+            return self._bytes(name, self.files[name])
+        return sum(self._bytes(part, self.places[part]) for part in self.layers[name].parts.values())
+
+    def _bytes(self, stored: str, file: str) -> int:
+        tensor = self.headers[file].tensors[stored]
+        return tensor.end - tensor.begin
+
+
+def read_quantization(folder: Path) -> dict[str, Any] | None:
+    """What a folder's config says of how its weights are quantized; None for dense ones."""
+    found = read_json(folder / "config.json").get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        raise damaged(folder / "config.json", f"quantization_config must be an object, got {found!r}")
+    return found
+
+
+Found = Iterator[tuple[str, Packed]]
+
+
+def _parts(
+    files: WeightFiles, key: str, others: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """The modules that have a tensor ``key``: their tensors by local name.
+
+    Raises:
+        ValueError: if one lacks one of the ``others``.
+    """
+    for module, names in files.by_module.items():
+        own = {name.rpartition(".")[2]: name for name in names}
+        if key not in own:
+            continue
+        if lacking := [local for local in others if local not in own]:
+            raise damaged(files.folder, f"{module} has {key} and lacks {some_of(lacking)}")
+        yield module, {local: own[local] for local in (key, *others, *optional) if local in own}
+
+
+def _gptq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
+    form = str(config.get("checkpoint_format", "gptq"))
+    if form not in ("gptq", "gptq_v2"):
+        raise ValueError(f"{files.folder} must have GPTQ's checkpoint_format gptq or gptq_v2, got {form}")
+    make = partial(read_gptq, zero_offset=1 if form == "gptq" else 0)
+    for module, parts in _parts(files, "qweight", ("qzeros", "scales", "g_idx")):
+        yield module, Packed((files.shape(parts["qweight"])[1], files.shape(parts["g_idx"])[0]), parts, make)
+
+
+def _awq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
+    form, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit"))
+    if form != "gemm" or bits != 4:
+        raise ValueError(f"{files.folder} must have AWQ's version gemm in 4 bits, got {form} in {bits}")
+    for module, parts in _parts(files, "qweight", ("qzeros", "scales")):
+        in_, words = files.shape(parts["qweight"])
+        yield module, Packed((8 * words, in_), parts, read_awq)
+
+
+def _compressed_tensors(files: WeightFiles, config: Mapping[str, Any]) -> Found:
+    known = ("pack-quantized", "int-quantized")
+    groups = config.get("config_groups", {})
+    forms = {str(group.get("format") or config.get("format")) for group in groups.values()}
+    if unread := sorted(forms - set(known)):
+        raise ValueError(
+            f"{files.folder} must have compressed-tensors' format {' or '.join(known)}, got {some_of(unread)}"
+        )
+    if config.get("transform_config"):
+        raise ValueError(
+            f"{files.folder} has transform_config: its weights are rotated, and differ from the original's otherwise "
+            "than by quantization"
+        )
+    others = ("weight_zero_point", "weight_g_idx")
+    for module, parts in _parts(files, "weight_packed", ("weight_scale", "weight_shape"), others):
+        shape = WeightFiles.tensor(files.aside(), parts["weight_shape"]).tolist()
+        yield module, Packed((shape[0], shape[1]), parts, read_packed)
+    for module, parts in _parts(files, "weight", (), ("weight_scale", "weight_zero_point")):
+        if "weight_scale" in parts:
+            out, in_ = files.shape(parts["weight"])
+            yield module, Packed((out, in_), parts, read_plain)
+
+
+def _bitsandbytes(files: WeightFiles, config: Mapping[str, Any]) -> Found:
+    names: dict[str, dict[str, str]] = {}
+    for name in files.names:
+        module, found, local = name.partition(".weight.")
+        if found:
+            names.setdefault(module, {"weight": f"{module}.weight"})[f"weight.{local}"] = name
+    for module, parts in names.items():
+        states = [name for local, name in parts.items() if local.startswith(STATE)]
+        if len(states) != 1:
+            raise damaged(files.folder, f"{module} must have one quant_state, got {some_of(states) or 'none'}")
+        yield module, Packed(read_state(files.aside().tensor(states[0]))["shape"], parts, read_four_bits)
+    for module, parts in _parts(files, "weight", (), ("SCB", "weight_format")):
+        if "SCB" in parts:
+            out, in_ = files.shape(parts["weight"])
+            yield module, Packed((out, in_), parts, read_eight_bits)
+
+
+# By quant_method: the modules that are packed, each with where and how.
+FORMATS: dict[str, Callable[[WeightFiles, Mapping[str, Any]], Found]] = {
+    "gptq": _gptq,
+    "awq": _awq,
+    "compressed-tensors": _compressed_tensors,
+    "bitsandbytes": _bitsandbytes,
+}
+
+
+@dataclass(frozen=True)
+class _Own:
+    """A weight of a lorq folder."""
+
+    weight: QuantizedWeight
+
+    def decode(self) -> Float[Tensor, "out in"]:
+        return self.weight.dense()
+
+    def exact(self) -> QuantizedWeight:
+        return self.weight
+
+
+def _lorq(folder: LorqFolder) -> Iterator[tuple[str, Packed]]:
+    if folder.tiles:
+        raise ValueError(
+            f"{folder.path} has factors that experts share (tileq), which take no others; use another method"
+        )
+
+    def make(format: LayerFormat, tensors: Mapping[str, Tensor]) -> Weight:
+        return _Own(format.read(tensors))
+
+    for name, format in folder.formats.items():
+        stored = [n for n in folder.reader.by_module[name] if not n.endswith(".bias")]
+        out, in_ = folder.reader.aside().tensor(f"{name}.weight_shape").tolist()
+        parts = {n.removeprefix(f"{name}."): n for n in stored}
+        yield f"{name}.weight", Packed((out, in_), parts, partial(make, format))
