@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -133,14 +134,19 @@ def _sizes_with(
     change: Mapping[str, Any], plan: Plan, model: StreamedModel, free: Mapping[Target, Any]
 ) -> dict[Target, int]:
     """Stored bits of the free layers with a change, where it fits."""
-    fit: dict[Target, Method] = {}
-    for target, method in plan.jobs():
-        if target in free:
-            try:
-                fit[target] = replace(method, **change)
-                fit[target].largest(target.out_features, target.in_features)
-            except ValueError:
-                fit.pop(target, None)
+
+    @cache  # there are thousands of experts and a few shapes
+    def changed_for(method: Method, out: int, in_: int) -> Method | None:
+        try:
+            other = replace(method, **change)
+            other.largest(out, in_)
+        except ValueError:
+            return None
+        return other
+
+    jobs: Iterable[tuple[Target, Any]] = plan.jobs()
+    found = {t: changed_for(method, t.out_features, t.in_features) for t, method in jobs if t in free}
+    fit = {target: method for target, method in found.items() if method is not None}
     layers = {part: {t: fit.get(t, method) for t, method in own.items()} for part, own in plan.layers.items()}
     changed = replace(plan, layers=layers)
     return {t: _stored(changed, t, bytes_) for t, bytes_ in _bytes_of(changed, model) if t in fit}
