@@ -85,9 +85,7 @@ def quantize(
     """
     started = time.monotonic()
     progress, executor = progress or no_progress, executor or SameProcess()
-    if method is None:
-        method, options = PRESETS[DEFAULT].method, PRESETS[DEFAULT].options | options
-    chosen, solver = read_options(options), read_method(method)
+    chosen, solver = _asked(method, options)
     if chosen.calibration != SELF:
         check_text(chosen.calibration, "calibration")
     out, own = full_path(out), full_path(model)
@@ -171,8 +169,9 @@ def _spilled_bytes(plan: Plan, model: StreamedModel) -> int:
     """Of hidden states that do not fit in memory, as `Streams.begin` puts them into files beside the result."""
     options, width = plan.options, int(model.model.config.get_text_config().hidden_size)
     size = 4 * options.samples * options.seq_len * width if _observes(plan) else 0
+    streams = 2 if plan.blockwise else 1
     # What enters each block is kept until gradients are back there, and what leaves the last one.
-    count = 2 + len(model.blocks) if options.token_weights == "gradient" else 2 if plan.blockwise else 1
+    count = streams + (1 + len(model.blocks) if options.token_weights == "gradient" else 0)
     return size * count if size * count > options.spill_bytes else 0
 
 
@@ -268,6 +267,13 @@ def calibration_windows(options: Options, model: StreamedModel, progress: Progre
         return Windows(tokens, SELF, start_token=True)
 
     return write
+
+
+def _asked(method: str | Method | None, options: dict[str, Any]) -> tuple[Options, Method]:
+    """The options and the method of a run; those of the default preset where no method is given."""
+    if method is None:
+        method, options = PRESETS[DEFAULT].method, PRESETS[DEFAULT].options | options
+    return read_options(options), read_method(method)
 
 
 def _require_memory(model: StreamedModel) -> None:
