@@ -1,6 +1,7 @@
 """Presets: the command and Python mean the same by a name, and what a user says goes before it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import tiny_folder
@@ -26,6 +27,13 @@ def test_the_command_means_by_a_preset_what_python_does(name, source, text_file,
     report = lorq.quantize(source, tmp_path / "python", **given)
     assert told["settings"] == report.settings and report.settings["codebook"] == "trellis"
     assert told["run"] == json.loads(json.dumps(report.run)) and told["checksums"] == report.checksums
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_readme_has_the_line_that_a_preset_stands_for(name):
+    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+    line = " ".join(f"{flag} {value}" for flag, value in PRESETS[name].flags().items())
+    assert f"| `{name}` | `{line}` |" in readme
 
 
 def test_without_a_method_python_takes_the_default_preset(source, text_file, tmp_path):
