@@ -293,7 +293,7 @@ def test_formats_and_settings_that_do_not_fit_are_refused(original, quantized, c
     with pytest.raises(TypeError, match="unknown settings: ranks; known are rank, budget"):
         compensate(ranks=4)
     with pytest.raises(
-        ValueError, match=r"budget .0.0001. must suffice for a pair of factors .* give more, and --resume"
+        ValueError, match=r"budget '0.0001' must suffice for a pair of factors .* give more, and --resume"
     ):
         compensate(budget="0.0001")
     assert compensate(budget="5%", resume=True).layers
