@@ -311,9 +311,11 @@ def test_files_between_blocks_need_room_on_the_disk(folder_of, quantize, tmp_pat
     for options in (
         {"spill_bytes": 1 << 30},
         {"spill_bytes": 0, "token_weights": "equal"},
+        {"spill_bytes": 0, "token_weights": "equal", "stream": "corrected"},
         {"spill_bytes": 0},
+        {"spill_bytes": 0, "stream": "corrected"},
     ):
         quantize(folder_of("llama"), tmp_path / "out", method, dry_run=True, **options)
     states = 4 * TOKENS * 64  # float32, of one place
-    # The walk's own, and with gradients what enters two blocks and leaves the second.
-    assert [size - asked[0] for size in asked[1::2]] == [0, states, 4 * states]
+    # One or two streams, and with gradients what enters two blocks and leaves the second.
+    assert [size - asked[0] for size in asked[1::2]] == [0, states, 2 * states, 4 * states, 5 * states]

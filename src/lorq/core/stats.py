@@ -14,6 +14,9 @@ from lorq.core.linalg import WIDE_STRIP, cholesky, damp, inverse_factor, shrink
 
 # Rows of the Gram matrix that are summed at a time.
 _STRIP = 256
+# How much of the error of earlier layers is made up for, and the damping of that regression: 1 and 0.01 fit nothing but
+# the calibration text (docs/log.md).
+_CORRECTION, _CORRECTION_DAMPING = 0.35, 0.3
 TokenWeights = Literal["equal", "plain", "gradient"]
 
 
@@ -33,6 +36,8 @@ class InputStats:
             nats, so a change ``D`` of the weight costs about ``sensitivity tr(D H D^T) / (2 out)`` a token; else 1.
         output_weights: with "gradient" weights, the mean squared gradient at each output of a layer, over their mean;
             None where nobody looked.
+        correction: makes up for what the layers before have done to the inputs (`StatsAccumulator.correction`); None
+            where nobody looked.
         input: a name by which layers with one input, each with its own statistics of it, know each other; else "".
     """
 
@@ -44,6 +49,7 @@ class InputStats:
     high: Float[Tensor, "in"] | None = None
     sensitivity: float = 1.0
     output_weights: Float[Tensor, "out"] | None = None
+    correction: Float[Tensor, "in in"] | None = None
     input: str = ""
     _prepared: dict[tuple[float, float, int], "PreparedHessian"] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -71,7 +77,12 @@ class InputStats:
             mean_abs=self.mean_abs / scale,
             low=None if self.low is None else self.low / scale,
             high=None if self.high is None else self.high / scale,
+            correction=None if self.correction is None else self.correction * (scale / scale[:, None]),
         )
+
+    def corrected(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The weight that makes up for what layers before have done to its inputs, or itself where nobody looked."""
+        return weight if self.correction is None else weight + weight @ self.correction
 
     def prepared(self, *, shrinkage: float, damping: float, block: int = 0) -> "PreparedHessian":
         """The Hessian shrunk towards its diagonal, with its factors; made once for all layers that share it.
@@ -129,14 +140,15 @@ class StatsAccumulator:
         self.high = torch.full((width,), -torch.inf, device=device)
         self.tokens = 0
         self.weight = 0.0  # sum of v_t
+        self.drift: Tensor | None = None
 
     def add(
         self, inputs: Float[Tensor, "*batch in"], weights: Float[Tensor, "*batch"] | None = None,
-        gradients: Float[Tensor, "*batch"] | None = None,
+        gradients: Float[Tensor, "*batch"] | None = None, originals: Float[Tensor, "*batch in"] | None = None,
     ) -> None:  # fmt: skip
         """Count ``inputs``; leading dimensions are tokens, of weights ``v_t``, 1 if left out.
 
-        ``gradients`` are ``d_t`` where tokens are weighed so.
+        ``gradients`` are ``d_t`` where tokens are weighed so, ``originals`` what the inputs are in the original model.
 
         Raises:
             FloatingPointError: if an input is not finite.
@@ -151,13 +163,9 @@ class StatsAccumulator:
             )
         if len(x):
             self.low, self.high = torch.minimum(self.low, x.amin(0)), torch.maximum(self.high, x.amax(0))
-        if self.token_weights == "equal":
-            # A token of zeros has no direction; the clamp lets it add nothing.
-            x = x * x.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
-        elif self.token_weights == "gradient":
-            if gradients is None:
-                raise ValueError(f"{len(x)} tokens must come with their gradients to be weighed so, got none")
-            x = x * _checked(gradients).sqrt()[:, None]
+        moved = None if originals is None else originals.reshape(x.shape).float() - x
+        root = self._roots(x, gradients)
+        x = x if root is None else x * root
         self.tokens += x.shape[0]
         if weights is None:
             self.weight += x.shape[0]
@@ -167,9 +175,24 @@ class StatsAccumulator:
             self.weight += float(v.sum())
             self.magnitude += v @ x.abs()
             x = x * v.sqrt()[:, None]
+            root = v.sqrt()[:, None] if root is None else root * v.sqrt()[:, None]
+        if moved is not None:
+            self.drift = x.new_zeros(self.gram.shape) if self.drift is None else self.drift
+            self.drift.addmm_((moved if root is None else moved * root).T, x)
         for start in range(0, x.shape[1], _STRIP):
             # Only on and right of the diagonal; a narrow strip keeps what is computed twice small.
             self.gram[start : start + _STRIP, start:].addmm_(x[:, start : start + _STRIP].T, x[:, start:])
+
+    def _roots(self, x: Float[Tensor, "tokens in"], gradients: Tensor | None) -> Float[Tensor, "tokens 1"] | None:
+        """``sqrt(d_t)``; None where it is 1."""
+        if self.token_weights == "equal":
+            # A token of zeros has no direction; the clamp lets it add nothing.
+            return x.square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
+        if self.token_weights == "plain":
+            return None
+        if gradients is None:
+            raise ValueError(f"{len(x)} tokens must come with their gradients to be weighed so, got none")
+        return _checked(gradients).sqrt()[:, None]
 
     def finish(self) -> InputStats:
         """The means over all counted tokens.
@@ -183,6 +206,24 @@ class StatsAccumulator:
         upper = self.gram.triu() / weight
         gram = upper + upper.triu(1).T
         return InputStats(gram, self.magnitude / weight, self.tokens, low=self.low, high=self.high)
+
+    def correction(self) -> Float[Tensor, "in in"]:
+        """What is to be added to a weight ``W``, as ``W K``, since the originals have become the inputs.
+
+            K = share C (H + damping)^-1,   C = sum_t v_t d_t (x°_t - x_t) x_t^T / sum_t v_t
+
+        With share 1 and without damping ``|W x° - (W + W K) x|^2`` is least on these tokens; less overfits less.
+
+        Raises:
+            ValueError: if no token came with its original.
+
+        Source:
+            GPTAQ (arXiv:2504.02692) and Qronos (arXiv:2505.11695), where each rounding step does it; here before all.
+        """
+        if self.drift is None:
+            raise ValueError(f"a correction needs the originals of inputs, got none with {self.tokens} tokens")
+        factor = cholesky(damp(self.finish().hessian, _CORRECTION_DAMPING))
+        return _CORRECTION * torch.cholesky_solve(self.drift.T / (self.weight or 1.0), factor).T
 
 
 def _checked(weights: Float[Tensor, "*batch"]) -> Float[Tensor, "tokens"]:

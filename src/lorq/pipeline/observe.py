@@ -1,7 +1,8 @@
 """What the inputs of a block's layers are like: statistics collected while the block runs."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,7 +65,7 @@ class Observer:
 
     def add(
         self, sums: dict[str, StatsAccumulator], name: str, inputs: Tensor, weights: Tensor | None = None,
-        gradients: Tensor | None = None,
+        gradients: Tensor | None = None, originals: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Count the inputs of a layer in its sum, which is made when it is first needed.
 
@@ -74,7 +75,7 @@ class Observer:
             kind = "equal" if self.token_weights == "gradient" and gradients is None else self.token_weights
             sums[name] = StatsAccumulator(inputs.shape[-1], kind, self.device)
         try:
-            sums[name].add(inputs, weights, gradients)
+            sums[name].add(inputs, weights, gradients, originals)
         except (FloatingPointError, ValueError) as error:
             error.add_note(f"while calibrating {name}")
             raise
@@ -99,6 +100,16 @@ class Observed:
 
     stats: dict[str, InputStats] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    aside: list[bool] = field(default_factory=list)
+
+    @contextmanager
+    def originals(self) -> Iterator[None]:
+        """What runs now is the original's window, with which the next run is compared."""
+        self.aside.append(True)
+        try:
+            yield
+        finally:
+            self.aside.clear()
 
 
 @contextmanager
@@ -117,12 +128,23 @@ def observed(
     plain = {name: layer for name, layer in layers.items() if name not in routed}
     owners = shared_inputs(run, plain) if plain else {}
     sums: dict[str, StatsAccumulator] = {}
-    watches = [_ExpertsWatch(path, experts[path], own, observer) for path, own in names.items() if own]
+    # Few tokens have most of the gradient: too few for a regression.
+    moved, alike = dict[str, StatsAccumulator](), replace(observer, token_weights="equal")
     found = Observed()
+    watches = [_ExpertsWatch(path, experts[path], own, observer, found.aside) for path, own in names.items() if own]
 
     def add(name: str) -> Callable[..., None]:
-        read = observer.gradients.reader(name)
-        return lambda module, args: observer.add(sums, name, args[0], gradients=read(args[0]))
+        read, kept = observer.gradients.reader(name), deque[Tensor]()
+
+        def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if not found.aside:
+                observer.add(sums, name, args[0], gradients=read(args[0]))
+                if kept:
+                    alike.add(moved, name, args[0], originals=kept.popleft())
+            elif name == owners[name]:
+                kept.append(args[0].clone())
+
+        return look
 
     apart = observer.token_weights == "gradient"
     counted = owners.keys() if apart else set(owners.values())
@@ -131,6 +153,10 @@ def observed(
             stack.enter_context(watch.watching())
         yield found
     finished = {name: sums.pop(name).finish() for name in list(sums)}
+    for owner in list(moved):
+        correction = moved.pop(owner).correction()
+        own = [name for name in finished if owners[name] == owner]
+        finished |= {name: replace(finished[name], correction=correction) for name in own}
     for name, owner in owners.items():
         found.stats[name] = replace(observer.scaled(finished[name], name), input=owner) if apart else finished[owner]
     if apart:
@@ -192,8 +218,8 @@ class _ExpertsWatch:
     One pass is enough and no window is run twice.
     """
 
-    def __init__(self, path: str, experts: Experts, layers: list[str], observer: Observer):
-        self.path, self.experts, self.layers, self.observer = path, experts, layers, observer
+    def __init__(self, path: str, experts: Experts, layers: list[str], observer: Observer, aside: Sequence[bool]):
+        self.path, self.experts, self.layers, self.observer, self.aside = path, experts, layers, observer, aside
         self.counts = [0] * len(experts)
         self.tokens = 0
         # Gate and up projection share their input by construction; it goes under the gate's name, if there is one.
@@ -215,6 +241,8 @@ class _ExpertsWatch:
 
     def before(self, hidden_states: Tensor, top_k_index: Tensor) -> None:
         """Count the tokens of each expert, and show all tokens to those that have had few."""
+        if self.aside:
+            return
         self.gradients, routed = self.read(hidden_states), (top_k_index < len(self.counts)).any(1)
         hidden_states = hidden_states[routed]
         gradients = None if self.gradients is None else self.gradients[routed]
@@ -236,6 +264,8 @@ class _ExpertsWatch:
         The gradient by its output is that by the experts' sum times the router's weight; gate and up projection weigh
         their tokens by it too, since it is known wherever a token is routed.
         """
+        if self.aside:
+            return
         gradients = None if self.gradients is None else self.gradients[tokens] * weights.float().square()
         v = weights.float().square() if self.observer.router_weights else None
         for projection, x in ((self.entry, inputs), ("down_proj", middle)):

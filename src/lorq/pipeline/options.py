@@ -30,8 +30,10 @@ class Options:
         router_weights: weigh a routed token by its squared router weight in the expert's statistics.
         expert_tokens: an expert that sees fewer calibration tokens than this gets the statistics of all tokens of
             its layer; the report names it.
-        stream: whose outputs calibrate the next block: the "original" model's or the "quantized" one's; "auto" is the
-            quantized one's for methods that fit a whole block (lrq, lords with refine_steps), else the original's.
+        stream: whose outputs calibrate the next block: the "original" model's or the "quantized" one's; "corrected" is
+            the quantized one's too, and layers, but experts', make up for a part of what those before have changed;
+            "auto" is the quantized one's for methods that fit a whole block (lrq, lords with refine_steps), else the
+            original's.
         activations: inputs of the quantized layers in 8 bits: "token", on each token's own range, or "tensor", on one
             range from calibration.
         smoothing: how much of the inputs' range is moved into the weights where inputs come from a norm, 0 to 1
@@ -65,7 +67,7 @@ class Options:
     token_weights: TokenWeights = "equal"
     router_weights: bool = False
     expert_tokens: Annotated[int, Range(1)] = 128
-    stream: Literal["auto", "original", "quantized"] = "auto"
+    stream: Literal["auto", "original", "quantized", "corrected"] = "auto"
     activations: Literal["none", "token", "tensor"] = "none"
     smoothing: Annotated[float, Range(0, 1)] = 0.0
     kv_cache: Literal["none", "token"] = "none"

@@ -148,6 +148,11 @@ def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
     plan = Plan(layers, excluded, method, options)
     tables, others = table_methods(model, options, calibrated=plan.observes(method))
     plan = replace(plan, layers=layers | tables, excluded=excluded | others)
+    if options.stream == "corrected" and plan.blockwise:
+        raise ValueError(
+            f"stream 'corrected' is for methods that solve layer by layer, {plan.name} fits blocks to the original's "
+            "output already; use stream quantized"
+        )
     if unused:
         listed = ", ".join(f"{kind} {pattern!r}" for kind, pattern in sorted(unused))
         raise ValueError(f"patterns must match a layer that is not excluded, these match none: {listed}")

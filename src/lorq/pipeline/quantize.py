@@ -169,7 +169,7 @@ def _spilled_bytes(plan: Plan, model: StreamedModel) -> int:
     """Of hidden states that do not fit in memory, as `Streams.begin` puts them into files beside the result."""
     options, width = plan.options, int(model.model.config.get_text_config().hidden_size)
     size = 4 * options.samples * options.seq_len * width if _observes(plan) else 0
-    streams = 2 if plan.blockwise else 1
+    streams = 2 if plan.blockwise or plan.stream == "corrected" else 1
     # What enters each block is kept until gradients are back there, and what leaves the last one.
     count = streams + (1 + len(model.blocks) if options.token_weights == "gradient" else 0)
     return size * count if size * count > options.spill_bytes else 0

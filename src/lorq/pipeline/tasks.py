@@ -47,7 +47,12 @@ def solve_task(task: Task) -> dict[str, QuantizedWeight]:
     """
     with _note(task.title):
         solved = _without_inputs(task)
-        weights = {name: weight for name, weight in task.problem.weights.items() if name not in solved}
+        stats = task.problem.stats
+        weights = {
+            name: stats[name].corrected(weight) if name in stats else weight
+            for name, weight in task.problem.weights.items()
+            if name not in solved
+        }
         if weights:
             solved |= task.method.solve(replace(task.problem, weights=weights))
     for name, weight in solved.items():

@@ -34,25 +34,31 @@ class Streams:
         original: the original model's: ``inputs`` themselves where these are it; a stream of its own for methods that
             fit a block to the original's output; None where nobody needs it.
         quantized: whether ``inputs`` leave each block as it is when the walk goes on, not as it was.
+        compared: whether the layers' inputs in one stream are looked at beside those in the other.
     """
 
     inputs: Stream
     original: Stream | None
     quantized: bool
+    compared: bool = False
 
     @classmethod
     def begin(cls, model: StreamedModel, plan: Plan, windows: Int[Tensor, "windows length"], folder: Path) -> "Streams":
         """At the first block. What is too large for memory goes to files in ``folder``."""
-        quantized = plan.stream == "quantized"
+        compared = plan.stream == "corrected"
+        quantized = compared or plan.stream == "quantized"
         inputs = model.embed(windows, Room(plan.options.spill_bytes, folder))
         original = None if quantized else inputs
-        if plan.blockwise:
+        if plan.blockwise or compared:
             original = inputs.fork()
-        return cls(inputs, original, quantized)
+        return cls(inputs, original, quantized, compared)
 
-    def look(self, run: Run) -> None:
-        """Run the block, as it was, on the inputs; these leave it if they are the original's."""
+    def look(self, run: Run, found: Observed) -> None:
+        """Run the block, as it was, on the inputs; the original's leave it, if they are these or compared with them."""
         for window, hidden in enumerate(self.inputs.hidden):
+            if self.compared and self.original is not None:
+                with found.originals():
+                    self.original.hidden[window].copy_(run(self.original, window))
             out = run(self.inputs, window)
             if self.original is self.inputs:
                 hidden.copy_(out)
@@ -111,7 +117,8 @@ def walk(
                 stack.enter_context(model.resident(part, stored=dict(kept)))
             check_resident(plan, model, part)
             run, began = partial(model.run, part), time.monotonic()
-            if streams.original is not None and (streams.original is not streams.inputs or part.name in finished):
+            apart = streams.original is not streams.inputs and not streams.compared
+            if streams.original is not None and (apart or part.name in finished):
                 advance(streams.original, run)
             found = Observed() if part.name in finished else _observe(model, plan, part, streams, run, gradients)
             visit = Visit(part, kept, source(), streams, found, time.monotonic() - began)
@@ -133,7 +140,7 @@ def _observe(
     observer = Observer(options.token_weights, options.router_weights, options.expert_tokens, model.device, gradients)
     experts = find_experts(model.model, part.name)
     with observed(layers, experts, lambda: run(streams.inputs, 0), observer) as found:
-        streams.look(run)
+        streams.look(run, found)
     return found
 
 

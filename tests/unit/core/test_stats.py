@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from lorq.core.stats import _CORRECTION as SHARE
+from lorq.core.stats import _CORRECTION_DAMPING as DAMPING
 from lorq.core.stats import StatsAccumulator, output_energy
 
 both = pytest.mark.parametrize("token_weights", ["equal", "plain"])
@@ -117,6 +119,42 @@ def test_gradients_weigh_tokens_and_weights_from_outside_come_on_top(correlated,
     assert_close(stats.mean_abs.double(), (d.sqrt() * v) @ x.abs() / v.sum(), rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="60 tokens must come with their gradients"):
         StatsAccumulator(12, "gradient").add(x.float())
+
+
+@pytest.mark.parametrize("token_weights", ["equal", "plain", "gradient"])
+def test_a_correction_is_its_definition(token_weights, correlated, generator):
+    x, d = correlated(60, 12), torch.rand(60, generator=generator)
+    originals, sums = x + 0.3 * torch.randn(60, 12, generator=generator), StatsAccumulator(12, token_weights)
+    for part in (slice(0, 25), slice(25, 60)):
+        sums.add(x[part], None, d[part] if token_weights == "gradient" else None, originals[part])
+    x, moved = x.double(), (originals - x).double()
+    own = {"equal": 1 / x.square().mean(1), "plain": torch.ones(60).double(), "gradient": d.double()}[token_weights]
+    drift, h = ((y * own[:, None]).T @ x / 60 for y in (moved, x))
+    expected = SHARE * drift @ torch.linalg.inv(h + DAMPING * h.diagonal().mean() * torch.eye(12))
+    assert_close(sums.correction().double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_corrected_weight_goes_part_of_the_way_to_what_gives_the_originals_outputs(generator):
+    inputs, weight = torch.randn(500, 12, generator=generator), torch.randn(5, 12, generator=generator)
+    mix = torch.eye(12) + 0.05 * torch.randn(12, 12, generator=generator)
+    sums = StatsAccumulator(12, "plain")
+    sums.add(inputs @ mix, originals=inputs)
+    wanted = weight @ torch.linalg.inv(mix).T  # W x = W' M^T x
+    stats = dataclasses.replace(sums.finish(), correction=sums.correction())
+    part = SHARE / (1 + DAMPING)  # the inputs are nearly white
+    assert_close(stats.corrected(weight), weight + part * (wanted - weight), rtol=0, atol=0.02)
+    assert float((wanted - weight).abs().max()) > 0.2
+    # Channels divided, the weight's columns multiplied: the same in other units.
+    scale = torch.rand(12, generator=generator) + 0.5
+    assert_close(stats.smoothed(scale).corrected(weight * scale), stats.corrected(weight) * scale)
+    assert sums.finish().corrected(weight) is weight
+
+
+def test_a_correction_without_originals_is_refused():
+    sums = StatsAccumulator(5)
+    sums.add(torch.ones(3, 5))
+    with pytest.raises(ValueError, match="needs the originals of inputs, got none with 3 tokens"):
+        sums.correction()
 
 
 @pytest.mark.parametrize("wrong, shown", [(-0.5, "-0.5 to 1.0"), (float("inf"), "1.0 to inf")])
