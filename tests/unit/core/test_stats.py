@@ -142,7 +142,7 @@ def test_a_corrected_weight_goes_part_of_the_way_to_what_gives_the_originals_out
     wanted = weight @ torch.linalg.inv(mix).T  # W x = W' M^T x
     stats = dataclasses.replace(sums.finish(), correction=sums.correction())
     part = SHARE / (1 + DAMPING)  # the inputs are nearly white
-    assert_close(stats.corrected(weight), weight + part * (wanted - weight), rtol=0, atol=0.02)
+    assert_close(stats.corrected(weight), weight + part * (wanted - weight), rtol=0, atol=0.04)
     assert float((wanted - weight).abs().max()) > 0.2
     # Channels divided, the weight's columns multiplied: the same in other units.
     scale = torch.rand(12, generator=generator) + 0.5
