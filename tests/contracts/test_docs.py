@@ -66,7 +66,9 @@ def test_the_first_code_of_the_readme_comes_by_line_20():
 
 
 def test_the_readme_lists_every_method():
-    assert set(re.findall(r"^\| `([a-z]+(?:-[a-z]+)*)` \|", README.partition("\n## Methods\n")[2], re.M)) == set(METHODS)
+    assert set(re.findall(r"^\| `([a-z]+(?:-[a-z]+)*)` \|", README.partition("\n## Methods\n")[2], re.M)) == set(
+        METHODS
+    )
 
 
 def test_the_readmes_tree_is_the_house_in_its_order():
