@@ -31,7 +31,7 @@ SEARCHES: dict[Search, RangeSearch | None] = {
 }
 
 # Widths of each kind of codes that have kernels (docs/kernels.md): what a budget chooses from, if nothing else is said.
-WIDTHS = {"scalar": (2, 3, 4, 8), "vector": tuple(VECTOR_LENGTHS), "trellis": tuple(range(1, MOST_BITS + 1))}
+WIDTHS = {"scalar": (2, 3, 4, 6, 8), "vector": tuple(VECTOR_LENGTHS), "trellis": tuple(range(1, MOST_BITS + 1))}
 
 M = TypeVar("M")
 
