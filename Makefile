@@ -16,8 +16,8 @@ test: venv check
 	$(BIN)/python -m pytest
 
 test-kernels: venv
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contracts/test_triton.py tests/contracts/test_triton_experts.py tests/contracts/test_triton_encoder.py
-	$(BIN)/python -m pytest -m slow tests/contracts/test_cpu_kernels.py tests/e2e/test_compiled.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contracts/test_triton.py tests/contracts/test_triton_experts.py tests/contracts/test_triton_trellis.py tests/contracts/test_triton_encoder.py
+	$(BIN)/python -m pytest -m slow tests/contracts/test_cpu_kernels.py tests/contracts/test_trellis_kernels.py tests/e2e/test_compiled.py
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -106,6 +108,35 @@ def test_a_layer_runs_the_operator_and_its_implementation_is_named(random_weight
     assert wide.name == "reference (torch)" and wide.declined == {"C++": "inputs are torch.float64"}
 
 
+# In a process of its own: the annotations' checks of the test run cannot be compiled.
+_COMPILED = """
+import torch
+from lorq.core.codes import TrellisGrid
+from lorq.core.weight import LayerFormat
+from lorq.runtime.linear import QuantLinear
+
+layer = QuantLinear(24, 20, LayerFormat(TrellisGrid(3, 12, 32), 3, "float16"))
+for tensor in layer.stored().values():
+    tensor.random_(1, 100)
+calls = []
+
+def backend(module, inputs):
+    calls.extend(node.target for node in module.graph.nodes if node.op == "call_function")
+    return module
+
+with torch.no_grad():
+    x = torch.randn(2, 24)
+    assert torch.equal(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
+assert calls == [torch.ops.lorq.trellis_linear.default], calls
+"""
+
+
+@pytest.mark.slow  # make test-kernels runs it
+def test_a_compiled_layer_is_one_call_of_the_operator():
+    done = subprocess.run([sys.executable, "-c", _COMPILED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_without_a_library_the_reference_runs(monkeypatch, random_weight, generator):
     monkeypatch.setattr(cpu, "library", lambda: (None, "the C++ kernels were not built"))
     weight, x = random_weight(20, 24, layer_format(20, 3, 12)), torch.randn(2, 24, generator=generator)
@@ -121,7 +152,7 @@ def test_every_width_window_and_shape_matches_the_dense_product(module, dtype, r
     for out, format, in_ in formats():
         weight = random_weight(out, in_, format)
         matrix = dense(weight)
-        for tokens in (1, 3, 30):
+        for tokens in (1, 3, 33):
             x = torch.randn(tokens, in_, generator=generator).to(dtype)
             y, expected = cpu_trellis.multiply(x, *covered(weight, x)), x.double() @ matrix.T
             assert y.dtype == dtype and sqnr_db(expected, y) > SQNR_DB[dtype], (out, in_, format, tokens)

@@ -15,6 +15,9 @@ from lorq.kernels.derived import Derived
 from lorq.kernels.operands import DTYPES, declines_input
 from lorq.kernels.reference_trellis import trellis_linear_reference
 
+# Tokens up to which codes are multiplied directly: the two ways take the same time at 40 and more (docs/kernels.md).
+FEW_TOKENS = 32
+
 
 def encode(columns: Tensor, scale: Tensor, upper: Tensor, bits: int, window: int, length: int) -> tuple[Tensor, Tensor]:
     """`encode_trellis` of the rounding on the CPU; the reference where there is no library."""
@@ -32,11 +35,6 @@ def encode(columns: Tensor, scale: Tensor, upper: Tensor, bits: int, window: int
 
 
 torch.library.impl("lorq::encode_trellis", "cpu", encode)
-
-
-def few_tokens() -> int:
-    """Tokens up to which codes are multiplied directly: where the two ways took the same time (docs/kernels.md)."""
-    return 24 if cpu.library()[1] in ("vnni", "vbmi") else 8
 
 
 def declines(format: LayerFormat, in_features: int, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -60,7 +58,7 @@ def multiply(x: Tensor, *arguments: Any) -> Tensor:
     x = x.contiguous()
     tokens, threads = x.numel() // in_features, torch.get_num_threads()
     y = x.new_empty(*x.shape[:-1], out)
-    if tokens > few_tokens() or not weight.multiply(x.data_ptr(), y.data_ptr(), tokens, cpu.TYPES[x.dtype], threads):
+    if tokens > FEW_TOKENS or not weight.multiply(x.data_ptr(), y.data_ptr(), tokens, cpu.TYPES[x.dtype], threads):
         cpu.by_strips(x.view(tokens, in_features), y.view(tokens, out), weight, operands[2:])
     return y
 

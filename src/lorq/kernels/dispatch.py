@@ -99,9 +99,7 @@ KERNELS = {
         "C++", lambda: cpu.library()[1],
         {
             "quant_linear": Product(cpu.declines, cpu.multiply, lambda _: cpu.few_tokens(by_bytes=True)),
-            "trellis_linear": Product(
-                cpu_trellis.declines, cpu_trellis.multiply, lambda _: cpu_trellis.few_tokens()
-            ),
+            "trellis_linear": Product(cpu_trellis.declines, cpu_trellis.multiply, lambda _: cpu_trellis.FEW_TOKENS),
         },
         cpu.turn, cpu_experts.declines, cpu_experts.run,
     ),

@@ -19,6 +19,8 @@ from torch import nn
 
 import lorq.runtime.compiled
 import lorq.runtime.same_input
+from lorq.core.codes import TrellisGrid
+from lorq.core.weight import LayerFormat
 from lorq.models.experts import Expert
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.same_input import _Once, fit, join
@@ -34,6 +36,7 @@ FORMATS = {
     "levels": layer_format(4, 16, True, grid="normal-float"),
     "rotated": layer_format(4, 16, True, 2, "int8", rotation_block=16),
     "permuted": layer_format(4, 16, True, permuted=True),
+    "trellis codes": LayerFormat(TrellisGrid(3, 12, 16), 2, "int8", rotation_block=16),
 }
 
 
@@ -73,9 +76,10 @@ def products(monkeypatch):
     """Rows of the joined products that are made."""
     rows, multiply = [], lorq.runtime.same_input.multiply
 
-    def counted(x, packed, *rest, **operator):
-        rows.append(len(packed))
-        return multiply(x, packed, *rest, **operator)
+    def counted(x, *rest, **named):
+        y = multiply(x, *rest, **named)
+        rows.append(y.shape[-1])
+        return y
 
     monkeypatch.setattr(lorq.runtime.same_input, "multiply", counted)
     return rows
@@ -238,6 +242,10 @@ def test_what_does_not_fit_is_left_alone(random_weight):
     assert fit(layers(one, one, sizes=(32, 15)))
     scaled = layer_format(4, 48, True, scale_rank=2)
     assert not fit(layers(scaled, scaled))
+    trellis, longer = (LayerFormat(TrellisGrid(3, 12, length)) for length in (16, 32))
+    assert fit(layers(trellis, trellis)) and fit(layers(trellis, trellis, sizes=(32, 15)))
+    assert not fit(layers(trellis, trellis, sizes=(31, 16)))  # two layers would meet in a tile
+    assert not fit(layers(trellis, longer, sizes=(32, 32)))
     ranks = layer_format(4, 16, False, 2, "int8"), layer_format(4, 16, False, 2, "float16")
     assert not fit(layers(*ranks))
 
