@@ -40,7 +40,7 @@ def error_pairs(
     Args:
         error: ``W - W^``.
         rank: how many pairs, at most min(out, in).
-        iterations: of the sketch that finds the pairs; with 4 their gains are within 2 % of the best on a flat spectrum.
+        iterations: of the sketch that finds the pairs; with 4 their gains are within 2 % of the best on a flat one.
 
     Source:
         EoRA, arXiv:2410.21271, eq. 5-6, with ``C`` a Cholesky factor of the damped ``H`` in place of its eigenvectors
