@@ -80,7 +80,8 @@ def _quantize_command(
         Args:
             model: a Hugging Face folder, a hub id, or a GGUF file.
             out: the new folder.
-            preset: settings by what they cost, fast, balanced or best; `lorq quantize --preset NAME --help` shows them.
+            preset: a method with its settings by what it costs, fast, balanced or best, which stand before the defaults
+                shown below and are printed when the work begins; what is given as a flag stands before them.
             method: how, with the method's own defaults in place of a preset's; `lorq quantize --method NAME --help`
                 lists its settings.
             tune: then tune it for so many steps on the calibration's windows, as `lorq tune` does.

@@ -12,11 +12,13 @@ from lorq.core.checks import check_arguments
 from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, Progress, no_progress
+from lorq.storage.journal import differences
 from lorq.storage.names import JOURNAL
 from lorq.storage.out_folder import check_out
 from lorq.storage.report import Report, read_report
 
 Products = Literal["auto", "float32", "bfloat16"]
+_OF_THE_TEXT = ("calibration", "samples", "seq_len", "start_token")
 
 
 def tune(
@@ -121,7 +123,7 @@ def quantize_and_tune(
     check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
     plain = out.with_name(f"{out.name}.untuned")
     begun = chosen.resume and plain.exists()
-    if not (begun and _is_made(plain, solver)):
+    if not (begun and _is_made(plain, solver, vars(chosen))):
         options |= {"resume": begun, "overwrite": chosen.overwrite and plain.exists()}
         quantize(model, plain, solver, progress=progress, **options)
     report = tune(
@@ -132,8 +134,22 @@ def quantize_and_tune(
     return report
 
 
-def _is_made(folder: Path, method: Any) -> bool:
-    """Whether a folder is finished, and by this method; the original is compared when it is tuned."""
+def _is_made(folder: Path, method: Any, options: dict[str, Any]) -> bool:
+    """Whether a folder is finished; original and text are compared when it is tuned.
+
+    Raises:
+        ValueError: if it was made in another way.
+    """
     if (folder / JOURNAL).exists():
         return False
-    return read_report(folder).settings == json.loads(json.dumps(asdict(method)))
+    report = read_report(folder)
+    then = report.run | report.settings
+    # What a report says of the text is what was read; "auto" is there what it came to.
+    now = json.loads(json.dumps(options | asdict(method)))
+    same = [key for key in now if key in then and key not in _OF_THE_TEXT and now[key] != "auto"]
+    if different := differences({key: then[key] for key in same}, {key: now[key] for key in same}):
+        raise ValueError(
+            f"{folder} was made differently: {'; '.join(different)}; resume with the same settings, or begin again with "
+            "--overwrite"
+        )
+    return True

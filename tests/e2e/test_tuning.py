@@ -164,6 +164,8 @@ def test_quantize_and_tune_is_one_command_that_goes_on_where_it_was(
         patch.setattr("lorq.adapt.tuning.fit", lambda *_: (_ for _ in ()).throw(PowerCut()))
         assert main(["quantize", str(folder_of("llama")), str(out), *flags]) == 1
     assert lorq.read_report(out.with_name("out.untuned")).method == "gptq"
+    assert main(["quantize", str(folder_of("llama")), str(out), *flags, "--resume", "--exclude", "up_proj"]) == 1
+    assert 'was made differently: exclude (folder: [], now: ["up_proj"])' in capsys.readouterr().err
     assert main(["quantize", str(folder_of("llama")), str(out), *flags, "--resume"]) == 0
     assert folder_digests(out) == folder_digests(both) and not out.with_name("out.untuned").exists()
     assert "before tuning" in capsys.readouterr().out

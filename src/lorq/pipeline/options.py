@@ -155,7 +155,7 @@ def read_size(text: str) -> int:
         >>> read_size("4.2GB"), read_size("107 MB"), read_size("1GiB")
         (4200000000, 107000000, 1073741824)
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMG]i?)?B", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,12})?) ?([KMG]i?)?B", text.strip(), re.IGNORECASE)
     if not found:
         raise ValueError(f"size must be a number of KB, MB or GB (or KiB, MiB, GiB), such as 4.2GB, got {text!r}")
     unit = (found[2] or "").upper()
