@@ -149,7 +149,7 @@ def _is_made(folder: Path, method: Any, options: dict[str, Any]) -> bool:
     same = [key for key in now if key in then and key not in _OF_THE_TEXT and now[key] != "auto"]
     if different := differences({key: then[key] for key in same}, {key: now[key] for key in same}):
         raise ValueError(
-            f"{folder} was made differently: {'; '.join(different)}; resume with the same settings, or begin again with "
-            "--overwrite"
+            f"{folder} was made differently: {'; '.join(different)}; resume with the same settings, or begin again "
+            "with --overwrite"
         )
     return True
