@@ -71,20 +71,19 @@ void decode_strip(const TrellisWeight& w, int64_t tile, int64_t first, int64_t c
     constexpr auto rows = std::make_integer_sequence<int, TILE>();
     const uint16_t* from[BITS + 1];
     for (int k = 0; k <= BITS; ++k) from[k] = w.word(tile, k - 1) + first;
-    int64_t j = 0;
-    for (; j + HALVES <= count; j += HALVES) {
+    for (int64_t j = 0; j < count; j += HALVES) {
         H words[BITS + 1];
-        LORQ_UNROLL for (int k = 0; k <= BITS; ++k) words[k] = load_h(from[k] + j);
+        if (j + HALVES <= count) {
+            LORQ_UNROLL for (int k = 0; k <= BITS; ++k) words[k] = load_h(from[k] + j);
+        } else {
+            for (int k = 0; k <= BITS; ++k) {
+                uint16_t some[HALVES] = {};
+                std::memcpy(some, from[k] + j, size_t(count - j) * 2);
+                words[k] = load_h(some);
+            }
+        }
         decode_chunk<BITS>(words, values, to + j, rows);
     }
-    if (j == count) return;
-    H words[BITS + 1];
-    for (int k = 0; k <= BITS; ++k) {
-        uint16_t some[HALVES] = {};
-        std::memcpy(some, from[k] + j, size_t(count - j) * 2);
-        words[k] = load_h(some);
-    }
-    decode_chunk<BITS>(words, values, to + j, rows);
 }
 
 // x = step * sum over p of 2^(16 p) piece_p, with a step for each strip that is a power of two: one piece keeps 15 bits of

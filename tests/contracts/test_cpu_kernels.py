@@ -282,7 +282,7 @@ def test_no_kernel_reads_or_writes_outside_its_tensors(tmp_path):
             "g++",
             "-std=c++17",
             "-O1",
-            "-g",
+            "-g1",  # lines alone: to follow variables through unrolled loops takes minutes
             "-fsanitize=address,undefined",
             "-fno-sanitize-recover=all",
             *flags[isa],
