@@ -59,7 +59,7 @@ def test_the_page_has_a_row_for_every_layer_and_escapes_its_title(model, tmp_pat
     assert "<title>&lt;b&gt;</title>" in page
     assert page.count("<tr><td>") == len(report.layers) and all(layer.name in page for layer in report.layers)
     # Three series of bars: ranks, errors before, errors after.
-    assert page.count("<rect ") == 3 * len(report.layers)
+    assert page.count("<rect ") == 4 * len(report.layers)
 
 
 def test_the_experts_bench_counts_what_the_low_rank_part_needs(capsys):
@@ -111,7 +111,7 @@ def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys
     "options, why",
     [
         ({"shapes": ["4096"]}, "out x in such as 4096x4096, got '4096'"),
-        ({"kinds": ["float"]}, "among integer, lords, vector, got float"),
+        ({"kinds": ["float"]}, "among integer, lords, vector, trellis, got float"),
         ({"tokens": 0}, "at least 1, got 9 and 0"),
         (
             {"shapes": ["100x96"]},

@@ -99,7 +99,7 @@ def begun(interrupted, tmp_path_factory):
 
 def test_a_killed_run_is_resumed_to_the_same_bytes(source, quantize, whole, text_file, tmp_path):
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]
-    flags += [f"--calibration={text_file}", "--samples=4", "--seq-len=64"]
+    flags += ["--method=flrq", f"--calibration={text_file}", "--samples=4", "--seq-len=64"]
     folders = {after: tmp_path / str(after) for after in (1, 3)}
     with subprocess.Popen(
         [sys.executable, "-c", RUNNER], env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
@@ -228,7 +228,7 @@ def test_every_option_is_compared_but_those_that_say_how(begun):
     # A new option belongs to one or the other: the bytes depend on it, or they do not.
     identity = read_journal(begun / JOURNAL).identity
     names = {field.name for field in fields(Options)} | {"device_type", "threads", "torch", "calibration_tokens"}
-    names |= {"format_version", "lorq_version", "model", "method", "settings"}
+    names |= {"format_version", "lorq_version", "model", "method", "settings", "budget"}
     assert names - set(identity) == {"device", "spill_bytes", "dry_run", "resume", "overwrite"}
     assert set(identity) <= names
 
