@@ -176,8 +176,7 @@ def test_factors_of_the_scale_may_be_trained_ones(dtype, random_weight, generato
 @interpreted
 def test_every_byte_of_e4m3_is_decoded_as_torch_does():
     right = torch.arange(256, dtype=torch.int32).to(torch.uint8).view(256, 1).view(torch.float8_e4m3fn)
-    operands = Operands(left=right.T, right=right, left_scale=None, right_scale=None)
-    found = triton_linear.projected(torch.ones(1, 1), operands, torch.float32)
+    found = triton_linear.projected(torch.ones(1, 1), right, None, torch.float32)
     assert torch.equal(found.isnan(), right.T.float().isnan()) and int(found.isnan().sum()) == 2
     assert torch.equal(found.nan_to_num(), right.T.float().nan_to_num())
 
