@@ -190,6 +190,13 @@ def test_a_shape_that_codes_do_not_tile_is_refused_with_the_width(format):
 
 
 @formats
+def test_whole_numbers_are_no_inputs(format, random_weight):
+    layer = QuantLinear.from_weight(random_weight(OUT, IN, LayerFormat(format)))
+    with pytest.raises(TypeError, match=r"must be floating point, got torch.int64; convert them"):
+        layer(torch.ones(2, IN, dtype=torch.int64))
+
+
+@formats
 def test_a_layers_entry_in_a_config_reads_back(format):
     whole = LayerFormat(format, 3, "e4m3", True, 16, 16, "token", "token")
     entry = json.loads(json.dumps(write_format(whole)))

@@ -23,7 +23,13 @@ def dense_weight(*operands: Tensor | None, bits: int, in_features: int) -> Tenso
 
 
 def decoded_linear(x: Tensor, codes: Tensor, low_rank: LowRank | None) -> Tensor:
-    """``y = x codes^T + (x right^T) left^T`` for what codes stand for, rounded once to the dtype of ``x``."""
+    """``y = x codes^T + (x right^T) left^T`` for what codes stand for, rounded once to the dtype of ``x``.
+
+    Raises:
+        TypeError: for whole numbers, to which a weight would be rounded.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"inputs of a quantized layer must be floating point, got {x.dtype}; convert them")
     y = torch.nn.functional.linear(x, codes.to(x.dtype))
     if low_rank is not None:
         l, r = low_rank.factors(x.dtype)

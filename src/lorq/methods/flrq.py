@@ -94,7 +94,6 @@ class FLRQ:
 
     scope: ClassVar[str] = "layer"
     needs_stats: ClassVar[bool] = True
-    # The first ranks take more off the error than as many bits of width would, if any do.
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -107,7 +106,7 @@ class FLRQ:
 
     @property
     def choices(self) -> dict[str, tuple[Any, ...]]:
-        """Each width without factors and with a few."""
+        """Each width without factors and with a few: if ranks are worth more than bits, the first are."""
         return {"bits": WIDTHS[self.codebook], "budget": tuple(dict.fromkeys((0.0, min(self.budget, 0.03))))}
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
