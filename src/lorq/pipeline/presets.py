@@ -40,7 +40,7 @@ def preset(name: str = DEFAULT, **changes: Any) -> dict[str, Any]:
     """Arguments of `lorq.quantize` by what they cost, such as ``lorq.quantize(model, out, **lorq.preset("best"))``.
 
     Args:
-        name: "fast" takes 1.2 times as long as GPTQ, "balanced" weighs tokens and outputs by the model's own gradients too,
+        name: "fast" takes 1.2 times as long as GPTQ, "balanced" weighs tokens and outputs by the model's gradients too,
             "best" searches longer.
         **changes: settings of the preset's method and options of the run, such as ``bits=3``.
 
