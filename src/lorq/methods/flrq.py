@@ -133,14 +133,15 @@ class FLRQ:
         basis = self._basis(weight.shape[1])
         target = basis.rotate(weight)
         hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping, block=basis.block)
+        wide, narrow = _SEARCHES.get(self.rounding, (SEARCHES["scale"], SEARCHES["scale"]))
+        if not self._rank_cap(*weight.shape):
+            codes = self._round(target, hessian, wide, row_weights(stats))
+            return assemble(weight, codes, None, stop="budget", stats=stats, basis=basis if basis.block else None)
         scaling = hessian.factor if self.metric == "hessian" else activation_scale(stats, self.exponent)
         codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
         best: tuple[float, Codes, LowRank | None, str] | None = None
-        wide, narrow = _SEARCHES.get(self.rounding, (SEARCHES["scale"], SEARCHES["scale"]))
         epochs = self.epochs if self.epochs >= 0 else 20 if self.bits == 2 else 1
-        searches = [wide] + epochs * [narrow]
-        # Without a low rank every round finds the same codes.
-        for search in searches if self._rank_cap(*weight.shape) else dict.fromkeys(searches):
+        for search in [wide] + epochs * [narrow]:
             for step in self.order.split("-then-"):
                 if step == "low-rank":
                     low_rank, stop = self._fit_low_rank(target - codes_part, scaling, generator)
