@@ -9,7 +9,7 @@ import lorq
 import lorq.pipeline.quantize as stages
 from lorq.cli import main
 
-GPTQ = lorq.GPTQ(group_size=32)
+NEAREST = lorq.Nearest(group_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def run(text_file):
 
 
 def test_a_budget_is_kept_and_goes_on_where_it_was_interrupted(source, run, tmp_path, monkeypatch):
-    options = run | {"bits_per_weight": 4.1}
-    report = lorq.quantize(source, tmp_path / "whole", GPTQ, **options)
+    options = run | {"bits_per_weight": 4.1, "widths": (2, 3, 4, 8)}
+    report = lorq.quantize(source, tmp_path / "whole", NEAREST, **options)
     assert 3.6 < report.bits_per_weight <= 4.1
     assert len({layer.bits for layer in report.layers}) > 1
     solve, predict = stages.solve_block, stages.predict
@@ -36,21 +36,21 @@ def test_a_budget_is_kept_and_goes_on_where_it_was_interrupted(source, run, tmp_
 
     monkeypatch.setattr(stages, "solve_block", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        lorq.quantize(source, tmp_path / "parts", GPTQ, **options)
+        lorq.quantize(source, tmp_path / "parts", NEAREST, **options)
     monkeypatch.setattr(stages, "solve_block", solve)
     monkeypatch.setattr(stages, "predict", None)  # what was chosen is known
     with pytest.raises(ValueError, match=r"begun differently: bits_per_weight \(folder: 4.1, now: 5.0\)"):
-        lorq.quantize(source, tmp_path / "parts", GPTQ, **run, bits_per_weight=5.0, resume=True)
-    lorq.quantize(source, tmp_path / "parts", GPTQ, **options, resume=True)
+        lorq.quantize(source, tmp_path / "parts", NEAREST, **options | {"bits_per_weight": 5.0}, resume=True)
+    lorq.quantize(source, tmp_path / "parts", NEAREST, **options, resume=True)
     assert folder_digests(tmp_path / "whole") == folder_digests(tmp_path / "parts")
     monkeypatch.setattr(stages, "predict", predict)
-    dry = lorq.quantize(source, tmp_path / "dry", GPTQ, **options, dry_run=True)
+    dry = lorq.quantize(source, tmp_path / "dry", NEAREST, **options, dry_run=True)
     assert [layer.bits for layer in dry.layers] == [layer.bits for layer in report.layers]
     assert dry.bytes == report.bytes and not (tmp_path / "dry").exists()
 
 
 def test_a_size_is_that_of_the_weight_files(source, run, tmp_path):
-    lorq.quantize(source, tmp_path / "out", lorq.FLRQ(group_size=32, epochs=0), **run, size="150KB")
+    lorq.quantize(source, tmp_path / "out", lorq.FLRQ(group_size=32, epochs=0), **run, size="150KB", widths=(3, 8))
     files = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert 135_000 < files <= 150_000
 
