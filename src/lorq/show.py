@@ -161,7 +161,9 @@ def print_summary(report: Report, out: Path | None) -> None:
 def _smaller(report: Report) -> str:
     """Than the original; nothing where a folder does not tell, as those of lorq 0.1 do not."""
     before = report.run.get("original_bytes", 0)
-    return f", {before / report.bytes:.1f} times smaller than the original's {before / 1e6:.1f} MB" if before else ""
+    if before <= report.bytes:
+        return f", the original has {before / 1e6:.1f} MB" if before else ""
+    return f", {before / report.bytes:.1f} times smaller than the original's {before / 1e6:.1f} MB"
 
 
 def print_next(*commands: tuple[Any, ...]) -> None:

@@ -20,8 +20,9 @@ from lorq.adapt.adapters import ADAPTER_CONFIG
 from lorq.cli import main
 from lorq.evaluation import _flattering
 from lorq.pipeline.presets import DEFAULT, PRESETS
-from lorq.show import _left, _ProgressLines
+from lorq.show import _left, _ProgressLines, _smaller
 from lorq.storage import writer
+from lorq.storage.report import Report
 
 SMALL = ["--samples", "4", "--seq-len", "32"]
 NEAREST = ["--method", "nearest", "--group-size", "32"]
@@ -339,6 +340,15 @@ def test_the_end_tells_what_was_gained_and_what_can_be_done_next(lorq_command, s
     measured = json.loads(lorq_command(*commands[0][1:], "--text", text_file, "--window=64", "--windows=1", "--json"))
     assert measured["kl_mean"] > 0 and lorq_command(*commands[1][1:], "--tokens=1")
     assert "next: " not in lorq_command("quantize", source, tmp_path / "dry", *NEAREST, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [(5_000_000, ", 2.5 times smaller than the original's 5.0 MB"), (1_000_000, ", the original has 1.0 MB"), (0, "")],
+)
+def test_what_is_not_smaller_is_not_called_so(before, told):
+    run = {"original_bytes": before} if before else {}  # folders of earlier versions do not tell
+    assert _smaller(Report("nearest", {}, (), 2_000_000, {}, run, {})) == told
 
 
 def test_the_demo_quantizes_measures_and_talks(lorq_command, tmp_path, monkeypatch):
