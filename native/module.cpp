@@ -59,7 +59,11 @@ std::string best() {
 
 }  // namespace
 
+// What the functions below take and give: one more with every change of it, here and in src/lorq/kernels/cpu.py.
+constexpr int INTERFACE = 1;
+
 NB_MODULE(LORQ_MODULE, m) {
+    m.attr("interface") = INTERFACE;
     nb::set_leak_warnings(false);  // compiled programs keep weights until the process ends
     m.def("best", &best);
     m.def(

@@ -1,14 +1,16 @@
 """Small models for tests."""
 
 import hashlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import lorq
 from lorq.core.codes import IntGrid, LevelFormat, VectorGrid
 from lorq.core.problem import Problem
 from lorq.core.stats import PreparedHessian
@@ -185,3 +187,37 @@ def save_folder(model, folder: Path) -> Path:
 def folder_digests(folder: Path) -> dict[str, str]:
     """sha256 of every file of a folder, by name: equal digests are equal folders."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@dataclass(frozen=True)
+class Recorder(lorq.Nearest):
+    """Rounds to nearest and keeps the problems that it is given: weights and statistics, by layer."""
+
+    needs_stats = True
+    seen: ClassVar = {}
+
+    def solve(self, problem):
+        self.seen.update({name: (weight.clone(), problem.stats[name]) for name, weight in problem.weights.items()})
+        return super().solve(problem)
+
+    @property
+    def stats(self):
+        return {name: stats for name, (_, stats) in self.seen.items()}
+
+
+@torch.no_grad()
+def inputs_of(model, names, windows):
+    """What enters modules of transformers' own model: each positional argument, one row a token."""
+    seen = {name: [] for name in names}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args))
+        for name in names
+    ]
+    for window in windows:
+        model(input_ids=window[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return {
+        name: [torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*args, strict=True)]
+        for name, args in seen.items()
+    }

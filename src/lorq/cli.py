@@ -7,8 +7,6 @@ import csv
 import json
 import logging
 import os
-import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -38,6 +36,7 @@ from lorq.show import (
     notes,
     print_families,
     print_figures,
+    print_next,
     print_pieces,
     print_summary,
     print_tuned,
@@ -80,8 +79,8 @@ def _quantize_command(
         Args:
             model: a Hugging Face folder, a hub id, or a GGUF file.
             out: the new folder.
-            preset: a method with its settings by what it costs, fast, balanced or best, which stand before the defaults
-                shown below and are printed when the work begins; what is given as a flag stands before them.
+            preset: a method with its settings by what it costs, fast, balanced or best; `lorq quantize --preset NAME
+                --help` shows its values as the defaults, and they are printed when the work begins.
             method: how, with the method's own defaults in place of a preset's; `lorq quantize --method NAME --help`
                 lists its settings.
             tune: then tune it for so many steps on the calibration's windows, as `lorq tune` does.
@@ -96,6 +95,8 @@ def _quantize_command(
             print(json.dumps(report.as_dict()))
             return
         print_summary(report, None if options.dry_run else full_path(out))
+        if not options.dry_run:
+            print_next(("evaluate", out, "--reference", model), ("generate", out, "your question"))
 
     if methods:
         quantize.__annotations__ |= {
@@ -286,17 +287,7 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     evaluate(str(folder), reference=str(source), window=512, windows=windows)
     console.print("3. Talk: What is the capital of France?", style="bold")
     generate(str(folder), "What is the capital of France?", tokens=48)
-    lorq_, place = _called_as(), shlex.quote(str(folder))
-    console.print(f"\nTry it: {lorq_} generate {place} 'your question'     {lorq_} inspect {place}", soft_wrap=True)
-
-
-def _called_as() -> str:
-    """What to type for this command: its path, unless the shell finds it by its name."""
-    program = Path(sys.argv[0])
-    if program.name != "lorq":  # a test, or python -m
-        return "lorq"
-    found = shutil.which("lorq")
-    return "lorq" if found and Path(found).samefile(program) else shlex.quote(str(program))
+    print_next(("generate", folder, "your question"), ("inspect", folder))
 
 
 @app.command
@@ -331,24 +322,26 @@ _GOES_ON = {
 def _run(arguments: list[str]) -> None:
     """One command, or its help."""
     if arguments[:1] == ["quantize"] and len(arguments) > 1:
-        if not {"--help", "-h", "--version"} & set(arguments):
+        helps = bool({"--help", "-h", "--version"} & set(arguments))
+        if not helps:
             check_early(arguments[1:])
         with progress_bars() if "torch" not in sys.modules else nullcontext(no_progress) as progress:
             progress(IMPORT, 0, 1)
             from lorq.methods import METHODS  # and with it torch, for which nothing else here waits
-            from lorq.pipeline.options import Options
-            from lorq.pipeline.presets import DEFAULT, PRESETS
+            from lorq.pipeline.presets import DEFAULT, PRESETS, Preset
 
             progress(IMPORT, 1, 1)
-        if given(arguments, "--method") is None:
-            name = given(arguments, "--preset") or DEFAULT
-            flags = PRESETS[name].flags() if name in PRESETS else {}
-            if flags and not {"--help", "-h"} & set(arguments):
+        method, name = given(arguments, "--method"), given(arguments, "--preset") or DEFAULT
+        shown = Preset(METHODS.get(method or "flrq", METHODS["flrq"])())
+        if method is None and name in PRESETS:
+            flags = PRESETS[name].flags()
+            if helps:
+                shown = PRESETS[name]
+            else:
                 notes.print(f"preset {name}: {' '.join(map(' '.join, flags.items()))}")
             arguments = arguments + [f"{f}={value}" for f, value in flags.items() if given(arguments, f) is None]
-        kind = METHODS.get(given(arguments, "--method") or "flrq", METHODS["flrq"])
         del app["quantize"]
-        app.command(_quantize_command(kind(), Options(), tuple(METHODS), tuple(PRESETS)))
+        app.command(_quantize_command(*shown.as_defaults(), tuple(METHODS), tuple(PRESETS)))
     chosen, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     for name in ("text", "evaluation", "calibration"):
         if (text := bound.arguments.get(name)) not in (None, SELF):

@@ -57,6 +57,12 @@ def check_early(arguments: list[str]) -> None:
             raise ValueError(
                 f"a preset is a method with its settings, got preset {preset} and method {method}; keep one of them"
             )
+    budget = next((flag for flag in ("--bits-per-weight", "--size") if given(arguments, flag) is not None), None)
+    if budget and (bits := given(arguments, "--bits")) is not None:
+        raise ValueError(
+            f"{budget} chooses each layer's bits, got --bits {bits} too; leave --bits away, or choose from --widths, "
+            f"such as --widths {bits}"
+        )
     if (text := given(arguments, "--calibration")) not in (None, SELF):
         check_text(text, "calibration")
 

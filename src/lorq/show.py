@@ -4,6 +4,8 @@ import inspect
 import json
 import logging
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections import Counter
@@ -138,7 +140,7 @@ def print_summary(report: Report, out: Path | None) -> None:
         table.add_row("predicted divergence", f"{told['harm']:.4g} nats a token")
         widths = Counter(layer.bits for layer in report.layers)
         table.add_row("chosen", ", ".join(f"{bits} bits: {count} layers" for bits, count in sorted(widths.items())))
-    table.add_row("weights on disk", size + ("" if out else " at most"))
+    table.add_row("weights on disk", size + ("" if out else " at most") + _smaller(report))
     if any(ranks):  # of a low-rank part; methods without one have nothing to tell
         table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")
     if out:
@@ -154,6 +156,29 @@ def print_summary(report: Report, out: Path | None) -> None:
         parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
         table.add_row("seconds", f"{report.seconds:.1f}" + (f" ({parts})" if parts else ""))
     console.print(table)
+
+
+def _smaller(report: Report) -> str:
+    """Than the original; nothing where a folder does not tell, as those of lorq 0.1 do not."""
+    before = report.run.get("original_bytes", 0)
+    if before <= report.bytes:
+        return f", the original has {before / 1e6:.1f} MB" if before else ""
+    return f", {before / report.bytes:.1f} times smaller than the original's {before / 1e6:.1f} MB"
+
+
+def print_next(*commands: tuple[Any, ...]) -> None:
+    """What can be done next, a line each that can be copied, in words for the shell."""
+    for words in commands:
+        console.print(f"next: {called_as()} {shlex.join(map(str, words))}", soft_wrap=True)
+
+
+def called_as() -> str:
+    """What to type for this command: its path, unless the shell finds it by its name."""
+    program = Path(sys.argv[0])
+    if program.name != "lorq":  # a test, or python -m
+        return "lorq"
+    found = shutil.which("lorq")
+    return "lorq" if found and Path(found).samefile(program) else shlex.quote(str(program))
 
 
 def print_tuned(report: Report, as_json: bool) -> None:

@@ -148,7 +148,7 @@ def help_text() -> str:
         "bench",
     ]
     commands += [f"bench {name}" for name in ("sketch", "experts", "decode", "adapt", "quantize")]
-    commands += [f"quantize --method {name}" for name in lorq.METHODS]
+    commands += ["quantize", *(f"quantize --method {name}" for name in lorq.METHODS)]
     printed = []
     for command in commands:
         with redirect_stdout(StringIO()) as text:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -250,6 +251,23 @@ def test_a_module_that_computes_something_else_is_not_used(monkeypatch):
     for module, expected in ((portable, portable), (Wrong, portable)):
         monkeypatch.setattr(cpu, "_built", lambda module=module: (module, "avx2"))
         assert cpu.library.__wrapped__() == (expected, "avx2" if module is portable else "portable")
+
+
+def test_a_module_of_another_lorq_is_refused_by_name(monkeypatch):
+    written = (ROOT / "native/module.cpp").read_text()
+    assert f"constexpr int INTERFACE = {cpu.INTERFACE};" in written
+    fits = SimpleNamespace(interface=cpu.INTERFACE, best=lambda: "avx2", __file__="_cpu_portable.so")
+    for stale, got in ((SimpleNamespace(best=None, __file__="stale.so"), 0), (SimpleNamespace(interface=7), 7)):
+        stale.__file__ = "stale.so"
+        for modules in ({"portable": stale}, {"portable": fits, "avx2": stale}):
+            by_path = {f"lorq.kernels._cpu_{name}": module for name, module in modules.items()}
+            monkeypatch.setattr(cpu, "import_module", by_path.__getitem__)
+            with pytest.raises(
+                ImportError, match=rf"must have interface \d+, stale\.so has {got}: .* install lorq again"
+            ):
+                cpu._built.__wrapped__()
+    monkeypatch.setattr(cpu, "import_module", lambda name: fits)
+    assert cpu._built.__wrapped__() == (fits, "avx2")
 
 
 def test_importing_lorq_multiplies_nothing():

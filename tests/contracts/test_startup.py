@@ -25,7 +25,7 @@ MISTAKES = {
     "evaluate {model} --reference {missing}": "no such model: {missing}",
     "generate {missing} Hi": "no such model: {missing}",
     "generate {empty} Hi": "{empty} does not",
-    "inspect {missing}": "{missing} has no lorq_report.json",
+    "inspect {missing}": "there is no folder {missing}",
     "inspect {model}": "{model} has no lorq_report.json",
     "adapt {missing} {out} --text python-docs": "no such model: {missing}",
     "adapt {model} {out} --text python-docs": "{model} has no packed layers",

@@ -11,7 +11,7 @@ import torch
 from test_kernels import SQNR_DB, sqnr_db
 from torch.testing import assert_close
 
-from lorq.core.codes import TrellisGrid
+from lorq.core.codes import IntGrid, TrellisGrid
 from lorq.core.weight import LayerFormat
 from lorq.kernels import cpu, cpu_trellis, implementation, multiply, trellis_linear
 from lorq.kernels.reference_trellis import STORED_NAMES, trellis_linear_reference
@@ -247,6 +247,66 @@ def test_a_tensor_that_was_written_to_or_replaced_is_seen(module, random_weight,
     assert torch.equal(cpu_trellis.multiply(x, *arguments), cpu_trellis.multiply(x, *others))
 
 
+IMPOSSIBLE = {
+    **{f"bits {bits}": {"bits": bits} for bits in (0, -1, 2, 7, 2**40)},
+    **{f"a window of {window}": {"window": window} for window in (0, -3, 6, 17, 40, 2**40)},
+    **{f"sequences of {length}": {"length": length} for length in (0, -16, 20, 48, 2**40)},
+    "a tile less": {"packed": lambda t: t[:1]}, "a word less": {"packed": lambda t: t[:, :2]},
+    "other widths": {"packed": lambda t: t[..., :48]}, "no width": {"packed": lambda t: t[..., :0]},
+    "flat codes": {"packed": lambda t: t.flatten()}, "other words": {"packed": lambda t: t.int()},
+    "fewer scales": {"scale": lambda t: t[:16]}, "more scales": {"scale": lambda t: t.repeat(2, 1)},
+    "no scales": {"scale": lambda t: t[:0]}, "flat scales": {"scale": lambda t: t.flatten()},
+    "wide scales": {"scale": lambda t: t.repeat(1, 2)}, "one scale": {"scale": lambda t: t[0, 0]},
+    "a short left": {"left": lambda t: t[:8]}, "another rank": {"left": lambda t: t[:, :1]},
+    "a narrow right": {"right": lambda t: t[:, :8]},
+    "narrow inputs": {"x": lambda t: t[:, :32]}, "no inputs": {"x": lambda t: t[:, :0]},
+    "a number": {"x": lambda t: t[0, 0]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", IMPOSSIBLE.values(), ids=IMPOSSIBLE)
+def test_the_operator_raises_for_what_no_weight_has(wrong, random_weight, generator):
+    names = ("x", *STORED_NAMES, "bits", "window", "length")
+    weight = random_weight(32, 64, layer_format(32, 3, 12, 2))
+    x = torch.randn(2, 64, generator=generator)
+    given = dict(zip([n.removeprefix("weight_") for n in names], (x, *operands(weight)), strict=True))
+    given |= {name: change(given[name]) if callable(change) else change for name, change in wrong.items()}
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        torch.ops.lorq.trellis_linear(*given.values())
+
+
+def _batched(f, x):
+    return torch.func.vmap(f)(x)
+
+
+def _functionalized(f, x):
+    return torch.func.functionalize(f)(x)
+
+
+def _jacobian(f, x):
+    return x @ torch.func.jacrev(f)(x[0]).T
+
+
+def _forward_jacobian(f, x):
+    return x @ torch.func.jacfwd(f)(x[0]).T
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch imports for them
+@pytest.mark.parametrize(
+    ("kind", "transform"),
+    [
+        ("trellis", _functionalized),
+        *itertools.product(("trellis", "integer"), (_batched, _jacobian, _forward_jacobian)),
+    ],
+    ids=str,
+)
+def test_the_transforms_of_torch_func_go_through_a_layer(kind, transform, random_weight, generator):
+    format = layer_format(20, 3, 12, 2) if kind == "trellis" else LayerFormat(IntGrid(3, 16), 2, "int8")
+    weight = random_weight(20, 64, replace(format, rotation_block=16))
+    layer, x = QuantLinear.from_weight(weight), torch.randn(3, 64, generator=generator)
+    assert sqnr_db(layer.dequantize()(x).double(), transform(layer, x).detach()) > 80
+
+
 def test_tensors_that_do_not_belong_together_are_left_to_the_reference(module, random_weight, generator):
     packed, scale, *rest = operands(random_weight(32, 64, layer_format(32, 3, 12)))
     x = torch.randn(1, 64, generator=generator)
@@ -254,7 +314,7 @@ def test_tensors_that_do_not_belong_together_are_left_to_the_reference(module, r
     for wrong in ((packed[:1], scale, *rest), (packed, scale, *rest[:-1], 48), (packed, scale, *rest[:-2], 20, 32)):
         *tensors, bits, window, length = wrong
         assert cpu_trellis._new_weight(tensors, bits, window, length, 64) is None
-    with pytest.raises(RuntimeError):
+    with pytest.raises((RuntimeError, ValueError)):
         cpu_trellis.multiply(x[:, :48], packed, scale, *rest)
     wide = scale.float(), packed, scale.double()
     assert torch.equal(

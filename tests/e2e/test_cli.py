@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections import namedtuple
@@ -18,8 +19,10 @@ import lorq
 from lorq.adapt.adapters import ADAPTER_CONFIG
 from lorq.cli import main
 from lorq.evaluation import _flattering
-from lorq.show import _left, _ProgressLines
+from lorq.pipeline.presets import DEFAULT, PRESETS
+from lorq.show import _left, _ProgressLines, _smaller
 from lorq.storage import writer
+from lorq.storage.report import Report
 
 SMALL = ["--samples", "4", "--seq-len", "32"]
 NEAREST = ["--method", "nearest", "--group-size", "32"]
@@ -313,6 +316,39 @@ def test_the_version_and_the_help_are_printed(lorq_command):
     text = lorq_command("quantize", "--method", "gptq", "--help")
     assert "--range-search" in text and "--damping" in text and "--slope-window" not in text
     assert "--slope-window" in lorq_command("quantize", "--help")
+
+
+@pytest.mark.parametrize("words", [[], ["--preset", "best"]], ids=["as it is", "best"])
+def test_the_help_has_what_a_preset_stands_for_as_defaults(words, lorq_command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    helps = re.sub(r"[│\s]+", " ", lorq_command("quantize", *words, "--help"))
+    for flag, value in PRESETS[words[-1] if words else DEFAULT].flags().items():
+        assert re.search(rf" {flag} .*?\[default: (.*?)\]", helps)[1] == value
+    own = re.sub(r"[│\s]+", " ", lorq_command("quantize", "--method", "flrq", "--help"))
+    assert re.search(r" --codebook .*?\[default: (.*?)\]", own)[1] == "scalar"
+
+
+def test_the_end_tells_what_was_gained_and_what_can_be_done_next(lorq_command, source, text_file, tmp_path):
+    told = lorq_command("quantize", source, tmp_path / "it's mine", *NEAREST)
+    before = sum(t.nbytes for file in source.glob("*.safetensors") for t in load_file(file).values())
+    report = lorq.read_report(tmp_path / "it's mine")
+    size, ratio = f"{report.bytes / 1e6:.1f} MB", before / report.bytes
+    gain = f"{size}, {ratio:.1f} times smaller than the original's {before / 1e6:.1f} MB"
+    assert gain in told and gain in lorq_command("inspect", tmp_path / "it's mine")
+    commands = [shlex.split(line)[1:] for line in told.splitlines() if line.startswith("next: ")]
+    assert [words[:2] for words in commands] == [["lorq", "evaluate"], ["lorq", "generate"]]
+    measured = json.loads(lorq_command(*commands[0][1:], "--text", text_file, "--window=64", "--windows=1", "--json"))
+    assert measured["kl_mean"] > 0 and lorq_command(*commands[1][1:], "--tokens=1")
+    assert "next: " not in lorq_command("quantize", source, tmp_path / "dry", *NEAREST, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("before", "told"),
+    [(5_000_000, ", 2.5 times smaller than the original's 5.0 MB"), (1_000_000, ", the original has 1.0 MB"), (0, "")],
+)
+def test_what_is_not_smaller_is_not_called_so(before, told):
+    run = {"original_bytes": before} if before else {}  # folders of earlier versions do not tell
+    assert _smaller(Report("nearest", {}, (), 2_000_000, {}, run, {})) == told
 
 
 def test_the_demo_quantizes_measures_and_talks(lorq_command, tmp_path, monkeypatch):
@@ -609,8 +645,13 @@ MISTAKES = {
     ),
     "the model as output": (["quantize", "{model}", "{model}", *NEAREST], r"must not be the model's own"),
     "a file as output": (["quantize", "{model}", "{text}", *NEAREST], r"text.txt must be a folder, it is a file"),
-    "inspect a model": (["inspect", "{model}"], r"no lorq_report.json: lorq did not write this folder"),
-    "inspect nothing": (["inspect", "{tmp}/missing"], r"missing"),
+    "inspect a model": (["inspect", "{model}"], r"did not write this folder, .* `lorq quantize .* OUT` makes"),
+    "inspect nothing": (["inspect", "{tmp}/missing"], r"there is no folder .*missing; name one that `lorq quantize`"),
+    "bits and a budget": (
+        [*PLAIN, "--bits=4", "--bits-per-weight=3.1"],
+        r"--bits-per-weight chooses each layer's bits, got --bits 4 too; .* such as --widths 4",
+    ),
+    "bits and a size": ([*PLAIN, "--size", "1MB", "--bits", "3"], r"--size chooses each layer's bits, got --bits 3"),
     "evaluate beyond the model": (
         ["evaluate", "{model}", "--text={text}", "--window=129"],
         r"window must be at most the model's 128 positions, got 129",

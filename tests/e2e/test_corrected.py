@@ -1,11 +1,8 @@
 """Layers behind quantized ones make up for what these have done to their inputs."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import pytest
 import torch
-from helpers import BOS, byte_tokenizer, folder_digests
+from helpers import BOS, Recorder, byte_tokenizer, folder_digests, inputs_of
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -16,18 +13,6 @@ from lorq.core.stats import _CORRECTION_DAMPING as DAMPING
 from lorq.models.windows import Encoder, text_windows
 
 SMALL = {"samples": 4, "seq_len": 32}
-
-
-@dataclass(frozen=True)
-class Recorder(lorq.Nearest):
-    """Rounds to nearest and keeps the problems that it is given, by layer."""
-
-    needs_stats = True
-    seen: ClassVar = {}
-
-    def solve(self, problem):
-        self.seen.update({name: (weight.clone(), problem.stats[name]) for name, weight in problem.weights.items()})
-        return super().solve(problem)
 
 
 @pytest.fixture
@@ -55,20 +40,6 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@torch.no_grad()
-def inputs_of(model, names, windows):
-    seen = {name: [] for name in names}
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
-        for name in names
-    ]
-    for window in windows:
-        model(input_ids=window[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.cat([x.flatten(0, -2) for x in parts]).double() for name, parts in seen.items()}
-
-
 @pytest.mark.parametrize("family, token_weights", [("llama", "equal"), ("llama", "gradient"), ("gpt2", "plain")])
 def test_the_target_makes_up_for_what_the_first_block_has_changed(
     family, token_weights, folder_of, recorder, quantize, windows, tmp_path
@@ -86,7 +57,7 @@ def test_the_target_makes_up_for_what_the_first_block_has_changed(
         assert torch.equal(recorder.seen[name][0], weight.T if family == "gpt2" else weight)
     before, now = (inputs_of(model, second, windows) for model in (original, half))
     for name in second:
-        x0, x = before[name], now[name]
+        x0, x = before[name][0].double(), now[name][0].double()
         # Tokens count alike there, whatever weighs them elsewhere.
         d = 1 / x.square().mean(1, keepdim=True)
         h, c = (x * d).T @ x / len(x), ((x0 - x) * d).T @ x / len(x)

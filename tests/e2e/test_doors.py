@@ -63,8 +63,8 @@ def test_a_tilde_is_the_home_folder_at_every_door(folder_of, folder, tmp_path, m
     assert {"q", "a", "merged"} <= set(os.listdir(tmp_path)) and "~" not in os.listdir()
 
 
-def test_the_demo_names_the_command_as_it_was_called(monkeypatch, tmp_path):
-    from lorq.cli import _called_as
+def test_what_comes_next_names_the_command_as_it_was_called(monkeypatch, tmp_path):
+    from lorq.show import called_as
 
     for called, by_name, told in (
         (tmp_path / "my bin/lorq", None, f"'{tmp_path}/my bin/lorq'"), (tmp_path / "lorq", tmp_path / "lorq", "lorq"),
@@ -74,7 +74,7 @@ def test_the_demo_names_the_command_as_it_was_called(monkeypatch, tmp_path):
         called.touch()
         monkeypatch.setattr(sys, "argv", [str(called)])
         monkeypatch.setattr("shutil.which", lambda _, found=by_name: found and str(found))
-        assert _called_as() == told
+        assert called_as() == told
 
 
 # ---- tokenizers -------------------------------------------------------------------------------------------

@@ -1,11 +1,8 @@
 """Gradients weigh tokens: block by block as torch's autograd has them through the whole model, and into statistics."""
 
-from dataclasses import dataclass
-from typing import ClassVar
-
 import pytest
 import torch
-from helpers import BOS, byte_tokenizer, folder_digests, tiny_folder
+from helpers import BOS, Recorder, byte_tokenizer, folder_digests, inputs_of, tiny_folder
 from kinds import EXCLUDED, MODELS, kind_folder
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -140,18 +137,6 @@ def test_the_draw_is_the_seeds(folder_of, tmp_path):
 # ---- into statistics --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Recorder(lorq.Nearest):
-    """Rounds to nearest and keeps what it is given, by layer."""
-
-    needs_stats = True
-    seen: ClassVar = {}
-
-    def solve(self, problem):
-        self.seen.update(problem.stats)
-        return super().solve(problem)
-
-
 @pytest.fixture
 def recorder():
     Recorder.seen.clear()
@@ -166,18 +151,8 @@ def quantize(text_file):
     return run
 
 
-def inputs_of(folder, names, windows):
-    """What enters modules of transformers' own model, window by window."""
-    model, seen = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), {n: [] for n in names}
-    for name in names:
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args))
-    with torch.no_grad():
-        for window in windows:
-            model(input_ids=window[None], use_cache=False)
-    return model, {
-        name: [torch.cat([p.flatten(0, -2) for p in parts]) for parts in zip(*args, strict=True)]
-        for name, args in seen.items()
-    }
+def dense(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def by_definition(x, d):
@@ -201,14 +176,14 @@ def test_each_layer_weighs_the_tokens_of_its_input_by_its_own_gradients(
     folder = folder_of(family)
     quantize(folder, tmp_path / "out", recorder)
     windows = text_windows(str(text_file), Encoder(byte_tokenizer(128), (BOS,), 257), **SMALL).tokens
-    names = list(recorder.seen)
+    names = list(recorder.stats)
     squared = {name: of.sum(1) for name, of in by_autograd(folder, names, windows).items()}
-    _, inputs = inputs_of(folder, names, windows)
-    for name, stats in recorder.seen.items():
+    inputs = inputs_of(dense(folder), names, windows)
+    for name, stats in recorder.stats.items():
         assert stats.sensitivity == pytest.approx(float(squared[name].mean()), rel=1e-4)
         check(stats, inputs[name][0], squared[name] / squared[name].mean())
     if family == "llama":
-        q, k, o = (recorder.seen[f"model.layers.1.self_attn.{name}_proj"] for name in "qko")
+        q, k, o = (recorder.stats[f"model.layers.1.self_attn.{name}_proj"] for name in "qko")
         assert q.input == k.input != o.input and not torch.equal(q.hessian, k.hessian)
 
 
@@ -218,7 +193,8 @@ def test_an_expert_weighs_tokens_by_the_gradient_of_the_sum_and_the_routers_weig
     folder, path = folder_of("mixtral"), "model.layers.0.mlp.experts"
     windows = text_windows(str(text_file), Encoder(byte_tokenizer(128), (BOS,), 257), **SMALL).tokens
     squared = {path: by_autograd(folder, [path], windows)[path].sum(1)}
-    model, inputs = inputs_of(folder, [path], windows)
+    model = dense(folder)
+    inputs = inputs_of(model, [path], windows)
     x, index, weights = inputs[path]
     d = squared[path] / squared[path].mean()
     counts = torch.bincount(index.flatten(), minlength=4).tolist()
@@ -232,10 +208,10 @@ def test_an_expert_weighs_tokens_by_the_gradient_of_the_sum_and_the_routers_weig
             token, own = torch.arange(TOKENS), d
         gate, up = fused.gate_up_proj[expert].detach().chunk(2)
         middle = torch.nn.functional.silu(x[token] @ gate.T) * (x[token] @ up.T)
-        check(recorder.seen[f"{path}.{expert}.gate_proj"], x[token], own)
-        check(recorder.seen[f"{path}.{expert}.down_proj"], middle, own)
-        assert recorder.seen[f"{path}.{expert}.up_proj"] is recorder.seen[f"{path}.{expert}.gate_proj"]
-        assert recorder.seen[f"{path}.{expert}.up_proj"].sensitivity == pytest.approx(float(squared[path].mean()))
+        check(recorder.stats[f"{path}.{expert}.gate_proj"], x[token], own)
+        check(recorder.stats[f"{path}.{expert}.down_proj"], middle, own)
+        assert recorder.stats[f"{path}.{expert}.up_proj"] is recorder.stats[f"{path}.{expert}.gate_proj"]
+        assert recorder.stats[f"{path}.{expert}.up_proj"].sensitivity == pytest.approx(float(squared[path].mean()))
         assert (f"{path}.{expert}" in report.notes) == (counts[expert] < ask)
 
 
@@ -256,10 +232,10 @@ def test_a_layer_that_no_gradient_reaches_counts_tokens_alike_and_says_so(
     report = quantize(folder, tmp_path / "out", recorder)
     dead = {f"model.layers.1.self_attn.{name}_proj" for name in "qkv"}
     assert {l.name for l in report.layers if "no gradient reaches its output" in l.note} == dead
-    weighed = dict(recorder.seen)
+    weighed = dict(recorder.stats)
     quantize(folder, tmp_path / "equal", recorder, token_weights="equal")
     for name, stats in weighed.items():
-        same = torch.equal(stats.hessian, recorder.seen[name].hessian)
+        same = torch.equal(stats.hessian, recorder.stats[name].hessian)
         assert same == (name in dead) and (stats.sensitivity == 0.0) == (name in dead)
 
 

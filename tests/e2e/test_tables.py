@@ -119,6 +119,7 @@ def test_a_lookup_reads_no_row_but_those_asked_for_and_keeps_what_its_class_does
         index = torch.tensor([[3, 250, 3], [0, BOS, 7]])
         scale = 8.0 if family == "gemma3" else 1.0  # the root of the width
         assert torch.equal(table(index), table.weight[index] * scale)
+        assert table(index[:, :0]).shape == (2, 0, 64)
         for name in ("weight_packed", "weight_scale"):
             getattr(table, name)[1] = getattr(table, name)[2]
         before = table(index)

@@ -83,6 +83,29 @@ def test_a_tuned_folder_is_nearer_to_the_original_with_the_codes_and_the_size_th
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in plain.iterdir()}
 
 
+@pytest.mark.parametrize("family, settings", [("mistral", {"steps": 3}), ("llama", {"steps": 2, "block_steps": 2})])
+def test_quantized_tables_are_tuned_with_the_rest_or_stay_and_serve(family, settings, folder_of, text_file, tmp_path):
+    """A head of its own learns as other layers do; a table that is head and embedding stays, to the last bit."""
+    source, plain, out = folder_of(family), tmp_path / "plain", tmp_path / "out"
+    lorq.quantize(
+        source, plain, METHODS["gptq"], head=6, table_group_size=32, calibration=str(text_file), **CALIBRATION
+    )
+    report = lorq.tune(
+        plain, out, reference=source, text=str(text_file), settings=Tuning(**QUICK | settings), dtype="float32"
+    )
+    told, old, new = report.run["tuning"], stored(plain), stored(out)
+    assert told["kl_after"] < told["kl_before"] and report.bytes == lorq.read_report(plain).bytes
+    moved = {key for key in old if not torch.equal(old[key].double(), new[key].double())}
+    assert any("mlp" in key for key in moved)
+    assert {key for key in moved if "lm_head" in key or "embed_tokens" in key} == (
+        {"lm_head.weight_scale"} if family == "mistral" else set()
+    )
+    tokens = torch.randint(200, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loaded, dense = lorq.load(out)(tokens).logits, lorq.load(out).dequantize()(tokens).logits
+    torch.testing.assert_close(loaded, dense, rtol=1e-3, atol=1e-4)
+
+
 class PowerCut(Exception):
     pass
 

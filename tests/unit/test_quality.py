@@ -4,9 +4,9 @@ import json
 import math
 from types import SimpleNamespace
 
+import helpers
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorq import quality
 from lorq.evaluation import Evaluation
@@ -16,19 +16,7 @@ VOCABULARY = 40
 
 
 def tiny_model(seed: int = 0, **changes):
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.5,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(**settings | changes)).eval()
+    return helpers.tiny_model(seed, **{"vocab_size": VOCABULARY} | changes).eval()
 
 
 @pytest.fixture

@@ -32,7 +32,12 @@ def check_lorq(couple: Couple) -> None:
             f"--form lorq needs weights that are integer codes with groups, {couple.quantized.checkpoint.folder} has "
             "none that lorq knows of (what a GGUF file holds is known by its values alone); take --form peft or gguf"
         )
-    for target in couple.quantized.blocks[0].targets:
+    model = couple.quantized
+    for part in model.parts:
+        for name in set(part.tensors) - {f"{target.name}.weight" for target in part.targets}:
+            if not couple.files.layers.keys().isdisjoint(model.stored_names(name)):
+                raise ValueError(f"--form lorq keeps {name} as it is, and it is quantized; take --form peft")
+    for target in model.blocks[0].targets:
         _exact(couple, target)
 
 
@@ -128,8 +133,6 @@ def _pack(done: Compensated, parts: tuple[Part, ...]) -> tuple[dict[str, Tensor]
             target = weights.get(name)
             weight = None if target is None else _exact(done.couple, target)
             if target is None or weight is None:
-                if not done.couple.files.layers.keys().isdisjoint(model.stored_names(name)):
-                    raise ValueError(f"--form lorq keeps {name} as it is, and it is quantized; take --form peft")
                 tensors[name] = model.stored_tensor(name)
                 continue
             factors = done.factors(target.name) if target.name in done.layers else None

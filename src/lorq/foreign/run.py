@@ -34,8 +34,9 @@ from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter
 from lorq.version import __version__
 
-# Settings that say how a run is done, or what comes after the candidates.
-_HOW = ("device", "spill_bytes", "dry_run", "resume", "budget", "factor_type")
+# Settings that say how a run is done; and with those that come after the candidates.
+_HOW = ("device", "spill_bytes", "dry_run", "resume")
+_NO_MATTER = (*_HOW, "budget", "factor_type")
 
 
 @own_defaults()
@@ -102,7 +103,7 @@ def compensate(
         fit(couple, plan, windows.tokens, chosen, writer, progress)
         done = Compensated.choose(couple, work, writer.completed, chosen)
         report = Report(
-            "compensate", asdict(chosen), tuple(map(done.report, done.layers)), 0, dict(couple.kept), run, {}
+            "compensate", _without(_HOW, chosen), tuple(map(done.report, done.layers)), 0, dict(couple.kept), run, {}
         )
         report = _write(done, form, str(quantized), report, work, out)
     return replace(report, seconds=time.monotonic() - started)
@@ -152,10 +153,14 @@ def _check_begun(work: Path, identity: dict[str, Any]) -> None:
         )
 
 
+def _without(names: tuple[str, ...], chosen: Settings) -> dict[str, Any]:
+    return {key: value for key, value in asdict(chosen).items() if key not in names}
+
+
 def _run_info(couple: Couple, chosen: Settings, windows: Windows) -> dict[str, Any]:
     """Everything that decides the candidates' bytes."""
     return {
-        **{key: value for key, value in asdict(chosen).items() if key not in _HOW},
+        **_without(_NO_MATTER, chosen),
         "lorq_version": __version__,
         "model": couple.original.checkpoint.fingerprint(),
         "quantized": couple.files.fingerprint(),
@@ -176,15 +181,17 @@ def _largest(couple: Couple, chosen: Settings) -> Report:
         ranks = [min(chosen.rank, *shape) for shape in shapes]
         bits = sum(rank * cost for rank, cost in zip(ranks, costs, strict=True))
     else:
-        bits = int(chosen.allowed(sum(out * in_ for out, in_ in shapes), sum(stored)))
-        ranks = [bits // sum(costs)] * len(targets)
+        allowed = chosen.allowed(sum(out * in_ for out, in_ in shapes), sum(stored))
+        caps = [min(chosen.max_rank, *shape) for shape in shapes]
+        bits = min(int(allowed), sum(cap * cost for cap, cost in zip(caps, costs, strict=True)))
+        ranks = [min(bits // sum(costs), cap) for cap in caps]
     layers = tuple(
         LayerReport(
             target.name, shape, own // (shape[0] * shape[1]), rank, "largest", 0.0, 0.0, (own + rank * cost) // 8
         )
         for target, shape, own, rank, cost in zip(targets, shapes, stored, ranks, costs, strict=True)
     )
-    return Report("compensate", asdict(chosen), layers, bits // 8, dict(couple.kept), {}, {})
+    return Report("compensate", _without(_HOW, chosen), layers, bits // 8, dict(couple.kept), {}, {})
 
 
 def _needed_bytes(couple: Couple, form: Form, chosen: Settings) -> int:

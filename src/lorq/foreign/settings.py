@@ -24,7 +24,7 @@ class Settings:
         rank: of the factors of every layer; 0 gives each layer its own, under ``budget``.
         budget: what all factors together may take: bits per weight, such as "0.2", or a share of what the quantized
             layers take, such as "5%"; left out, that. Layers in which a bit gains most get the higher ranks.
-        max_rank: the most that a layer gets; servers have limits (vLLM's is 512).
+        max_rank: the most that a layer gets under a budget; servers have limits (vLLM's is 512).
         factor_type: "float16", or "int8" in a lorq folder.
         calibration: text that the inputs are measured on: "self" (the original writes it, kept for the next run),
             "python-docs" (or its halves, "python-docs-even" and "python-docs-odd"), "wikitext2", "c4", or a text or
@@ -64,6 +64,10 @@ class Settings:
         check_settings(self)
         if self.rank and self.budget:
             raise ValueError(f"give a rank or a budget, got rank {self.rank} and budget {self.budget!r}")
+        if self.rank and self.max_rank != Settings.max_rank:
+            raise ValueError(
+                f"max_rank limits what a budget gives, got max_rank {self.max_rank} and rank {self.rank}; keep one"
+            )
         self.allowed(1, 1)  # refuses a budget that says nothing
         for pattern in self.exclude:
             try:

@@ -7,6 +7,7 @@ from lorq.kernels.dispatch import (
     declines_experts,
     few_tokens,
     implementation,
+    is_transformed,
     multiply,
     turn,
 )
@@ -17,5 +18,5 @@ from lorq.kernels.reference_trellis import trellis_linear
 
 __all__ = [
     "KERNELS", "OPERATORS", "Implementation", "declines_experts", "expert_linear", "fake_quantize", "few_tokens",
-    "implementation", "int8_linear", "multiply", "quant_linear", "rotate", "trellis_linear", "turn",
+    "implementation", "int8_linear", "is_transformed", "multiply", "quant_linear", "rotate", "trellis_linear", "turn",
 ]  # fmt: skip

@@ -36,6 +36,8 @@ _MOST_AT_ONCE = 64
 # Bytes of a decoded strip: short ones make torch's product slow, long ones leave the cache before it.
 _STRIP_BYTES = 16 << 20
 PRODUCTS = ("exact", "bytes")
+# What these files expect of the library's functions; native/module.cpp has the same number.
+INTERFACE = 1
 _one_byte = False
 
 
@@ -68,16 +70,32 @@ def _keep_one_byte(one: bool) -> None:
 
 @cache
 def _built() -> tuple[Any, str]:
-    """The module of this machine's instruction set and its name; None and why not, where there is none."""
+    """The module of this machine's instruction set and its name; None and why not, where there is none.
+
+    Raises:
+        ImportError: if there is one that was built for another lorq.
+    """
     try:
         portable = import_module("lorq.kernels._cpu_portable")
     except ImportError as error:
         return None, f"the C++ kernels were not built ({error}); install a C++ compiler and lorq again"
+    _check_interface(portable)
     name = portable.best()
     try:
-        return import_module(f"lorq.kernels._cpu_{name}"), name
+        best = import_module(f"lorq.kernels._cpu_{name}")
     except ImportError:
         return portable, "portable"
+    _check_interface(best)
+    return best, name
+
+
+def _check_interface(module: Any) -> None:
+    """Refuse a module that was built from other sources: to call it would end the process, or multiply wrongly."""
+    if (got := getattr(module, "interface", 0)) != INTERFACE:
+        raise ImportError(
+            f"the C++ kernels must have interface {INTERFACE}, {module.__file__} has {got}: it was built for another "
+            "lorq than this; install lorq again, or delete that file and its siblings"
+        )
 
 
 @cache
@@ -352,7 +370,11 @@ def _implement() -> Any:
     torch.library.impl("lorq::rotate", "cpu", turn)
     torch.library.define("lorq::quant_linear_by_python", quant_linear._schema)
     torch.library.impl("lorq::quant_linear_by_python", "cpu", for_operator(multiply))
-    (module, name), suffix = _built(), "dylib" if sys.platform == "darwin" else "so"
+    try:
+        module, name = _built()
+    except ImportError:  # which `library` raises when something is to be multiplied: to import lorq is no harm
+        module, name = None, ""
+    suffix = "dylib" if sys.platform == "darwin" else "so"
     path = Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"
     few = _few_tokens(name, by_bytes=True), _few_tokens(name, by_bytes=False)
     if module is not None and module.implement_operator(str(path), *few):

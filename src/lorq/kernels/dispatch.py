@@ -20,7 +20,7 @@ from lorq.kernels import (
     triton_trellis,
 )
 from lorq.kernels.operands import STORED_NAMES
-from lorq.kernels.reference import quant_linear, rotate
+from lorq.kernels.reference import quant_linear, quant_linear_reference, rotate, rotate_reference
 from lorq.kernels.reference_trellis import trellis_linear
 
 
@@ -30,11 +30,13 @@ class Operator:
 
     Attributes:
         call: of an input, the tensors and the numbers.
+        reference: the same, of torch's own operations.
         tensors: the names of a layer's, in the operator's order; "levels" are not stored, the format tells them.
         numbers: the names of those that follow, of the codes' format.
     """
 
     call: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
     tensors: tuple[str, ...]
     numbers: tuple[str, ...]
 
@@ -44,8 +46,13 @@ class Operator:
 
 
 OPERATORS = {
-    "quant_linear": Operator(quant_linear, STORED_NAMES, ("bits",)),
-    "trellis_linear": Operator(trellis_linear, reference_trellis.STORED_NAMES, reference_trellis.NUMBERS),
+    "quant_linear": Operator(quant_linear, quant_linear_reference, STORED_NAMES, ("bits",)),
+    "trellis_linear": Operator(
+        trellis_linear,
+        reference_trellis.trellis_linear_reference,
+        reference_trellis.STORED_NAMES,
+        reference_trellis.NUMBERS,
+    ),
 }
 
 
@@ -157,6 +164,8 @@ def declines_experts(
 
 def multiply(x: Tensor, *arguments: Any, operator: str = "quant_linear") -> Tensor:
     """An operator, without torch's dispatcher, as costly as a small layer, where nothing is traced or learns."""
+    if is_transformed():
+        return OPERATORS[operator].reference(x, *arguments)
     kernels = _direct(x, *arguments)
     product = None if kernels is None else kernels.products.get(operator)
     return OPERATORS[operator].call(x, *arguments) if product is None else product.multiply(x, *arguments)
@@ -164,8 +173,15 @@ def multiply(x: Tensor, *arguments: Any, operator: str = "quant_linear") -> Tens
 
 def turn(x: Tensor, *arguments: Any) -> Tensor:
     """`rotate`, in the same way."""
+    if is_transformed():
+        return rotate_reference(x, *arguments)
     kernels = _direct(x, *arguments)
     return rotate(x, *arguments) if kernels is None else kernels.turn(x, *arguments)
+
+
+def is_transformed() -> bool:
+    """Inside a transform of `torch.func`, whose tensors have no memory that kernels could read."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def few_tokens(device: torch.device, dtype: torch.dtype, operator: str | None = "quant_linear") -> int:

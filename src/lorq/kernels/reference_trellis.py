@@ -35,10 +35,28 @@ def trellis_linear_reference(
 
     Returns:
         (..., out). The matrix is decoded in float32 and rounded once to the dtype of ``x``.
+
+    Raises:
+        ValueError: for tensors that no such codes have.
     """
-    weight = TrellisCodes(packed, scale, TrellisGrid(bits, window, length)).decode()
+    weight = TrellisCodes(packed, scale, _grid_of(packed, scale, bits, window, length)).decode()
     factors = None if left is None or right is None else LowRank(left, right, left_scale, right_scale)
     return decoded_linear(x, weight, factors)
+
+
+def _grid_of(packed: Tensor, scale: Tensor, bits: int, window: int, length: int) -> TrellisGrid:
+    """The grid, if these are the tensors of one: others would be decoded to something."""
+    if scale.ndim != 2 or packed.ndim != 3:
+        raise ValueError(f"scale must be (out, 1) and packed (tiles, bits, in), got {scale.shape} and {packed.shape}")
+    grid, out = TrellisGrid(bits, window, length), scale.shape[0]
+    grid.check(out, packed.shape[2])
+    shape, dtype = grid.layout(out, packed.shape[2])["weight_packed"]
+    if packed.shape != shape or packed.dtype != dtype or scale.shape[1] != 1:
+        raise ValueError(
+            f"{out} scales of {bits} bits belong to codes {shape}, {dtype}, got scales {tuple(scale.shape)} and codes "
+            f"{tuple(packed.shape)}, {packed.dtype}"
+        )
+    return grid
 
 
 # The function keeps its name: kernels for some devices call it for what they do not cover.

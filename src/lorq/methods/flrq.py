@@ -49,7 +49,8 @@ class FLRQ:
         codebook: what codes stand for: "scalar" values of an integer grid, or "trellis" values computed from the last
             bits of a stream, for weights that are rotated before. These have a scale for each row: ``group_size``,
             ``symmetric`` and ``rounding`` do not matter.
-        window: bits that a trellis value depends on; each more doubles the time and gains a little.
+        window: bits of the stream that a trellis value depends on, nothing of a text; each more doubles the time and
+            gains a little.
         group_size: input columns that share a scale; -1 for one group per row.
         symmetric: no zero points (the paper's text); asymmetric is what the authors' code does.
         rounding: how the residual is rounded: "clip" searches ranges and rounds to nearest (the paper),
@@ -60,7 +61,8 @@ class FLRQ:
         exponent: of the activation scale: 2.5 in the paper, 2.4 in the code, 1 is LQER's.
         sketch: "block" sketches all candidates at once, "rank1" one after the other (the paper).
         iterations: power iterations of the sketch.
-        budget: how much the factors may add to the size of the codes, as a share (x in the paper).
+        budget: of a layer's factors: how much they may add to the size of its codes, as a share (x in the paper); 0.03
+            at most where bits_per_weight or size, the budgets of the whole model, choose it.
         range_measure: what a component must lower: "amax" of the matrix (the paper) or "group" ranges.
         slope_window: ranks over which the slope of the range curve is taken.
         slope_threshold: stop when the curve falls by less than this share over the window.

@@ -75,7 +75,8 @@ class LoPRo:
         codebook_columns: columns that share a codebook; -1 for the most that fit, up to 256.
         codebook_rows: rows that share a codebook; -1 for what makes 65536 weights (32768 at 3 bits).
         kmeans_iterations: steps of k-means for each codebook.
-        window: bits that a trellis value depends on; each more doubles the time and gains a little.
+        window: bits of the stream that a trellis value depends on, nothing of a text; each more doubles the time and
+            gains a little.
         shrinkage: how far the Hessian moves towards its diagonal, 0 to 1.
         damping: share of the mean diagonal added to the diagonal, where the Hessian is factorised.
     """

@@ -56,8 +56,15 @@ class Dial:
         """The dial of a plan that has a budget.
 
         Raises:
-            ValueError: if no choice meets the budget, with the nearest that one does; if a layer has no choice at all.
+            ValueError: if no choice meets the budget, with the nearest that one does; if a layer has no choice; if
+                the method says the bits too.
         """
+        bits, own = plan.method.bits, type(plan.method)().bits
+        if bits != own:
+            raise ValueError(
+                f"a budget chooses each layer's bits, got bits {bits} too; leave bits at {own}, or choose from widths, "
+                f"such as widths {bits}, or --override some layers"
+            )
         overridden = [re.compile(text.rpartition(":")[0]) for text in plan.options.override]
         sizes: dict[Target, dict[int, int]] = {
             target: {} for layers in plan.blocks.values() for target in layers
@@ -73,8 +80,8 @@ class Dial:
         if lacking := [target.name for target, own in sizes.items() if not own]:
             known = ", ".join(f"{name} {' '.join(map(str, values))}" for name, values in options.items())
             raise ValueError(
-                f"a budget needs settings that fit every layer, none of {known} fits {some(lacking)}; take another "
-                "group_size, or --exclude those layers"
+                f"a budget needs settings that fit every layer, none of {known} fits {some(lacking)}; take other "
+                "widths or another group_size, or --exclude those layers"
             )
         fixed = sum(_stored(plan, target, bytes_) for target, bytes_ in _bytes_of(plan, model) if target not in sizes)
         dial = cls(plan, changes, sizes, 0, fixed)

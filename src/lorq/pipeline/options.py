@@ -47,7 +47,8 @@ class Options:
             its own inputs, where there is calibration. Where both are one table, either option says its bits.
         table_group_size: columns of these two that share a scale; -1 for one group per row.
         bits_per_weight: all stored bits of the quantized layers over their weights, on average, such as 2.9: each layer
-            gets those settings of the method with which the whole model is harmed least; 0 for the method's own.
+            gets those bits and settings of the method with which the whole model is harmed least; 0 for the method's
+            own.
         size: the same with a budget for all weight files together, such as "4.2GB", embeddings included.
         widths: with a budget, the widths of codes to choose from, each with the flag; left out, those with kernels.
         fused_alike: with a budget, layers that read one input (q, k and v; gate and up; those of all experts) get one
@@ -122,6 +123,11 @@ def read_options(options: dict[str, Any]) -> Options:
         raise ValueError(
             "token_weights 'gradient' counts a routed token by its squared router weight already, got router_weights "
             "too; leave router_weights away"
+        )
+    if chosen.table_group_size != Options.table_group_size and not (chosen.embeddings or chosen.head):
+        raise ValueError(
+            f"table_group_size serves embeddings and head, got {chosen.table_group_size} and neither of them; give "
+            "the bits of one, or leave it away"
         )
     _check_budget(chosen)
     return chosen

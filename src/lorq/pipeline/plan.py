@@ -326,12 +326,13 @@ def make_report(
 ) -> Report:
     """The report of a plan that has been carried out, or will be, with ``stored`` bytes in all."""
     unused = {name: "in the checkpoint, but the architecture has no place for it" for name in model.unused_tensors}
+    original = sum(model.stored_bytes(name) for part in model.parts for name in part.tensors)
     return Report(
         method=plan.name,
         settings=plan.settings,
         layers=tuple(layers),
         bytes=stored,
         kept=dict(plan.excluded) | unused,
-        run=run_info,
+        run=run_info | {"original_bytes": original},
         checksums=checksums,
     )

@@ -5,6 +5,7 @@ from typing import Any
 
 from lorq.core.checks import check_name
 from lorq.methods import FLRQ, Method
+from lorq.methods.common import preset as subclass
 from lorq.pipeline.options import Options, method_name
 
 
@@ -25,6 +26,17 @@ class Preset:
         changed = {key: value for key, value in vars(self.method).items() if value != getattr(type(self.method)(), key)}
         given = {"method": method_name(self.method)} | changed | self.options
         return {f"--{key.replace('_', '-')}": str(value) for key, value in given.items()}
+
+    def as_defaults(self) -> tuple[Any, Options]:
+        """Method and options whose classes have this preset's values as defaults, which is what help shows."""
+        return _as_defaults(self.method), _as_defaults(replace(Options(), **self.options))
+
+
+def _as_defaults(values: Any) -> Any:
+    kind = type(values)
+    changed = {f.name: getattr(values, f.name) for f in fields(kind) if getattr(values, f.name) != f.default}
+    made: Any = subclass(type(kind.__name__, (kind,), changed))
+    return made()
 
 
 # What each costs and reaches is in docs/results.md.

@@ -40,7 +40,7 @@ class QuantEmbedding(PackedWeight):
     def forward(self, input: Int64[Tensor, "*batch"]) -> Tensor:
         rows = self.rows(input.flatten())
         if type(self.own).forward is nn.Embedding.forward:
-            return rows.view(*input.shape, -1)
+            return rows.view(*input.shape, self.embedding_dim)
         index = torch.arange(len(rows), device=rows.device).view(input.shape)
         looked_up: Tensor = torch.func.functional_call(self.own, {"weight": rows}, (index,))
         return looked_up

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lorq.core.tile_factors import TileFactors, TileFormat
 from lorq.core.weight import LayerFormat
-from lorq.kernels import KERNELS, declines_experts, expert_linear, turn
+from lorq.kernels import KERNELS, declines_experts, expert_linear, is_transformed, turn
 from lorq.kernels.derived import Derived
 from lorq.models.experts import Expert, Experts
 from lorq.runtime.linear import QuantLinear, parts_of
@@ -151,7 +151,7 @@ def run_grouped(
 
 
 def _run_experts(x: Tensor) -> Callable[..., Tensor | None] | None:
-    kernels = KERNELS.get(x.device.type)
+    kernels = None if is_transformed() else KERNELS.get(x.device.type)
     return None if kernels is None else kernels.run_experts
 
 

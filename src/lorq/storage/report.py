@@ -101,7 +101,7 @@ def read_report(folder: str | Path) -> Report:
     if (folder / JOURNAL).exists():
         raise FileNotFoundError(f"{folder} is an unfinished run and has no report yet; finish it with --resume")
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no {REPORT_NAME}: lorq did not write this folder")
+        raise FileNotFoundError(_what_it_is(folder))
     content = read_json(path)
     try:
         content = {key: value for key, value in content.items() if key != "bits_per_weight"}
@@ -109,6 +109,18 @@ def read_report(folder: str | Path) -> Report:
         return Report(layers=layers, **content)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}); copy the folder again") from error
+
+
+def _what_it_is(folder: Path) -> str:
+    """Of a place without a report, and what to do."""
+    if not folder.exists():
+        return f"there is no folder {folder}; name one that `lorq quantize` wrote"
+    if folder.is_file() or not (folder / "config.json").is_file():
+        return f"{folder} has no {REPORT_NAME}: lorq did not write this folder; name one that `lorq quantize` wrote"
+    return (
+        f"{folder} has no {REPORT_NAME}: lorq did not write this folder, it looks like a model that lorq has not "
+        f"quantized; `lorq quantize {folder} OUT` makes a folder of it"
+    )
 
 
 def html_page(report: Report, *, title: str) -> str:

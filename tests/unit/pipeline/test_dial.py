@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from helpers import tiny_folder
 
 import lorq
 from lorq.core.stats import InputStats
@@ -17,12 +18,15 @@ from lorq.pipeline.predict import _harm, predict
 from lorq.pipeline.tasks import SameProcess
 from lorq.progress import no_progress
 
-GPTQ = lorq.GPTQ(group_size=16)
+GPTQ, NEAREST = lorq.GPTQ(group_size=16), lorq.Nearest(group_size=16)
+FEW = (2, 4, 8)
 
 
 @pytest.fixture(scope="module")
-def models(folder_of):
-    return {family: StreamedModel.open(folder_of(family)) for family in ("llama", "mixtral")}
+def models(tmp_path_factory):
+    place = tmp_path_factory.mktemp("dial")
+    families = ("llama", "mixtral")
+    return {f: StreamedModel.open(tiny_folder(place / f, f, num_hidden_layers=1)) for f in families}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +51,7 @@ def widths(plan):
 
 @pytest.mark.parametrize(
     ("family", "method", "budget"),
-    [("llama", GPTQ, 3.4), ("llama", GPTQ, 6.2), ("mixtral", lorq.Nearest(group_size=16), 4.5)],
+    [("llama", GPTQ, 3.4), ("llama", GPTQ, 6.2), ("mixtral", NEAREST, 4.5)],
 )
 def test_a_choice_keeps_its_budget_and_uses_it(family, method, budget, models, windows, tmp_path):
     model = models[family]
@@ -84,7 +88,7 @@ def test_tokens_that_pass_an_expert_by_are_not_harmed():
 
 
 def test_some_rows_tell_of_all(models, windows, tmp_path, monkeypatch):
-    dial = dial_of(models["llama"], bits_per_weight=4.0)
+    dial = dial_of(models["llama"], NEAREST, bits_per_weight=4.0, widths=FEW)
     whole, _ = predict(dial, models["llama"], windows, tmp_path, SameProcess(), no_progress)
     monkeypatch.setattr("lorq.pipeline.predict._ROWS", 16)
     part, _ = predict(dial, models["llama"], windows, tmp_path, SameProcess(), no_progress)
@@ -97,7 +101,7 @@ def test_some_rows_tell_of_all(models, windows, tmp_path, monkeypatch):
 
 def test_overridden_layers_stay_as_they_are_and_count(models, windows, tmp_path):
     model, over = models["llama"], ("down_proj:bits=8", "layers.0.*q_proj:symmetric=true")
-    _, plan = chosen(model, windows, tmp_path, bits_per_weight=5.0, override=over)
+    _, plan = chosen(model, windows, tmp_path, bits_per_weight=5.0, override=over, widths=FEW)
     own = widths(plan)
     assert {bits for name, bits in own.items() if "down_proj" in name} == {8}
     assert own["model.layers.0.self_attn.q_proj"] == 4
@@ -108,8 +112,7 @@ def test_overridden_layers_stay_as_they_are_and_count(models, windows, tmp_path)
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_layers_that_servers_fuse_are_alike_where_asked(family, models, windows, tmp_path):
-    plain = lorq.Nearest(group_size=16)
-    _, plan = chosen(models[family], windows, tmp_path, plain, bits_per_weight=4.0, fused_alike=True)
+    _, plan = chosen(models[family], windows, tmp_path, NEAREST, bits_per_weight=4.0, fused_alike=True, widths=FEW)
     groups = {}
     for name, bits in widths(plan).items():
         key = re.sub(r"\b[qkv]_proj", "qkv", name)
@@ -131,16 +134,14 @@ def test_experts_that_share_factors_get_one_setting(models, windows, tmp_path):
 def test_a_size_counts_the_files(models, windows, tmp_path):
     model = models["llama"]
     with pytest.raises(ValueError, match=r"size must be at most [0-9.]+ MB .* got 1GB; ask for that") as refused:
-        dial_of(model, size="1GB")
+        dial_of(model, NEAREST, size="1GB")
     most = float(re.search(r"at most ([0-9.]+) MB", str(refused.value))[1])
-    _, plan = chosen(model, windows, tmp_path, size=f"{most}MB")
+    _, plan = chosen(model, windows, tmp_path, NEAREST, size=f"{most}MB")
     headers = 110 * sum(1 for part in model.parts for _ in part.tensors) + 110 * 3 * len(widths(plan))
     assert 1e6 * most - 2 * headers < estimate(plan, model).bytes < 1e6 * most
 
 
-@pytest.mark.parametrize(
-    "method", [GPTQ, lorq.FLRQ(group_size=16), lorq.LoPRo(group_size=16, rank=2), lorq.Nearest(group_size=16)]
-)
+@pytest.mark.parametrize("method", [GPTQ, lorq.FLRQ(group_size=16), lorq.LoPRo(group_size=16, rank=2), NEAREST])
 def test_a_budget_that_nothing_meets_is_refused_with_the_nearest(method, models):
     for asked, rule, end in ((1.5, "at least", "low"), (15.0, "at most", "high")):
         with pytest.raises(ValueError, match=f"bits_per_weight must be {rule} .*, got {asked}") as refused:
@@ -155,6 +156,15 @@ def test_a_budget_that_nothing_meets_is_refused_with_the_nearest(method, models)
 def test_settings_that_fit_no_layer_are_refused(models):
     with pytest.raises(ValueError, match=r"group_size"):
         dial_of(models["llama"], lorq.GPTQ(group_size=7), bits_per_weight=3.0)
+    with pytest.raises(ValueError, match=r"none of bits 7, budget 0.0 0.03 fits .*; take other widths"):
+        dial_of(models["llama"], lorq.FLRQ(codebook="trellis"), bits_per_weight=3.0, widths=(7,))
+
+
+def test_bits_beside_a_budget_are_refused_but_as_a_width(models):
+    with pytest.raises(ValueError, match=r"each layer's bits, got bits 3 too; leave bits at 4, .* such as widths 3"):
+        dial_of(models["llama"], lorq.GPTQ(bits=3, group_size=16), bits_per_weight=4.0)
+    dial = dial_of(models["llama"], bits_per_weight=4.5, widths=(3, 4))
+    assert {change["bits"] for change in dial.changes} == {3, 4}
 
 
 @pytest.mark.parametrize(
@@ -168,6 +178,7 @@ def test_settings_that_fit_no_layer_are_refused(models):
         ({"widths": (2, 9), "bits_per_weight": 3.0}, r"whole numbers from 1 to 8, got \(2, 9\)"),
         ({"widths": (2, 3)}, "widths goes with a budget, got none"),
         ({"fused_alike": True}, "fused_alike goes with a budget, got none"),
+        ({"table_group_size": 32}, "table_group_size serves embeddings and head, got 32 and neither"),
         ({"bits_per_weight": 3.0, "token_weights": "equal"}, "needs token_weights gradient.*, got 'equal'"),
         ({"bits_per_weight": -1.0}, "between 0 and 16, got -1.0"),
     ],

@@ -42,8 +42,11 @@ def test_a_layer_that_is_not_there_is_a_key_error(written):
 
 
 def test_folders_that_are_not_lorqs_or_not_finished_are_refused(written, folder_of, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"has no lorq_report.json: lorq did not write this folder"):
+    with pytest.raises(FileNotFoundError, match=r"lorq did not write this folder.*`lorq quantize .*llama OUT`"):
         LorqFolder.open(folder_of("llama"))
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(FileNotFoundError, match="lorq did not write this folder; name one that `lorq quantize` wrote"):
+        LorqFolder.open(tmp_path / "notes")
     shutil.copytree(written["llama"], tmp_path / "copy")
     config = json.loads((tmp_path / "copy" / "config.json").read_text())
     (tmp_path / "copy" / "config.json").write_text(
