@@ -12,7 +12,7 @@ from lorq.exports import TARGETS
 from lorq.exports.request import Exported, ExportRequest
 from lorq.models.locate import full_path, resolve_model
 from lorq.progress import IMPORT, Progress, no_progress
-from lorq.storage.appear import appearing, check_new_output
+from lorq.storage.appear import appearing, refuse_used
 from lorq.storage.report import read_report
 from lorq.version import __version__
 
@@ -35,7 +35,9 @@ def export(
     Args:
         model: a lorq folder.
         out: the new folder, or file.
-        to: dense (an ordinary Hugging Face folder, as large as the original).
+        to: compressed-tensors (integer codes of 2 to 8 bits for vLLM and transformers), gptq (2, 3, 4 and 8 bits for
+            readers of that format), peft (a lorq folder without its low-rank part, which becomes an adapter), or dense
+            (an ordinary Hugging Face folder, as large as the original).
         dtype: of what is not quantized: bfloat16, float16 or float32; auto is the original's.
         adapter: where the low-rank part goes as an adapter beside OUT, for targets that take it so.
         overwrite: replace what an earlier export has written there.
@@ -53,13 +55,13 @@ def export(
     name = to or _by_name(out)
     check_name("to", name, TARGETS)
     outputs = [out] if place is None else [out, place]
+    for output in outputs:
+        refuse_used(output, overwrite=overwrite)
     source = full_path(model)
     if source.exists():
         read_report(source)  # refuses other folders before torch is there
     if len({os.path.realpath(path) for path in (*outputs, source)}) <= len(outputs):
         raise FileExistsError(f"model, out and adapter must be three places, got {', '.join(map(str, outputs))}")
-    for output in outputs:
-        check_new_output(output, overwrite=overwrite)
     progress(IMPORT, 0, 1)
     from lorq.runtime.device import own_defaults
     from lorq.storage.folder import LorqFolder

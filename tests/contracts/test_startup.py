@@ -60,7 +60,7 @@ MISTAKES = {
     "adapt {model} {out} --text nothing.txt": "text must be one of python-docs",
     "export {missing} {out} --to dense": "no such model: {missing}",
     "export {model} {out} --to dense": "{model} has no lorq_report.json",
-    "export {model} {out} --to densa": "to must be one of dense",
+    "export {model} {out} --to densa": "got 'densa'; did you mean dense?",
     "export {model} {out}": "to must be given unless OUT ends in .gguf",
     "export {model} {used} --to dense": "{used} must be new",
     "export {model} {used} --to dense --overwrite": "exported and nothing else, to be replaced, it has thesis.txt",

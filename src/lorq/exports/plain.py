@@ -1,19 +1,23 @@
 """A folder as transformers saves one: its own names for tensors, an index, the config and what travels with it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorq.models.experts import find_experts
-from lorq.models.skeleton import put_tensor, read_config, skeleton
+from lorq.models.skeleton import get_tensor, put_tensor, read_config, skeleton
+from lorq.models.stored import Stored, find_stored
 from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.folder import LorqFolder
 from lorq.storage.json_files import json_bytes
+from lorq.storage.reader import WeightFiles
 
 # A file is begun anew past this; one block is in memory besides.
 _MOST_BYTES = 2 << 30
@@ -34,23 +38,62 @@ class PlainNames:
 
         state = dict(tensors)
         for path, experts in self.experts.items():
-            own = [name for name in state if name.startswith(f"{path}.")]
-            if not own:
+            before = {n: get_tensor(self.model, n) for n in state if n.startswith(f"{path}.")}
+            if not before:
                 continue
-            for name in own:
+            for name in before:
                 put_tensor(self.model, name, state.pop(name))
             fused = experts.fuse()
             state |= {f"{path}.{local}": parameter.data for local, parameter in fused.named_parameters()}
             fused._parameters.clear()
-            for name in own:
-                put_tensor(self.model, name, torch.empty(0))
+            for name, tensor in before.items():  # without memory
+                put_tensor(self.model, name, tensor)
         return dict(revert_weight_conversion(self.model, state))
+
+    def layers(self, own: Iterable[str]) -> dict[str, str]:
+        """What transformers calls these layers in files, by their names in the model.
+
+        Raises:
+            ValueError: for a layer that it does not store by itself.
+        """
+        names = {}
+        for layer in own:
+            stored = self._stored[f"{layer}.weight"]
+            if stored.part is not None or stored.conversion is not None:
+                raise ValueError(
+                    f"every layer must be stored by itself, {layer} is a part of {stored.name} in transformers' files; "
+                    "take --to dense"
+                )
+            names[layer] = stored.name.removesuffix(".weight")
+        return names
+
+    def others(self, own: Iterable[str]) -> list[str]:
+        """What transformers calls the linear layers, those that it stores by themselves, that are not among these."""
+        known, found = set(own), self._stored
+        names = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear) and n not in known]
+        stored = [found[f"{name}.weight"] for name in names if f"{name}.weight" in found]
+        return sorted(s.name.removesuffix(".weight") for s in stored if s.part is None and s.conversion is None)
+
+    @cached_property
+    def _stored(self) -> dict[str, Stored]:
+        shapes = {n: t.shape for n, t in self.of(dict(self.model.state_dict(keep_vars=True))).items()}
+        return find_stored(self.model, _Names(Path("the model"), {}, dict.fromkeys(shapes, ""), shapes=shapes))
 
     def is_transposed(self, layer: str) -> bool:
         """Whether the model keeps a layer's weight as (in, out)."""
         from transformers.pytorch_utils import Conv1D
 
         return isinstance(self.model.get_submodule(layer), Conv1D)
+
+
+@dataclass(frozen=True)
+class _Names(WeightFiles):
+    """Names and shapes of tensors that nobody has stored."""
+
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.shapes[name])
 
 
 class PlainFolder:

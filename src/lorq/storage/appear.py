@@ -10,12 +10,10 @@ from typing import Any
 from lorq.storage.atomic import TEMPORARY, sync_file, sync_folder
 from lorq.storage.json_files import json_bytes, read_json, some_of
 from lorq.storage.lock import LOCK, owned, refuse_busy
-
-# In every folder that was exported: what it is, and which files are its own.
-MARK = "lorq_export.json"
+from lorq.storage.names import EXPORTED
 
 
-def check_new_output(out: Path, *, overwrite: bool = False) -> None:
+def refuse_used(out: Path, *, overwrite: bool = False) -> None:
     """Refuse an output that exists; with ``overwrite`` only what lorq has not exported, or what has more in it.
 
     Raises:
@@ -30,9 +28,9 @@ def check_new_output(out: Path, *, overwrite: bool = False) -> None:
         return
     own: list[Any] = []
     with suppress(OSError, ValueError):
-        own = list(read_json(out / MARK).get("files", []))
+        own = list(read_json(out / EXPORTED).get("files", []))
     there = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if out.is_dir() else {""}
-    if foreign := there - {*map(str, own), MARK}:
+    if foreign := there - {*map(str, own), EXPORTED}:
         raise FileExistsError(
             f"{out} must be a file, or a folder that lorq exported and nothing else, to be replaced, it has "
             f"{some_of(foreign)}; choose another name, or delete it yourself"
@@ -47,7 +45,7 @@ def appearing(out: Path, mark: dict[str, Any]) -> Iterator[Path]:
     beside ``out`` is, whose name ends in ``.lorq.tmp``, until the same output is made again.
 
     Args:
-        mark: what a folder's `MARK` says, beside the names of its files; empty when the block begins is fine.
+        mark: what a folder's `EXPORTED` says, beside the names of its files; empty when the block begins is fine.
     """
     work = _work(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +58,7 @@ def appearing(out: Path, mark: dict[str, Any]) -> Iterator[Path]:
             yield place
             if place.is_dir():
                 names = sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if not p.is_dir())
-                (place / MARK).write_bytes(json_bytes(mark | {"files": names}))
+                (place / EXPORTED).write_bytes(json_bytes(mark | {"files": names}))
             for path in [place, *place.rglob("*")]:
                 sync_folder(path) if path.is_dir() else sync_file(path)
             if os.path.lexists(out) and out.is_dir():

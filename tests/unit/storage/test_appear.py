@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from lorq.storage.appear import MARK, appearing, check_new_output
+from lorq.storage.appear import appearing, refuse_used
+from lorq.storage.names import EXPORTED
 
 KILLED = """
 import os, signal, sys
@@ -31,7 +32,10 @@ def write(out, content="one", **mark):
 
 def test_a_folder_appears_whole_with_a_mark_of_its_files(tmp_path):
     write(tmp_path / "new" / "out", target="dense")
-    assert json.loads((tmp_path / "new" / "out" / MARK).read_text()) == {"files": ["below/a.txt"], "target": "dense"}
+    assert json.loads((tmp_path / "new" / "out" / EXPORTED).read_text()) == {
+        "files": ["below/a.txt"],
+        "target": "dense",
+    }
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
@@ -49,31 +53,31 @@ def test_a_kill_leaves_no_half_under_the_name_and_the_next_run_clears_up(tmp_pat
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")])
     assert killed.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == ["out.lorq.tmp"]
-    check_new_output(tmp_path / "out")
+    refuse_used(tmp_path / "out")
     write(tmp_path / "out", "two")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["below", MARK]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["below", EXPORTED]
 
 
 def test_what_exists_is_replaced_only_when_asked_and_only_lorqs_own(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    check_new_output(out)  # empty
+    refuse_used(out)  # empty
     write(out)
     with pytest.raises(FileExistsError, match=r"out must be new, it is there; .* --overwrite"):
-        check_new_output(out)
-    check_new_output(out, overwrite=True)
+        refuse_used(out)
+    refuse_used(out, overwrite=True)
     write(out, "two")
     assert (out / "below" / "a.txt").read_text() == "two"
     (out / "below" / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match=r"it has below/thesis\.txt; choose another name"):
-        check_new_output(out, overwrite=True)
+        refuse_used(out, overwrite=True)
 
 
 def test_a_file_is_replaced_when_asked(tmp_path):
     out = tmp_path / "model.gguf"
     for content in ("one", "two"):
-        check_new_output(out, overwrite=content == "two")
+        refuse_used(out, overwrite=content == "two")
         with appearing(out, {}) as place:
             place.write_text(content)
     assert out.read_text() == "two"
@@ -82,5 +86,5 @@ def test_a_file_is_replaced_when_asked(tmp_path):
 def test_two_runs_do_not_write_one_output(tmp_path):
     with appearing(tmp_path / "out", {}) as place:
         with pytest.raises(FileExistsError, match=r"another run is writing .*out\.lorq\.tmp"):
-            check_new_output(tmp_path / "out")
+            refuse_used(tmp_path / "out")
         place.mkdir()
