@@ -4,11 +4,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from lorq.core.weight import LayerFormat
+from lorq.runtime.vllm.experts import LorqExpertsMethod
 from lorq.runtime.vllm.linear import LorqLinearMethod, LorqTableMethod
 from lorq.storage.config import LorqConfig
 
@@ -62,6 +64,8 @@ class VllmConfig(QuantizationConfig):  # type: ignore[misc]
                 return UnquantizedLinearMethod()
             return LorqLinearMethod({name: self.formats.get(name) for name in names})
         if any(name.startswith(f"{prefix}.") for name in self.formats):
+            if isinstance(layer, RoutedExperts):
+                return LorqExpertsMethod(layer, prefix, self.formats)
             raise ValueError(
                 f"{prefix} ({type(layer).__name__}) must be a linear layer or a table of tokens to have lorq's codes "
                 "in vLLM; serve `lorq export OUT DEST --to compressed-tensors` or `--to dense`"

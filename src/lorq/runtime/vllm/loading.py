@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from lorq.core.weight import LayerFormat, QuantizedWeight
 
 # vLLM's names of the parts of what it has as one.
-_PLACES = {"q": 0, "k": 1, "v": 2}
+_PLACES = {"q": 0, "k": 1, "v": 2, "w1": 0, "w3": 1, "w2": 2}
+_PROJECTIONS = 3  # of an expert
 
 
 class Collected:
@@ -25,26 +26,39 @@ class Collected:
         self.formats = dict(formats)
         self._loaded: list[dict[str, Tensor]] = [{} for _ in formats]
 
-    def make_room(self, layer: nn.Module, out: int, in_: int, dtype: torch.dtype) -> None:
-        """Register the parameters; ``dtype`` is that of parts that are not quantized."""
+    def make_room(self, layer: nn.Module, out: int, in_: int, dtype: torch.dtype, stems: Sequence[str] = ("",)) -> None:
+        """Register the parameters, under each stem.
+
+        Args:
+            dtype: of parts that are not quantized.
+        """
         dtypes: dict[str, torch.dtype] = {}
         for format in self.formats.values():
             layout = {"weight": ((), dtype)} if format is None else format.layout(out, in_)
             dtypes |= {local: kind for local, (_, kind) in layout.items()}
         for local, kind in dtypes.items():
-            parameter: Any = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
-            parameter.weight_loader = self._loader(local)
-            layer.register_parameter(local, parameter)
+            for stem in stems:
+                parameter: Any = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
+                parameter.weight_loader = self._loader(local)
+                layer.register_parameter(stem + local, parameter)
 
     def _loader(self, local: str) -> Any:
-        def load(parameter: Tensor, loaded: Tensor, shard: Any = None, **_: Any) -> None:
-            # vLLM 0.32 notes the part on the tensor, others give it along.
-            self._loaded[self._place(getattr(loaded, "shard_id", None) if shard is None else shard)][local] = loaded
+        def load(
+            param: Tensor, loaded_weight: Tensor, *given: Any, shard_id: Any = None, expert_id: int | None = None,
+            **_: Any,
+        ) -> bool:  # fmt: skip
+            # vLLM 0.32 notes the part on the tensor; others give it along, and of experts both with their names.
+            own = next((value for value in (shard_id, *given[:1]) if value is not None), None)
+            shard = getattr(loaded_weight, "shard_id", None) if own is None else own
+            self._loaded[self._place(shard, expert_id)][local] = loaded_weight
+            return True
 
         return load
 
-    def _place(self, shard: Any) -> int:
+    def _place(self, shard: Any, expert: int | None) -> int:
         place = _PLACES.get(shard, shard) if isinstance(shard, str) else 0 if shard is None else shard
+        if expert is not None and isinstance(place, int):
+            place += _PROJECTIONS * expert
         if not isinstance(place, int) or not 0 <= place < len(self.formats):
             raise ValueError(f"a part of {', '.join(self.formats)} must be one of these, vLLM says {shard!r}")
         return place
