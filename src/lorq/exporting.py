@@ -9,7 +9,7 @@ from typing import Any
 
 from lorq.core.checks import Dtype, check_arguments, check_name
 from lorq.exports import TARGETS
-from lorq.exports.request import Exported, ExportRequest
+from lorq.exports.request import Exported, ExportRequest, GgufOptions
 from lorq.models.locate import full_path, resolve_model
 from lorq.progress import IMPORT, Progress, no_progress
 from lorq.storage.appear import appearing, refuse_used
@@ -24,6 +24,7 @@ def export(
     to: str | None = None,
     dtype: Dtype = "auto",
     adapter: str | Path | None = None,
+    gguf: GgufOptions = GgufOptions(),  # noqa: B008  # frozen
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
@@ -36,10 +37,12 @@ def export(
         model: a lorq folder.
         out: the new folder, or file.
         to: compressed-tensors (integer codes of 2 to 8 bits for vLLM and transformers), gptq (2, 3, 4 and 8 bits for
-            readers of that format), peft (a lorq folder without its low-rank part, which becomes an adapter), or dense
-            (an ordinary Hugging Face folder, as large as the original).
+            readers of that format), peft (a lorq folder without its low-rank part, which becomes an adapter), gguf (a
+            file for llama.cpp; need not be said where OUT ends in .gguf), or dense (an ordinary Hugging Face folder, as
+            large as the original).
         dtype: of what is not quantized: bfloat16, float16 or float32; auto is the original's.
         adapter: where the low-rank part goes as an adapter beside OUT, for targets that take it so.
+        gguf: types and what else a GGUF file leaves open.
         overwrite: replace what an earlier export has written there.
         progress: called as ``progress(stage, done, total)``.
 
@@ -54,6 +57,8 @@ def export(
     progress, out, place = progress or no_progress, full_path(out), None if adapter is None else full_path(adapter)
     name = to or _by_name(out)
     check_name("to", name, TARGETS)
+    if name != "gguf" and gguf != GgufOptions():
+        raise ValueError(f"type, embeddings, fallback, fold and tokenizer_pre are for --to gguf, got them for {name}")
     outputs = [out] if place is None else [out, place]
     for output in outputs:
         refuse_used(output, overwrite=overwrite)
@@ -71,7 +76,7 @@ def export(
     with own_defaults(), ExitStack() as stack:
         folder = LorqFolder.open(resolve_model(model))
         places = [stack.enter_context(appearing(output, mark)) for output in outputs]
-        request = ExportRequest(out, dtype, place, places[1] if place else None)
+        request = ExportRequest(out, dtype, place, places[1] if place else None, gguf)
         done: Exported = import_module(TARGETS[name]).export(folder, places[0], request)
         mark["lost"] = dict(done.lost)
     return replace(done, out=out)

@@ -4,6 +4,7 @@
 TARGETS: dict[str, str] = {
     "compressed-tensors": "lorq.exports.compressed_tensors",
     "dense": "lorq.exports.dense",
+    "gguf": "lorq.exports.gguf",
     "gptq": "lorq.exports.gptq",
     "peft": "lorq.exports.peft",
 }
