@@ -1,6 +1,7 @@
 """A lorq folder as what other programs read."""
 
 import os
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
@@ -13,7 +14,8 @@ from lorq.exports.request import Exported, ExportRequest, GgufOptions
 from lorq.models.locate import full_path, resolve_model
 from lorq.progress import IMPORT, Progress, no_progress
 from lorq.storage.appear import appearing, refuse_used
-from lorq.storage.report import read_report
+from lorq.storage.report import Report, read_report
+from lorq.tuning import is_made, quantize_and_tune
 from lorq.version import __version__
 
 
@@ -80,6 +82,56 @@ def export(
         done: Exported = import_module(TARGETS[name]).export(folder, places[0], request)
         mark["lost"] = dict(done.lost)
     return replace(done, out=out)
+
+
+def quantize_into_file(
+    model: str | Path,
+    out: str | Path,
+    method: Any,
+    steps: int | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> tuple[Report, Exported | None]:
+    """Quantize, and export as a file for llama.cpp.
+
+    The folder that is quantized is beside ``out``, with ``.unfinished`` at the end of its name, and is removed in the
+    end; ``resume`` goes on with it.
+
+    Args:
+        model, method, progress, options: as of `lorq.quantize`.
+        out: the new file.
+        steps: of tuning in between, as `lorq.tuning.quantize_and_tune` does it; None for none.
+
+    Returns:
+        The report of the folder, and what was written; None after a dry run.
+
+    Raises:
+        ValueError: for a model, a tokenizer or a method whose file llama.cpp would not read, before the long work.
+    """
+    from lorq.exports.gguf import check_file
+    from lorq.pipeline.options import Options, read_method, read_options
+    from lorq.pipeline.quantize import quantize
+
+    chosen: Options = read_options(dict(options))
+    solver, out = read_method(method), full_path(out)
+    refuse_used(out, overwrite=chosen.overwrite)
+    check_file(resolve_model(model), solver)
+    plain = out.with_name(f"{out.name}.unfinished")
+    begun = chosen.resume and plain.exists()
+    if chosen.dry_run:
+        return quantize(model, plain, solver, progress=progress, **options), None
+    if begun and is_made(plain, solver, vars(chosen)):
+        report = read_report(plain)
+    else:
+        options |= {"resume": begun, "overwrite": chosen.overwrite and plain.exists()}
+        if steps is None:
+            report = quantize(model, plain, solver, progress=progress, **options)
+        else:
+            report = quantize_and_tune(model, plain, solver, steps, progress=progress, **options)
+    exported = export(plain, out, overwrite=chosen.overwrite, progress=progress)
+    shutil.rmtree(plain)
+    return report, exported
 
 
 def _by_name(out: Path) -> str:

@@ -1,4 +1,6 @@
-"""lorq export OUT model.gguf, read back by the gguf package and by transformers."""
+"""lorq export OUT model.gguf, read back by the gguf package and by transformers; lorq quantize MODEL model.gguf."""
+
+import re
 
 import pytest
 import torch
@@ -120,6 +122,63 @@ def test_the_low_rank_part_is_an_adapter_or_folded_away(quantized, tmp_path, cap
     folded = {t.name: t for t in GGUFReader(out).tensors}[name]
     values = torch.from_numpy(dequantize(folded.data, folded.tensor_type)).view(4, 128, 64)
     torch.testing.assert_close(values[3], expected, rtol=0, atol=float(expected.abs().max()) / 200)
+
+
+def text_of(tmp_path):
+    (tmp_path / "text.txt").write_text("the thing in the other thing " * 40)
+    return ["--calibration", str(tmp_path / "text.txt"), "--samples", "2", "--seq-len", "32"]
+
+
+def test_one_command_makes_the_file_and_leaves_nothing_else(tmp_path, capsys):
+    dense, out = gguf_folder(tmp_path / "dense", "llama"), tmp_path / "model.gguf"
+    options = text_of(tmp_path)
+    assert main(["quantize", str(dense), str(out), *options]) == 0
+    printed = capsys.readouterr()
+    assert "for llama.cpp: --method gptq --grid q4_0 --token-weights gradient" in printed.err
+    assert "tensors: 14 q4_0, 6 f32" in printed.out
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt", "model.gguf"}
+    # The same as in two steps.
+    settings = {"token_weights": "gradient", "calibration": options[1], "samples": 2, "seq_len": 32}
+    lorq.quantize(dense, tmp_path / "out", lorq.GPTQ(grid="q4_0"), **settings)
+    lorq.export(tmp_path / "out", tmp_path / "again.gguf")
+    ours, theirs = ({t.name: t.data for t in GGUFReader(tmp_path / n).tensors} for n in ("model.gguf", "again.gguf"))
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+    assert main(["quantize", str(dense), str(out), *options]) == 1
+    assert f"{out} must be new, it is there" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_early_goes_on(tmp_path, capsys, monkeypatch):
+    dense, out = gguf_folder(tmp_path / "dense", "qwen2"), tmp_path / "model.gguf"
+    arguments = ["quantize", str(dense), str(out), "--grid", "iq4_nl", *text_of(tmp_path)]
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorq.exports.gguf_plan.Plan.rows", fails)
+        assert main(arguments) == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
+    assert not out.exists() and (tmp_path / "model.gguf.unfinished" / "config.json").is_file()
+    monkeypatch.setattr("lorq.pipeline.quantize.quantize", fails)  # it is done
+    assert main([*arguments, "--resume"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt", "model.gguf"}
+    assert "14 iq4_nl" in capsys.readouterr().out
+
+
+REFUSED = {
+    "--method flrq --bits 4": "needs one of GGUF's grids, --grid q4_0, q4_1, .*, got integer",
+    "--method lopro": "got a method without",
+    "--method flrq --grid q4_0": "has no low-rank part, got budget",
+    "--grid q4_k": "columns, which must divide the width",
+}
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_what_the_file_cannot_hold_is_refused_before_the_work(arguments, tmp_path, capsys):
+    dense = gguf_folder(tmp_path / "dense", "llama")
+    assert main(["quantize", str(dense), str(tmp_path / "model.gguf"), *arguments.split(), *text_of(tmp_path)]) == 1
+    assert re.search(REFUSED[arguments], capsys.readouterr().err)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt"}
 
 
 MISTAKES = {

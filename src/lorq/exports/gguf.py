@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from lorq.exports.gguf_plan import FileTensor, Plan
 from lorq.exports.gguf_tokenizer import write_tokenizer
 from lorq.exports.gguf_types import FLOATS, type_number
 from lorq.exports.plain import own_dtype
-from lorq.exports.request import Exported, ExportRequest
+from lorq.exports.request import Exported, ExportRequest, GgufType
 from lorq.foreign.gguf_file import write_lora
 from lorq.models.skeleton import read_config
 from lorq.storage.folder import LorqFolder
@@ -55,6 +55,35 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     return Exported(size, lines, lost | plan.losses.in_words(len(tensors)))
 
 
+def check_file(source: Path, method: Any) -> None:
+    """Refuse a model or a method whose file llama.cpp would not read, before it is quantized.
+
+    Raises:
+        ValueError: naming the rule.
+    """
+    from gguf import GGUFWriter
+
+    if (grid := getattr(method, "grid", None)) not in get_args(GgufType):
+        raise ValueError(
+            f"a .gguf file needs one of GGUF's grids, --grid {', '.join(get_args(GgufType)[len(FLOATS) :])}, got "
+            f"{grid or 'a method without'}; other codes can be exported from a folder, some of them exactly"
+        )
+    if getattr(method, "budget", 0):
+        raise ValueError(
+            f"a .gguf file has no low-rank part, got budget {method.budget}; take --budget 0, or quantize into a "
+            "folder and export it with --adapter"
+        )
+    config = read_config(source)
+    _write_metadata(GGUFWriter(None, ""), source, config, None)
+
+
+def _write_metadata(writer: Any, source: Path, config: Any, tokenizer_pre: str | None) -> list[str]:
+    """What the file says of the model and its tokenizer; what llama.cpp does otherwise, in words."""
+    otherwise = write_metadata(writer, config, architecture_of(config))
+    write_tokenizer(writer, source, config.vocab_size, tokenizer_pre)
+    return otherwise
+
+
 def _write(plan: Plan, tensors: list[FileTensor], out: Path) -> dict[str, str]:
     """The file; what llama.cpp does otherwise than the model."""
     from gguf import GGML_QUANT_VERSION, GGUFWriter
@@ -65,10 +94,9 @@ def _write(plan: Plan, tensors: list[FileTensor], out: Path) -> dict[str, str]:
         writer.add_type("model")
         writer.add_name(path.name)
         writer.add_quantized_by(f"lorq {__version__}")
-        otherwise = write_metadata(writer, config, plan.architecture)
+        otherwise = _write_metadata(writer, path, config, plan.options.tokenizer_pre)
         writer.add_file_type(_file_type(tensors))
         writer.add_quantization_version(GGML_QUANT_VERSION)
-        write_tokenizer(writer, path, config.vocab_size, plan.options.tokenizer_pre)
         factors = rope_tensors(config)
         for name, values in factors.items():
             writer.add_tensor_info(name, tuple(values.shape), np.dtype(np.float32), values.nbytes)

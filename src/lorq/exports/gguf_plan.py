@@ -55,7 +55,7 @@ class Losses:
         self.worst = max(self.worst, ((changed / max(whole, 1e-300)) ** 0.5, name))
 
     def in_words(self, tensors: int) -> dict[str, str]:
-        """As `lorq.exports.request.Exported.lost` has it; nothing where nothing is lost."""
+        """As an export tells what is lost; nothing where nothing is."""
         if not self.rounded:
             return {}
         all_ = (self.changed / max(self.whole, 1e-300)) ** 0.5

@@ -42,6 +42,10 @@ def write_tokenizer(writer: Any, folder: Path, vocabulary: int, pre: str | None 
 
     opened: Any = open_tokenizer(folder)
     file = folder / "tokenizer.json"
+    if not file.is_file() and not hasattr(opened, "backend_tokenizer"):
+        raise ValueError(
+            f"{folder} must have a tokenizer.json, or a tokenizer that transformers makes one of; try dense"
+        )
     told = json.loads(file.read_text(encoding="utf-8") if file.is_file() else opened.backend_tokenizer.to_str())
     tokens, kinds = _tokens(told, vocabulary)
     model = told["model"]
@@ -60,6 +64,8 @@ def write_tokenizer(writer: Any, folder: Path, vocabulary: int, pre: str | None 
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre or split_name(told))
         special.merges = [" ".join(_pair(merge)) for merge in model["merges"]]
+        if not special.merges:
+            raise ValueError(f"llama.cpp reads no tokenizer without merges, that of {folder} has none; try dense")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     special.special_token_ids |= {
@@ -72,7 +78,9 @@ def write_tokenizer(writer: Any, folder: Path, vocabulary: int, pre: str | None 
         "bos": ids[0] == opened.bos_token_id if opened.bos_token_id is not None else False,
         "eos": ids[-1] == opened.eos_token_id if opened.eos_token_id is not None else False,
     }
-    special.chat_template = opened.chat_template or None
+    template = opened.chat_template or None
+    named = [{"name": name, "template": text} for name, text in template.items()] if isinstance(template, dict) else ()
+    special.chat_template = named or template
     special.add_to_gguf(writer, quiet=True)
 
 
