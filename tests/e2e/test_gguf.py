@@ -118,7 +118,7 @@ def test_the_low_rank_part_is_an_adapter_or_folded_away(quantized, tmp_path, cap
     assert "with a low-rank part of" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--fold", "--type", "q8_0"]) == 0
     printed = capsys.readouterr().out
-    assert "tensors are rounded, the weights change by 0.00" in printed
+    assert "tensors are rounded, which changes them by 0.00" in printed
     folded = {t.name: t for t in GGUFReader(out).tensors}[name]
     values = torch.from_numpy(dequantize(folded.data, folded.tensor_type)).view(4, 128, 64)
     torch.testing.assert_close(values[3], expected, rtol=0, atol=float(expected.abs().max()) / 200)

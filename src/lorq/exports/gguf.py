@@ -1,6 +1,5 @@
 """`--to gguf`: a file for llama.cpp, whose weights are what the folder's codes stand for."""
 
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
@@ -30,7 +29,6 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ImportError("a GGUF file needs the gguf package: pip install 'lorq[gguf]'") from error
-    logging.getLogger("gguf").setLevel(logging.ERROR)
     config = read_config(folder.path, quantized=True)
     architecture = architecture_of(config)
     float_type = FLOATS[own_dtype(folder, request.dtype)]
@@ -86,14 +84,12 @@ def _write_metadata(writer: Any, source: Path, config: Any, tokenizer_pre: str |
 
 def _write(plan: Plan, tensors: list[FileTensor], out: Path) -> dict[str, str]:
     """The file; what llama.cpp does otherwise than the model."""
-    from gguf import GGML_QUANT_VERSION, GGUFWriter
+    from gguf import GGML_QUANT_VERSION, GGUFWriter, Metadata, size_label
 
     config, path = plan.config, plan.folder.path
     writer = GGUFWriter(out, plan.architecture.name)
     try:
         writer.add_type("model")
-        writer.add_name(path.name)
-        writer.add_quantized_by(f"lorq {__version__}")
         otherwise = _write_metadata(writer, path, config, plan.options.tokenizer_pre)
         writer.add_file_type(_file_type(tensors))
         writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -104,6 +100,10 @@ def _write(plan: Plan, tensors: list[FileTensor], out: Path) -> dict[str, str]:
             shape = tensor.bytes_shape
             size = int(np.prod(shape))
             writer.add_tensor_info(tensor.source.name, shape, np.dtype(np.uint8), size, type_number(tensor.type))
+        counts = writer.get_total_parameter_count()
+        card = Metadata.load(model_path=path, total_params=counts[0])  # the model card's, and what generation wants
+        card.quantized_by, card.size_label = f"lorq {__version__}", size_label(*counts)
+        card.set_gguf_meta_model(writer)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lorq.core.codes import GgufGrid
 from lorq.core.low_rank import LowRank
 from lorq.core.weight import QuantizedWeight
 from lorq.exports.gguf_model import Architecture, Source, find_sources
@@ -35,9 +36,11 @@ class FileTensor:
 
 @dataclass
 class Losses:
-    """What rounding to types has changed, over all tensors.
+    """What rounding to types has changed.
 
     Attributes:
+        changed: sum of squared differences.
+        whole: sum of squares of what was rounded.
         rounded: number of tensors that are not what the folder has.
         worst: of these the one that changed most, and by how much of its norm.
     """
@@ -49,9 +52,11 @@ class Losses:
 
     def add(self, name: str, parts: Sequence[Encoded]) -> None:
         changed, whole = sum(p.changed for p in parts), sum(p.whole for p in parts)
+        if not changed:
+            return
         self.changed += changed
         self.whole += whole
-        self.rounded += changed > 0
+        self.rounded += 1
         self.worst = max(self.worst, ((changed / max(whole, 1e-300)) ** 0.5, name))
 
     def in_words(self, tensors: int) -> dict[str, str]:
@@ -60,7 +65,7 @@ class Losses:
             return {}
         all_ = (self.changed / max(self.whole, 1e-300)) ** 0.5
         return {
-            "rounding": f"{self.rounded} of {tensors} tensors are rounded, the weights change by {all_:.2g} of their "
+            "rounding": f"{self.rounded} of {tensors} tensors are rounded, which changes them by {all_:.2g} of their "
             f"norm; {self.worst[1]} most, by {self.worst[0]:.2g}"
         }
 
@@ -129,10 +134,21 @@ class Plan:
         weight = self.folder.weight(layer)
         return without_factors(weight) if self.adapter else weight
 
+    def _stored(self, parameter: str) -> GgufGrid | None:
+        """The type that a layer is stored in, as a GGUF file has it; None where it is no type, or not all of it."""
+        format = self.folder.formats.get(parameter.removesuffix(".weight"))
+        if format is None or not isinstance(format.codes, GgufGrid) or not parameter.endswith(".weight"):
+            return None
+        return None if format.has_basis or (format.rank and not self.adapter) else format.codes
+
     def rows(self, tensor: FileTensor) -> Tensor:
         """The bytes of a tensor, in llama.cpp's order of rows."""
         parts, source = [], tensor.source
         for parameter in source.parameters:
+            if (stored := self._stored(parameter)) is not None and stored.type == tensor.type:
+                blocks = self.folder.tensors(parameter.removesuffix(".weight"))["weight_blocks"]
+                parts.append(Encoded(blocks, 0.0, 0.0))
+                continue
             weight = self.weight(parameter)
             if isinstance(weight, Tensor) and source.offset:
                 weight = weight.float() + source.offset
@@ -206,6 +222,9 @@ class Plan:
         """
         found = set()
         for layer in layers:
+            if (stored := self._stored(f"{layer}.weight")) is not None:
+                found.add(stored.type)
+                continue
             weight = self.weight(f"{layer}.weight")
             assert isinstance(weight, QuantizedWeight)
             if (own := exact_type(weight)) is None:

@@ -48,8 +48,6 @@ def exact_type(weight: QuantizedWeight) -> str | None:
     codes = weight.codes
     if weight.low_rank is not None or weight.basis is not None:
         return None
-    if isinstance(codes, GgufCodes):
-        return codes.format.type
     if not isinstance(codes, IntCodes):
         return None
     if codes.format.bits == 4 and not codes.format.symmetric and bool((_offset(codes) == _offset(codes).half()).all()):
@@ -106,9 +104,7 @@ def encode(weight: QuantizedWeight | Tensor, type_: str) -> Encoded:
         return _encoded(weight.float(), rounded(weight.float(), type_), type_)
     codes, plain = weight.codes, weight.low_rank is None and weight.basis is None
     values = weight.dense()
-    if plain and isinstance(codes, GgufCodes) and codes.format.type == type_:
-        rows = codes.tensors()["weight_blocks"]
-    elif plain and isinstance(codes, IntCodes) and type_ in (*_SIGNED, *_SHIFTED) and _holds(type_, codes):
+    if plain and isinstance(codes, IntCodes) and type_ in (*_SIGNED, *_SHIFTED) and _holds(type_, codes):
         rows = moved(codes, type_).tensors()["weight_blocks"]
     else:
         rows = rounded(values, type_)
