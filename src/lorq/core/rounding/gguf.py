@@ -16,8 +16,9 @@ from lorq.core.stats import PreparedHessian
 
 # Weights of a search's trials in hand at once: 4 MB for each temporary.
 _SLICE = 1 << 20
-# Steps to try for a group, as shares of the one that covers it: so many, up to a little more than all of it.
-_TRIALS, _WIDEST = 9, 1.05
+# Ranges to try for a group, as shares of the one that covers it, up to a little more: so many of those around zero, and
+# so many for either end of the others, in all pairs.
+_SYMMETRIC, _ENDS, _WIDEST = 9, 5, 1.05
 # How often the best is refitted to its codes.
 _REFITS = 2
 # Scales to try for a block of groups, as shares of the one that covers their steps.
@@ -54,7 +55,7 @@ def gguf(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: GgufGr
         GPTQ, arXiv:2210.17323, for the feedback; the blocks are ggml's, how their numbers are found is ours.
     """
     grid.check(*target.shape)
-    rows = max(1, _SLICE // (grid.layout_of.block * _TRIALS))
+    rows = max(1, _SLICE // (grid.layout_of.block * _ENDS**2))
     parts = [_solved(part, hessian.inverse_factor, grid).tensors() for part in target.split(rows)]
     return grid.read({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, *target.shape)
 
@@ -250,14 +251,16 @@ def _as_codes(codes: Float[Tensor, "in rows"], fits: list[Fit], units: list[Fit]
 
 
 def _covering(weight: Float[Tensor, "groups size rows"], type: BlockType) -> Fit:
-    """Trials (groups, trials, rows): shares of the step that covers a group from its smallest to its largest weight."""
-    shares = torch.linspace(1 - 1.2 / type.bits, _WIDEST, _TRIALS, dtype=weight.dtype, device=weight.device)[:, None]
+    """Trials (groups, trials, rows): shares of the range from a group's smallest to its largest weight."""
+    count = _ENDS if type.affine else _SYMMETRIC
+    shares = torch.linspace(1 - 1.2 / type.bits, _WIDEST, count, dtype=weight.dtype, device=weight.device)[:, None]
     low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     if type.affine:
         low = low.clamp(max=0) if type.packing else low
-        reach = shares * (high - low)
-        below = (reach - high - low) / 2  # around the middle
-        return Fit(reach / type.top, below.clamp(min=0) if type.packing else below)
+        middle, reach = (high + low) / 2, (high - low) / 2
+        low = middle - shares.repeat(count, 1) * reach
+        low = low.clamp(max=0) if type.packing else low
+        return Fit((middle + shares.repeat_interleave(count, 0) * reach - low) / type.top, -low)
     extreme = torch.where(-low > high, low, high)
     ends = level_of(torch.tensor([0, type.top], device=weight.device), type, weight.dtype).tolist()
     return Fit(torch.cat([shares * (extreme / end) for end in ends], 1), None)
