@@ -104,7 +104,7 @@ def test_the_formats_example_packs_to_its_bytes():
 
 
 def test_the_format_names_every_tensor_and_the_guard():
-    assert set(re.findall(r"^\| `NAME\.(\w+)`", FORMAT, re.M)) == {*STORED, "bias"}
+    assert set(re.findall(r"^\| `NAME\.(\w+)`", FORMAT, re.M)) == {*STORED, "bias", "weight_blocks"}
     assert SENTINEL in FORMAT
 
 

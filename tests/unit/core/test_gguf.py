@@ -102,6 +102,16 @@ def test_rows_are_rounded_by_themselves(type, layer):
     torch.testing.assert_close(gguf(weight[5:7], hessian, grid).decode(), whole[5:7])
 
 
+@types
+def test_columns_are_rounded_in_the_order_of_what_they_cost_wherever_blocks_and_groups_stand(type, layer):
+    weight, hessian = layer
+    kind = TYPES[type]
+    place = torch.arange(512).view(-1, kind.block // kind.group, kind.group).flip(0, 1, 2).flatten()
+    turned = PreparedHessian(hessian.matrix[place][:, place], hessian.damping)
+    there = gguf(weight[:4, place], turned, GgufGrid(type)).decode()
+    assert torch.equal(there, gguf(weight[:4], hessian, GgufGrid(type)).decode()[:, place])
+
+
 @pytest.mark.parametrize("type", KNOWN)
 def test_nearest_is_closer_than_the_packages_own(type, layer):
     weight = layer[0]

@@ -90,9 +90,9 @@ class Codes(Protocol):
         ...
 
     def continuous(self) -> dict[str, Tensor]:
-        """Of `tensors` those that are numbers and no codes, which tuning may change: scales, entries of codebooks.
+        """What of `tensors`, or inside of one, is numbers and no codes, which tuning may change: scales, codebooks.
 
-        None where scales are stored inside the codes.
+        Names are those of stored tensors, but for numbers inside of one.
         """
         ...
 

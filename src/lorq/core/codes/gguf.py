@@ -1,7 +1,7 @@
 """GGUF codes: ggml's own blocks, byte for byte, so that a GGUF file is a copy of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -126,11 +126,11 @@ class GgufCodes:
         return {"weight_blocks": packed.view(out, -1)}
 
     def continuous(self) -> dict[str, Tensor]:
-        """Nothing: scales are inside the blocks, and no stored tensor of their own."""
-        return {}
+        """``d`` of the blocks, and their ``dmin`` or ``min``, which are stored inside of them."""
+        return {"block_scale": self.scale} | ({} if self.minimum is None else {"block_minimum": self.minimum})
 
     def refitted(self, numbers: Mapping[str, Tensor]) -> "GgufCodes":
-        return self
+        return replace(self, scale=numbers["block_scale"], minimum=numbers.get("block_minimum"))
 
 
 def level_of(codes: Tensor, type: BlockType, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*shape"]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lorq.core.codes.gguf import GgufCodes, GgufGrid, level_of
@@ -14,10 +14,11 @@ from lorq.core.half import stored_half
 from lorq.core.rounding.gptq import column_blocks, feed_back
 from lorq.core.stats import PreparedHessian
 
-# Weights of a search's trials in hand at once: 4 MB for each temporary.
-_SLICE = 1 << 20
-# Steps to try for a group, as shares of the one that covers it: so many, up to a little more than all of it.
-_TRIALS, _WIDEST = 9, 1.05
+# Weights of a search's trials in hand at once: 16 MB for each temporary.
+_SLICE = 1 << 22
+# Ranges to try for a group, as shares of the one that covers it, up to a little more: so many of those around zero, and
+# so many for either end of the others, in all pairs.
+_SYMMETRIC, _ENDS, _WIDEST = 9, 5, 1.05
 # How often the best is refitted to its codes.
 _REFITS = 2
 # Scales to try for a block of groups, as shares of the one that covers their steps.
@@ -42,6 +43,9 @@ def gguf(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: GgufGr
     squares. In blocks of several groups these have whole numbers under a common scale. It is chosen where the block
     begins, so that all groups get near their best; a group chooses its whole numbers where it begins.
 
+    Columns with the largest diagonal of ``H`` come first, as far as blocks and groups stay together: the others make up
+    for them.
+
     Args:
         target: what is to be rounded; unchanged.
         hessian: of the inputs.
@@ -54,8 +58,11 @@ def gguf(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: GgufGr
         GPTQ, arXiv:2210.17323, for the feedback; the blocks are ggml's, how their numbers are found is ours.
     """
     grid.check(*target.shape)
-    rows = max(1, _SLICE // (grid.layout_of.block * _TRIALS))
-    parts = [_solved(part, hessian.inverse_factor, grid).tensors() for part in target.split(rows)]
+    type = grid.layout_of
+    order, ordered = hessian.falling(type.block, type.group)
+    rows = max(1, _SLICE // (type.block * _ENDS**2))
+    strips = (_solved(strip[:, order], ordered.inverse_factor, grid) for strip in target.split(rows))
+    parts = [_put_back(strip, order).tensors() for strip in strips]
     return grid.read({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, *target.shape)
 
 
@@ -73,19 +80,19 @@ def _solved(target: Float[Tensor, "rows in"], upper: Float[Tensor, "in in"], gri
     type = grid.layout_of
     columns = target.T.clone(memory_format=torch.contiguous_format)
     codes = torch.empty_like(columns)
-    fits: list[Fit] = []
-    units: list[Fit] = []  # of blocks, what their groups' whole numbers count
-    wanted: list[Fit] = []
+    fits: list[_Fit] = []
+    units: list[_Fit] = []  # of blocks, what their groups' whole numbers count
+    wanted: list[_Fit] = []
 
     def begin(i: int) -> None:
         own = slice(i, i + type.group)
         weight, inner = columns[own].unsqueeze(0), upper[own, own].unsqueeze(0)
-        stored: Callable[[Fit], Fit]
+        stored: Callable[[_Fit], _Fit]
         if type.packing:
             stored = partial(_in_units, unit=units[-1], type=type)
             trials = _near(wanted[i // type.group], units[-1], type)
         else:
-            stored, trials = _halves, _covering(weight, type).map(_half)
+            stored, trials = _halves, _halves(_covering(weight, type))
         fits.append(_search(weight, inner, trials, stored, type)[0].at(0))
 
     def encode(i: int, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +111,7 @@ def _solved(target: Float[Tensor, "rows in"], upper: Float[Tensor, "in in"], gri
 
 
 @dataclass(frozen=True)
-class Fit:
+class _Fit:
     """Steps of groups and what is subtracted, or None: a code stands for ``step level(code) - low``."""
 
     step: Float[Tensor, "..."]
@@ -123,18 +130,18 @@ class Fit:
         values = level_of(codes, type, codes.dtype).mul_(self.step)
         return values if self.low is None else values.sub_(self.low)
 
-    def where(self, condition: Tensor, other: "Fit") -> "Fit":
+    def where(self, condition: Tensor, other: "_Fit") -> "_Fit":
         """This fit where the condition holds, else the other."""
         low = None
         if self.low is not None and other.low is not None:
             low = torch.where(condition, self.low, other.low)
-        return Fit(torch.where(condition, self.step, other.step), low)
+        return _Fit(torch.where(condition, self.step, other.step), low)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Fit":
+    def map(self, change: Callable[[Tensor], Tensor]) -> "_Fit":
         """Both parts changed alike."""
-        return Fit(change(self.step), None if self.low is None else change(self.low))
+        return _Fit(change(self.step), None if self.low is None else change(self.low))
 
-    def at(self, number: int) -> "Fit":
+    def at(self, number: int) -> "_Fit":
         """That of one group."""
         return self.map(lambda part: part[number])
 
@@ -142,10 +149,10 @@ class Fit:
 def _search(
     weight: Float[Tensor, "groups size rows"],
     upper: Float[Tensor, "groups size size"],
-    trials: Fit,
-    stored: Callable[[Fit], Fit],
+    trials: _Fit,
+    stored: Callable[[_Fit], _Fit],
     type: BlockType,
-) -> tuple[Fit, Float[Tensor, "groups size rows"]]:
+) -> tuple[_Fit, Float[Tensor, "groups size rows"]]:
     """The best of ``trials`` (groups, trials, rows), refitted, and its codes; ``stored`` makes a fit storable."""
     codes, costs = _fed_back(weight.unsqueeze(2).expand(-1, -1, trials.step.shape[1], -1), trials, upper, type)
     best = costs.argmin(1, keepdim=True)  # (groups, 1, rows)
@@ -161,7 +168,7 @@ def _search(
 
 
 def _fed_back(
-    weight: Float[Tensor, "groups size *rows"], fit: Fit, upper: Float[Tensor, "groups size size"], type: BlockType
+    weight: Float[Tensor, "groups size *rows"], fit: _Fit, upper: Float[Tensor, "groups size size"], type: BlockType
 ) -> tuple[Float[Tensor, "groups size *rows"], Float[Tensor, "groups *rows"]]:
     """Codes of groups, errors passed on inside them, and what they cost."""
     weight = weight.clone(memory_format=torch.contiguous_format)
@@ -180,14 +187,14 @@ def _refitted(
     codes: Float[Tensor, "groups size rows"],
     upper: Float[Tensor, "groups size size"],
     type: BlockType,
-) -> Fit:
+) -> _Fit:
     """The fit with the least ``|(w - step level(c) + low) U^-1|^2`` for given codes."""
     levels, ones, squares = _moments(codes, upper, type)
     against = torch.linalg.solve_triangular(upper.mT, weight, upper=False)
     level_level, level_one, one_one = squares
     alone = (levels * against).sum(1) / level_level.clamp(min=1e-30)
     if not type.affine:
-        return Fit(alone, None)
+        return _Fit(alone, None)
     second = (ones * against).sum(1)
     determinant = level_level * one_one - level_one.square()
     step = (alone * level_level * one_one - second * level_one) / determinant
@@ -195,7 +202,7 @@ def _refitted(
     if type.packing:  # nothing below 0 is subtracted
         step, low = torch.where(low < 0, alone, step).clamp(min=0), low.clamp(min=0)
     alike = ~(determinant > 1e-6 * level_level * one_one)  # all codes are one
-    return Fit(torch.where(alike, 0.0, step), torch.where(alike, 0.0, low))
+    return _Fit(torch.where(alike, 0.0, step), torch.where(alike, 0.0, low))
 
 
 def _moments(
@@ -214,26 +221,26 @@ def _half(numbers: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return stored_half(numbers).to(numbers.dtype)
 
 
-def _halves(fit: Fit) -> Fit:
+def _halves(fit: _Fit) -> _Fit:
     """A fit as a block without groups stores it."""
     step = _half(fit.step)
-    return Fit(torch.where(step == 0, _TINY, step), None if fit.low is None else _half(fit.low))
+    return _Fit(torch.where(step == 0, _TINY, step), None if fit.low is None else _half(fit.low))
 
 
-def _in_units(fit: Fit, unit: Fit, type: BlockType) -> Fit:
+def _in_units(fit: _Fit, unit: _Fit, type: BlockType) -> _Fit:
     """A fit in whole numbers of a block's units."""
     step = (fit.step / unit.step).round_().clamp_(*type.scales).mul_(unit.step)
     if fit.low is None or unit.low is None:
-        return Fit(step, None)
-    return Fit(step, (fit.low / unit.low).round_().clamp_(0, type.minima).mul_(unit.low))
+        return _Fit(step, None)
+    return _Fit(step, (fit.low / unit.low).round_().clamp_(0, type.minima).mul_(unit.low))
 
 
-def _as_codes(codes: Float[Tensor, "in rows"], fits: list[Fit], units: list[Fit], grid: GgufGrid) -> GgufCodes:
+def _as_codes(codes: Float[Tensor, "in rows"], fits: list[_Fit], units: list[_Fit], grid: GgufGrid) -> GgufCodes:
     """What was found, row by row."""
 
-    def of(parts: list[Fit]) -> Fit:
+    def of(parts: list[_Fit]) -> _Fit:
         lows = [part.low for part in parts if part.low is not None]
-        return Fit(torch.stack([part.step for part in parts], 1), torch.stack(lows, 1) if lows else None)
+        return _Fit(torch.stack([part.step for part in parts], 1), torch.stack(lows, 1) if lows else None)
 
     bytes_, all_ = codes.T.to(torch.uint8).contiguous(), of(fits)
     if not units:
@@ -246,36 +253,49 @@ def _as_codes(codes: Float[Tensor, "in rows"], fits: list[Fit], units: list[Fit]
     return GgufCodes(bytes_, unit.step.half(), None if unit.low is None else unit.low.half(), scales, minima, grid)
 
 
+def _put_back(codes: GgufCodes, order: Int64[Tensor, "in"]) -> GgufCodes:
+    """The same with columns, groups and blocks where they were before they were put in this order."""
+    type = codes.format.layout_of
+    blocks, groups = ((order[::size] // size).argsort() for size in (type.block, type.group))
+    minimum, scales, minima = (
+        None if part is None else part[:, own]
+        for part, own in ((codes.minimum, blocks), (codes.scales, groups), (codes.minima, groups))
+    )
+    return GgufCodes(codes.codes[:, order.argsort()], codes.scale[:, blocks], minimum, scales, minima, codes.format)
+
+
 # ---- what is tried --------------------------------------------------------------------------------------
 
 
-def _covering(weight: Float[Tensor, "groups size rows"], type: BlockType) -> Fit:
-    """Trials (groups, trials, rows): shares of the step that covers a group from its smallest to its largest weight."""
-    shares = torch.linspace(1 - 1.2 / type.bits, _WIDEST, _TRIALS, dtype=weight.dtype, device=weight.device)[:, None]
+def _covering(weight: Float[Tensor, "groups size rows"], type: BlockType) -> _Fit:
+    """Trials (groups, trials, rows): shares of the range from a group's smallest to its largest weight."""
+    count = _ENDS if type.affine else _SYMMETRIC
+    shares = torch.linspace(1 - 1.2 / type.bits, _WIDEST, count, dtype=weight.dtype, device=weight.device)[:, None]
     low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     if type.affine:
         low = low.clamp(max=0) if type.packing else low
-        reach = shares * (high - low)
-        below = (reach - high - low) / 2  # around the middle
-        return Fit(reach / type.top, below.clamp(min=0) if type.packing else below)
+        middle, reach = (high + low) / 2, (high - low) / 2
+        low = middle - shares.repeat(count, 1) * reach
+        low = low.clamp(max=0) if type.packing else low
+        return _Fit((middle + shares.repeat_interleave(count, 0) * reach - low) / type.top, -low)
     extreme = torch.where(-low > high, low, high)
     ends = level_of(torch.tensor([0, type.top], device=weight.device), type, weight.dtype).tolist()
-    return Fit(torch.cat([shares * (extreme / end) for end in ends], 1), None)
+    return _Fit(torch.cat([shares * (extreme / end) for end in ends], 1), None)
 
 
-def _near(wanted: Fit, unit: Fit, type: BlockType) -> Fit:
+def _near(wanted: _Fit, unit: _Fit, type: BlockType) -> _Fit:
     """Trials (1, trials, rows): the whole numbers next to those of what a group would like best."""
     around = torch.tensor(_AROUND, dtype=wanted.step.dtype, device=wanted.step.device)[:, None]
     step = wanted.step + around * unit.step
     if wanted.low is None or unit.low is None:
-        return _in_units(Fit(step[None], None), unit, type)
+        return _in_units(_Fit(step[None], None), unit, type)
     low, count = wanted.low + around * unit.low, len(around)
-    return _in_units(Fit(step.repeat(count, 1)[None], low.repeat_interleave(count, 0)[None]), unit, type)
+    return _in_units(_Fit(step.repeat(count, 1)[None], low.repeat_interleave(count, 0)[None]), unit, type)
 
 
 def _begin_block(
     weight: Float[Tensor, "block rows"], upper: Float[Tensor, "block block"], type: BlockType
-) -> tuple[Fit, Fit]:
+) -> tuple[_Fit, _Fit]:
     """The units of a block (rows,), as they are stored, and what each of its groups would like best (groups, rows)."""
     groups = weight.unflatten(0, (-1, type.group))
     count = len(groups)
@@ -284,12 +304,12 @@ def _begin_block(
     wanted, codes = _search(groups, inner, _covering(groups, type), lambda fit: fit, type)
     _, _, (level_level, level_one, one_one) = _moments(codes, inner, type)
     if wanted.low is None:
-        return Fit(_unit(wanted.step, level_level, type.scales), None), wanted
+        return _Fit(_unit(wanted.step, level_level, type.scales), None), wanted
     # A step that is off moves the best minimum.
     step = _unit(wanted.step, level_level - level_one.square() / one_one, type.scales)
-    off = _in_units(Fit(wanted.step, None), Fit(step, None), type).step - wanted.step
+    off = _in_units(_Fit(wanted.step, None), _Fit(step, None), type).step - wanted.step
     low = (wanted.low + level_one / one_one * off).clamp(min=0)
-    return Fit(step, _unit(low, one_one.expand_as(low), (0, type.minima))), wanted
+    return _Fit(step, _unit(low, one_one.expand_as(low), (0, type.minima))), wanted
 
 
 def _unit(
