@@ -145,11 +145,9 @@ def test_a_low_rank_part_needs_a_place_and_a_rank_that_servers_take(with_ranks, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3-moe"])
 def test_compressed_tensors_are_read_by_transformers(family, quantized, tmp_path):
     pytest.importorskip("compressed_tensors", minversion="0.18")
-    if family == "gpt2":
-        pytest.skip("Conv1D layers are no linear layers to compressed-tensors")
     folder = quantized(family, SYMMETRIC)
     done = lorq.export(folder, tmp_path / "out", to="compressed-tensors", dtype="float32")
     assert done.lines[0] == f"vllm serve {tmp_path / 'out'} --dtype float16"
@@ -187,6 +185,14 @@ def test_codes_that_a_target_does_not_hold_are_refused(kind, quantized, text_fil
     for target in ("compressed-tensors", "gptq"):
         with pytest.raises(ValueError, match=words):
             lorq.export(folder, tmp_path / "out", to=target)
+
+
+def test_layers_and_experts_that_a_target_has_no_place_for_are_refused(quantized, text_file, tmp_path):
+    with pytest.raises(ValueError, match=r"holds linear layers, transformer\.h\.0\..* is a Conv1D"):
+        lorq.export(quantized("gpt2"), tmp_path / "out", to="compressed-tensors")
+    moe = quantized("qwen3-moe", LOW_RANK, calibration=str(text_file), samples=4, seq_len=32)
+    with pytest.raises(ValueError, match=r"no adapter of single experts, .*experts\.0\..* has a low-rank part"):
+        lorq.export(moe, tmp_path / "out", to="compressed-tensors", adapter=tmp_path / "lora")
 
 
 def test_gptq_refuses_widths_and_sizes_that_its_readers_do_not_know(quantized, tmp_path):

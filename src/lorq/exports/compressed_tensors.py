@@ -30,9 +30,9 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     Raises:
         ValueError: for codes that the format does not hold.
     """
-    layers = integer_layers(folder, _TARGET)
-    rank = check_ranks(folder, _TARGET, request)
     names = PlainNames(folder)
+    layers = integer_layers(folder, names, _TARGET)
+    rank = check_ranks(folder, names, _TARGET, request)
     config = quantization_config(layers, names)
     done = write_codes(folder, out, request, layers, names, layer_tensors, config)
     return adapter_lines(folder, names, request, rank, done, _lines(request, layers))

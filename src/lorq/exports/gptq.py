@@ -32,11 +32,11 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     Raises:
         ValueError: for codes that the format does not hold.
     """
-    layers = integer_layers(folder, _TARGET)
-    _check(folder, layers)
-    rank = check_ranks(folder, _TARGET, request)
-    offset = 1 if all(_grid(format).symmetric for format in layers.values()) else 0
     names = PlainNames(folder)
+    layers = integer_layers(folder, names, _TARGET)
+    _check(folder, layers)
+    rank = check_ranks(folder, names, _TARGET, request)
+    offset = 1 if all(_grid(format).symmetric for format in layers.values()) else 0
     config = quantization_config(layers, names, offset)
 
     def tensors(weight: QuantizedWeight) -> dict[str, Tensor]:

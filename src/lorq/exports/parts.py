@@ -15,17 +15,18 @@ from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.exports.plain import DTYPES, PlainFolder, PlainNames, own_dtype
 from lorq.exports.request import Exported, ExportRequest, refusal
 from lorq.foreign.peft_form import write_lora
+from lorq.models.experts import expert_name
 from lorq.storage.folder import LorqFolder
 
 # vLLM's --max-lora-rank is one of these.
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def integer_layers(folder: LorqFolder, target: str) -> dict[str, LayerFormat]:
+def integer_layers(folder: LorqFolder, names: PlainNames, target: str) -> dict[str, LayerFormat]:
     """The layers with codes, but for tables of tokens and the head, which the targets keep dense.
 
     Raises:
-        ValueError: `refusal` where one has no integer codes, or a rotation.
+        ValueError: `refusal` where one has no integer codes, or a rotation, or is no linear layer.
     """
     if folder.tiles:
         first = next(iter(folder.tiles))
@@ -36,6 +37,8 @@ def integer_layers(folder: LorqFolder, target: str) -> dict[str, LayerFormat]:
         if not isinstance(format.codes, IntGrid):
             kind = format.codes.kind + (" under scales of low rank" if getattr(format.codes, "scale_rank", 0) else "")
             raise refusal(target, f"holds integer codes with scales of groups or rows, {name} has {kind}", "dense")
+        if names.is_transposed(name):
+            raise refusal(target, f"holds linear layers, {name} is a Conv1D", "dense")
         if format.rotation_block:
             raise refusal(
                 target, f"holds weights in the model's own channels, {name} is rotated by {format.rotation_block}",
@@ -74,7 +77,7 @@ def row_layers(layers: Mapping[str, LayerFormat], names: PlainNames) -> set[str]
     return {name for name, size in sizes.items() if size == widths[name] and size not in shared}
 
 
-def check_ranks(folder: LorqFolder, target: str, request: ExportRequest) -> int:
+def check_ranks(folder: LorqFolder, names: PlainNames, target: str, request: ExportRequest) -> int:
     """The adapter's largest rank, 0 where there is none.
 
     Raises:
@@ -91,6 +94,9 @@ def check_ranks(folder: LorqFolder, target: str, request: ExportRequest) -> int:
         return 0
     if not ranks:
         raise ValueError(f"--adapter is for a low-rank part, the layers of {folder.path} have none; leave it out")
+    experts = [name for name in ranks if expert_name(name, names.experts)]
+    if experts and target != "peft":  # which has experts one by one
+        raise refusal(target, f"has no adapter of single experts, {experts[0]} has a low-rank part", "dense, peft")
     name, most = max(ranks.items(), key=lambda item: item[1])
     if most > SERVED_RANKS[-1]:
         raise ValueError(

@@ -28,7 +28,8 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
         raise refusal(_TARGET, f"has an adapter for each layer, {first} has factors that experts share", "dense")
     if request.adapter is None:
         raise ValueError("--to peft writes the low-rank part by itself, say where: --adapter DIR")
-    rank = check_ranks(folder, _TARGET, request)
+    names = PlainNames(folder)
+    rank = check_ranks(folder, names, _TARGET, request)
     config, report = folder.config, folder.report
     formats, layers = config["quantization_config"]["layers"], {layer.name: layer for layer in report.layers}
     writer = CheckpointWriter.create(out, {"exported_from": folder.reader.fingerprint()})
@@ -47,4 +48,4 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     new = replace(report, layers=tuple(layers.values()), bytes=size, checksums=writer.shard_checksums())
     writer.finish(config=config, files=find_companions(folder.path)[0] | {REPORT_NAME: new.to_bytes()})
     lines = [f"peft.PeftModel.from_pretrained(lorq.load({str(request.out)!r}), {str(request.adapter)!r})"]
-    return adapter_lines(folder, PlainNames(folder), request, rank, Exported(size), lines)
+    return adapter_lines(folder, names, request, rank, Exported(size), lines)

@@ -1,6 +1,6 @@
 """vLLM's routed experts by lorq's codes and operators: each expert's projections are linear layers of their own."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from lorq.runtime.vllm.loading import Collected
 
 # vLLM's names of an expert's projections, in the order that they are kept in.
 PROJECTIONS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-_BETWEEN = {"silu": silu, "gelu": gelu}
+_BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu": gelu}
 
 
 class LorqExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
