@@ -1,10 +1,11 @@
 """Small models of every architecture that is exported to llama.cpp, with a tokenizer that it reads."""
 
+import json
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 _COMMON = {
     "vocab_size": 264, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -41,6 +42,14 @@ CASES: dict[str, tuple[str, dict]] = {
     "gemma3-linear": ("gemma3_text", _GEMMA | {"rope_parameters": {
         "full_attention": _ROPE | {"rope_type": "linear", "factor": 8.0}, "sliding_attention": _NEAR,
     }}),
+    "gemma3-sees": ("gemma3", {
+        "text_config": _COMMON | _GEMMA | {"model_type": "gemma3_text"}, "mm_tokens_per_image": 4,
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "image_size": 32, "patch_size": 8,
+        },
+        "image_token_index": 260, "boi_token_index": 261, "eoi_token_index": 262,
+    }),
     "phi3": ("phi3", {"sliding_window": None}),
     "phi3-longrope": ("phi3", {
         "sliding_window": None, "max_position_embeddings": 4096, "original_max_position_embeddings": 1024,
@@ -66,9 +75,28 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     return opened
 
 
+def piece_tokenizer(text: str, add_prefix: bool) -> PreTrainedTokenizerFast:
+    """As of Llama 2, with a space before a text, and of Gemma, without: pieces of the text, bytes for all else."""
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")][not add_prefix :]
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Sequence(steps)
+    trained.train_from_iterator(text.split("\n"), trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    learned = json.loads(trained.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learned["vocab"]]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence(steps)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)] if add_prefix else parts)
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
 def gguf_config(name: str, **changes):
     kind, own = CASES[name]
-    return AutoConfig.for_model(kind, **_COMMON | own | changes)
+    return AutoConfig.for_model(kind, **({} if "text_config" in own else _COMMON) | own | changes)
 
 
 def gguf_folder(folder: Path, name: str, **changes) -> Path:
@@ -76,7 +104,8 @@ def gguf_folder(folder: Path, name: str, **changes) -> Path:
     config = gguf_config(name, **changes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config).float()
+        sees = hasattr(config, "vision_config")
+        model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_config(config).float()
         for parameter_name, parameter in model.named_parameters():
             size = 0.1 if parameter.ndim == 1 else 0.5 if "embed" in parameter_name else 0.15
             parameter.data = parameter.data * (parameter.ndim == 1) + size * torch.randn(parameter.shape)

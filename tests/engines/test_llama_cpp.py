@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_models import CASES, gguf_folder
+from gguf_models import CASES, gguf_folder, piece_tokenizer
 from transformers import AutoTokenizer
 
 import lorq
@@ -67,6 +67,22 @@ def test_every_architecture_says_what_transformers_says(name, tmp_path):
     assert json.loads(llama_cpp("tokens", file, json.dumps(TEXTS))) == tokenizer(TEXTS)["input_ids"]
 
 
+@pytest.mark.parametrize("add_prefix", [True, False])
+def test_pieces_with_bytes_are_cut_alike(add_prefix, tmp_path):
+    tokenizer = piece_tokenizer(PROSE, add_prefix)
+    lorq.quantize(
+        gguf_folder(tmp_path / "dense", "llama", vocab_size=len(tokenizer)),
+        tmp_path / "out",
+        lorq.Nearest(group_size=32),
+    )
+    tokenizer.save_pretrained(tmp_path / "out")
+    lorq.export(tmp_path / "out", tmp_path / "model.gguf")
+    texts = [*PROSE.split("\n"), "The river, 你好 🙂", "a  b   c"]
+    expected = [tokenizer(text)["input_ids"] for text in texts]
+    assert json.loads(llama_cpp("tokens", tmp_path / "model.gguf", json.dumps(texts))) == expected
+    assert max(map(len, expected)) < 100 and expected[0][0] == 1
+
+
 @pytest.mark.parametrize(("name", "method"), [("llama", "flrq"), ("mixtral", "flrq"), ("qwen2", "lopro")])
 def test_adapters_are_the_low_rank_part(name, method, tmp_path):
     (tmp_path / "text.txt").write_text(PROSE)
@@ -83,7 +99,9 @@ def test_adapters_are_the_low_rank_part(name, method, tmp_path):
     assert float((without - ours).abs().max()) > 0.1 * float(ours.std())
 
 
-@pytest.mark.parametrize("settings", [{"bits": 4, "symmetric": True}, {"bits": 4}, {"bits": 8, "symmetric": True}])
+@pytest.mark.parametrize(
+    "settings", [{"bits": 4, "symmetric": True}, {"bits": 4}, {"bits": 8, "symmetric": True}, {"grid": "iq4_nl"}]
+)
 def test_smollm2_has_the_same_perplexity_and_talks(settings, tmp_path):
     folder, file = tmp_path / "out", tmp_path / "model.gguf"
     lorq.quantize(demo_model(), folder, lorq.Nearest(group_size=32, range_search="scale", **settings))

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from lorq.core.codes import IntGrid
 from lorq.exports.gguf_model import architecture_of, rope_tensors, write_metadata
 from lorq.exports.gguf_plan import FileTensor, Plan
 from lorq.exports.gguf_tokenizer import write_tokenizer
@@ -29,10 +30,11 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ImportError("a GGUF file needs the gguf package: pip install 'lorq[gguf]'") from error
-    config = read_config(folder.path, quantized=True)
+    whole = read_config(folder.path, quantized=True)
+    config = whole.get_text_config()
     architecture = architecture_of(config)
     float_type = FLOATS[own_dtype(folder, request.dtype)]
-    plan = Plan(folder, config, architecture, request.gguf, float_type, request.adapter is not None)
+    plan = Plan(folder, whole, config, architecture, request.gguf, float_type, request.adapter is not None)
     plan.check()
     tensors = plan.tensors()
     lost = _write(plan, tensors, out)
@@ -46,7 +48,7 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
         f"tensors: {', '.join(f'{count} {name}' for name, count in types.most_common())}",
         f"run it: llama-cli -m {request.out}{adapter}",
     )
-    if types["q5_0"] and request.gguf.type is None:
+    if types["q5_0"] and any(isinstance(f.codes, IntGrid) for f in folder.formats.values()):
         lines += (
             "q5_0 holds codes of 4 bits with zero points exactly; --type q4_1 is smaller and rounds their minima",
         )
@@ -71,8 +73,7 @@ def check_file(source: Path, method: Any) -> None:
             f"a .gguf file has no low-rank part, got budget {method.budget}; take --budget 0, or quantize into a "
             "folder and export it with --adapter"
         )
-    config = read_config(source)
-    _write_metadata(GGUFWriter(None, ""), source, config, None)
+    _write_metadata(GGUFWriter(None, ""), source, read_config(source).get_text_config(), None)
 
 
 def _write_metadata(writer: Any, source: Path, config: Any, tokenizer_pre: str | None) -> list[str]:

@@ -1,7 +1,7 @@
 """Architectures as llama.cpp has them: names of tensors, order of rows, metadata, and what it cannot run."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,8 +134,26 @@ def permuted(values: Shaped[Tensor, "rows ..."], heads: int) -> Shaped[Tensor, "
     return values.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def find_sources(names: list[str], config: Any, architecture: Architecture) -> list[Source]:
-    """The tensors of the file, in the model's order, from the names of parameters.
+_TOWER = "model.language_model."  # where models that also see or hear have the one that speaks
+
+
+def language_names(names: Sequence[str], *, alone: bool) -> dict[str, str]:
+    """The parameters of the language model, by their names in a model that is nothing else.
+
+    Args:
+        names: of all parameters.
+        alone: the model is nothing else.
+    """
+    own = names if alone else [name for name in names if name.startswith((_TOWER, "lm_head."))]
+    return {f"model.{name.removeprefix(_TOWER)}" if name.startswith(_TOWER) else name: name for name in own}
+
+
+def find_sources(names: Mapping[str, str], config: Any, architecture: Architecture, *, tied: bool) -> list[Source]:
+    """The tensors of the file, in the model's order.
+
+    Args:
+        names: of parameters, as `language_names` gives them.
+        tied: the head is the table of tokens.
 
     Raises:
         ValueError: if one has no place there.
@@ -145,16 +163,15 @@ def find_sources(names: list[str], config: Any, architecture: Architecture) -> l
     grouped: dict[str, list[str]] = {}
     for name in sorted(names, key=_natural):
         found = _EXPERT.fullmatch(name)
-        grouped.setdefault(f"{found[1]}.{found[3]}.{found[4]}" if found else name, []).append(name)
+        grouped.setdefault(f"{found[1]}.{found[3]}.{found[4]}" if found else name, []).append(names[name])
     sources = []
     for name, parameters in grouped.items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and tied:
             continue
         own = name_in_file(name)
         if own is None:
             raise ValueError(f"--to gguf has no place for {name} in llama.cpp's {architecture.name}; try dense")
-        layer = name.rsplit(".", 2)[-2]
-        turned = heads.get(layer, 0) if architecture.permuted else 0
+        turned = heads.get(name.rsplit(".", 2)[-2], 0) if architecture.permuted else 0
         offset = architecture.norm_offset if own.endswith("norm.weight") else 0.0
         sources.append(Source(own, tuple(parameters), turned, offset))
     return sources

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from lorq.core.codes import GgufGrid
 from lorq.core.low_rank import LowRank
 from lorq.core.weight import QuantizedWeight
-from lorq.exports.gguf_model import Architecture, Source, find_sources
+from lorq.exports.gguf_model import Architecture, Source, find_sources, language_names
 from lorq.exports.gguf_types import Encoded, encode, exact_type, fits, row_bytes, without_factors
 from lorq.exports.request import GgufOptions, refusal
 from lorq.storage.folder import LorqFolder
@@ -43,12 +43,14 @@ class Losses:
         whole: sum of squares of what was rounded.
         rounded: number of tensors that are not what the folder has.
         worst: of these the one that changed most, and by how much of its norm.
+        left: what is not in the file at all.
     """
 
     changed: float = 0.0
     whole: float = 0.0
     rounded: int = 0
     worst: tuple[float, str] = (0.0, "")
+    left: str = ""
 
     def add(self, name: str, parts: Sequence[Encoded]) -> None:
         changed, whole = sum(p.changed for p in parts), sum(p.whole for p in parts)
@@ -61,10 +63,11 @@ class Losses:
 
     def in_words(self, tensors: int) -> dict[str, str]:
         """As an export tells what is lost; nothing where nothing is."""
+        told = {"tensors": self.left} if self.left else {}
         if not self.rounded:
-            return {}
+            return told
         all_ = (self.changed / max(self.whole, 1e-300)) ** 0.5
-        return {
+        return told | {
             "rounding": f"{self.rounded} of {tensors} tensors are rounded, which changes them by {all_:.2g} of their "
             f"norm; {self.worst[1]} most, by {self.worst[0]:.2g}"
         }
@@ -75,11 +78,13 @@ class Plan:
     """A folder's tensors for a file.
 
     Attributes:
+        whole: the model's config; ``config`` is the language model's in it.
         float_type: of what is not quantized.
         adapter: the low-rank part goes into a file of its own.
     """
 
     folder: LorqFolder
+    whole: Any
     config: Any
     architecture: Architecture
     options: GgufOptions
@@ -123,7 +128,13 @@ class Plan:
             and f"{name.rpartition('.')[0]}." not in shared
         ]
         names = [*kept, *(f"{name}.weight" for name in folder.formats)]
-        found = find_sources(names, self.config, self.architecture)
+        own = language_names(names, alone=self.config is self.whole)
+        if left := sorted({*names} - {*own.values()}):
+            self.losses.left = (
+                f"{len(left)} tensors that are none of the language model's, {left[0]} and so on: llama.cpp has them "
+                "in a file of its own (mmproj)"
+            )
+        found = find_sources(own, self.config, self.architecture, tied=self.whole.tie_word_embeddings)
         return [FileTensor(source, self._type(source), self._shape(source)) for source in found]
 
     def weight(self, parameter: str) -> QuantizedWeight | Tensor:
