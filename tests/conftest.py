@@ -1,5 +1,7 @@
 """Fixtures that more than one test file builds on."""
 
+import dataclasses
+
 import pytest
 import shapes
 import torch
@@ -89,6 +91,11 @@ def random_weight(generator):
 
     def make(out, in_, format):
         tensors = {name: stored(name, *entry, in_) for name, entry in format.layout(out, in_).items()}
+        if format.codes.kind == "gguf":  # random bytes are no sensible scales
+            codes = format.codes.read(tensors, out, in_)
+            halves = {name: getattr(codes, name) for name in ("scale", "minimum")}
+            parts = {name: stored(name, h.shape, h.dtype, in_) for name, h in halves.items() if h is not None}
+            tensors |= dataclasses.replace(codes, **parts).tensors()
         tensors["weight_shape"] = torch.tensor([out, in_])
         if format.rank:
             sizes = (out, format.rank), (format.rank, in_)

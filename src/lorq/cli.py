@@ -8,12 +8,11 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import Parameter
@@ -27,13 +26,15 @@ from lorq.compensation import compensate
 from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, READ, no_progress
-from lorq.refusals import check_early, check_place, explained, given, is_unexpected, missing
+from lorq.quantizing import quantize_command, with_preset
+from lorq.refusals import check_early, check_place, explained, is_unexpected, missing, names_file
 from lorq.show import (
     Notes,
     command,
     console,
     download_bars,
     notes,
+    print_exported,
     print_families,
     print_figures,
     print_next,
@@ -46,7 +47,6 @@ from lorq.show import (
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
 from lorq.storage.report import html_page, read_report
-from lorq.tuning import quantize_and_tune
 
 app = cyclopts.App(
     name="lorq",
@@ -58,67 +58,17 @@ app = cyclopts.App(
 app.command(bench_app)
 
 
-def _quantize_command(
-    settings: Any = None, options: Any = None, methods: tuple[str, ...] = (), presets: tuple[str, ...] = ()
-) -> Callable[..., None]:
-    """The quantize command with one method's settings and the run's options as flags; without them, what lists show."""
-
-    def quantize(
-        model: str,
-        out: Path,
-        *,
-        preset: str = "balanced",
-        method: str = "flrq",
-        settings: Any = settings,
-        options: Any = options,
-        tune: int | None = None,
-        json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-    ) -> None:
-        """Quantize MODEL into the folder OUT.
-
-        Args:
-            model: a Hugging Face folder, a hub id, or a GGUF file.
-            out: the new folder.
-            preset: a method with its settings by what it costs, fast, balanced or best; `lorq quantize --preset NAME
-                --help` shows its values as the defaults, and they are printed when the work begins.
-            method: how, with the method's own defaults in place of a preset's; `lorq quantize --method NAME --help`
-                lists its settings.
-            tune: then tune it for so many steps on the calibration's windows, as `lorq tune` does.
-            json_: print the report as one JSON object.
-        """
-        with progress_bars() as progress:
-            if tune is None:
-                report = lorq.quantize(model, out, settings, progress=progress, **vars(options))
-            else:
-                report = quantize_and_tune(model, out, settings, tune, progress=progress, **vars(options))
-        if json_:
-            print(json.dumps(report.as_dict()))
-            return
-        print_summary(report, None if options.dry_run else full_path(out))
-        if not options.dry_run:
-            print_next(("evaluate", out, "--reference", model), ("generate", out, "your question"))
-
-    if methods:
-        quantize.__annotations__ |= {
-            "preset": Literal[presets],  # type: ignore[valid-type]
-            "method": Literal[methods],  # type: ignore[valid-type]
-            "settings": Annotated[type(settings), Parameter(name="*")],
-            "options": Annotated[type(options), Parameter(name="*")],
-        }
-    return quantize
-
-
-app.command(_quantize_command())
+app.command(quantize_command())
 
 
 evaluate = command(
     lorq.evaluate, lambda result, as_json: print_figures(result.as_dict(), as_json), json="print one JSON object."
 )
 generate = command(lorq.generate, print_pieces)
-tune = command(lorq.tune, print_tuned, json="print the report as one JSON object.")
 app.command(evaluate, name="evaluate")
 app.command(generate, name="generate")
-app.command(tune, name="tune")
+app.command(command(lorq.tune, print_tuned, json="print the report as one JSON object."), name="tune")
+app.command(command(lorq.export, print_exported), name="export")
 app.command(compensate)
 
 
@@ -138,8 +88,7 @@ def inspect(
         verify: compare every weight file with its checksum first.
         html: write a page with plots to this file.
     """
-    out = full_path(out)
-    report = read_report(out)  # refuses other folders before torch is there
+    report = read_report(out := full_path(out))  # refuses other folders before torch is there
     from lorq.runtime.inspect import expert_lines, implementation_lines, layer_implementations
     from lorq.storage.folder import LorqFolder
     from lorq.storage.reader import verify_shards
@@ -328,20 +277,12 @@ def _run(arguments: list[str]) -> None:
         with progress_bars() if "torch" not in sys.modules else nullcontext(no_progress) as progress:
             progress(IMPORT, 0, 1)
             from lorq.methods import METHODS  # and with it torch, for which nothing else here waits
-            from lorq.pipeline.presets import DEFAULT, PRESETS, Preset
+            from lorq.pipeline.presets import PRESETS
 
             progress(IMPORT, 1, 1)
-        method, name = given(arguments, "--method"), given(arguments, "--preset") or DEFAULT
-        shown = Preset(METHODS.get(method or "flrq", METHODS["flrq"])())
-        if method is None and name in PRESETS:
-            flags = PRESETS[name].flags()
-            if helps:
-                shown = PRESETS[name]
-            else:
-                notes.print(f"preset {name}: {' '.join(map(' '.join, flags.items()))}")
-            arguments = arguments + [f"{f}={value}" for f, value in flags.items() if given(arguments, f) is None]
+        arguments, shown = with_preset(arguments, to_file=names_file(arguments[1:]), helps=helps)
         del app["quantize"]
-        app.command(_quantize_command(*shown.as_defaults(), tuple(METHODS), tuple(PRESETS)))
+        app.command(quantize_command(*shown.as_defaults(), tuple(METHODS), tuple(PRESETS)))
     chosen, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     for name in ("text", "evaluation", "calibration"):
         if (text := bound.arguments.get(name)) not in (None, SELF):

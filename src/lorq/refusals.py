@@ -14,6 +14,7 @@ from cyclopts import MissingArgumentError
 from lorq.core.checks import check_name
 from lorq.models.locate import check_model, full_path
 from lorq.models.texts import SELF, check_text
+from lorq.storage.appear import refuse_used
 from lorq.storage.out_folder import check_out
 
 # The hub answers within so much, or is not there.
@@ -24,7 +25,7 @@ _SWITCHES = ("--dry-run", "--resume", "--overwrite", "--json", "--router-weights
 _VALUED = (
     "--method", "--bits", "--group-size", "--calibration", "--samples", "--seq-len", "--start-token", "--seed",
     "--device", "--activations", "--exclude", "--override", "--bits-per-weight", "--size", "--token-weights", "--tune",
-    "--preset",
+    "--preset", "--grid", "--embeddings", "--head",
 )  # fmt: skip
 
 
@@ -49,7 +50,9 @@ def check_early(arguments: list[str]) -> None:
         check_place(words[0])
     if len(words) > 1 and not any(argument.startswith(("--overwrite", "--resume")) for argument in arguments):
         model, out = (full_path(word) for word in words[:2])
-        if os.path.realpath(out) != os.path.realpath(model):  # which has an error of its own
+        if names_file(arguments):
+            refuse_used(out)
+        elif os.path.realpath(out) != os.path.realpath(model):  # which has an error of its own
             check_out(out)
     if (method := given(arguments, "--method")) is not None:
         check_name("method", method, _method_names())
@@ -65,6 +68,15 @@ def check_early(arguments: list[str]) -> None:
         )
     if (text := given(arguments, "--calibration")) not in (None, SELF):
         check_text(text, "calibration")
+
+
+def names_file(arguments: list[str]) -> bool:
+    """Whether OUT, as far as that can be told before the flags are known, is a file for llama.cpp."""
+    words = _certain_words(arguments)
+    if len(words) == 2:
+        return words[1].lower().endswith(".gguf")
+    own = [word for word in arguments if word.lower().endswith(".gguf") and not word.startswith("-")]
+    return len(own) == 2 or (given(arguments, "--out") or arguments[-1]).lower().endswith(".gguf")
 
 
 def _certain_words(arguments: list[str]) -> list[str]:

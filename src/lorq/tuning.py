@@ -123,7 +123,7 @@ def quantize_and_tune(
     check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
     plain = out.with_name(f"{out.name}.untuned")
     begun = chosen.resume and plain.exists()
-    if not (begun and _is_made(plain, solver, vars(chosen))):
+    if not (begun and is_made(plain, solver, vars(chosen))):
         options |= {"resume": begun, "overwrite": chosen.overwrite and plain.exists()}
         quantize(model, plain, solver, progress=progress, **options)
     report = tune(
@@ -134,7 +134,7 @@ def quantize_and_tune(
     return report
 
 
-def _is_made(folder: Path, method: Any, options: dict[str, Any]) -> bool:
+def is_made(folder: Path, method: Any, options: dict[str, Any]) -> bool:
     """Whether a folder is finished; original and text are compared when it is tuned.
 
     Raises:

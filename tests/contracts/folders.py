@@ -52,6 +52,7 @@ CASES = {
     "llama 8 bits tensor": ("llama", "gptq", {"group_size": -1}, {"activations": "tensor", "smoothing": 0.5}),
     "llama 8 bits token": ("llama", "lopro", {"rank": 0}, {"activations": "token", "kv_cache": "token"}),
     "llama 8 bits block": ("llama", "lrq", {"steps": 3}, {"activations": "token", "kv_cache": "token"}),
+    "llama gptq gguf": ("llama", "gptq", {"grid": "q4_1"}, {"override": ("down_proj:grid=iq4_nl",)}),
     "gpt2 gptq": ("gpt2", "gptq", {"bits": 3}, {}),
     "mixtral tileq": ("mixtral", "tileq", {"bits": 3, "rank": 4}, {}),
     "mixtral tileq vectors": (

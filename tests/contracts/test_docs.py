@@ -9,6 +9,7 @@ from pathlib import Path
 import house
 import pytest
 import torch
+from gguf_models import merging_tokenizer
 from helpers import tiny_folder
 
 from lorq.cli import main
@@ -27,7 +28,9 @@ def model(tmp_path, monkeypatch):
     """A small model at the path that the README uses, and a cache of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORQ_CACHE", str(tmp_path / "cache"))
-    return tiny_folder(tmp_path / "path" / "to" / "model", "llama", max_position_embeddings=1024)
+    folder = tiny_folder(tmp_path / "path" / "to" / "model", "llama", max_position_embeddings=1024, vocab_size=264)
+    merging_tokenizer().save_pretrained(folder)  # llama.cpp reads none without merges
+    return folder
 
 
 def smaller(text: str) -> str:
@@ -56,7 +59,18 @@ def test_the_readmes_commands_run_in_their_order(model, capsys):
     verbs = [shlex.split(command)[1] for command in commands]
     first, training = ["quantize", "evaluate", "inspect", "generate"], ["adapt", "evaluate", "merge", "adapt"]
     tuned = ["quantize", "tune", "compensate", "compensate"]
-    assert verbs == [*first, "quantize", "quantize", *tuned, "quantize", *training]
+    assert verbs == [
+        *first,
+        "export",
+        "quantize",
+        "export",
+        "quantize",
+        "quantize",
+        "quantize",
+        *tuned,
+        "quantize",
+        *training,
+    ]
     for command in commands:
         assert main(shlex.split(smaller(command))[1:]) == 0, command
 
@@ -90,7 +104,7 @@ def test_the_formats_example_packs_to_its_bytes():
 
 
 def test_the_format_names_every_tensor_and_the_guard():
-    assert set(re.findall(r"^\| `NAME\.(\w+)`", FORMAT, re.M)) == {*STORED, "bias"}
+    assert set(re.findall(r"^\| `NAME\.(\w+)`", FORMAT, re.M)) == {*STORED, "bias", "weight_blocks"}
     assert SENTINEL in FORMAT
 
 

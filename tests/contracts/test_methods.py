@@ -75,8 +75,16 @@ def choices(name):
     for setting, hint in typing.get_type_hints(kind).items():
         values = [False, True] if hint is bool else typing.get_args(hint) if is_choice(hint) else ()
         if values and setting not in inherited:
-            found[setting] = list(values)
+            found[setting] = [value for value in values if setting != "grid" or fits(name, value)]
     return found | ROWS.get(name, Row()).tried
+
+
+def fits(name, grid):
+    """GGUF's blocks of 256 columns are tried with weights of their own (tests/unit/core/test_gguf.py)."""
+    try:
+        return bool(made(name, grid=grid, group_size=32).largest(OUT, IN))
+    except ValueError:
+        return False
 
 
 def is_choice(hint):

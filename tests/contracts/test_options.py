@@ -14,6 +14,7 @@ from lorq.adapt import Settings
 from lorq.adapt.settings import Tuning
 from lorq.bench.commands import bench_app
 from lorq.cli import app
+from lorq.exports.request import GgufOptions
 from lorq.methods import METHODS
 from lorq.pipeline.options import Options
 from lorq.progress import Progress
@@ -65,6 +66,10 @@ def test_every_setting_of_training_is_read():
     assert not unread(Settings, sources("adapt"), "chosen")
 
 
+def test_every_option_of_a_gguf_file_is_read():
+    assert not unread(GgufOptions, sources("exports"), "options", "gguf")
+
+
 def test_every_setting_of_tuning_is_read():
     assert not unread(Tuning, sources("adapt"), "chosen", "settings")
 
@@ -92,10 +97,12 @@ def test_a_setting_that_is_only_checked_counts_as_unread(tmp_path):
 COMMANDS = {
     "compensation.py": {"compensate"},
     "evaluation.py": {"evaluate"},
+    "exporting.py": {"export"},
     "generation.py": {"generate"},
+    "quantizing.py": {"quantize"},
     "tuning.py": {"tune"},
     "bench/commands.py": {"bench_sketch", "bench_experts", "bench_decode", "bench_adapt", "bench_quantize"},
-    "cli.py": {"quantize", "inspect", "adapt", "merge", "demo", "families"},
+    "cli.py": {"inspect", "adapt", "merge", "demo", "families"},
 }
 
 

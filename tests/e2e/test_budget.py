@@ -9,6 +9,7 @@ from helpers import folder_digests, tiny_folder
 import lorq
 import lorq.pipeline.quantize as stages
 from lorq.cli import main
+from lorq.storage.folder import LorqFolder
 
 NEAREST = lorq.Nearest(group_size=32)
 
@@ -53,6 +54,15 @@ def test_a_budget_is_kept_and_goes_on_where_it_was_interrupted(source, run, tmp_
     dry = lorq.quantize(source, tmp_path / "dry", NEAREST, **options, dry_run=True)
     assert [layer.bits for layer in dry.layers] == [layer.bits for layer in report.layers]
     assert dry.bytes == report.bytes and not (tmp_path / "dry").exists()
+
+
+def test_a_budget_chooses_between_the_types_of_gguf_that_fit(small, run, tmp_path):
+    report = lorq.quantize(small, tmp_path / "out", lorq.GPTQ(grid="q4_0"), **run, bits_per_weight=5.2)
+    assert 4.7 < report.bits_per_weight <= 5.2
+    types = {weight.format.codes.type for _, weight in LorqFolder.open(tmp_path / "out").layers()}
+    assert len(types) > 1 and not any(type.endswith("_k") for type in types)
+    with pytest.raises(ValueError, match=r"widths are those of integer codes, gptq as it is chooses grid; leave --wid"):
+        lorq.quantize(small, tmp_path / "no", lorq.GPTQ(grid="q4_0"), **run, bits_per_weight=5.2, widths=(3, 4))
 
 
 def test_a_size_is_that_of_the_weight_files(small, run, tmp_path):

@@ -219,18 +219,32 @@ def test_the_dry_run_tells_the_size_and_the_report_the_notes(folder_of, quantize
     assert torch.equal(table.weight, original.model.embed_tokens.weight)
 
 
+def test_tables_in_blocks_of_gguf_are_looked_up_and_multiplied_by(folder_of, quantize, tokens, tmp_path):
+    source, out = folder_of("mistral"), tmp_path / "out"
+    quantize(source, out, lorq.GPTQ(grid="q4_0"), embeddings="q8_0", head="q5_1")
+    weights = dict(LorqFolder.open(out).layers())
+    assert {name: weights[name].format.codes.type for name in ("model.embed_tokens", "lm_head")} == {
+        "model.embed_tokens": "q8_0", "lm_head": "q5_1",
+    }  # fmt: skip
+    plain = lorq.load(source)
+    with torch.no_grad():
+        for name, weight in weights.items():
+            plain.get_submodule(name).weight.copy_(weight.dense())
+        torch.testing.assert_close(lorq.load(out)(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be_is_refused_before_the_work(folder_of, quantize, tmp_path):
     llama = folder_of("llama")
     with pytest.raises(ValueError, match="are one table and must have the same bits, got embeddings 4 and head 3"):
         quantize(llama, tmp_path / "out", embeddings=4, head=3)
-    with pytest.raises(ValueError, match="head must be between 0 and 8, got 9"):
+    with pytest.raises(ValueError, match=r"head must be between 0 and 8, or one of q4_0, .*, q6_k, got 9"):
         quantize(llama, tmp_path / "out", head=9)
     with pytest.raises(ValueError, match="bits must be between 2 and 8, got 1"):
         quantize(llama, tmp_path / "out", head=1)
-    with pytest.raises(
-        ValueError, match=r"model.embed_tokens: group_size .* 48 and width 64\nchoose another --table-gr"
-    ):
+    with pytest.raises(ValueError, match=r"model.embed_tokens: group_size .* 48 and width 64\nchoose other --emb"):
         quantize(llama, tmp_path / "out", head=4, table_group_size=48)
+    with pytest.raises(ValueError, match=r"blocks of q6_k have 256 columns.* width 64; .*q8_0.*\nchoose other --emb"):
+        quantize(llama, tmp_path / "out", embeddings="q6_k")
     assert not (tmp_path / "out").exists()
 
 

@@ -11,6 +11,7 @@ import lorq
 from lorq.adapt.settings import Tuning
 from lorq.cli import main
 from lorq.progress import TUNE, TUNE_BLOCKS
+from lorq.storage.folder import LorqFolder
 from lorq.storage.names import JOURNAL, TUNED_BLOCKS, TUNING
 from lorq.storage.reader import verify_shards
 from lorq.storage.writer import CheckpointWriter
@@ -19,6 +20,7 @@ METHODS = {
     "gptq": lorq.GPTQ(bits=3, group_size=32),
     "vectors": lorq.LoPRo(bits=2, codebook="vector", rank=2),
     "lords": lorq.LoRDS(bits=2, group_size=32, steps=1),
+    "blocks": lorq.GPTQ(grid="q4_1"),
     "tileq": lorq.TileQ(bits=3, group_size=32, rank=4),
 }
 CALIBRATION = {"samples": 4, "seq_len": 32}
@@ -61,6 +63,7 @@ def stored(folder):
         ("gptq", "mixtral", {"steps": 0, "block_steps": 3}),
         ("vectors", "llama", {"steps": 0, "block_steps": 5}),
         ("lords", "llama", {"steps": 5}),
+        ("blocks", "llama", {"steps": 3, "block_steps": 3}),
         ("tileq", "mixtral", {"steps": 3}),
     ],
     ids=str,
@@ -80,6 +83,12 @@ def test_a_tuned_folder_is_nearer_to_the_original_with_the_codes_and_the_size_th
     moved = {key.rpartition(".")[2] for key in old if not torch.equal(old[key].double(), new[key].double())}
     whole = {"weight_packed", "weight_zero_point", "weight_shape", "permutation", "cells"}
     assert moved and not moved & whole
+    for (layer, was), (_, is_) in zip(
+        LorqFolder.open(plain).layers(), LorqFolder.open(tmp_path / "out").layers(), strict=True
+    ):
+        if name == "blocks":  # numbers and codes are one tensor
+            assert torch.equal(was.codes.codes, is_.codes.codes), layer
+            assert not torch.equal(was.codes.scale, is_.codes.scale), layer
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in plain.iterdir()}
 
 

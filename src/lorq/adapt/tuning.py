@@ -1,7 +1,7 @@
 """Tune a folder: read it and its original, fit the one to the other, write what was learned."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,20 @@ class Run:
             reached = {"kl_before": outcome.start} | reached | {"kl_after": outcome.best, "kept_step": outcome.step}
         for file, header in sorted(source.headers.items()):
             if file not in writer.completed:
-                tensors = {name: numbers[name] if name in numbers else source.tensor(name) for name in header.tensors}
+                tensors = self._tensors(header.tensors, numbers)
                 size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
                 writer.write_shard(file, tensors, {"bytes": size, "reached": reached})
+
+    def _tensors(self, names: Iterable[str], numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors with their new numbers, be these tensors or inside of them."""
+        source, names = self.folder.reader, list(names)
+        tensors = {name: numbers[name] if name in numbers else source.tensor(name) for name in names}
+        inside = {name.rpartition(".")[0] for name in numbers if name not in source.files}
+        for layer in sorted(inside & {name.rpartition(".")[0] for name in names}):
+            weight = self.folder.weight(layer)
+            own = {local: numbers[f"{layer}.{local}"] for local in weight.continuous()}
+            tensors |= {f"{layer}.{local}": tensor for local, tensor in weight.refitted(own).tensors().items()}
+        return tensors
 
     def _whole(
         self, numbers: Mapping[str, Tensor], windows: Tensor, apart: Tensor, checkpoint: Path

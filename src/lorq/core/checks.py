@@ -24,18 +24,23 @@ class Range:
         low: the least.
         high: the largest.
         minus_one: what -1 stands for, where it stands for a number that is found later.
+        words: that may stand in the place of a number.
     """
 
     low: float | int
     high: float | int = math.inf
     minus_one: str = ""
+    words: tuple[str, ...] = ()
 
-    def __contains__(self, value: float | int) -> bool:
+    def __contains__(self, value: float | int | str) -> bool:
+        if isinstance(value, str):
+            return value in self.words
         return self.low <= value <= self.high or (bool(self.minus_one) and value == -1)
 
     def __str__(self) -> str:
         rule = f"at least {self.low}" if self.high == math.inf else f"between {self.low} and {self.high}"
-        return f"{rule}, or -1 for {self.minus_one}" if self.minus_one else rule
+        rule += f", or -1 for {self.minus_one}" if self.minus_one else ""
+        return f"{rule}, or one of {', '.join(self.words)}" if self.words else rule
 
 
 def check_settings(settings: Any) -> None:
@@ -67,6 +72,8 @@ def check_name(what: str, name: str, known: Iterable[str]) -> None:
 def _checked(name: str, value: Any, kind: type, rule: "Range | tuple[str, ...] | None") -> Any:
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         value = value.item()
+    if isinstance(rule, Range) and isinstance(value, str) and value in rule:
+        return value
     # True and False are whole numbers to Python.
     if kind in _TYPES and (not isinstance(value, _TYPES[kind][0]) or (kind is not bool and isinstance(value, bool))):
         raise ValueError(f"{name} must be {_TYPES[kind][1]}, got {value!r}")
@@ -83,15 +90,18 @@ _TYPES: dict[type, tuple[tuple[type, ...], str]] = {
 
 
 @functools.cache
-def _rules(kind: Callable[..., Any]) -> dict[str, tuple[type, Range | tuple[str, ...] | None]]:
+def _rules(of: Callable[..., Any]) -> dict[str, tuple[type, Range | tuple[str, ...] | None]]:
     """The type of each setting, and what it may be besides."""
     rules: dict[str, tuple[type, Range | tuple[str, ...] | None]] = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
+    for name, hint in get_type_hints(of, include_extras=True).items():
         if get_origin(hint) is Literal:
             rules[name] = object, get_args(hint)
         elif get_origin(hint) is Annotated:
             ranges = [mark for mark in hint.__metadata__ if isinstance(mark, Range)]
-            rules[name] = get_args(hint)[0], ranges[0] if ranges else None
+            kind = get_args(hint)[0]
+            # A number in whose place a word may stand is checked as a number.
+            own = get_args(kind)[0] if ranges and ranges[0].words else kind
+            rules[name] = own, ranges[0] if ranges else None
         elif isinstance(hint, type):
             rules[name] = hint, None
     return rules

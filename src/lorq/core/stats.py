@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from lorq.core.basis import Basis
@@ -108,16 +108,38 @@ class PreparedHessian:
 
     matrix: Float[Tensor, "in in"]
     damping: float
+    _falling: dict[tuple[int, int], tuple[Tensor, "PreparedHessian"]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def factor(self) -> Float[Tensor, "in in"]:
         """Lower Cholesky factor of the damped matrix."""
         return cholesky(damp(self.matrix, self.damping))
 
+    def falling(self, block: int, group: int) -> tuple[Int64[Tensor, "in"], "PreparedHessian"]:
+        """Columns by falling diagonal, those of a block and of a group in it together; and itself in that order.
+
+        Made once. Equal diagonals keep their order.
+        """
+        if (block, group) not in self._falling:
+            size = self.matrix.diagonal().view(-1, block // group, group)
+            order = torch.arange(size.numel(), device=size.device).view_as(size)
+            order = order.gather(2, _falling(size))
+            order = order.gather(1, _falling(size.mean(2)).unsqueeze(2).expand_as(order))
+            order = order[_falling(size.mean((1, 2)))].flatten()
+            ordered = PreparedHessian(self.matrix[order][:, order], self.damping)
+            self._falling.setdefault((block, group), (order, ordered))
+        return self._falling[block, group]
+
     @cached_property
     def inverse_factor(self) -> Float[Tensor, "in in"]:
         """Upper factor of the damped matrix's inverse, as `lorq.core.rounding.gptq` reads it."""
         return inverse_factor(damp(self.matrix, self.damping))
+
+
+def _falling(values: Float[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+    return values.argsort(descending=True, stable=True)
 
 
 class StatsAccumulator:

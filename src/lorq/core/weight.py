@@ -233,7 +233,7 @@ class QuantizedWeight:
         return {name: tensor.cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
 
     def continuous(self) -> dict[str, Tensor]:
-        """Of `tensors` those that are numbers and no codes (`lorq.core.codes.Codes.continuous`), and the factors."""
+        """What of `tensors` is numbers and no codes (`lorq.core.codes.Codes.continuous`), and the factors."""
         return self.codes.continuous() | (self.low_rank.tensors() if isinstance(self.low_rank, LowRank) else {})
 
     def refitted(self, numbers: Mapping[str, Tensor]) -> "QuantizedWeight":

@@ -67,3 +67,30 @@ def row_order(stored: Float[Tensor, "out in"], weight: Float[Tensor, "out in"]) 
     except (KeyError, IndexError):
         return None
     return torch.tensor(found)
+
+
+def write_lora(file: Path, architecture: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+    """Write an adapter for llama.cpp; the bytes of its tensors.
+
+    llama.cpp multiplies by ``alpha / rank``, the rank of each tensor, and not at all where ``adapter.lora.alpha`` is 0,
+    as here.
+
+    Args:
+        factors: left and right by the GGUF file's names of tensors, with its order of rows; of experts stacked.
+    """
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(file, architecture)
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 0.0)
+    size = 0
+    for name, (left, right) in factors.items():
+        for suffix, factor in (("lora_a", right), ("lora_b", left)):
+            writer.add_tensor(f"{name}.{suffix}", factor.contiguous().numpy())
+            size += factor.nbytes
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return size

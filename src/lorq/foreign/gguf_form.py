@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from lorq.foreign.choose import Compensated
-from lorq.foreign.gguf_file import GgufFile, row_order
+from lorq.foreign.gguf_file import GgufFile, row_order, write_lora
 
 ADAPTER = "adapter.gguf"
 
@@ -26,20 +26,13 @@ def check_gguf(quantized: Path) -> None:
 def write_gguf(done: Compensated, folder: Path, file: GgufFile) -> int:
     """Write the LoRA file; the bytes of its tensors.
 
-    llama.cpp multiplies by ``alpha / rank``, the rank of each tensor, and not at all where ``adapter.lora.alpha`` is 0,
-    as here. Rows go to where the GGUF file has them: those of Llama's q and k are in another order there.
+    Rows go to where the GGUF file has them: those of Llama's q and k are in another order there.
 
     Raises:
         ValueError: if a layer is not in the GGUF file as the model has it.
     """
-    from gguf import GGUFWriter
-
     targets = {t.name: t for targets in done.couple.targets.values() for t in targets}
-    writer = GGUFWriter(folder / ADAPTER, file.architecture)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 0.0)
-    size = 0
+    found = {}
     for name in done.layers:
         factors = done.factors(name)
         if factors is None:
@@ -52,11 +45,5 @@ def write_gguf(done: Compensated, folder: Path, file: GgufFile) -> int:
             raise ValueError(
                 f"{own} of {file.path} must have the rows of {name}, it has others; --exclude it, or take --form peft"
             )
-        for suffix, factor in (("lora_a", factors.right), ("lora_b", factors.left[order])):
-            writer.add_tensor(f"{own}.{suffix}", factor.contiguous().numpy())
-            size += factor.nbytes
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return size
+        found[own] = factors.left[order], factors.right
+    return write_lora(folder / ADAPTER, file.architecture, found)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lorq.core.basis import SMALLEST_BLOCK, Basis, largest_block
 from lorq.core.checks import Range
-from lorq.core.codes import Codes, IntGrid
+from lorq.core.codes import Codes, GgufGrid, IntGrid
+from lorq.core.codes.gguf_blocks import TYPES
 from lorq.core.codes.trellis import LARGEST_WINDOW, MOST_BITS
 from lorq.core.codes.vectors import VECTOR_LENGTHS
 from lorq.core.low_rank import LowRank
@@ -24,6 +25,9 @@ Share = Annotated[float, Range(0, 1)]
 Damping = Annotated[float, Range(0, 10)]
 Window = Annotated[int, Range(8, LARGEST_WINDOW)]
 Search = Literal["none", "saturate", "scale"]
+GgufType = Literal[
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"
+]  # fmt: skip
 SEARCHES: dict[Search, RangeSearch | None] = {
     "none": None,
     "saturate": RangeSearch(steps=20, depth=0.5, mode="saturate"),
@@ -99,6 +103,24 @@ def layer_group(width: int, group_size: int) -> int:
 def layer_grid(width: int, bits: int, group_size: int, symmetric: bool) -> IntGrid:
     """The grid for a layer of ``width`` columns."""
     return IntGrid(bits, layer_group(width, group_size), symmetric)
+
+
+def gguf_grid(in_: int, grid: str) -> GgufGrid | None:
+    """The grid of a GGUF type, for a layer of ``in_`` columns; None for names that are no type.
+
+    Raises:
+        ValueError: if the type's blocks do not divide the width.
+    """
+    if grid not in TYPES:
+        return None
+    format = GgufGrid(grid)
+    format.check(1, in_)
+    return format
+
+
+def gguf_choices(grid: str) -> dict[str, tuple[Any, ...]]:
+    """What a budget chooses from where a GGUF type is asked for: the types with blocks of no more columns."""
+    return {"grid": tuple(name for name, type in TYPES.items() if type.block <= TYPES[grid].block)}
 
 
 def needed(stats: InputStats | None) -> InputStats:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from lorq.core.basis import Basis
 from lorq.core.checks import Range, check_settings
-from lorq.core.codes import Codes, IntGrid, TrellisGrid
+from lorq.core.codes import Codes, GgufGrid, IntGrid, TrellisGrid
+from lorq.core.codes.gguf_blocks import TYPES
 from lorq.core.linalg import times_lower
 from lorq.core.low_rank import FactorType, LowRank, factor_bits, store_factors
 from lorq.core.problem import Problem
 from lorq.core.rank_choice import choose_rank, rank_cap
-from lorq.core.rounding import ROUNDINGS, RangeSearch, trellis
+from lorq.core.rounding import ROUNDINGS, RangeSearch, gguf, trellis
 from lorq.core.sketch import SketchForm, sketch
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.weight import LayerFormat, QuantizedWeight
@@ -22,14 +23,16 @@ from lorq.methods.common import (
     SEARCHES,
     WIDTHS,
     Damping,
+    GgufType,
     GroupSize,
     Share,
     Window,
     activation_scale,
     assemble,
     check_codebook,
+    gguf_choices,
+    gguf_grid,
     layer_grid,
-    layer_group,
     needed,
     preset,
     rotation,
@@ -69,6 +72,8 @@ class FLRQ:
         min_gain: below this total share the low-rank part is dropped, rank 0.
         epochs: rounds of refitting both parts; -1 for 20 at 2 bits and 1 above, as the code.
         factor_type: how factors are stored: "float16", or 8 bits and a scale per vector: "int8", "e4m3".
+        grid: "integer", equally spaced values; or a block type of GGUF, which says bits and groups by itself:
+            ``bits``, ``group_size``, ``symmetric`` and ``rounding`` do not matter.
         shrinkage: how far the Hessian moves towards its diagonal, 0 to 1.
         damping: share of the mean diagonal added to the diagonal, where the Hessian is factorised.
     """
@@ -91,6 +96,7 @@ class FLRQ:
     min_gain: Share = 0.0
     epochs: Annotated[int, Range(0, 1000, "20 at 2 bits and 1 above")] = 1
     factor_type: FactorType = "int8"
+    grid: Literal["integer", GgufType] = "integer"
     shrinkage: Share = 0.2
     damping: Damping = 0.01
 
@@ -106,10 +112,21 @@ class FLRQ:
                 f"{self.metric!r} and range_measure {self.range_measure!r}; leave them away"
             )
 
+        if self.grid != "integer" and (self.codebook != "scalar" or self.rounding != "gptq"):
+            raise ValueError(
+                f"GGUF's blocks hold scalar codes and pass errors on, got grid {self.grid!r} with codebook "
+                f"{self.codebook!r} and rounding {self.rounding!r}; leave these away"
+            )
+
+    @property
+    def _code_bits(self) -> int:
+        return self.bits if self.grid == "integer" else TYPES[self.grid].bits
+
     @property
     def choices(self) -> dict[str, tuple[Any, ...]]:
         """Each width without factors and with a few: if ranks are worth more than bits, the first are."""
-        return {"bits": WIDTHS[self.codebook], "budget": tuple(dict.fromkeys((0.0, min(self.budget, 0.03))))}
+        widths = {"bits": WIDTHS[self.codebook]} if self.grid == "integer" else gguf_choices(self.grid)
+        return {**widths, "budget": tuple(dict.fromkeys((0.0, min(self.budget, 0.03))))}
 
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """Each weight by itself: its low rank, its codes, in turns."""
@@ -142,7 +159,7 @@ class FLRQ:
         scaling = hessian.factor if self.metric == "hessian" else activation_scale(stats, self.exponent)
         codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
         best: tuple[float, Codes, LowRank | None, str] | None = None
-        epochs = self.epochs if self.epochs >= 0 else 20 if self.bits == 2 else 1
+        epochs = self.epochs if self.epochs >= 0 else 20 if self._code_bits == 2 else 1
         for search in [wide] + epochs * [narrow]:
             for step in self.order.split("-then-"):
                 if step == "low-rank":
@@ -165,16 +182,18 @@ class FLRQ:
         format = self._codes(*target.shape)
         if isinstance(format, TrellisGrid):
             return trellis(target, hessian, format, rows)
+        if isinstance(format, GgufGrid):
+            return gguf(target, hessian, format)
         return ROUNDINGS[self.rounding](target, hessian, format, search)
 
     def _basis(self, width: int) -> Basis:
         """Trellis codes want weights that are all but Gaussian."""
         return rotation(width) if self.codebook == "trellis" else Basis(None, 0, 0)
 
-    def _codes(self, out: int, in_: int) -> IntGrid | TrellisGrid:
+    def _codes(self, out: int, in_: int) -> IntGrid | TrellisGrid | GgufGrid:
         if self.codebook == "trellis":
             return TrellisGrid.of(out, self.bits, self.window)
-        return layer_grid(in_, self.bits, self.group_size, self.symmetric)
+        return gguf_grid(in_, self.grid) or layer_grid(in_, self.bits, self.group_size, self.symmetric)
 
     def _fit_low_rank(
         self, target: Float[Tensor, "out in"], scaling: Tensor, generator: torch.Generator
@@ -186,10 +205,10 @@ class FLRQ:
         candidates = min(self._rank_cap(out, in_) + 1, out, in_)
         left, right = sketch(scaled, rank=candidates, form=self.sketch, iterations=self.iterations, generator=generator)
         choice = choose_rank(
-            scaled, left, right, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget,
+            scaled, left, right, bits=self._code_bits, factor_bits=factor_bits(self.factor_type), budget=self.budget,
             slope_window=self.slope_window, slope_threshold=self.slope_threshold, min_gain=self.min_gain,
             warm_up=self.iterations, measure=self.range_measure,
-            group_size=layer_group(in_, self.group_size) if self.range_measure == "group" else None,
+            group_size=self._codes(out, in_).plain(in_).group_size if self.range_measure == "group" else None,
         )  # fmt: skip
         left, right = left[:, : choice.rank], right[: choice.rank]
         if scaling.ndim == 2:
@@ -205,7 +224,7 @@ class FLRQ:
         return LayerFormat(self._codes(out, in_), rank, self.factor_type, rotation_block=basis.block)
 
     def _rank_cap(self, out: int, in_: int) -> int:
-        return rank_cap(out, in_, bits=self.bits, factor_bits=factor_bits(self.factor_type), budget=self.budget)
+        return rank_cap(out, in_, bits=self._code_bits, factor_bits=factor_bits(self.factor_type), budget=self.budget)
 
 
 @preset

@@ -72,6 +72,11 @@ class Dial:
         }  # fmt: skip
         if not sizes:
             raise ValueError("a budget needs layers that it can choose for, got 0: all are overridden")
+        if plan.options.widths and "bits" not in choices_of(plan.method):
+            known = ", ".join(choices_of(plan.method))
+            raise ValueError(
+                f"widths are those of integer codes, {plan.name} as it is chooses {known}; leave --widths away"
+            )
         options = {**choices_of(plan.method)} | ({"bits": plan.options.widths} if plan.options.widths else {})
         changes = tuple(dict(zip(options, values, strict=True)) for values in product(*options.values()))
         for number, change in enumerate(changes):

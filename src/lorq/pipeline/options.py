@@ -3,12 +3,16 @@
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from lorq.core.checks import Range, check_name, check_settings
 from lorq.core.stats import TokenWeights
 from lorq.methods import METHODS, Method
+from lorq.methods.common import GgufType
 from lorq.models.texts import StartToken
+
+# Of a table: a width, or a type.
+TableBits = Annotated[int | GgufType, Range(0, 8, words=get_args(GgufType))]
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,10 @@ class Options:
         kv_cache: "token" rounds keys and values to 8 bits, on each token's own range.
         exclude: regular expressions; layers whose name one of them matches stay as they are.
         override: "REGEX:key=value"; matching layers get another setting of the method.
-        embeddings: bits of the table that tokens are looked up in, 2 to 8; 0 leaves it as it is. Rounded to nearest,
-            row by row, but where it is the head too.
-        head: bits of the layer that makes the logits, 2 to 8; 0 leaves it as it is. Rounded with error feedback, under
-            its own inputs, where there is calibration. Where both are one table, either option says its bits.
+        embeddings: bits of the table that tokens are looked up in, 2 to 8, or a block type of GGUF, such as q8_0; 0
+            leaves it as it is. Rounded to nearest, row by row, but where it is the head too.
+        head: the same of the layer that makes the logits. Rounded with error feedback, under its own inputs, where
+            there is calibration. Where both are one table, either option says its bits.
         table_group_size: columns of these two that share a scale; -1 for one group per row.
         bits_per_weight: all stored bits of the quantized layers over their weights, on average, such as 2.9: each layer
             gets those bits and settings of the method with which the whole model is harmed least; 0 for the method's
@@ -74,8 +78,8 @@ class Options:
     kv_cache: Literal["none", "token"] = "none"
     exclude: tuple[str, ...] = ()
     override: tuple[str, ...] = ()
-    embeddings: Annotated[int, Range(0, 8)] = 0
-    head: Annotated[int, Range(0, 8)] = 0
+    embeddings: TableBits = 0
+    head: TableBits = 0
     table_group_size: Annotated[int, Range(1, minus_one="one group per row")] = 64
     bits_per_weight: Annotated[float, Range(0, 16)] = 0.0
     size: str = ""

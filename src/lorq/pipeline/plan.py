@@ -157,7 +157,7 @@ def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
         listed = ", ".join(f"{kind} {pattern!r}" for kind, pattern in sorted(unused))
         raise ValueError(f"patterns must match a layer that is not excluded, these match none: {listed}")
     refuse_unfit({t: own for layers in plan.blocks.values() for t, own in layers.items()})
-    refuse_unfit(plan.tables, "another --table-group-size")
+    refuse_unfit(plan.tables, "other --embeddings, --head or --table-group-size")
     if not names:
         raise ValueError("there must be at least one layer to quantize, got 0: everything is excluded")
     for own in layers.values():

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lorq.core.checks import check_name
-from lorq.methods import FLRQ, Method
+from lorq.methods import FLRQ, GPTQ, Method
 from lorq.methods.common import preset as subclass
 from lorq.pipeline.options import Options, method_name
 
@@ -46,6 +46,8 @@ PRESETS: dict[str, Preset] = {
     "best": Preset(FLRQ(codebook="trellis", window=14, budget=0.0, epochs=0), {"token_weights": "gradient"}),
 }
 DEFAULT = "balanced"
+# What stands for a preset where the output is a file for llama.cpp, whose grids hold no trellis.
+INTO_FILE = Preset(GPTQ(grid="q4_0"), {"token_weights": "gradient"})
 
 
 def preset(name: str = DEFAULT, **changes: Any) -> dict[str, Any]:

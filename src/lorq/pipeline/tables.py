@@ -12,6 +12,7 @@ from lorq.core.problem import Problem
 from lorq.core.stats import InputStats, StatsAccumulator, output_energy
 from lorq.core.weight import QuantizedWeight, join_rows
 from lorq.methods import GPTQ, Method, Nearest
+from lorq.methods.common import GgufType
 from lorq.models.blocks import StreamedModel, Target
 from lorq.models.calls import Stream
 from lorq.models.tables import find_tables, head_inputs
@@ -52,11 +53,19 @@ def table_methods(
     layers: dict[str, dict[Target, Method]] = {}
     for part, (bits, target) in asked.items():
         if bits and isinstance(target, Target):
-            group, feedback = options.table_group_size, calibrated and (part == "head" or found.tied)
-            nearest = Nearest(bits=bits, group_size=group, range_search="scale")
-            layers[part] = {target: GPTQ(bits=bits, group_size=group) if feedback else nearest}
+            feedback = calibrated and (part == "head" or found.tied)
+            layers[part] = {target: _method(bits, options.table_group_size, feedback=feedback)}
     others = {other: f"not the table of tokens ({kind}), kept as it is" for other, kind in found.others.items()}
     return layers, others
+
+
+def _method(bits: int | GgufType, group_size: int, *, feedback: bool) -> Method:
+    """How a table is rounded."""
+    if isinstance(bits, str):
+        return GPTQ(grid=bits) if feedback else Nearest(grid=bits)
+    if feedback:
+        return GPTQ(bits=bits, group_size=group_size)
+    return Nearest(bits=bits, group_size=group_size, range_search="scale")
 
 
 def head_table(model: StreamedModel, tables: Iterable[Target]) -> tuple[str, Target | None]:

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from lorq.core.stats import _CORRECTION as SHARE
 from lorq.core.stats import _CORRECTION_DAMPING as DAMPING
-from lorq.core.stats import StatsAccumulator, output_energy
+from lorq.core.stats import PreparedHessian, StatsAccumulator, output_energy
 
 both = pytest.mark.parametrize("token_weights", ["equal", "plain"])
 
@@ -197,6 +197,16 @@ def test_a_prepared_hessian_is_made_once_for_each_setting(correlated):
     assert first.factor is first.factor and first.inverse_factor is first.inverse_factor
     for shrinkage, damping in ((0.1, 0.01), (0.2, 0.1)):
         assert stats.prepared(shrinkage=shrinkage, damping=damping) is not first
+
+
+def test_columns_fall_with_their_diagonal_inside_of_groups_and_blocks():
+    diagonal = torch.tensor([1.0, 2.0, 9.0, 1.0, 3.0, 3.0, 8.0, 7.0])  # blocks of 4 in groups of 2
+    hessian = PreparedHessian(torch.diag(diagonal) + 0.1, 0.01)
+    order, ordered = hessian.falling(4, 2)
+    assert order.tolist() == [6, 7, 4, 5, 2, 3, 1, 0]
+    assert torch.equal(ordered.matrix, hessian.matrix[order][:, order]) and ordered.damping == 0.01
+    assert hessian.falling(4, 2)[1] is ordered and hessian.falling(8, 8)[0].tolist() == [2, 6, 7, 4, 5, 1, 0, 3]
+    assert PreparedHessian(torch.eye(8), 0.0).falling(4, 2)[0].tolist() == list(range(8))
 
 
 def test_other_statistics_have_other_prepared_hessians(correlated):

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from lorq.core.codes.gguf import GgufCodes, GgufGrid
 from lorq.core.codes.integer import IntCodes, IntGrid
 from lorq.core.codes.levels import (
     LEVEL_KINDS,
@@ -89,7 +90,10 @@ class Codes(Protocol):
         ...
 
     def continuous(self) -> dict[str, Tensor]:
-        """Of `tensors` those that are numbers and no codes, which tuning may change: scales, entries of codebooks."""
+        """What of `tensors`, or inside of one, is numbers and no codes, which tuning may change: scales, codebooks.
+
+        Names are those of stored tensors, but for numbers inside of one.
+        """
         ...
 
     def refitted(self, numbers: Mapping[str, Tensor]) -> "Codes":
@@ -102,10 +106,11 @@ class Codes(Protocol):
 
 CODES: dict[str, type[Any]] = {
     "integer": IntGrid, "levels": LevelFormat, "vectors": VectorGrid, "trellis": TrellisGrid,
+    "gguf": GgufGrid,
 }  # fmt: skip
 
 __all__ = [
-    "CODES", "LEVEL_KINDS", "Codebook", "Codes", "CodesFormat", "IntCodes", "IntGrid", "LevelCodes", "LevelFormat",
-    "LevelGrid", "LowRankScale", "TrellisCodes", "TrellisGrid", "VectorCodes", "VectorGrid", "level_values", "levels",
-    "start_block",
+    "CODES", "LEVEL_KINDS", "Codebook", "Codes", "CodesFormat", "GgufCodes", "GgufGrid", "IntCodes", "IntGrid",
+    "LevelCodes", "LevelFormat", "LevelGrid", "LowRankScale", "TrellisCodes", "TrellisGrid", "VectorCodes",
+    "VectorGrid", "level_values", "levels", "start_block",
 ]  # fmt: skip

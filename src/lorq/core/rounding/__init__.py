@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lorq.core.codes import IntCodes, IntGrid
 from lorq.core.rounding.clip import RangeSearch, clip
+from lorq.core.rounding.gguf import gguf, gguf_nearest
 from lorq.core.rounding.gptq import gptq, gptq_levels
 from lorq.core.rounding.gptvq import gptvq
 from lorq.core.rounding.nearest import nearest, nearest_levels
@@ -16,4 +17,16 @@ from lorq.core.stats import PreparedHessian
 Rounding = Callable[[Tensor, PreparedHessian, IntGrid, RangeSearch | None], IntCodes]
 ROUNDINGS: dict[str, Rounding] = {"nearest": nearest, "clip": clip, "gptq": gptq}
 
-__all__ = ["ROUNDINGS", "RangeSearch", "clip", "gptq", "gptq_levels", "gptvq", "nearest", "nearest_levels", "trellis"]
+__all__ = [
+    "ROUNDINGS",
+    "RangeSearch",
+    "clip",
+    "gguf",
+    "gguf_nearest",
+    "gptq",
+    "gptq_levels",
+    "gptvq",
+    "nearest",
+    "nearest_levels",
+    "trellis",
+]

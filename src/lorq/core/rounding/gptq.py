@@ -58,7 +58,7 @@ def gptq(
         code = grid.encode(column, s, z)
         return code, grid.decode(code, s, z)
 
-    _feed_back(columns, codes, hessian.inverse_factor, _blocks(width, size), encode)
+    feed_back(columns, codes, hessian.inverse_factor, column_blocks(width, size), encode)
     return IntCodes.of(codes.T.contiguous(), scale.T.contiguous(), zero.T.contiguous(), grid)
 
 
@@ -88,11 +88,11 @@ def gptq_levels(
         return code, grid.decode(code, scales[i])
 
     width = len(columns)
-    _feed_back(columns, codes, upper, _blocks(width, width), encode)
+    feed_back(columns, codes, upper, column_blocks(width, width), encode)
     return codes.T.contiguous()
 
 
-def _feed_back(
+def feed_back(
     columns: Float[Tensor, "in out"],
     codes: Float[Tensor, "in out"],
     upper: Float[Tensor, "in in"],
@@ -114,7 +114,7 @@ def _feed_back(
         columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
 
 
-def _blocks(width: int, size: int) -> Iterator[tuple[int, int]]:
+def column_blocks(width: int, size: int) -> Iterator[tuple[int, int]]:
     """Blocks of at most ``_BLOCK`` columns: several whole groups, or a part of one group.
 
     So every group has received all earlier errors when its range is fitted at its first column.

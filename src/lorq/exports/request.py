@@ -1,0 +1,103 @@
+"""What is asked of a target, what it answers, and how it refuses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+from lorq.core.checks import check_name
+
+if TYPE_CHECKING:  # torch, which help and refusals do not wait for
+    from lorq.storage.folder import LorqFolder
+
+
+GgufType = Literal[
+    "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"
+]
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """What a GGUF file leaves open.
+
+    Attributes:
+        type: of the quantized layers in a GGUF file; left out, the smallest that holds their codes exactly. What it
+            does not hold exactly is rounded, and how much that changes is printed.
+        embeddings: of the table of tokens and the head there; left out, what they are.
+        fallback: of tensors there whose width is no multiple of the other type's blocks, which are refused without.
+        fold: round the low-rank part into the type with the codes, for a GGUF file without an adapter.
+        tokenizer_pre: what llama.cpp calls the tokenizer's way of splitting text, where lorq cannot tell.
+
+    Raises:
+        ValueError: for an unknown type.
+    """
+
+    type: GgufType | None = None
+    embeddings: GgufType | None = None
+    fallback: GgufType | None = None
+    fold: bool = False
+    tokenizer_pre: str | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("type", "embeddings", "fallback"):
+            if (name := getattr(self, option)) is not None:
+                check_name(option, name, get_args(GgufType))
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What is asked beside the folder and the place to write to.
+
+    Attributes:
+        out: the name that the export will have, for what is printed and what files say of each other.
+        dtype: of what is not quantized, "bfloat16", "float16" or "float32"; "auto" is the folder's own.
+        adapter: the name that the adapter will have, where the low-rank part is asked for as one.
+        adapter_place: where to write it.
+        gguf: what is asked of a GGUF file.
+    """
+
+    out: Path
+    dtype: str = "auto"
+    adapter: Path | None = None
+    adapter_place: Path | None = None
+    gguf: GgufOptions = GgufOptions()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came out.
+
+    Attributes:
+        bytes: of all that was written.
+        lines: to print, such as the command that serves it.
+        lost: what the target cannot hold and the export is without, with how much that is.
+        out: where; `lorq.export` puts it in.
+    """
+
+    bytes: int
+    lines: tuple[str, ...] = ()
+    lost: Mapping[str, str] = field(default_factory=dict)
+    out: Path = Path()
+
+
+class Target(Protocol):
+    """A module of this room."""
+
+    def export(self, folder: "LorqFolder", out: Path, request: ExportRequest) -> Exported:
+        """Write a folder's model to ``out``, a path where nothing is: a new folder, or a file.
+
+        Targets that write no adapter must refuse ``request.adapter``.
+
+        Raises:
+            ValueError: `refusal`, before anything is written, if the target cannot hold the model.
+        """
+
+
+def refusal(target: str, what: str, others: str) -> ValueError:
+    """The error for what a target cannot hold.
+
+    Args:
+        what: the rule and the first thing that breaks it, ``holds integer codes, model.layers.0 has trellis ones``.
+        others: targets that can.
+    """
+    return ValueError(f"--to {target} {what}; it can be exported --to {others}")

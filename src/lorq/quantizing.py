@@ -1,0 +1,94 @@
+"""The quantize command: into a folder, or into a file for llama.cpp."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+import lorq
+from lorq.exporting import quantize_into_file
+from lorq.models.locate import full_path
+from lorq.refusals import given
+from lorq.show import notes, print_exported, print_next, print_summary, progress_bars
+from lorq.tuning import quantize_and_tune
+
+
+def is_file(out: str | Path) -> bool:
+    """Whether an output's name tells of a file for llama.cpp."""
+    return str(out).lower().endswith(".gguf")
+
+
+def quantize_command(
+    settings: Any = None, options: Any = None, methods: tuple[str, ...] = (), presets: tuple[str, ...] = ()
+) -> Callable[..., None]:
+    """The quantize command with one method's settings and the run's options as flags; without them, what lists show."""
+
+    def quantize(
+        model: str,
+        out: Path,
+        *,
+        preset: str = "balanced",
+        method: str = "flrq",
+        settings: Any = settings,
+        options: Any = options,
+        tune: int | None = None,
+        json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    ) -> None:
+        """Quantize MODEL into the folder OUT.
+
+        Args:
+            model: a Hugging Face folder, a hub id, or a GGUF file.
+            out: the new folder; or a file for llama.cpp, by a name that ends in .gguf: then the method is gptq, unless
+                one is given, on one of GGUF's own grids.
+            preset: a method with its settings by what it costs, fast, balanced or best; `lorq quantize --preset NAME
+                --help` shows its values as the defaults, and they are printed when the work begins.
+            method: how, with the method's own defaults in place of a preset's; `lorq quantize --method NAME --help`
+                lists its settings.
+            tune: then tune it for so many steps on the calibration's windows, as `lorq tune` does.
+            json_: print the report as one JSON object.
+        """
+        exported = None
+        with progress_bars() as progress:
+            chosen = {"progress": progress, **vars(options)}
+            if is_file(out):
+                report, exported = quantize_into_file(model, out, settings, tune, **chosen)
+            elif tune is None:
+                report = lorq.quantize(model, out, settings, **chosen)
+            else:
+                report = quantize_and_tune(model, out, settings, tune, **chosen)
+        if json_:
+            print(json.dumps(report.as_dict()))
+            return
+        print_summary(report, None if options.dry_run else full_path(out))
+        if exported is not None:
+            print_exported(exported)
+        elif not options.dry_run:
+            print_next(("evaluate", out, "--reference", model), ("generate", out, "your question"))
+
+    if methods:
+        quantize.__annotations__ |= {
+            "preset": Literal[presets],  # type: ignore[valid-type]
+            "method": Literal[methods],  # type: ignore[valid-type]
+            "settings": Annotated[type(settings), Parameter(name="*")],
+            "options": Annotated[type(options), Parameter(name="*")],
+        }
+    return quantize
+
+
+def with_preset(arguments: list[str], *, to_file: bool, helps: bool) -> tuple[list[str], Any]:
+    """The command line with the flags that a preset stands for, printed, unless a method is given; and the
+    `lorq.pipeline.presets.Preset` whose values help shows."""
+    from lorq.methods import METHODS
+    from lorq.pipeline.presets import DEFAULT, INTO_FILE, PRESETS, Preset
+
+    method, name = given(arguments, "--method"), given(arguments, "--preset") or (None if to_file else DEFAULT)
+    chosen = INTO_FILE if name is None else PRESETS.get(name)
+    if method is not None or chosen is None:
+        return arguments, Preset(METHODS.get(method or "flrq", METHODS["flrq"])())
+    flags = chosen.flags()
+    if not helps:
+        notes.print(f"{f'preset {name}' if name else 'for llama.cpp'}: {' '.join(map(' '.join, flags.items()))}")
+    more = [f"{flag}={value}" for flag, value in flags.items() if given(arguments, flag) is None]
+    return arguments + more, chosen if helps else Preset(type(chosen.method)())
