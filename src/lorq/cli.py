@@ -281,8 +281,9 @@ def _run(arguments: list[str]) -> None:
 
             progress(IMPORT, 1, 1)
         arguments, shown = with_preset(arguments, to_file=names_file(arguments[1:]), helps=helps)
+        settings, options = shown.as_defaults()
         del app["quantize"]
-        app.command(quantize_command(*shown.as_defaults(), tuple(METHODS), tuple(PRESETS)))
+        app.command(quantize_command(settings, options, tuple(METHODS), tuple(PRESETS)))
     chosen, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     for name in ("text", "evaluation", "calibration"):
         if (text := bound.arguments.get(name)) not in (None, SELF):
