@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lorq import adapt as adapt
     from lorq.evaluation import Evaluation as Evaluation
     from lorq.evaluation import evaluate as evaluate
+    from lorq.exporting import export as export
     from lorq.foreign.run import compensate as compensate
     from lorq.generation import generate as generate
     from lorq.methods import *  # noqa: F403
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
 # Public names come when they are asked for: `import torch` runs this file (entry point of `_autoload`) and must
 # not pay for transformers. The methods' classes are public by standing in METHODS.
 _HOME = {
-    "METHODS": "methods", "Evaluation": "evaluation", "evaluate": "evaluation", "generate": "generation",
-    "load": "runtime.hf", "compensate": "foreign.run", "preset": "pipeline.presets", "quantize": "pipeline.quantize",
-    "tune": "tuning", "Report": "storage.report", "read_report": "storage.report",
+    "METHODS": "methods", "Evaluation": "evaluation", "evaluate": "evaluation", "export": "exporting",
+    "generate": "generation", "load": "runtime.hf", "compensate": "foreign.run", "preset": "pipeline.presets",
+    "quantize": "pipeline.quantize", "tune": "tuning", "Report": "storage.report", "read_report": "storage.report",
 }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from lorq.show import (
     console,
     download_bars,
     notes,
+    print_exported,
     print_families,
     print_figures,
     print_next,
@@ -115,10 +116,10 @@ evaluate = command(
     lorq.evaluate, lambda result, as_json: print_figures(result.as_dict(), as_json), json="print one JSON object."
 )
 generate = command(lorq.generate, print_pieces)
-tune = command(lorq.tune, print_tuned, json="print the report as one JSON object.")
 app.command(evaluate, name="evaluate")
 app.command(generate, name="generate")
-app.command(tune, name="tune")
+app.command(command(lorq.tune, print_tuned, json="print the report as one JSON object."), name="tune")
+app.command(command(lorq.export, print_exported), name="export")
 app.command(compensate)
 
 
@@ -138,8 +139,7 @@ def inspect(
         verify: compare every weight file with its checksum first.
         html: write a page with plots to this file.
     """
-    out = full_path(out)
-    report = read_report(out)  # refuses other folders before torch is there
+    report = read_report(out := full_path(out))  # refuses other folders before torch is there
     from lorq.runtime.inspect import expert_lines, implementation_lines, layer_implementations
     from lorq.storage.folder import LorqFolder
     from lorq.storage.reader import verify_shards

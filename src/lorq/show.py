@@ -225,6 +225,13 @@ def _as_flag(parameter: inspect.Parameter) -> inspect.Parameter:
     return parameter
 
 
+def print_exported(done: Any) -> None:
+    """What an export has written, what is lost, and how to go on."""
+    console.print(f"wrote {done.out}, {done.bytes / 1e6:.1f} MB", soft_wrap=True)
+    for line in (*(f"lost, {what}: {how}" for what, how in done.lost.items()), *done.lines):
+        console.print(line, soft_wrap=True)
+
+
 def print_pieces(pieces: Iterable[str]) -> None:
     """Text, each piece when it comes, and the end of the line."""
     for piece in pieces:

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "lorq"
+_BEFORE = ("core", "methods", "kernels", "storage", "models", "runtime", "pipeline", "adapt", "foreign")
 # A room may import those before it in its line, and nothing else (README has the tree).
 ROOMS = {
     "core": (),
@@ -18,21 +19,10 @@ ROOMS = {
     "pipeline": ("core", "methods", "kernels", "storage", "models", "runtime"),
     "adapt": ("core", "kernels", "storage", "models", "runtime"),
     "foreign": ("core", "methods", "kernels", "storage", "models", "runtime", "pipeline"),
-    "faces": ("core", "methods", "kernels", "storage", "models", "runtime", "pipeline", "adapt", "foreign"),
-    "bench": ("core", "methods", "kernels", "storage", "models", "runtime", "pipeline", "adapt", "foreign", "faces"),
-    "cli": (
-        "core",
-        "methods",
-        "kernels",
-        "storage",
-        "models",
-        "runtime",
-        "pipeline",
-        "adapt",
-        "foreign",
-        "faces",
-        "bench",
-    ),
+    "exports": _BEFORE,
+    "faces": (*_BEFORE, "exports"),
+    "bench": (*_BEFORE, "exports", "faces"),
+    "cli": (*_BEFORE, "exports", "faces", "bench"),
 }
 # Files of the first level that belong to no room: everybody may import them, they import nothing of lorq.
 GROUND = ("pools", "progress", "version")

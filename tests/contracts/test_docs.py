@@ -56,7 +56,7 @@ def test_the_readmes_commands_run_in_their_order(model, capsys):
     verbs = [shlex.split(command)[1] for command in commands]
     first, training = ["quantize", "evaluate", "inspect", "generate"], ["adapt", "evaluate", "merge", "adapt"]
     tuned = ["quantize", "tune", "compensate", "compensate"]
-    assert verbs == [*first, "quantize", "quantize", *tuned, "quantize", *training]
+    assert verbs == [*first, "export", "quantize", "export", "quantize", "quantize", *tuned, "quantize", *training]
     for command in commands:
         assert main(shlex.split(smaller(command))[1:]) == 0, command
 

@@ -92,6 +92,7 @@ def test_a_setting_that_is_only_checked_counts_as_unread(tmp_path):
 COMMANDS = {
     "compensation.py": {"compensate"},
     "evaluation.py": {"evaluate"},
+    "exporting.py": {"export"},
     "generation.py": {"generate"},
     "tuning.py": {"tune"},
     "bench/commands.py": {"bench_sketch", "bench_experts", "bench_decode", "bench_adapt", "bench_quantize"},

@@ -15,7 +15,7 @@ print("loaded:", *{"torch", "transformers", "numpy"} & set(sys.modules))
 sys.exit(status)
 """
 BENCH = ("sketch", "experts", "decode", "adapt", "quantize")
-COMMANDS = ("evaluate", "inspect", "generate", "tune", "adapt", "merge", "families", "demo", "bench")
+COMMANDS = ("evaluate", "inspect", "export", "generate", "tune", "adapt", "merge", "families", "demo", "bench")
 HELP = ["", *COMMANDS, *(f"bench {name}" for name in BENCH)]
 MISTAKES = {
     "quantise {model} {out}": 'Unknown command "quantise"',
@@ -58,6 +58,13 @@ MISTAKES = {
     "generate {model} Hi --products byte": 'Invalid value "byte" for --products',
     "generate {model} Hi --tokens 0": "tokens must be at least 1, got 0",
     "adapt {model} {out} --text nothing.txt": "text must be one of python-docs",
+    "export {missing} {out} --to dense": "no such model: {missing}",
+    "export {model} {out} --to dense": "{model} has no lorq_report.json",
+    "export {model} {out} --to densa": "got 'densa'; did you mean dense?",
+    "export {model} {out}": "to must be given unless OUT ends in .gguf",
+    "export {model} {used} --to dense": "{used} must be new",
+    "export {model} {used} --to dense --overwrite": "exported and nothing else, to be replaced, it has thesis.txt",
+    "export {model} {out} --to dense --dtype int4": 'Invalid value "int4" for --dtype',
     "families nothing-like-it": "no model type or class of transformers has 'nothing-like-it' in its name",
     "families nothing-like-it --json": "has 'nothing-like-it' in its name",
     "quantize": "MODEL and OUT are missing; usage: lorq quantize MODEL OUT [OPTIONS]",

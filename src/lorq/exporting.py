@@ -1,0 +1,84 @@
+"""A lorq folder as what other programs read."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lorq.core.checks import Dtype, check_arguments, check_name
+from lorq.exports import TARGETS
+from lorq.exports.request import Exported, ExportRequest
+from lorq.models.locate import full_path, resolve_model
+from lorq.progress import IMPORT, Progress, no_progress
+from lorq.storage.appear import appearing, refuse_used
+from lorq.storage.report import read_report
+from lorq.version import __version__
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    *,
+    to: str | None = None,
+    dtype: Dtype = "auto",
+    adapter: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write MODEL, a lorq folder, as what another program reads.
+
+    OUT appears when it is whole. What the target cannot hold is refused, with the reason and the targets that can, and
+    what is lost on the way is measured and printed.
+
+    Args:
+        model: a lorq folder.
+        out: the new folder, or file.
+        to: compressed-tensors (integer codes of 2 to 8 bits for vLLM and transformers), gptq (2, 3, 4 and 8 bits for
+            readers of that format), peft (a lorq folder without its low-rank part, which becomes an adapter), or dense
+            (an ordinary Hugging Face folder, as large as the original).
+        dtype: of what is not quantized: bfloat16, float16 or float32; auto is the original's.
+        adapter: where the low-rank part goes as an adapter beside OUT, for targets that take it so.
+        overwrite: replace what an earlier export has written there.
+        progress: called as ``progress(stage, done, total)``.
+
+    Returns:
+        What was written, what was lost, and how to go on.
+
+    Raises:
+        ValueError: for an unknown target, or one that cannot hold the model.
+        FileNotFoundError, FileExistsError, OSError: for missing models, used names, full disks.
+    """
+    (dtype,) = check_arguments(export, dtype=dtype)
+    progress, out, place = progress or no_progress, full_path(out), None if adapter is None else full_path(adapter)
+    name = to or _by_name(out)
+    check_name("to", name, TARGETS)
+    outputs = [out] if place is None else [out, place]
+    for output in outputs:
+        refuse_used(output, overwrite=overwrite)
+    source = full_path(model)
+    if source.exists():
+        read_report(source)  # refuses other folders before torch is there
+    if len({os.path.realpath(path) for path in (*outputs, source)}) <= len(outputs):
+        raise FileExistsError(f"model, out and adapter must be three places, got {', '.join(map(str, outputs))}")
+    progress(IMPORT, 0, 1)
+    from lorq.runtime.device import own_defaults
+    from lorq.storage.folder import LorqFolder
+
+    progress(IMPORT, 1, 1)
+    mark: dict[str, Any] = {"target": name, "lorq_version": __version__}
+    with own_defaults(), ExitStack() as stack:
+        folder = LorqFolder.open(resolve_model(model))
+        places = [stack.enter_context(appearing(output, mark)) for output in outputs]
+        request = ExportRequest(out, dtype, place, places[1] if place else None)
+        done: Exported = import_module(TARGETS[name]).export(folder, places[0], request)
+        mark["lost"] = dict(done.lost)
+    return replace(done, out=out)
+
+
+def _by_name(out: Path) -> str:
+    """The target that an output's name tells."""
+    if out.suffix.lower() != ".gguf":
+        raise ValueError(f"to must be given unless OUT ends in .gguf: one of {', '.join(TARGETS)}, for {out}")
+    return "gguf"

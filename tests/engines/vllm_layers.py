@@ -1,0 +1,108 @@
+"""vLLM's own layers with lorq's weights, shared by several processes; run by test_vllm.py in vLLM's environment.
+
+python vllm_layers.py FOLDER RANK WORLD     # FOLDER has layers.json and layers.safetensors
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from vllm.config import VllmConfig as Engine
+from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import get_quantization_config
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+from lorq.kernels import fake_quantize
+from lorq.runtime.vllm import register
+from lorq.storage.config import read_format
+
+HIDDEN, MIDDLE, HEAD, TOKENS = 64, 128, 16, 200
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+PARTS = {"qkv_proj": ("q", "k", "v"), "gate_up_proj": (0, 1)}
+
+
+def main(folder: Path, rank: int, world: int) -> None:
+    spec, tensors = json.loads((folder / "layers.json").read_text()), load_file(folder / "layers.safetensors")
+    os.environ["VLLM_DIST_IDENT"] = f"{folder.name}-{world}"  # vLLM's own launcher sets it
+    register()
+    register()  # as several processes and plug-ins may
+    with set_current_vllm_config(Engine()):
+        meeting = f"file://{folder}/meeting-{world}"
+        init_distributed_environment(world, rank, meeting, local_rank=rank, backend="gloo")
+        initialize_model_parallel(world)
+        config = get_quantization_config("lorq").from_config(spec)
+        config.packed_modules_mapping = FUSED
+        check(config, spec, tensors, rank, world)
+    print(f"rank {rank} of {world}: all alike")
+
+
+def check(config, spec, tensors, rank, world):
+    """Every layer's output is the dense weight's, or this rank's part of it."""
+
+    def dense(name):
+        if name not in spec["layers"]:
+            return tensors[f"{name}.weight"]
+        own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+        return read_format(name, spec["layers"][name]).read(own).dense()
+
+    def product(name, x):
+        own = spec["layers"].get(name, {})
+        if own.get("input_quantization") == "tensor":
+            x = fake_quantize(x, tensors[f"{name}.input_scale"], tensors[f"{name}.input_zero_point"])
+        y = x @ dense(name).T
+        return fake_quantize(y, None, None) if own.get("output_quantization") == "token" else y
+
+    def filled(layer, prefix):
+        parent, _, leaf = prefix.rpartition(".")
+        for number, part in enumerate(FUSED.get(leaf, [leaf])):
+            for key, tensor in tensors.items():
+                if key.rpartition(".")[0] != f"{parent}.{part}".lstrip("."):
+                    continue
+                parameter = getattr(layer, key.rpartition(".")[2])
+                shard = PARTS[leaf][number] if leaf in PARTS else None
+                if number % 2 and shard is not None:  # as vLLM 0.32 tells it
+                    tensor = tensor.detach()
+                    tensor.shard_id = shard
+                    parameter.weight_loader(parameter, tensor)
+                else:
+                    parameter.weight_loader(parameter, tensor, *([] if shard is None else [shard]))
+        layer.quant_method.process_weights_after_loading(layer)
+        return layer
+
+    def close(ours, exact):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
+
+    rest = {"quant_config": config, "params_dtype": torch.float32}
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
+    for kv, prefix in ((2, "model.layers.0.self_attn.qkv_proj"), (1, "model.layers.1.self_attn.qkv_proj")):
+        layer = filled(QKVParallelLinear(HIDDEN, HEAD, 4, kv, bias=False, prefix=prefix, **rest), prefix)
+        wholes = [product(prefix.replace("qkv", letter), x) for letter in "qkv"]
+        ranks = [(rank, world)] + [(rank * min(kv, world) // world, min(kv, world))] * 2
+        parts = [whole.chunk(count, -1)[place] for whole, (place, count) in zip(wholes, ranks, strict=True)]
+        close(layer(x)[0], torch.cat(parts, -1))
+    prefix = "model.layers.0.mlp.gate_up_proj"
+    layer = filled(MergedColumnParallelLinear(HIDDEN, [MIDDLE] * 2, bias=False, prefix=prefix, **rest), prefix)
+    parts = [product(prefix.replace("gate_up", part), x).chunk(world, -1)[rank] for part in ("gate", "up")]
+    close(layer(x)[0], torch.cat(parts, -1))
+    for prefix, width in (("model.layers.0.self_attn.o_proj", HIDDEN), ("model.layers.0.mlp.down_proj", MIDDLE)):
+        z = torch.randn(5, width, generator=torch.Generator().manual_seed(1))
+        layer = filled(RowParallelLinear(width, HIDDEN, bias=False, prefix=prefix, **rest), prefix)
+        close(layer(z.chunk(world, -1)[rank].contiguous())[0], product(prefix, z))
+    table = filled(VocabParallelEmbedding(TOKENS, HIDDEN, prefix="model.embed_tokens", **rest), "model.embed_tokens")
+    index = torch.tensor([0, 3, 99, 100, TOKENS - 1])
+    close(table(index), dense("model.embed_tokens")[index])
+    head = ParallelLMHead(TOKENS, HIDDEN, prefix="lm_head", **rest).tie_weights(table)
+    head.quant_method.process_weights_after_loading(head)
+    logits = head.quant_method.apply(head, x)
+    own = table.shard_indices
+    rows = slice(own.org_vocab_start_index, own.org_vocab_end_index)
+    close(logits[:, : rows.stop - rows.start], x @ dense("model.embed_tokens")[rows].T)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

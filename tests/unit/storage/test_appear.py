@@ -1,0 +1,90 @@
+"""Outputs are whole or absent, and nothing that is not lorq's is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from lorq.storage.appear import appearing, refuse_used
+from lorq.storage.names import EXPORTED
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from lorq.storage.appear import appearing
+with appearing(Path(sys.argv[1]), {}) as place:
+    place.mkdir()
+    (place / "half.bin").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def write(out, content="one", **mark):
+    with appearing(out, mark) as place:
+        assert not out.exists() or out.is_dir()
+        place.mkdir()
+        (place / "below").mkdir()
+        (place / "below" / "a.txt").write_text(content)
+
+
+def test_a_folder_appears_whole_with_a_mark_of_its_files(tmp_path):
+    write(tmp_path / "new" / "out", target="dense")
+    assert json.loads((tmp_path / "new" / "out" / EXPORTED).read_text()) == {
+        "files": ["below/a.txt"],
+        "target": "dense",
+    }
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def test_an_error_leaves_nothing_and_what_was_there_stays(tmp_path):
+    write(tmp_path / "out")
+    with pytest.raises(KeyError), appearing(tmp_path / "out", {}) as place:
+        place.write_text("half")
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "below" / "a.txt").read_text() == "one"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_kill_leaves_no_half_under_the_name_and_the_next_run_clears_up(tmp_path):
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "out")])
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["out.lorq.tmp"]
+    refuse_used(tmp_path / "out")
+    write(tmp_path / "out", "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["below", EXPORTED]
+
+
+def test_what_exists_is_replaced_only_when_asked_and_only_lorqs_own(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    refuse_used(out)  # empty
+    write(out)
+    with pytest.raises(FileExistsError, match=r"out must be new, it is there; .* --overwrite"):
+        refuse_used(out)
+    refuse_used(out, overwrite=True)
+    write(out, "two")
+    assert (out / "below" / "a.txt").read_text() == "two"
+    (out / "below" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"it has below/thesis\.txt; choose another name"):
+        refuse_used(out, overwrite=True)
+
+
+def test_a_file_is_replaced_when_asked(tmp_path):
+    out = tmp_path / "model.gguf"
+    for content in ("one", "two"):
+        refuse_used(out, overwrite=content == "two")
+        with appearing(out, {}) as place:
+            place.write_text(content)
+    assert out.read_text() == "two"
+
+
+def test_two_runs_do_not_write_one_output(tmp_path):
+    with appearing(tmp_path / "out", {}) as place:
+        with pytest.raises(FileExistsError, match=r"another run is writing .*out\.lorq\.tmp"):
+            refuse_used(tmp_path / "out")
+        place.mkdir()
