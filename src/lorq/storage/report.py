@@ -69,13 +69,15 @@ class Report:
     def notes(self) -> dict[str, str]:
         """The layers' notes by module, once for layers of one module with the same note, as those of an expert.
 
-        And why files that lie beside the original's weights do not lie beside these.
+        And that the original had been quantized, and why files that lie beside its weights do not lie beside these.
         """
         modules: dict[tuple[str, str], list[str]] = {}
         for layer in self.layers:
             if layer.note:
                 modules.setdefault((layer.name.rpartition(".")[0], layer.note), []).append(layer.name)
         notes = {module if len(names) > 1 else names[0]: note for (module, note), names in modules.items()}
+        if "dequantized" in self.run:
+            notes["all layers"] = self.run["dequantized"]
         return notes | {name: f"not copied, {why}" for name, why in self.run.get("not_copied", {}).items()}
 
     def as_dict(self) -> dict[str, Any]:
