@@ -138,6 +138,7 @@ def help_text() -> str:
         "",
         "evaluate",
         "inspect",
+        "push",
         "generate",
         "tune",
         "adapt",

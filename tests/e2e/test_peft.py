@@ -1,4 +1,4 @@
-"""peft on a loaded folder: adapters are attached, trained by transformers and trl, saved, and never merged into codes."""
+"""peft on a loaded folder: adapters are attached, trained by transformers and trl, saved, not merged into codes."""
 
 import pytest
 import torch

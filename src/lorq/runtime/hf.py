@@ -117,7 +117,7 @@ class LorqQuantizer(HfQuantizer):
             "folder it was loaded from (adapters: lorq.adapt.save)"
         )
 
-    # Codes alone do not train: `transformers.Trainer` asks for an adapter of peft (`lorq.runtime.lora`) unless the
+    # Codes alone do not train: `transformers.Trainer` asks for an adapter of peft (lora.py here) unless the
     # second is set, as it is where lorq's own or quantization-aware training is attached (`lorq.adapt.adapters`).
     is_trainable, is_qat_trainable = True, False
 

@@ -19,7 +19,7 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
 class QuantLoraLinear(peft_layers.Linear):
-    """Peft's LoRA layer on a packed one: ``y = x W^T + b + scaling (x A^T) B^T``; ``A`` and ``B`` learn, codes do not."""
+    """Peft's LoRA layer on a packed one: ``y = x W^T + b + scaling (x A^T) B^T``; ``A`` and ``B`` learn."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, **kwargs: Any):
         if packed_of(base_layer).shared is not None:
