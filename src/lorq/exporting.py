@@ -4,6 +4,7 @@ import os
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ def export(
     source = full_path(model)
     if source.exists():
         read_report(source)  # refuses other folders before torch is there
-    if len({os.path.realpath(path) for path in (*outputs, source)}) <= len(outputs):
-        raise FileExistsError(f"model, out and adapter must be three places, got {', '.join(map(str, outputs))}")
+    places = [Path(os.path.realpath(path)) for path in (source, *outputs)]
+    if any(one.is_relative_to(other) for one, other in permutations(places, 2)):
+        given = ", ".join(map(str, places))
+        raise FileExistsError(f"model, out and adapter must be places of their own, none in another, got {given}")
     progress(IMPORT, 0, 1)
     from lorq.runtime.device import own_defaults
     from lorq.storage.folder import LorqFolder
@@ -70,9 +73,9 @@ def export(
     mark: dict[str, Any] = {"target": name, "lorq_version": __version__}
     with own_defaults(), ExitStack() as stack:
         folder = LorqFolder.open(resolve_model(model))
-        places = [stack.enter_context(appearing(output, mark)) for output in outputs]
-        request = ExportRequest(out, dtype, place, places[1] if place else None)
-        done: Exported = import_module(TARGETS[name]).export(folder, places[0], request)
+        made = [stack.enter_context(appearing(output, mark)) for output in outputs]
+        request = ExportRequest(out, dtype, place, made[1] if place else None)
+        done: Exported = import_module(TARGETS[name]).export(folder, made[0], request)
         mark["lost"] = dict(done.lost)
     return replace(done, out=out)
 

@@ -84,8 +84,9 @@ def test_targets_say_what_they_refuse(quantized, tmp_path):
     folder = quantized("llama")
     with pytest.raises(ValueError, match=r"--to dense has the low-rank part in its matrices, --adapter .*lora is none"):
         lorq.export(folder, tmp_path / "out", to="dense", adapter=tmp_path / "lora")
-    with pytest.raises(FileExistsError, match="must be three places"):
-        lorq.export(folder, tmp_path / "out", to="dense", adapter=tmp_path / "out")
+    for adapter in ("out", "out/lora"):
+        with pytest.raises(FileExistsError, match="must be places of their own, none in another"):
+            lorq.export(folder, tmp_path / "out", to="dense", adapter=tmp_path / adapter)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from lorq.core.weight import LayerFormat
 from lorq.runtime.vllm.experts import LorqExpertsMethod
@@ -24,6 +24,7 @@ class VllmConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, config: LorqConfig):
         super().__init__()
         self.formats: dict[str, LayerFormat] = config.formats()
+        self.tables = list(config.embeddings)
         self.heads = {head: table for table, head in config.embeddings.items() if head}
         if config.tiles:
             raise ValueError(
@@ -51,10 +52,14 @@ class VllmConfig(QuantizationConfig):  # type: ignore[misc]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         self.formats = hf_to_vllm_mapper.apply_dict(self.formats)
+        self.tables = hf_to_vllm_mapper.apply_list(self.tables)
         self.heads = hf_to_vllm_mapper.apply_dict(self.heads)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         if isinstance(layer, VocabParallelEmbedding):
+            # vLLM's Llama gives its table no name, here it has the only one that can be meant.
+            if not prefix and len(self.tables) == 1 and not isinstance(layer, ParallelLMHead):
+                prefix = self.tables[0]
             if prefix in self.formats or prefix in self.heads:
                 return LorqTableMethod(prefix, self.formats.get(prefix))
             return None

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.model_executor.layers.linear import LinearMethodBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+from lorq.core.basis import Basis
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.kernels import fake_quantize, turn
 from lorq.runtime.linear import QuantLinear
@@ -150,6 +152,25 @@ def _alike(one: nn.Module, other: nn.Module) -> bool:
     return isinstance(one, Part) and isinstance(other, Part) and one.has_basis_of(other)
 
 
+# By name, which a compiled program has in place of a table.
+_TABLES: WeakValueDictionary[str, Part] = WeakValueDictionary()
+
+
+@torch.library.custom_op("lorq::table_rows", mutates_args=())
+def table_rows(index: Tensor, name: str, width: int, dtype: torch.dtype) -> Tensor:
+    """Rows of a table, decoded: an operator, since a compiled program must not look into it, which takes any number."""
+    part = _TABLES[name]
+    own = part.linear
+    # Indices of tokens of other devices are masked.
+    rows = own.format.decode_rows(own.stored(), (index + part.first).clamp(max=own.out_features - 1), own.in_features)
+    return (Basis(part.permutation, *part.rotation).unrotate(rows) if part.has_basis else rows).to(dtype)
+
+
+@table_rows.register_fake
+def _(index: Tensor, name: str, width: int, dtype: torch.dtype) -> Tensor:
+    return index.new_empty(index.shape[0], width, dtype=dtype)
+
+
 class LorqTableMethod(QuantizeMethodBase):
     """The table of tokens, the head, or a head that multiplies by the table's codes.
 
@@ -159,7 +180,7 @@ class LorqTableMethod(QuantizeMethodBase):
     """
 
     def __init__(self, name: str, format: LayerFormat | None):
-        self.collected = Collected({name: format} if format else {})
+        self.name, self.collected = name, Collected({name: format} if format else {})
 
     def create_weights(
         self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
@@ -173,17 +194,12 @@ class LorqTableMethod(QuantizeMethodBase):
         weight, own = self.collected.weight(0), layer.shard_indices
         assert isinstance(weight, QuantizedWeight)
         rows = (own.org_vocab_start_index, own.org_vocab_end_index)
-        layer.lorq_table = Part(weight, rows, (0, weight.shape[1])).to(layer.weight_packed.device)
+        layer.lorq_table = _TABLES[self.name] = Part(weight, rows, (0, weight.shape[1])).to(layer.weight_packed.device)
         self.collected.forget()
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
-        part: Part = layer.lorq_table
-        own = part.linear
-        index = (input_.flatten() + part.first).clamp(max=own.out_features - 1)  # of tokens of others, which are masked
-        rows = own.format.decode_rows(own.stored(), index, own.in_features)
-        if part.has_basis:
-            rows = _back(part, rows)
-        return rows.to(layer.params_dtype).view(*input_.shape, -1)
+        rows = table_rows(input_.flatten(), self.name, layer.embedding_dim, layer.params_dtype)
+        return rows.view(*input_.shape, -1)
 
     def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> Any:
         layer.lorq_tied = (embed_tokens,)  # in a tuple: its tensors are not the head's own
@@ -195,9 +211,3 @@ class LorqTableMethod(QuantizeMethodBase):
         # Every device gives as many, to be put side by side.
         y = nn.functional.pad(y, (0, layer.num_embeddings_per_partition - part.rows)) if layer.tp_size > 1 else y
         return y if bias is None else y + bias[: y.shape[-1]].to(y.dtype)
-
-
-def _back(part: Part, rows: Tensor) -> Tensor:
-    from lorq.core.basis import Basis
-
-    return Basis(part.permutation, *part.rotation).unrotate(rows)
