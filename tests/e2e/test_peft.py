@@ -78,6 +78,17 @@ def test_adapters_get_the_gradients_that_dense_weights_give(kind, quantized):
         )
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_gradients_are_the_same_where_blocks_are_run_again_for_them(quantized):
+    model = with_lora(lorq.load(quantized("trellis")))
+    plain = gradients(model)
+    model.enable_input_require_grads()
+    model.activation_checkpointing_enable()
+    again = gradients(model.train())
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_of_8_bit_inputs_let_gradients_through(quantized):
     found = gradients(with_lora(lorq.load(quantized("8-bit inputs"))))
     assert all(float(gradient.norm()) > 0 for gradient in found.values())

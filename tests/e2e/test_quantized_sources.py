@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import lorq
 from lorq.cli import main
+from lorq.quality import bits_per_weight
 from lorq.storage.folder import LorqFolder
 
 TOKENS = torch.arange(7, 39)[None]
@@ -39,6 +40,10 @@ def logits(model):
         return model(TOKENS).logits
 
 
+def dense_layers(model):
+    return [module for name, module in model.named_modules() if name.endswith("_proj")]
+
+
 @pytest.mark.parametrize("target", ["gptq", "compressed-tensors"])
 def test_codes_on_the_same_grid_come_back(target, quantized, tmp_path):
     source, first = tmp_path / "source", quantized()
@@ -58,7 +63,12 @@ def test_codes_on_the_same_grid_come_back(target, quantized, tmp_path):
 def test_such_a_model_writes_its_own_text_is_a_reference_and_is_said_on_the_command_line(quantized, tmp_path, capsys):
     source = tmp_path / "source"
     lorq.export(quantized(), source, to="gptq", dtype="float32")
-    torch.testing.assert_close(logits(lorq.load(source)), logits(lorq.load(quantized())), rtol=1e-3, atol=1e-3)
+    model = lorq.load(source)
+    torch.testing.assert_close(logits(model), logits(lorq.load(quantized())), rtol=1e-3, atol=1e-3)
+    # A scale of 16 bits and a zero point of 4 for 16 columns, and 32 bits for each column's group.
+    sizes = [layer.weight.shape for layer in dense_layers(model)]
+    columns = sum(32 * in_ for _, in_ in sizes) / sum(out * in_ for out, in_ in sizes)
+    assert bits_per_weight(model, source) == pytest.approx(4 + 20 / 16 + columns)
     flags = ["--method", "gptq", "--bits", "3", "--group-size", "16", "--samples", "2", "--seq-len", "16"]
     assert main(["quantize", str(source), str(tmp_path / "out"), *flags, "--exclude", "o_proj"]) == 0
     capsys.readouterr()

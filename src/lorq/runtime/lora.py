@@ -15,7 +15,7 @@ from torch import nn
 from lorq.runtime.linear import QuantLinear
 
 # Ways to begin that leave the base's weight as it is (peft 0.21); the others change it, and codes cannot follow.
-_STARTS = (True, False, "gaussian", "eva", "orthogonal")
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class QuantLoraLinear(peft_layers.Linear):
@@ -35,8 +35,8 @@ class QuantLoraLinear(peft_layers.Linear):
         if start not in _STARTS or getattr(config, "kasa_config", None) is not None:
             way = "kasa_config" if start in _STARTS else f"init_lora_weights {start!r}"
             raise ValueError(
-                f"{way} changes the weights of the base, whose codes stay as they are; take init_lora_weights True, "
-                "'gaussian', 'orthogonal' or 'eva', or load the model and .dequantize() it first"
+                f"{way} changes the weights of the base, or may, and codes stay as they are; take init_lora_weights "
+                "True, 'gaussian', 'orthogonal', 'eva' or 'mica', or load the model and .dequantize() it first"
             )
         super().update_layer(adapter_name, *args, **kwargs)
 
