@@ -56,6 +56,7 @@ def push(
         OSError: if the hub refuses, or is not there.
     """
     place = full_path(out)
+    _check_made(place)
     _check_name("repo", repo)
     if base_model:
         _check_name("base_model", base_model)
@@ -67,6 +68,14 @@ def push(
 
         verify_shards(place, read_report(place).checksums)
     return Pushed(card, _upload(place, repo, card, private))
+
+
+def _check_made(place: Path) -> None:
+    """Refuse what lorq has not made, with a FileNotFoundError or ValueError."""
+    if place.is_file() and place.suffix.lower() != ".gguf":
+        raise ValueError(f"OUT must be a lorq folder, an export's, or a .gguf file, got the file {place}")
+    if not place.is_file() and not (place / EXPORTED).is_file():
+        read_report(place)
 
 
 def _check_name(what: str, name: str) -> None:
@@ -103,14 +112,8 @@ def _upload(place: Path, repo: str, card: str, private: bool) -> str:
 
 
 def _card(place: Path, repo: str, base_model: str) -> str:
-    """The card of whatever it is.
-
-    Raises:
-        FileNotFoundError, ValueError: if lorq has not made it.
-    """
+    """The card of whatever it is."""
     if place.is_file():
-        if place.suffix.lower() != ".gguf":
-            raise ValueError(f"OUT must be a lorq folder, an export's, or a .gguf file, got the file {place}")
         return _written({}, "", repo, base_model, "", ["gguf"], _exported(repo, "gguf", {}))
     head, body = _own_card(place)
     if (place / EXPORTED).is_file():

@@ -67,8 +67,6 @@ MISTAKES = {
     "export {model} {out} --to dense --dtype int4": 'Invalid value "int4" for --dtype',
     "push {missing} org/name": "there is no folder {missing}",
     "push {model} org/name": "{model} has no lorq_report.json",
-    "push {model} nowhere": "repo must be an organisation or user and a name, such as org/name, got 'nowhere'",
-    "push {model} a/b/c": "repo must be a name on the hub, such as org/name, got 'a/b/c'",
     "families nothing-like-it": "no model type or class of transformers has 'nothing-like-it' in its name",
     "families nothing-like-it --json": "has 'nothing-like-it' in its name",
     "quantize": "MODEL and OUT are missing; usage: lorq quantize MODEL OUT [OPTIONS]",

@@ -132,6 +132,18 @@ def test_what_is_saved_is_what_is_loaded_and_the_base_is_not_touched(quantized, 
     torch.testing.assert_close(logits(again.unload()), before, rtol=0, atol=0)
 
 
+def test_attaching_saving_and_taking_off_decode_no_weight(quantized, tmp_path, monkeypatch):
+    model = lorq.load(quantized())
+    looks = []
+    monkeypatch.setattr(QuantLinear, "weight", property(lambda layer: looks.append(layer)))
+    wrapped = with_lora(model, target_modules="all-linear")
+    logits(wrapped)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    model = wrapped.unload()
+    peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
+    assert looks == []
+
+
 def test_merging_is_refused_and_goes_with_dense_weights(quantized, tmp_path):
     model = with_lora(lorq.load(quantized()))
     expected = logits(model)

@@ -65,12 +65,19 @@ def packed_of(layer: nn.Module) -> QuantLinear:
 
 def _extend() -> None:
     """Let peft make `QuantLoraLinear`, and find packed layers where it looks for all linear ones."""
-    make, find = peft_model.LoraModel._create_new_module, tuners_utils._maybe_include_all_linear_layers
+    make, replace = peft_model.LoraModel._create_new_module, peft_model.LoraModel._replace_module
+    find = tuners_utils._maybe_include_all_linear_layers
 
     def with_packed(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         lora_config._register_custom_module({QuantLinear: QuantLoraLinear})
         made: nn.Module = make(lora_config, adapter_name, target, **kwargs)
         return made
+
+    def replace_packed(self: Any, parent: nn.Module, name: str, new: nn.Module, child: nn.Module) -> None:
+        if isinstance(new, QuantLoraLinear | QuantLinear):
+            setattr(parent, name, new)  # on its device already, for which peft would decode the weight 18 times
+        else:
+            replace(self, parent, name, new, child)
 
     def find_with_packed(config: Any, model: Any) -> Any:
         every = str(getattr(config, "target_modules", "")).lower() == "all-linear"
@@ -82,6 +89,7 @@ def _extend() -> None:
         return config
 
     peft_model.LoraModel._create_new_module = staticmethod(with_packed)
+    peft_model.LoraModel._replace_module = replace_packed
     tuners_utils._maybe_include_all_linear_layers = find_with_packed
 
 
