@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorq.methods import *  # noqa: F403
     from lorq.pipeline.presets import preset as preset
     from lorq.pipeline.quantize import quantize as quantize
+    from lorq.publishing import push as push
     from lorq.runtime.hf import load as load
     from lorq.storage.report import Report as Report
     from lorq.storage.report import read_report as read_report
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 _HOME = {
     "METHODS": "methods", "Evaluation": "evaluation", "GgufOptions": "exports.request", "evaluate": "evaluation",
     "export": "exporting", "generate": "generation", "load": "runtime.hf", "compensate": "foreign.run",
-    "preset": "pipeline.presets", "quantize": "pipeline.quantize", "tune": "tuning", "Report": "storage.report",
+    "preset": "pipeline.presets", "push": "publishing", "quantize": "pipeline.quantize", "tune": "tuning", "Report": "storage.report",
     "read_report": "storage.report",
 }  # fmt: skip
 

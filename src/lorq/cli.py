@@ -39,6 +39,7 @@ from lorq.show import (
     print_figures,
     print_next,
     print_pieces,
+    print_pushed,
     print_summary,
     print_tuned,
     progress_bars,
@@ -69,6 +70,7 @@ app.command(evaluate, name="evaluate")
 app.command(generate, name="generate")
 app.command(command(lorq.tune, print_tuned, json="print the report as one JSON object."), name="tune")
 app.command(command(lorq.export, print_exported), name="export")
+app.command(command(lorq.push, print_pushed), name="push")
 app.command(compensate)
 
 

@@ -1,16 +1,18 @@
 """How good a model is."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 from lorq.adapt.folder import read_adapter_config
 from lorq.core.checks import Dtype, Products, Range, check_arguments
+from lorq.harness import known_tasks, read_tasks, run_tasks
 from lorq.models.locate import resolve_model
 from lorq.models.texts import TEXTS, StartToken, check_text, load_text, text_name
 from lorq.models.tokenizer import check_tokenizer
 from lorq.progress import EVALUATE, IMPORT, READ, Progress, no_progress
+from lorq.storage.measured import record as keep
 from lorq.storage.names import REPORT_NAME
 from lorq.storage.report import read_report
 
@@ -33,6 +35,7 @@ class Evaluation:
         window: tokens of a window, the start token included; windows do not overlap.
         windows: how many.
         start_token: whether each window begins with one.
+        tasks: what lm-eval found, metrics by their names, by task; {} where none were asked for.
     """
 
     perplexity: float
@@ -46,10 +49,11 @@ class Evaluation:
     window: int
     windows: int
     start_token: bool
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name, ready for JSON."""
-        return asdict(self)
+        """The fields by name, ready for JSON; without tasks where there are none."""
+        return {key: value for key, value in asdict(self).items() if key != "tasks" or value}
 
 
 def evaluate(
@@ -64,9 +68,13 @@ def evaluate(
     device: str = "auto",
     dtype: Dtype = "auto",
     products: Products = "exact",
+    tasks: str = "",
+    task_path: str | Path | None = None,
+    task_limit: Annotated[int, Range(0)] = 0,
+    record: bool = True,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Perplexity of a model on a text, and how far it is from a reference.
+    """Perplexity of a model on a text, how far it is from a reference, and what it scores at tasks.
 
     Args:
         model: a lorq folder, or anything that quantize takes.
@@ -80,17 +88,26 @@ def evaluate(
         dtype: of the activations: float32, bfloat16 or float16; auto is float32 on a CPU.
         products: how inputs of the model (not of the reference) meet integer codes on a CPU: exact, or bytes, which
             rounds them to 8 bits on the fly. With the model as its own reference the divergence is that of bytes alone.
+        tasks: of lm-eval (pip install 'lorq[tasks]'), commas between, such as hellaswag,arc_easy; their data comes from
+            the hub. Like ``lm_eval --model hf``, which takes the folder too.
+        task_path: a folder with task files (.yaml) of your own, which may name local data.
+        task_limit: examples of each task; 0 for all.
+        record: keep the figures in the report of a lorq folder, which `lorq inspect` shows; not those with an adapter,
+            or of products in bytes.
         progress: called as ``progress(stage, done, total)``; the stages are named in `lorq.progress`.
 
     Raises:
+        ImportError, OSError: if tasks are asked for and lm-eval or their data is not there.
         FileNotFoundError, ValueError: as `lorq.load` and `lorq.models.texts.load_text` do, if text or model are too
             short for the window, and for another word for products.
         FloatingPointError: if a logit is not finite.
     """
     dtype = str(dtype).removeprefix("torch.")  # type: ignore[assignment]
-    window, windows, start_token, device, dtype, products = check_arguments(
-        evaluate, window=window, windows=windows, start_token=start_token, device=device, dtype=dtype, products=products
-    )
+    window, windows, start_token, device, dtype, products, task_limit = check_arguments(
+        evaluate, window=window, windows=windows, start_token=start_token, device=device, dtype=dtype,
+        products=products, task_limit=task_limit,
+    )  # fmt: skip
+    names, place = read_tasks(tasks, task_path)
     text, progress = check_text(text), progress or no_progress
     folder = resolve_model(model)
     check_tokenizer(folder)
@@ -104,6 +121,7 @@ def evaluate(
     from lorq.runtime.device import own_defaults
     from lorq.runtime.hf import load
 
+    manager = known_tasks(names, place) if names else None
     progress(IMPORT, 1, 1)
     with own_defaults():
         config = _config_of(folder, original)
@@ -125,10 +143,14 @@ def evaluate(
             models[0], tokens, reference=None if original is None else models[1], seen=seen, products=products,
             progress=lambda done, total: progress(EVALUATE, done, total),
         )  # fmt: skip
-        return Evaluation(
+        scores = run_tasks(models[0], encoder.tokenizer, names, manager, limit=task_limit) if names else {}
+        found = Evaluation(
             **vars(quality), bits_per_weight=bits_per_weight(models[0], folder), tokens=len(tokens) * (window - seen),
-            text=text, window=window, windows=len(tokens), start_token=bool(encoder.start),
+            text=text, window=window, windows=len(tokens), start_token=bool(encoder.start), tasks=scores,
         )  # fmt: skip
+    if record and adapter is None and products == "exact" and (folder / REPORT_NAME).is_file():
+        keep(folder, found.as_dict() | {"text": text_name(text), "tasks": None}, scores)
+    return found
 
 
 def _config_of(folder: Path, original: Path | None) -> Any:

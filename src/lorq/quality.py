@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorq.core.weight import layer_bytes
 from lorq.kernels import cpu
+from lorq.models.quantized import QuantizedFiles, is_foreign, read_quantization
 from lorq.models.self_text import eval_mode
 from lorq.runtime.experts import QuantExperts
 from lorq.runtime.packed import PackedWeight
@@ -83,7 +84,8 @@ class Quality:
 def bits_per_weight(model: nn.Module, folder: Path) -> float:
     """Stored bits of the model's quantized layers over the number of their weights.
 
-    For a model without quantized layers: the width of its folder's type.
+    For a model that others have quantized what they have stored; for one without quantized layers the width of its
+    folder's type.
     """
     layers = [module for module in model.modules() if isinstance(module, PackedWeight)]
     if layers:
@@ -98,6 +100,10 @@ def bits_per_weight(model: nn.Module, folder: Path) -> float:
             for layer in layers
         )
         return 8 * stored / sum(layer.out_features * layer.in_features for layer in layers)
+    if is_foreign(folder):
+        files = QuantizedFiles.of(folder, read_quantization(folder))
+        weights = sum(packed.shape[0] * packed.shape[1] for packed in files.layers.values())
+        return 8 * sum(map(files.stored_bytes, files.layers)) / weights
     from transformers import AutoConfig
 
     dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype

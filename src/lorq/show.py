@@ -150,12 +150,33 @@ def print_summary(report: Report, out: Path | None) -> None:
         table.add_row("folder", str(out))
     if tuned := report.run.get("tuning"):
         table.add_row("KL on held-out text", f"{tuned['kl_after']:.4f} (before tuning: {tuned['kl_before']:.4f})")
+    for text, found in report.figures.get("texts", {}).items():
+        table.add_row(f"on {text}", figures_line(found))
+    for task, metrics in report.figures.get("tasks", {}).items():
+        table.add_row(task, metrics_line(metrics))
     if report.notes:
         table.add_row("with a note", f"{len(report.notes)}, see lorq inspect" if out else str(len(report.notes)))
     if report.seconds:
         parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
         table.add_row("seconds", f"{report.seconds:.1f}" + (f" ({parts})" if parts else ""))
     console.print(table)
+
+
+def figures_line(found: dict[str, Any]) -> str:
+    """What was measured on a text, and how."""
+    far = f", KL {found['kl_mean']:.4f}" if "kl_mean" in found else ""
+    return f"perplexity {found['perplexity']:.4g}{far} ({found['windows']} windows of {found['window']} tokens)"
+
+
+def metrics_line(metrics: dict[str, float]) -> str:
+    """A task's metrics with their standard errors, and of how many examples."""
+    errors = {name: value for name, value in metrics.items() if "_stderr" in name}
+    parts = []
+    for name, value in metrics.items():
+        if name not in errors and name != "examples":
+            error = errors.get(name.replace(" (", "_stderr (") if " (" in name else f"{name}_stderr")
+            parts.append(f"{name} {value:.4g}" + ("" if error is None else f" ± {error:.2g}"))
+    return ", ".join(parts) + (f" ({metrics['examples']:.0f} examples)" if "examples" in metrics else "")
 
 
 def _smaller(report: Report) -> str:
@@ -232,6 +253,14 @@ def print_exported(done: Any) -> None:
         console.print(line, soft_wrap=True)
 
 
+def print_pushed(done: Any) -> None:
+    """Where it is, or the card by itself."""
+    if not done.url:
+        print(done.card, end="")
+        return
+    console.print(f"pushed to {done.url}", soft_wrap=True)
+
+
 def print_pieces(pieces: Iterable[str]) -> None:
     """Text, each piece when it comes, and the end of the line."""
     for piece in pieces:
@@ -246,7 +275,10 @@ def print_figures(figures: dict[str, Any], as_json: bool) -> None:
         return
     table = Table(show_header=False)
     for key, value in figures.items():
-        if value is not None:
+        if isinstance(value, dict):  # of tasks
+            for task, metrics in value.items():
+                table.add_row(task, metrics_line(metrics))
+        elif value is not None:
             table.add_row(key, _words(value))
     console.print(table)
 

@@ -139,6 +139,7 @@ def help_text() -> str:
         "",
         "evaluate",
         "inspect",
+        "push",
         "generate",
         "tune",
         "adapt",

@@ -99,6 +99,7 @@ COMMANDS = {
     "evaluation.py": {"evaluate"},
     "exporting.py": {"export"},
     "generation.py": {"generate"},
+    "publishing.py": {"push"},
     "quantizing.py": {"quantize"},
     "tuning.py": {"tune"},
     "bench/commands.py": {"bench_sketch", "bench_experts", "bench_decode", "bench_adapt", "bench_quantize"},

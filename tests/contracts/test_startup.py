@@ -15,7 +15,7 @@ print("loaded:", *{"torch", "transformers", "numpy"} & set(sys.modules))
 sys.exit(status)
 """
 BENCH = ("sketch", "experts", "decode", "adapt", "quantize")
-COMMANDS = ("evaluate", "inspect", "export", "generate", "tune", "adapt", "merge", "families", "demo", "bench")
+COMMANDS = ("evaluate", "inspect", "export", "push", "generate", "tune", "adapt", "merge", "families", "demo", "bench")
 HELP = ["", *COMMANDS, *(f"bench {name}" for name in BENCH)]
 MISTAKES = {
     "quantise {model} {out}": 'Unknown command "quantise"',
@@ -65,6 +65,8 @@ MISTAKES = {
     "export {model} {used} --to dense": "{used} must be new",
     "export {model} {used} --to dense --overwrite": "exported and nothing else, to be replaced, it has thesis.txt",
     "export {model} {out} --to dense --dtype int4": 'Invalid value "int4" for --dtype',
+    "push {missing} org/name": "there is no folder {missing}",
+    "push {model} org/name": "{model} has no lorq_report.json",
     "families nothing-like-it": "no model type or class of transformers has 'nothing-like-it' in its name",
     "families nothing-like-it --json": "has 'nothing-like-it' in its name",
     "quantize": "MODEL and OUT are missing; usage: lorq quantize MODEL OUT [OPTIONS]",

@@ -96,7 +96,7 @@ def adapter_of(folder):
 
 
 def decoded(folder):
-    from lorq.foreign.quantized import QuantizedFiles, read_quantization
+    from lorq.models.quantized import QuantizedFiles, read_quantization
 
     files = QuantizedFiles.of(folder, read_quantization(folder))
     return {name.removesuffix(".weight"): files.tensor(name) for name in files.layers}
@@ -352,6 +352,18 @@ def write_gguf(path, quantize):
             w.add_tensor(f"{name}.weight", values)
     w.write_header_to_file(), w.write_kv_data_to_file(), w.write_tensors_to_file(), w.close()
     return path
+
+
+def test_a_gguf_source_of_quantized_weights_is_said(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORQ_CACHE", str(tmp_path / "cache"))
+    notes = {}
+    for kind in ("", "Q4_0"):
+        source = write_gguf(tmp_path / f"m{kind}.gguf", kind)
+        lorq.quantize(source, tmp_path / f"out{kind}", lorq.Nearest(group_size=32))
+        notes[kind] = lorq.read_report(tmp_path / f"out{kind}").notes
+        assert not (tmp_path / f"out{kind}/.decoded_from").exists()
+    said = "the model's weights were quantized before (GGUF: Q4_0), and dequantized"
+    assert notes == {"": {}, "Q4_0": {"all layers": said}}
 
 
 def test_a_lora_file_for_llama_cpp_brings_the_rows_of_a_gguf_file_back(compensate, monkeypatch, tmp_path):

@@ -145,11 +145,11 @@ def test_a_float8_that_is_no_number_is_found_before_the_work(source, tmp_path):
         lorq.quantize(source, tmp_path / "out", NEAREST, dry_run=True)
 
 
-def test_float8_with_scales_is_refused_by_name(source, tmp_path):
+def test_float8_whose_scales_are_not_there_is_refused_by_name(source, tmp_path):
     quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": quantization}
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"source is already quantized \(fp8\); give the original model"):
+    with pytest.raises(ValueError, match=r"must have weights that fp8 has packed, as its config says; it has none"):
         lorq.quantize(source, tmp_path / "out", NEAREST)
 
 

@@ -165,7 +165,7 @@ def let_train(model: nn.Module, trains: bool, save: Any) -> None:
     """Tell `transformers.Trainer` whether the model trains, and how it is saved; None leaves that to transformers."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
-        quantizer.is_trainable = quantizer.is_qat_trainable = trains
+        quantizer.is_qat_trainable = trains
     if save is not None:
         model.save_pretrained = save  # type: ignore[assignment]
     else:

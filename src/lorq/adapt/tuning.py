@@ -161,7 +161,7 @@ class Run:
         self.progress(WRITE, 0, count * (chosen.seq_len - 1))
         tokens = cached_self_windows(
             lambda: load_dense(self.original, torch.float32), tokenizer_if_any(self.original),
-            read_config(self.original), fingerprint=WeightFiles.open(self.original).fingerprint(),
+            read_config(self.original, quantized=True), fingerprint=WeightFiles.open(self.original).fingerprint(),
             dtype=torch.float32, windows=count, length=chosen.seq_len, seed=chosen.seed,
             progress=lambda done, total: self.progress(WRITE, done, total),
         )  # fmt: skip
@@ -174,7 +174,7 @@ def read_windows(original: Path, text: str, settings: Tuning) -> Windows | None:
     Raises:
         ValueError: if the text is too short, or the model takes no such windows.
     """
-    config, count = read_config(original), settings.samples + settings.held_out
+    config, count = read_config(original, quantized=True), settings.samples + settings.held_out
     if text == SELF:
         check_self_windows(tokenizer_if_any(original), config, windows=count, length=settings.seq_len)
         return None

@@ -12,9 +12,9 @@ from torch import Tensor
 from lorq.core.checks import all_finite
 from lorq.core.compensation import fit_scaling
 from lorq.foreign.gguf_file import GgufFile
-from lorq.foreign.quantized import QuantizedFiles, read_quantization
 from lorq.models.blocks import StreamedModel, Target
 from lorq.models.experts import expert_name, find_experts
+from lorq.models.quantized import QuantizedFiles, read_quantization
 from lorq.models.skeleton import read_config, skeleton
 from lorq.storage.json_files import inconsistent, some_of
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorq.models.calls import Answer, Entered, Key, Recorder, Room, Stream
+from lorq.models.quantized import read_dense
 from lorq.models.skeleton import (
     find_blocks,
     find_tied,
@@ -97,9 +98,14 @@ class StreamedModel:
         self.parts = self._find_parts(blocks)
 
     @classmethod
-    def open(cls, folder: Path, **where: Any) -> "StreamedModel":
-        """The model of a Hugging Face folder; options as of the class."""
-        return cls(skeleton(read_config(folder)), WeightFiles.open(folder), **where)
+    def open(cls, folder: Path, *, dequantize: bool = False, **where: Any) -> "StreamedModel":
+        """The model of a Hugging Face folder; options as of the class.
+
+        With ``dequantize`` it may be one that others have quantized, of which the dequantized weights are read.
+        """
+        config = read_config(folder, quantized=dequantize)
+        stored = read_dense(folder, config.get_text_config().dtype or torch.float32) if dequantize else None
+        return cls(skeleton(config), stored or WeightFiles.open(folder), **where)
 
     @property
     def blocks(self) -> tuple[Part, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorq.storage.atomic import rename_synced, require_space, sha256_of, write_synced
 from lorq.storage.companions import WEIGHTS
-from lorq.storage.names import JOURNAL
+from lorq.storage.names import DECODED_FROM, JOURNAL
 
 if TYPE_CHECKING:  # a wrong path is refused before torch is there
     import torch
@@ -188,7 +188,18 @@ def _decode_gguf(path: Path, folder: Path) -> None:
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path} could not be read as a GGUF language model: {error}") from error
     model.save_pretrained(folder)
+    if kinds := _quantized_kinds(path):
+        note = f"the model's weights were quantized before (GGUF: {', '.join(kinds)}), and dequantized"
+        (folder / DECODED_FROM).write_text(note, encoding="utf-8")
     AutoTokenizer.from_pretrained(parent, gguf_file=name).save_pretrained(folder)
+
+
+def _quantized_kinds(path: Path) -> list[str]:
+    """GGUF's names for the types of a file's tensors, those of plain numbers left out."""
+    from gguf import GGUFReader
+
+    kinds = {tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    return sorted(kinds - {"F64", "F32", "F16", "BF16"})
 
 
 def _decoded_bytes(path: Path) -> int:
@@ -202,8 +213,16 @@ def _decoded_bytes(path: Path) -> int:
 
 
 def load_dense(folder: Path, dtype: "torch.dtype") -> Any:
-    """The whole original model."""
-    from lorq.models.skeleton import BUILDING, model_class, read_config  # and with them torch
+    """The whole original model; of one that others have quantized what that stands for."""
+    from lorq.models.blocks import StreamedModel
+    from lorq.models.quantized import is_foreign
+    from lorq.models.skeleton import BUILDING, model_class, put_tensor, read_config  # and with them torch
 
+    if is_foreign(folder):
+        streamed = StreamedModel.open(folder, dequantize=True)
+        for name in streamed.model.state_dict(keep_vars=True):
+            tensor = streamed.stored_tensor(name)
+            put_tensor(streamed.model, name, tensor.to(dtype) if streamed.is_parameter(name) else tensor)
+        return streamed.model
     with BUILDING:
         return model_class(read_config(folder)).from_pretrained(folder, dtype=dtype).eval()

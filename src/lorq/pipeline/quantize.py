@@ -15,6 +15,7 @@ import torch
 from lorq.methods import Method
 from lorq.models.blocks import StreamedModel
 from lorq.models.locate import cache_dir, full_path, load_dense, refuse_adapter, resolve_model
+from lorq.models.quantized import source_note
 from lorq.models.self_text import cached_self_windows, check_self_windows
 from lorq.models.skeleton import read_config
 from lorq.models.texts import SELF, check_text, text_name
@@ -67,7 +68,8 @@ def quantize(
     text's logits are compared with those of the solved weights.
 
     Args:
-        model: a local Hugging Face folder, a hub id, or a GGUF file.
+        model: a local Hugging Face folder, a hub id, or a GGUF file. Of one that others have quantized (GPTQ, AWQ,
+            compressed-tensors, bitsandbytes, float8, GGUF) the dequantized weights are, which the report tells.
         out: the new folder.
         method: a name of `lorq.METHODS`, or an instance with its settings, such as ``lorq.FLRQ(bits=3)``; if left out,
             that of ``lorq.preset()``, with its options.
@@ -95,7 +97,7 @@ def quantize(
     progress(OPEN, 0, 1)
     source = resolve_model(model)
     refuse_adapter(source)
-    streamed = StreamedModel.open(source, device=read_device(chosen.device))
+    streamed = StreamedModel.open(source, dequantize=True, device=read_device(chosen.device))
     whole = make_plan(streamed, solver, chosen)
     plan = levelled(whole, streamed)
     progress(OPEN, 1, 1)
@@ -307,7 +309,7 @@ def _run_info(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict
         "stream": plan.stream,
         "budget": dict(plan.budget),
         "device_type": model.device.type,
-    }
+    } | ({"dequantized": note} if (note := source_note(model.checkpoint)) else {})
 
 
 def _identity(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict[str, Any]:
@@ -334,7 +336,7 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
     )  # fmt: skip
     beside, left = find_companions(folder)
     report = replace(report, run=report.run | ({"not_copied": left} if left else {}))
-    config = with_code_of(read_config(folder).to_dict(), beside) | {
+    config = with_code_of(read_config(folder, quantized=True).to_dict(), beside) | {
         "transformers_weights": SENTINEL,
         "quantization_config": {
             "quant_method": "lorq", "format_version": FORMAT_VERSION, "lorq_version": __version__,

@@ -91,7 +91,7 @@ def verify(
         ArithmeticError: if they differ, or are not finite, or tokens take another way (`routed_alike`).
     """
     progress(VERIFY, 0, len(model.blocks))
-    empty = skeleton(read_config(model.checkpoint.folder))
+    empty = skeleton(read_config(model.checkpoint.folder, quantized=True))
     swap_layers(empty, folder.formats)
     # Rounding activations makes a whole step of a difference in the last digit, and the next block many more: after
     # thirty blocks two right models are 30 dB apart.

@@ -14,7 +14,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 
 from lorq.models.experts import find_experts, fuse_experts, split_experts
-from lorq.models.locate import resolve_model
+from lorq.models.locate import load_dense, resolve_model
+from lorq.models.quantized import is_foreign
 from lorq.models.skeleton import BUILDING, model_class
 from lorq.runtime.device import own_defaults, read_device, read_dtype
 from lorq.runtime.embedding import QuantEmbedding, TiedHead
@@ -116,8 +117,9 @@ class LorqQuantizer(HfQuantizer):
             "folder it was loaded from (adapters: lorq.adapt.save)"
         )
 
-    # Set where an adapter or quantization-aware training is attached (`lorq.adapt.adapters`): codes alone do not train.
-    is_trainable = is_qat_trainable = False
+    # Codes alone do not train: `transformers.Trainer` asks for an adapter of peft (lora.py here) unless the
+    # second is set, as it is where lorq's own or quantization-aware training is attached (`lorq.adapt.adapters`).
+    is_trainable, is_qat_trainable = True, False
 
 
 @own_defaults()
@@ -125,7 +127,7 @@ def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str |
     """A model ready to run: `from_pretrained` of the class that the folder names, with lorq's names for things.
 
     Args:
-        model: a lorq folder, or anything that `lorq.quantize` takes.
+        model: a lorq folder, or anything that `lorq.quantize` takes; what others have quantized is dequantized.
         device: "auto" takes an accelerator if there is one.
         dtype: of the activations and of what is not quantized: float32, bfloat16, float16, or "auto", which
             is float32 on a CPU and the folder's own type elsewhere.
@@ -141,6 +143,9 @@ def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str |
     automatic = torch.float32 if place.type == "cpu" else "auto"
     kind = automatic if dtype == "auto" else read_dtype(dtype)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if is_foreign(folder):
+        stored: Any = config.get_text_config().dtype or torch.float32
+        return load_dense(folder, stored if kind == "auto" else kind).to(place).eval()  # type: ignore[arg-type]
     with BUILDING:
         loaded: Any = model_class(config).from_pretrained(folder, dtype=kind)
     return loaded.to(place).eval()

@@ -20,8 +20,8 @@ MOST_BYTES = 100_000_000
 _MOST_FILES = 100  # of a folder below
 _LONGEST_NAME = 255 - len(TEMPORARY)  # which is appended while it is written
 _LINK = "a link to a folder"
-# Written anew for every folder.
-_OWN = ("config.json", REPORT_NAME, JOURNAL, EXPORTED)
+# Written anew for every folder; and what other programs' quantized models tell of their codes.
+_OWN = ("config.json", REPORT_NAME, JOURNAL, EXPORTED, "quantize_config.json", "quant_config.json")
 
 
 def find_companions(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:

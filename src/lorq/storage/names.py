@@ -4,6 +4,8 @@ JOURNAL = "lorq_journal.jsonl"
 # The table of tokens and the head, as far as they are quantized.
 TABLES = "lorq-tables.safetensors"
 REPORT_NAME = "lorq_report.json"
+# In a folder of the cache that was decoded from a file: what its weights were. Hidden, so that it travels nowhere.
+DECODED_FROM = ".decoded_from"
 # In every folder that was exported: what it is, and which files are its own.
 EXPORTED = "lorq_export.json"
 # Where an unfinished tuning is, of the whole model and of its blocks.

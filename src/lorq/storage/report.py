@@ -1,6 +1,8 @@
 """The report of a quantized folder: one record per layer, and the totals."""
 
+import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ class Report:
         kept: parameters left as they were, by name, with the reason where it is not the rule.
         run: calibration text, samples, seed and so on, as asked for.
         checksums: sha256 of each weight file.
+        measured: what `lorq evaluate` has found, see `figures`, and of which weights.
         seconds, stages: wall time of the run, and of calibration and solving; not stored, as never the same twice.
     """
 
@@ -56,6 +59,7 @@ class Report:
     kept: dict[str, str]
     run: dict[str, Any]
     checksums: dict[str, str]
+    measured: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
 
@@ -69,24 +73,38 @@ class Report:
     def notes(self) -> dict[str, str]:
         """The layers' notes by module, once for layers of one module with the same note, as those of an expert.
 
-        And why files that lie beside the original's weights do not lie beside these.
+        And that the original had been quantized, and why files that lie beside its weights do not lie beside these.
         """
         modules: dict[tuple[str, str], list[str]] = {}
         for layer in self.layers:
             if layer.note:
                 modules.setdefault((layer.name.rpartition(".")[0], layer.note), []).append(layer.name)
         notes = {module if len(names) > 1 else names[0]: note for (module, note), names in modules.items()}
+        if "dequantized" in self.run:
+            notes["all layers"] = self.run["dequantized"]
         return notes | {name: f"not copied, {why}" for name, why in self.run.get("not_copied", {}).items()}
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What was measured of these weights: ``texts`` and ``tasks``, figures by their names; {} if nothing was."""
+        if self.measured.get("weights") != weights_of(self.checksums):
+            return {}  # of other weights, before they were tuned, say
+        return {key: value for key, value in self.measured.items() if key != "weights"}
 
     def as_dict(self) -> dict[str, Any]:
         """What the folder keeps; `lorq inspect --json` prints it with `runs` beside it."""
         head = {"bits_per_weight": self.bits_per_weight, "bytes": self.bytes}
-        rest = {k: v for k, v in asdict(self).items() if k not in ("seconds", "stages", "bytes")}
-        return head | rest
+        rest = {k: v for k, v in asdict(self).items() if k not in ("seconds", "stages", "bytes", "measured")}
+        return head | rest | ({"measured": self.measured} if self.figures else {})
 
     def to_bytes(self) -> bytes:
         """The file's content; the same for the same run."""
         return json_bytes(self.as_dict())
+
+
+def weights_of(checksums: Mapping[str, str]) -> str:
+    """A short name for the weights of a folder."""
+    return hashlib.sha256("".join(sorted(checksums.values())).encode()).hexdigest()[:16]
 
 
 def read_report(folder: str | Path) -> Report:

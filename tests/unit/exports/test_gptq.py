@@ -33,7 +33,7 @@ def test_codes_and_zero_points_are_where_readers_look(bits, version, random_weig
 
 
 def test_lorqs_own_reader_of_gptq_reads_it(random_weight):
-    from lorq.foreign.grouped import read_gptq
+    from lorq.models.grouped import read_gptq
 
     weight = random_weight(OUT, IN, LayerFormat(IntGrid(3, 32)))
     assert torch.equal(read_gptq(layer_tensors(weight, 0), zero_offset=0).decode(), weight.dense())

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from lorq.core.packing import pack
-from lorq.foreign.bitsandbytes import STATE, read_eight_bits, read_four_bits, read_state
-from lorq.foreign.grouped import GroupedCodes, read_awq, read_gptq, read_packed, read_plain
+from lorq.models.bitsandbytes import STATE, read_eight_bits, read_four_bits, read_state
+from lorq.models.grouped import GroupedCodes, read_awq, read_gptq, read_packed, read_plain
 
 # A layer, or some rows of it, as GPTQModel 7.7 (gptq..., awq), llm-compressor 0.14 with compressed-tensors 0.20 (ct...)
 # and bitsandbytes 0.50 wrote it, and as the same programs dequantize it: `dense`, in the type they do it in.

@@ -1,7 +1,7 @@
 """A model that somebody has quantized, opened: its layers' weights under the names that the original has."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -11,10 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.foreign.bitsandbytes import STATE, read_eight_bits, read_four_bits, read_state
-from lorq.foreign.grouped import read_awq, read_gptq, read_packed, read_plain
+from lorq.models.bitsandbytes import STATE, read_eight_bits, read_four_bits, read_state
+from lorq.models.decoded import FLOAT8, read_float8
+from lorq.models.grouped import read_awq, read_gptq, read_packed, read_plain
 from lorq.storage.folder import LorqFolder
 from lorq.storage.json_files import damaged, read_json, some_of
+from lorq.storage.names import DECODED_FROM
 from lorq.storage.reader import WeightFiles
 
 
@@ -42,15 +44,19 @@ class Packed:
 
 @dataclass(frozen=True)
 class QuantizedFiles(WeightFiles):
-    """Weight files in which quantized weights are read as what they stand for, in float32.
+    """Weight files in which quantized weights are read as what they stand for.
 
     Attributes:
         layers: the quantized weights, by the names that they have in the original, such as ``....up_proj.weight``.
         places: the file of every stored tensor.
+        method: what has quantized them, by the config's word.
+        decoded: the type that they are read in.
     """
 
     layers: Mapping[str, Packed] = field(default_factory=dict)
     places: Mapping[str, str] = field(default_factory=dict, repr=False)
+    method: str = ""
+    decoded: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, folder: Path, config: Mapping[str, Any] | None) -> "QuantizedFiles":
@@ -75,7 +81,14 @@ class QuantizedFiles(WeightFiles):
         layers = {f"{module}.weight": packed for module, packed in FORMATS[method](files, config)}
         if not layers:
             raise ValueError(f"{folder} must have weights that {method} has packed, as its config says; it has none")
-        return cls._with(files, layers)
+        found = cls._with(files, layers)
+        unread = [n for n in found.names if n not in layers and files.dtype(n) in FLOAT8]
+        if unread:
+            raise ValueError(
+                f"{folder} has 8-bit floating point weights in a form that is not read here, {some_of(unread)}; give a "
+                "folder of its dequantized weights instead"
+            )
+        return replace(found, method=method)
 
     @classmethod
     def _with(cls, files: WeightFiles, layers: dict[str, Packed]) -> "QuantizedFiles":
@@ -102,14 +115,14 @@ class QuantizedFiles(WeightFiles):
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         if name not in self.layers:
             return super().tensor(name, index)
-        decoded = self.weight(name).decode()
+        decoded = self.weight(name).decode().to(self.decoded)
         return decoded if index is None else decoded[index]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.layers[name].shape if name in self.layers else super().shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return torch.float32 if name in self.layers else super().dtype(name)
+        return self.decoded if name in self.layers else super().dtype(name)
 
     def stored_bytes(self, name: str) -> int:
         """What a weight takes on disk, all that belongs to it counted."""
@@ -120,6 +133,34 @@ class QuantizedFiles(WeightFiles):
     def _bytes(self, stored: str, file: str) -> int:
         tensor = self.headers[file].tensors[stored]
         return tensor.end - tensor.begin
+
+
+def read_dense(folder: Path, dtype: torch.dtype) -> WeightFiles:
+    """The weights of a folder; those that somebody has quantized as what they stand for, rounded to ``dtype``.
+
+    Raises:
+        ValueError: if lorq has quantized them, or somebody in a way that is not read here.
+    """
+    told = read_quantization(folder)
+    if told is None:
+        return WeightFiles.open(folder)
+    if told.get("quant_method") == "lorq":
+        raise ValueError(f"{folder} is already quantized (lorq); give the original model")
+    return replace(QuantizedFiles.of(folder, told), decoded=dtype)
+
+
+def is_foreign(folder: Path) -> bool:
+    """Whether a folder's weights were quantized by others, in a way that `read_dense` reads."""
+    told = read_quantization(folder)
+    return told is not None and told.get("quant_method") in FORMATS
+
+
+def source_note(files: WeightFiles) -> str:
+    """What a report says of weights that had been quantized before; "" of others."""
+    if isinstance(files, QuantizedFiles) and files.layers:
+        return f"{len(files.layers)} of the model's weights were quantized before ({files.method}), and dequantized"
+    mark = files.folder / DECODED_FROM
+    return mark.read_text(encoding="utf-8") if mark.is_file() else ""
 
 
 def read_quantization(folder: Path) -> dict[str, Any] | None:
@@ -169,7 +210,7 @@ def _awq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
 
 
 def _compressed_tensors(files: WeightFiles, config: Mapping[str, Any]) -> Found:
-    known = ("pack-quantized", "int-quantized")
+    known = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
     groups = config.get("config_groups", {})
     forms = {str(group.get("format") or config.get("format")) for group in groups.values()}
     if unread := sorted(forms - set(known)):
@@ -188,7 +229,29 @@ def _compressed_tensors(files: WeightFiles, config: Mapping[str, Any]) -> Found:
     for module, parts in _parts(files, "weight", (), ("weight_scale", "weight_zero_point")):
         if "weight_scale" in parts:
             out, in_ = files.shape(parts["weight"])
-            yield module, Packed((out, in_), parts, read_plain)
+            if files.dtype(parts["weight"]) in FLOAT8:
+                scales = {local: name for local, name in parts.items() if local != "weight_zero_point"}
+                yield module, Packed((out, in_), scales, partial(read_float8, block=_block(groups)))
+            else:
+                yield module, Packed((out, in_), parts, read_plain)
+
+
+def _block(groups: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The rows and columns of compressed-tensors' blocks; None where there are none."""
+    stated = [(group.get("weights") or {}).get("block_structure") for group in groups.values()]
+    found = {tuple(block) for block in stated if block}
+    if len(found) > 1:
+        raise ValueError(f"compressed-tensors' blocks must be of one size, got {some_of(map(str, sorted(found)))}")
+    return found.pop() if found else None
+
+
+def _float8(files: WeightFiles, config: Mapping[str, Any]) -> Found:
+    block = config.get("weight_block_size")
+    make = partial(read_float8, block=tuple(block) if block else None)
+    for module, parts in _parts(files, "weight", (), ("weight_scale_inv", "weight_scale")):
+        if len(parts) > 1:
+            out, in_ = files.shape(parts["weight"])
+            yield module, Packed((out, in_), parts, make)
 
 
 def _bitsandbytes(files: WeightFiles, config: Mapping[str, Any]) -> Found:
@@ -214,6 +277,7 @@ FORMATS: dict[str, Callable[[WeightFiles, Mapping[str, Any]], Found]] = {
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
     "bitsandbytes": _bitsandbytes,
+    "fp8": _float8,
 }
 
 

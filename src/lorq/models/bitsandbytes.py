@@ -2,36 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.weight import QuantizedWeight
+from lorq.models.decoded import Decoded
 
 # Local name of the JSON that tells of a 4-bit weight, with its kind behind it.
 STATE = "weight.quant_state.bitsandbytes__"
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """A weight of which only the decoded values matter here."""
-
-    weight: Float[Tensor, "out in"]
-    kind: str
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        return self.weight
-
-    def exact(self) -> QuantizedWeight:
-        """Refused.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"bitsandbytes' {self.kind} are not integer codes with groups along the columns")
 
 
 def read_state(state: Tensor) -> dict[str, Any]:
@@ -50,7 +29,7 @@ def read_state(state: Tensor) -> dict[str, Any]:
     return told | {"shape": tuple(shape), "blocksize": size}
 
 
-def read_four_bits(tensors: Mapping[str, Tensor]) -> Blocks:
+def read_four_bits(tensors: Mapping[str, Tensor]) -> Decoded:
     """Codes two in a byte, the first in its upper half; blocks run through the rows one after the other.
 
     weight = quant_map[code] * absmax[block],
@@ -68,10 +47,10 @@ def read_four_bits(tensors: Mapping[str, Tensor]) -> Blocks:
     out, in_ = state["shape"]
     values = tensors["weight.quant_map"].float()[codes[: out * in_]]
     scale = absmax.float().repeat_interleave(state["blocksize"])[: out * in_]
-    return Blocks((values * scale).view(out, in_), key.removeprefix(STATE).upper() + " blocks")
+    return Decoded((values * scale).view(out, in_), f"bitsandbytes' {key.removeprefix(STATE).upper()} blocks")
 
 
-def read_eight_bits(tensors: Mapping[str, Tensor]) -> Blocks:
+def read_eight_bits(tensors: Mapping[str, Tensor]) -> Decoded:
     """``weight`` int8 and ``SCB``, the largest magnitude of each row: ``weight * SCB / 127``.
 
     Raises:
@@ -79,4 +58,4 @@ def read_eight_bits(tensors: Mapping[str, Tensor]) -> Blocks:
     """
     if (form := int(tensors.get("weight_format", torch.zeros(1)).flatten()[0])) != 0:
         raise ValueError(f"an 8-bit weight must be stored row by row (weight_format 0), got {form}; save it again")
-    return Blocks(tensors["weight"].float() * (tensors["SCB"].float() / 127).unsqueeze(1), "8-bit rows")
+    return Decoded(tensors["weight"].float() * (tensors["SCB"].float() / 127).unsqueeze(1), "bitsandbytes' 8-bit rows")

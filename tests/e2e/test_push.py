@@ -1,0 +1,129 @@
+"""lorq push: the model card tells the truth, and what is uploaded is what loads."""
+
+import json
+import re
+import shlex
+
+import huggingface_hub
+import pytest
+from helpers import folder_digests
+from huggingface_hub import ModelCard
+
+import lorq
+from lorq.cli import main
+from lorq.publishing import command_of
+
+GPTQ = lorq.GPTQ(bits=3, group_size=16, symmetric=True)
+OPTIONS = {"samples": 2, "seq_len": 32, "exclude": ("o_proj", "layers.1.mlp"), "seed": 3}
+
+
+@pytest.fixture
+def folder(folder_of, text_file, tmp_path):
+    lorq.quantize(folder_of("llama"), tmp_path / "q", GPTQ, calibration=str(text_file), **OPTIONS)
+    return tmp_path / "q"
+
+
+class Hub:
+    """What `HfApi` would have done."""
+
+    def __init__(self):
+        self.calls, self.error = [], None
+
+    def __call__(self, **who):
+        return self
+
+    def create_repo(self, repo, *, private, exist_ok):
+        if self.error:
+            raise self.error
+        self.calls.append(("create", repo, private, exist_ok))
+        return f"https://hub/{repo}"
+
+    def upload_folder(self, *, repo_id, folder_path, ignore_patterns):
+        names = [p.relative_to(folder_path).as_posix() for p in sorted(folder_path.rglob("*")) if p.is_file()]
+        kept = huggingface_hub.utils.filter_repo_objects(names, ignore_patterns=ignore_patterns)
+        self.calls.append(("folder", repo_id, list(kept)))
+
+    def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id):
+        self.calls.append(("file", repo_id, path_in_repo, path_or_fileobj))
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    found = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", found)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
+    return found
+
+
+def test_the_cards_command_makes_the_same_folder(folder, folder_of, text_file, tmp_path, monkeypatch):
+    command = command_of(lorq.read_report(folder))
+    assert "--bits 3" in command and "--exclude o_proj --exclude layers.1.mlp" in command and "--device" not in command
+    words = [{"MODEL": str(folder_of("llama")), "OUT": str(tmp_path / "again")}.get(w, w) for w in shlex.split(command)]
+    monkeypatch.chdir(text_file.parent)
+    assert main(words[1:]) == 0
+    assert folder_digests(tmp_path / "again") == folder_digests(folder)
+
+
+def test_the_card_has_what_was_measured_and_the_originals_licence(folder, folder_of, text_file, capsys, hub):
+    (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\ntags: [big]\n---\n# Original\nIts words.\n")
+    found = lorq.evaluate(folder, reference=folder_of("llama"), text=text_file, window=32, windows=2)
+    assert main(["push", str(folder), "org/small", "--dry-run", "--base-model", "org/large"]) == 0
+    shown = capsys.readouterr().out
+    card = ModelCard(shown)
+    assert (card.data.license, card.data.language, card.data.base_model) == ("mit", ["en"], "org/large")
+    assert card.data.base_model_relation == "quantized" and "big" not in card.data.tags and "lorq" in card.data.tags
+    report = lorq.read_report(folder)
+    assert f"{report.bits_per_weight:.3f} bits per weight in {len(report.layers)} layers" in shown
+    assert f"| text text.txt | perplexity {found.perplexity:.4g}, KL {found.kl_mean:.4f} (2 windows of 32" in shown
+    assert 'from_pretrained("org/small")' in shown and "    vllm serve org/small\n" in shown
+    assert shown.endswith("The card of the original:\n\n# Original\nIts words.\n")
+    assert str(folder) not in shown and str(text_file.parent) not in shown
+    assert hub.calls == []
+
+
+def test_what_is_pushed_loads_and_has_the_new_card(folder, hub, capsys):
+    (folder / "README.md").write_text("# Original\n")
+    assert main(["push", str(folder), "org/small", "--private"]) == 0
+    assert "pushed to https://hub/org/small" in capsys.readouterr().out
+    create, upload, card = hub.calls
+    assert create == ("create", "org/small", True, True)
+    assert set(upload[2]) == {p.name for p in folder.iterdir()} - {"README.md"} >= {"config.json", "lorq_report.json"}
+    assert card[1:3] == ("org/small", "README.md") and b"Nothing yet: `lorq evaluate OUT --reference MODEL`" in card[3]
+
+
+def test_exports_have_cards_too(folder_of, tmp_path, hub):
+    lorq.quantize(folder_of("llama"), tmp_path / "q", lorq.Nearest(bits=4, group_size=16, symmetric=True))
+    done = lorq.export(tmp_path / "q", tmp_path / "served", to="compressed-tensors")
+    card = lorq.push(tmp_path / "served", "org/served", dry_run=True).card
+    assert "as compressed-tensors" in card and "    vllm serve org/served --dtype float16" in card
+    assert all(f"{what}: {how}" in card for what, how in done.lost.items())
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    pushed = lorq.push(tmp_path / "m.gguf", "org/m-gguf")
+    assert "llama-cli -hf org/m-gguf" in pushed.card and pushed.url == "https://hub/org/m-gguf"
+    assert [call[2] for call in hub.calls if call[0] == "file"] == ["m.gguf", "README.md"]
+
+
+def test_what_cannot_be_pushed_is_one_line(folder, hub, monkeypatch, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("")
+    for words, line in (
+        ([str(tmp_path / "notes.txt"), "org/name"], "OUT must be a lorq folder, an export's, or a .gguf file, got"),
+        ([str(folder), "org/na me"], "repo must be a name on the hub, such as org/name, got 'org/na me'"),
+        ([str(folder), "name"], "repo must be an organisation or user and a name, such as org/name, got 'name'"),
+        ([str(folder), "org/name", "--base-model", "large"], "base_model must be an organisation or user"),
+    ):
+        assert main(["push", *words]) == 1
+        assert line in capsys.readouterr().err
+    hub.error = huggingface_hub.errors.OfflineModeIsEnabled("Cannot reach the hub: offline mode\nmore")
+    with pytest.raises(OSError, match=r"could not be pushed to org/name: Cannot reach the hub: offline mode; the same"):
+        lorq.push(folder, "org/name")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    with pytest.raises(
+        PermissionError, match=r"pushing to org/name needs a token of the hub; `hf auth login` or HF_TO"
+    ):
+        lorq.push(folder, "org/name")
+    shard = next(folder.glob("lorq-0*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")
+    with pytest.raises(ValueError, match=re.escape(shard.name)):
+        lorq.push(folder, "org/name")
+    assert hub.calls == [] and json.loads((folder / "config.json").read_text())

@@ -1,0 +1,145 @@
+"""Models that others have quantized as sources: dequantized, and said so."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import lorq
+from lorq.cli import main
+from lorq.quality import bits_per_weight
+from lorq.storage.folder import LorqFolder
+
+TOKENS = torch.arange(7, 39)[None]
+METHOD = lorq.Nearest(bits=4, group_size=16, symmetric=True)
+NOTE = "14 of the model's weights were quantized before ({}), and dequantized"
+
+
+@pytest.fixture(scope="module")
+def quantized(folder_of, tmp_path_factory):
+    """A folder of lorq's, which the sources are exported from; made once, not to be changed."""
+    made = {}
+
+    def of(family="llama"):
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp("source") / family
+            lorq.quantize(folder_of(family), made[family], METHOD)
+        return made[family]
+
+    return of
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORQ_CACHE", str(tmp_path / "cache"))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def dense_layers(model):
+    return [module for name, module in model.named_modules() if name.endswith("_proj")]
+
+
+@pytest.mark.parametrize("target", ["gptq", "compressed-tensors"])
+def test_codes_on_the_same_grid_come_back(target, quantized, tmp_path):
+    source, first = tmp_path / "source", quantized()
+    lorq.export(first, source, to=target, dtype="float32")
+    (source / "quantize_config.json").write_text("{}")
+    lorq.quantize(source, tmp_path / "out", METHOD)
+    report = lorq.read_report(tmp_path / "out")
+    assert report.run["dequantized"] == NOTE.format(target) and report.notes["all layers"] == NOTE.format(target)
+    again = LorqFolder.open(tmp_path / "out")
+    for name, weight in LorqFolder.open(first).layers():
+        torch.testing.assert_close(again.weight(name).dense(), weight.dense(), rtol=2e-3, atol=2e-3)
+    assert not (tmp_path / "out/quantize_config.json").exists()  # which would tell others of codes that are not there
+    assert "gptq" not in (tmp_path / "out/config.json").read_text()
+    torch.testing.assert_close(logits(lorq.load(tmp_path / "out")), logits(lorq.load(first)), rtol=0.02, atol=0.02)
+
+
+def test_such_a_model_writes_its_own_text_is_a_reference_and_is_said_on_the_command_line(quantized, tmp_path, capsys):
+    source = tmp_path / "source"
+    lorq.export(quantized(), source, to="gptq", dtype="float32")
+    model = lorq.load(source)
+    torch.testing.assert_close(logits(model), logits(lorq.load(quantized())), rtol=1e-3, atol=1e-3)
+    # A scale of 16 bits and a zero point of 4 for 16 columns, and 32 bits for each column's group.
+    sizes = [layer.weight.shape for layer in dense_layers(model)]
+    columns = sum(32 * in_ for _, in_ in sizes) / sum(out * in_ for out, in_ in sizes)
+    assert bits_per_weight(model, source) == pytest.approx(4 + 20 / 16 + columns)
+    flags = ["--method", "gptq", "--bits", "3", "--group-size", "16", "--samples", "2", "--seq-len", "16"]
+    assert main(["quantize", str(source), str(tmp_path / "out"), *flags, "--exclude", "o_proj"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert f"note: all layers: {NOTE.format('gptq')}" in capsys.readouterr().out
+    kept = load_file(tmp_path / "out/lorq-00001-of-00002.safetensors")["model.layers.0.self_attn.o_proj.weight"]
+    torch.testing.assert_close(kept, LorqFolder.open(quantized()).weight("model.layers.0.self_attn.o_proj").dense())
+
+
+def test_experts_that_others_have_quantized_are_read_one_by_one(quantized, tmp_path):
+    source = tmp_path / "source"
+    lorq.export(quantized("mixtral"), source, to="compressed-tensors", dtype="float32")
+    lorq.quantize(source, tmp_path / "out", METHOD)
+    expected, found = (LorqFolder.open(folder) for folder in (quantized("mixtral"), tmp_path / "out"))
+    name = next(name for name in expected.formats if name.endswith("experts.3.down_proj"))
+    torch.testing.assert_close(found.weight(name).dense(), expected.weight(name).dense(), rtol=2e-3, atol=2e-3)
+
+
+def float8_folder(plain, folder, block, **quantization):
+    """A model with float8 projections, one scale for each block, as fp8 checkpoints have them; their values."""
+    folder.mkdir()
+    for file in plain.iterdir():
+        if not file.name.startswith("model"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    tensors, values = {}, {}
+    for name, tensor in load_file(plain / "model.safetensors").items():
+        tensors[name] = tensor
+        if "_proj" in name:
+            rows, columns = (range(0, n, b) for n, b in zip(tensor.shape, block, strict=True))
+            scale = torch.tensor(
+                [[float(tensor[r : r + block[0], c : c + block[1]].abs().max()) / 448 for c in columns] for r in rows]
+            )
+            spread = scale.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+            spread = spread[: len(tensor), : tensor.shape[1]]
+            own = (tensor / spread).to(torch.float8_e4m3fn)
+            values[name] = own.float() * spread
+            tensors |= {name: own, f"{name}_scale_inv": scale}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    told = {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"} | quantization
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": told}
+    (folder / "config.json").write_text(json.dumps(config))
+    return values
+
+
+def test_float8_is_read_with_the_scales_of_its_blocks(tmp_path):
+    from helpers import save_folder, tiny_model
+
+    plain = save_folder(tiny_model(num_hidden_layers=1), tmp_path / "plain")
+    values = float8_folder(plain, tmp_path / "source", (8, 12))
+    lorq.quantize(tmp_path / "source", tmp_path / "out", lorq.Nearest(bits=8, group_size=8))
+    found = LorqFolder.open(tmp_path / "out")
+    assert len(found.formats) == len(values) == 7
+    for name, weight in found.layers():
+        step = float(values[f"{name}.weight"].abs().max()) / 100
+        torch.testing.assert_close(weight.dense(), values[f"{name}.weight"], rtol=0, atol=step)
+    wrong = json.loads((tmp_path / "source/config.json").read_text())
+    wrong["quantization_config"]["weight_block_size"] = [4, 12]
+    (tmp_path / "source/config.json").write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match=r"weight_scale_inv must be one number, one a row, or one for each block"):
+        lorq.quantize(tmp_path / "source", tmp_path / "out2", lorq.Nearest(bits=8, group_size=8))
+
+
+def test_what_is_not_read_is_refused_by_name(folder_of, quantized, tmp_path):
+    source = tmp_path / "source"
+    lorq.export(quantized(), source, to="gptq")
+    config = json.loads((source / "config.json").read_text())
+    for told, words in (
+        ({"quant_method": "eetq"}, r"quantized as one of gptq, awq, .*, its config says eetq; give a folder of its"),
+        ({"quant_method": "fp8"}, r"must have weights that fp8 has packed, as its config says; it has none"),
+        ({"quant_method": "lorq"}, r"already quantized \(lorq\); give the original model"),
+    ):
+        (source / "config.json").write_text(json.dumps(config | {"quantization_config": told}))
+        with pytest.raises(ValueError, match=words):
+            lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True)
