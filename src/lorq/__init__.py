@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _HOME = {
     "METHODS": "methods", "Evaluation": "evaluation", "GgufOptions": "exports.request", "evaluate": "evaluation",
     "export": "exporting", "generate": "generation", "load": "runtime.hf", "compensate": "foreign.run",
-    "preset": "pipeline.presets", "push": "publishing", "quantize": "pipeline.quantize", "tune": "tuning", "Report": "storage.report",
-    "read_report": "storage.report",
+    "preset": "pipeline.presets", "push": "publishing", "quantize": "pipeline.quantize", "tune": "tuning",
+    "Report": "storage.report", "read_report": "storage.report",
 }  # fmt: skip
 
 
