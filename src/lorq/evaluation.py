@@ -115,11 +115,9 @@ def evaluate(
         read_adapter_config(adapter)
     original = None if reference is None else resolve_model(reference)
     progress(IMPORT, 0, 1)  # here, so that flags and refusals come before
-    from lorq.adapt.adapters import load_adapter
     from lorq.models.windows import Encoder, token_windows
     from lorq.quality import bits_per_weight, evaluate_model
     from lorq.runtime.device import own_defaults
-    from lorq.runtime.hf import load
 
     manager = known_tasks(names, place) if names else None
     progress(IMPORT, 1, 1)
@@ -130,13 +128,7 @@ def evaluate(
         tokens = token_windows(content, encoder, windows=windows or None, length=window, what=text)
         if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text_name(text):
             _log.warning("%s was calibrated on %s", model, _flattering(text))
-        places, models = [folder] if original is None else [folder, original], []
-        progress(READ, 0, len(places))
-        for place in places:
-            models.append(load(place, device=device, dtype=dtype))
-            progress(READ, len(models), len(places))
-        if adapter is not None:
-            load_adapter(models[0], adapter)
+        models = _loaded([folder] if original is None else [folder, original], adapter, device, dtype, progress)
         seen = max(1, len(encoder.start))
         progress(EVALUATE, 0, len(tokens))
         quality = evaluate_model(
@@ -151,6 +143,21 @@ def evaluate(
     if record and adapter is None and products == "exact" and (folder / REPORT_NAME).is_file():
         keep(folder, found.as_dict() | {"text": text_name(text), "tasks": None}, scores)
     return found
+
+
+def _loaded(places: list[Path], adapter: str | Path | None, device: str, dtype: str, progress: Progress) -> list[Any]:
+    """The models of these folders, the first with the adapter."""
+    from lorq.adapt.adapters import load_adapter
+    from lorq.runtime.hf import load
+
+    models: list[Any] = []
+    progress(READ, 0, len(places))
+    for place in places:
+        models.append(load(place, device=device, dtype=dtype))  # type: ignore[arg-type]
+        progress(READ, len(models), len(places))
+    if adapter is not None:
+        load_adapter(models[0], adapter)
+    return models
 
 
 def _config_of(folder: Path, original: Path | None) -> Any:
