@@ -40,9 +40,7 @@ class LorqExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             "have no biases": ["biases"] if moe.has_bias else [],
             "be gated by silu or gelu": [] if moe.is_act_and_mul and _activation(layer) in _BETWEEN else ["others"],
             "be shared by --tensor-parallel-size": ["expert parallelism"] if moe.moe_parallel_config.use_ep else [],
-            "run with --enforce-eager": ["CUDA graphs"]
-            if torch.device(moe.device).type == "cuda" and not _is_eager(eager)
-            else [],
+            "run with --enforce-eager": [] if _is_eager(eager) else ["programs that vLLM compiles"],
         }
         for rule, found in other.items():
             if found:
