@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorq.methods import *  # noqa: F403
     from lorq.pipeline.presets import preset as preset
     from lorq.pipeline.quantize import quantize as quantize
+    from lorq.reporting import report as report
     from lorq.runtime.hf import load as load
     from lorq.storage.report import Report as Report
     from lorq.storage.report import read_report as read_report
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _HOME = {
     "METHODS": "methods", "Evaluation": "evaluation", "evaluate": "evaluation", "generate": "generation",
     "load": "runtime.hf", "compensate": "foreign.run", "preset": "pipeline.presets", "quantize": "pipeline.quantize",
-    "tune": "tuning", "Report": "storage.report", "read_report": "storage.report",
+    "tune": "tuning", "Report": "storage.report", "report": "reporting", "read_report": "storage.report",
 }  # fmt: skip
 
 

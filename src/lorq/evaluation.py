@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 from lorq.adapt.folder import read_adapter_config
 from lorq.core.checks import Dtype, Products, Range, check_arguments
-from lorq.models.locate import resolve_model
+from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import TEXTS, StartToken, check_text, load_text, text_name
 from lorq.models.tokenizer import check_tokenizer
 from lorq.progress import EVALUATE, IMPORT, READ, Progress, no_progress
+from lorq.storage.measured import add_evaluation
 from lorq.storage.names import REPORT_NAME
 from lorq.storage.report import read_report
 
@@ -67,6 +68,8 @@ def evaluate(
     progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexity of a model on a text, and how far it is from a reference.
+
+    A lorq folder keeps what was found beside its report, for `lorq report`.
 
     Args:
         model: a lorq folder, or anything that quantize takes.
@@ -125,10 +128,13 @@ def evaluate(
             models[0], tokens, reference=None if original is None else models[1], seen=seen, products=products,
             progress=lambda done, total: progress(EVALUATE, done, total),
         )  # fmt: skip
-        return Evaluation(
+        found = Evaluation(
             **vars(quality), bits_per_weight=bits_per_weight(models[0], folder), tokens=len(tokens) * (window - seen),
             text=text, window=window, windows=len(tokens), start_token=bool(encoder.start),
         )  # fmt: skip
+    names = {name: place and Path(place).name for name, place in (("reference", reference), ("adapter", adapter))}
+    _keep(full_path(model), found.as_dict() | names | {"text": text_name(text), "dtype": dtype, "products": products})
+    return found
 
 
 def _config_of(folder: Path, original: Path | None) -> Any:
@@ -143,6 +149,16 @@ def _config_of(folder: Path, original: Path | None) -> Any:
             "model?"
         )
     return configs[0]
+
+
+def _keep(folder: Path, entry: dict[str, Any]) -> None:
+    """Write down what was found in the lorq folder that was named by its path, for `lorq report`."""
+    if not (folder / REPORT_NAME).is_file():
+        return
+    try:
+        add_evaluation(folder, entry)
+    except (OSError, ValueError) as error:  # the figures are there, and matter more
+        _log.warning("these figures are not kept for lorq report: %s", error)
 
 
 def _flattering(text: str) -> str:

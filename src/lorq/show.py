@@ -193,6 +193,12 @@ def print_tuned(report: Report, as_json: bool) -> None:
     )
 
 
+def print_written(paths: Iterable[Path]) -> None:
+    """The files that a command has made."""
+    for path in paths:
+        console.print(f"wrote {path}", soft_wrap=True)
+
+
 def command(function: Callable[..., Any], show: Callable[..., None], json: str = "") -> Callable[..., None]:
     """A function as a command: its signature is the flags, its docstring their help, and its result is shown.
 

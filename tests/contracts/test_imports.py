@@ -14,7 +14,18 @@ FILES = sorted(house.SOURCE.rglob("*.py"))
 
 def test_every_entry_is_a_room_a_face_or_the_ground():
     entries = {house.entry(file) for file in FILES} - set(house.LAZY)
-    faces = {"compensation", "demo", "evaluation", "generation", "quality", "refusals", "show", "tuning"}
+    faces = {
+        "charts",
+        "compensation",
+        "demo",
+        "evaluation",
+        "generation",
+        "quality",
+        "refusals",
+        "reporting",
+        "show",
+        "tuning",
+    }
     assert entries == (set(house.ROOMS) - {"faces", "export"}) | faces | set(house.GROUND)
 
 

@@ -94,6 +94,7 @@ COMMANDS = {
     "evaluation.py": {"evaluate"},
     "generation.py": {"generate"},
     "tuning.py": {"tune"},
+    "reporting.py": {"report"},
     "bench/commands.py": {"bench_sketch", "bench_experts", "bench_decode", "bench_adapt", "bench_quantize"},
     "cli.py": {"quantize", "inspect", "adapt", "merge", "demo", "families"},
 }

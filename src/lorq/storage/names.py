@@ -4,6 +4,8 @@ JOURNAL = "lorq_journal.jsonl"
 # The table of tokens and the head, as far as they are quantized.
 TABLES = "lorq-tables.safetensors"
 REPORT_NAME = "lorq_report.json"
+# How long the folder took to make, and how good it is; never the same twice.
+MEASURED = "lorq_measured.json"
 # Where an unfinished tuning is, of the whole model and of its blocks.
 TUNING = "lorq_tuning.safetensors"
 TUNED_BLOCKS = "lorq_tuned_blocks.safetensors"

@@ -1,0 +1,71 @@
+"""What was measured of a folder: how long it took to make, and how good it is.
+
+It lies beside the report, in a file of its own, since it is never the same twice: the same run gives the same bytes in
+all other files. A folder without it is whole.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lorq.storage.atomic import rename_synced, write_synced
+from lorq.storage.json_files import damaged, json_bytes, read_json
+from lorq.storage.names import MEASURED
+
+# What two evaluations must share for their figures to be comparable.
+PROTOCOL = ("reference", "text", "window", "windows", "start_token", "adapter", "dtype", "products")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measurements of one folder.
+
+    Attributes:
+        seconds, stages: wall time of the run that made it, and of its calibration and solving; of a resumed run, what
+            came after the interruption. 0 and empty where it is not known.
+        evaluations: what `lorq.evaluate` found, the last one last, one for each `PROTOCOL`.
+    """
+
+    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+    evaluations: tuple[dict[str, Any], ...] = ()
+
+
+def read_measured(folder: Path) -> Measured:
+    """The measurements of a lorq folder; empty ones where it has none.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = folder / MEASURED
+    if not path.is_file():
+        return Measured()
+    content = read_json(path)
+    wrong = damaged(path, "it must hold seconds, stages (numbers by name) and evaluations (figures by name)")
+    stages, evaluations = content.get("stages", {}), content.get("evaluations", [])
+    if not isinstance(stages, dict) or not isinstance(evaluations, list):
+        raise wrong
+    if not all(isinstance(entry, dict) and {"perplexity", *PROTOCOL} <= set(entry) for entry in evaluations):
+        raise wrong
+    figures = [entry.get(key) for entry in evaluations for key in ("perplexity", "kl_mean", "top1")]
+    numbers = [content.get("seconds", 0.0), *stages.values(), *(figure for figure in figures if figure is not None)]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise wrong
+    return Measured(content.get("seconds", 0.0), stages, tuple(evaluations))
+
+
+def add_times(folder: Path, seconds: float, stages: dict[str, float]) -> None:
+    """Keep how long the run took that has just made a folder."""
+    _write(folder, Measured(seconds, stages))
+
+
+def add_evaluation(folder: Path, entry: dict[str, Any]) -> None:
+    """Keep what an evaluation found, in place of an earlier one by the same `PROTOCOL`."""
+    known = read_measured(folder)
+    others = [old for old in known.evaluations if any(old[key] != entry[key] for key in PROTOCOL)]
+    _write(folder, replace(known, evaluations=(*others, entry)))
+
+
+def _write(folder: Path, measured: Measured) -> None:
+    path = folder / MEASURED
+    rename_synced(write_synced(path, json_bytes(asdict(measured))), path)
