@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "lorq"
-# A room may import those before it in its line, and nothing else (README has the tree).
+# A room may import those before it in its line, and nothing else (CONTRIBUTING.md has the tree).
 ROOMS = {
     "core": (),
     "methods": ("core",),
