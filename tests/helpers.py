@@ -15,6 +15,7 @@ from lorq.core.codes import IntGrid, LevelFormat, VectorGrid
 from lorq.core.problem import Problem
 from lorq.core.stats import PreparedHessian
 from lorq.core.weight import LayerFormat
+from lorq.storage.names import MEASURED
 
 BYTES = 256
 BOS = 256
@@ -185,8 +186,9 @@ def save_folder(model, folder: Path) -> Path:
 
 
 def folder_digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a folder, by name: equal digests are equal folders."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    """sha256 of every file of a folder, by name, but for its times: equal digests are equal folders."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != MEASURED]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @dataclass(frozen=True)

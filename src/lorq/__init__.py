@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorq.pipeline.presets import preset as preset
     from lorq.pipeline.quantize import quantize as quantize
     from lorq.publishing import push as push
+    from lorq.reporting import report as report
     from lorq.runtime.hf import load as load
     from lorq.storage.report import Report as Report
     from lorq.storage.report import read_report as read_report
@@ -30,7 +31,7 @@ _HOME = {
     "METHODS": "methods", "Evaluation": "evaluation", "GgufOptions": "exports.request", "evaluate": "evaluation",
     "export": "exporting", "generate": "generation", "load": "runtime.hf", "compensate": "foreign.run",
     "preset": "pipeline.presets", "push": "publishing", "quantize": "pipeline.quantize", "tune": "tuning",
-    "Report": "storage.report", "read_report": "storage.report",
+    "Report": "storage.report", "report": "reporting", "read_report": "storage.report",
 }  # fmt: skip
 
 

@@ -42,12 +42,13 @@ from lorq.show import (
     print_pushed,
     print_summary,
     print_tuned,
+    print_written,
     progress_bars,
     quiet,
 )
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
-from lorq.storage.report import html_page, read_report
+from lorq.storage.report import read_report
 
 app = cyclopts.App(
     name="lorq",
@@ -71,6 +72,7 @@ app.command(generate, name="generate")
 app.command(command(lorq.tune, print_tuned, json="print the report as one JSON object."), name="tune")
 app.command(command(lorq.export, print_exported), name="export")
 app.command(command(lorq.push, print_pushed), name="push")
+app.command(command(lorq.report, print_written), name="report")
 app.command(compensate)
 
 
@@ -80,7 +82,6 @@ def inspect(
     *,
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
     verify: Annotated[bool, Parameter(negative="")] = False,
-    html: Path | None = None,
 ) -> None:
     """The layers of a lorq folder: bits, rank, stop reason, errors and bytes, what multiplies them, and the totals.
 
@@ -88,7 +89,6 @@ def inspect(
         out: a folder that `lorq quantize` wrote.
         json_: print one JSON object.
         verify: compare every weight file with its checksum first.
-        html: write a page with plots to this file.
     """
     report = read_report(out := full_path(out))  # refuses other folders before torch is there
     from lorq.runtime.inspect import expert_lines, implementation_lines, layer_implementations
@@ -100,10 +100,6 @@ def inspect(
     if verify:
         verify_shards(out, report.checksums)
         notes.print(f"{len(report.checksums)} weight files match their checksums")
-    if html:
-        html = full_path(html)
-        html.write_text(html_page(report, title=str(out)), encoding="utf-8")
-        notes.print(f"wrote {html}")
     if json_:
         print(json.dumps(report.as_dict() | {"runs": {name: asdict(by) for name, by in runs.items()}}))
         return

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 from lorq.adapt.folder import read_adapter_config
 from lorq.core.checks import Dtype, Products, Range, check_arguments
 from lorq.harness import known_tasks, read_tasks, run_tasks
-from lorq.models.locate import resolve_model
+from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import TEXTS, StartToken, check_text, load_text, text_name
 from lorq.models.tokenizer import check_tokenizer
 from lorq.progress import EVALUATE, IMPORT, READ, Progress, no_progress
-from lorq.storage.measured import record as keep
+from lorq.storage.measured import add_evaluation
 from lorq.storage.names import REPORT_NAME
 from lorq.storage.report import read_report
 
@@ -92,8 +92,7 @@ def evaluate(
             the hub. Like ``lm_eval --model hf``, which takes the folder too.
         task_path: a folder with task files (.yaml) of your own, which may name local data.
         task_limit: examples of each task; 0 for all.
-        record: keep the figures in the report of a lorq folder, which `lorq inspect` shows; not those with an adapter,
-            or of products in bytes.
+        record: keep the figures in a lorq folder, beside its report: `lorq inspect` and `lorq report` show them.
         progress: called as ``progress(stage, done, total)``; the stages are named in `lorq.progress`.
 
     Raises:
@@ -140,8 +139,10 @@ def evaluate(
             **vars(quality), bits_per_weight=bits_per_weight(models[0], folder), tokens=len(tokens) * (window - seen),
             text=text, window=window, windows=len(tokens), start_token=bool(encoder.start), tasks=scores,
         )  # fmt: skip
-    if record and adapter is None and products == "exact" and (folder / REPORT_NAME).is_file():
-        keep(folder, found.as_dict() | {"text": text_name(text), "tasks": None}, scores)
+    if record:
+        others = {name: place and Path(place).name for name, place in (("reference", reference), ("adapter", adapter))}
+        how = {"text": text_name(text), "dtype": dtype, "products": products}
+        _keep(full_path(model), found.as_dict() | others | how)
     return found
 
 
@@ -172,6 +173,16 @@ def _config_of(folder: Path, original: Path | None) -> Any:
             "model?"
         )
     return configs[0]
+
+
+def _keep(folder: Path, entry: dict[str, Any]) -> None:
+    """Write down what was found, in the lorq folder that was named by its path."""
+    if not (folder / REPORT_NAME).is_file():
+        return
+    try:
+        add_evaluation(folder, entry)
+    except (OSError, ValueError) as error:  # the figures are there, and matter more
+        _log.warning("these figures are not kept in the folder: %s", error)
 
 
 def _flattering(text: str) -> str:

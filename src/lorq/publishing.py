@@ -10,6 +10,7 @@ from lorq.exports import TARGETS
 from lorq.models.locate import full_path
 from lorq.show import figures_line, metrics_line
 from lorq.storage.json_files import read_json
+from lorq.storage.measured import read_measured
 from lorq.storage.names import EXPORTED, REPORT_NAME
 from lorq.storage.report import Report, read_report
 from lorq.version import __version__
@@ -121,7 +122,7 @@ def _card(place: Path, repo: str, base_model: str) -> str:
         lines = _exported(repo, str(told.get("target")), told.get("lost") or {})
         return _written(head, body, repo, base_model, "transformers", [], lines)
     report = read_report(place)
-    lines = [_sizes(report), "", *_made(report), *_measured(report), *_loading(repo)]
+    lines = [_sizes(report), "", *_made(report), *_measured(place), *_loading(repo)]
     return _written(head, body, repo, base_model, "transformers", ["low-rank"], lines)
 
 
@@ -208,13 +209,14 @@ def _flags(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _measured(report: Report) -> list[str]:
-    """A section with the figures that the report keeps."""
+def _measured(folder: Path) -> list[str]:
+    """A section with what `lorq evaluate` has found."""
     lines = ["## What was measured", ""]
-    if not report.figures:
+    evaluations = read_measured(folder).evaluations
+    if not evaluations:
         return [*lines, "Nothing yet: `lorq evaluate OUT --reference MODEL` does.", ""]
-    rows = [(f"text {text}", figures_line(found)) for text, found in report.figures["texts"].items()]
-    rows += [(task, metrics_line(found)) for task, found in report.figures["tasks"].items()]
+    rows = [(f"text {found['text']}", figures_line(found)) for found in evaluations]
+    rows += [(task, metrics_line(own)) for found in evaluations for task, own in found.get("tasks", {}).items()]
     table = [f"| {name} | {line} |" for name, line in rows]
     note = "KL is the mean divergence from the original, in nats a token; tasks are those of lm-eval."
     return [*lines, "| on | found |", "|---|---|", *table, "", note, ""]

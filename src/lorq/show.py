@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorq.progress import Progress, duration
+from lorq.storage.measured import read_measured
 from lorq.storage.report import Report
 
 
@@ -150,10 +151,10 @@ def print_summary(report: Report, out: Path | None) -> None:
         table.add_row("folder", str(out))
     if tuned := report.run.get("tuning"):
         table.add_row("KL on held-out text", f"{tuned['kl_after']:.4f} (before tuning: {tuned['kl_before']:.4f})")
-    for text, found in report.figures.get("texts", {}).items():
-        table.add_row(f"on {text}", figures_line(found))
-    for task, metrics in report.figures.get("tasks", {}).items():
-        table.add_row(task, metrics_line(metrics))
+    for found in read_measured(out).evaluations if out else ():
+        table.add_row(f"on {found['text']}", figures_line(found))
+        for task, metrics in found.get("tasks", {}).items():
+            table.add_row(task, metrics_line(metrics))
     if report.notes:
         table.add_row("with a note", f"{len(report.notes)}, see lorq inspect" if out else str(len(report.notes)))
     if report.seconds:
@@ -164,7 +165,7 @@ def print_summary(report: Report, out: Path | None) -> None:
 
 def figures_line(found: dict[str, Any]) -> str:
     """What was measured on a text, and how."""
-    far = f", KL {found['kl_mean']:.4f}" if "kl_mean" in found else ""
+    far = "" if found.get("kl_mean") is None else f", KL {found['kl_mean']:.4f}"
     return f"perplexity {found['perplexity']:.4g}{far} ({found['windows']} windows of {found['window']} tokens)"
 
 
@@ -212,6 +213,12 @@ def print_tuned(report: Report, as_json: bool) -> None:
         f"KL on {tuned['held_out']} windows of text that was held out: {tuned['kl_before']:.4f} before, "
         f"{tuned['kl_after']:.4f} after" + (f" step {tuned['kept_step']} of {tuned['steps']}" if tuned["steps"] else "")
     )
+
+
+def print_written(paths: Iterable[Path]) -> None:
+    """The files that a command has made."""
+    for path in paths:
+        console.print(f"wrote {path}", soft_wrap=True)
 
 
 def command(function: Callable[..., Any], show: Callable[..., None], json: str = "") -> Callable[..., None]:

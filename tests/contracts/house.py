@@ -8,7 +8,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "lorq"
 _BEFORE = ("core", "methods", "kernels", "storage", "models", "runtime", "pipeline", "adapt", "foreign")
-# A room may import those before it in its line, and nothing else (README has the tree).
+# A room may import those before it in its line, and nothing else (CONTRIBUTING.md has the tree).
 ROOMS = {
     "core": (),
     "methods": ("core",),

@@ -102,6 +102,7 @@ COMMANDS = {
     "publishing.py": {"push"},
     "quantizing.py": {"quantize"},
     "tuning.py": {"tune"},
+    "reporting.py": {"report"},
     "bench/commands.py": {"bench_sketch", "bench_experts", "bench_decode", "bench_adapt", "bench_quantize"},
     "cli.py": {"inspect", "adapt", "merge", "demo", "families"},
 }

@@ -15,7 +15,20 @@ print("loaded:", *{"torch", "transformers", "numpy"} & set(sys.modules))
 sys.exit(status)
 """
 BENCH = ("sketch", "experts", "decode", "adapt", "quantize")
-COMMANDS = ("evaluate", "inspect", "export", "push", "generate", "tune", "adapt", "merge", "families", "demo", "bench")
+COMMANDS = (
+    "evaluate",
+    "inspect",
+    "report",
+    "export",
+    "push",
+    "generate",
+    "tune",
+    "adapt",
+    "merge",
+    "families",
+    "demo",
+    "bench",
+)
 HELP = ["", *COMMANDS, *(f"bench {name}" for name in BENCH)]
 MISTAKES = {
     "quantise {model} {out}": 'Unknown command "quantise"',
@@ -25,6 +38,9 @@ MISTAKES = {
     "evaluate {model} --reference {missing}": "no such model: {missing}",
     "generate {missing} Hi": "no such model: {missing}",
     "generate {empty} Hi": "{empty} does not",
+    "report": "report needs at least 1 folder that `lorq quantize` wrote, got 0",
+    "report {missing}": "there is no folder {missing}",
+    "report {model}": "{model} has no lorq_report.json",
     "inspect {missing}": "there is no folder {missing}",
     "inspect {model}": "{model} has no lorq_report.json",
     "adapt {missing} {out} --text python-docs": "no such model: {missing}",

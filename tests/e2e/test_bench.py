@@ -11,7 +11,6 @@ import lorq
 from lorq.bench.commands import bench_decode, bench_experts, bench_quantize
 from lorq.bench.quantize import PRESETS, flags
 from lorq.cli import main
-from lorq.storage.report import html_page
 
 
 @pytest.fixture
@@ -51,15 +50,6 @@ def test_bench_prints_one_json_object(capsys):
     assert main(["bench", "sketch", "--size", "64", "--rank", "4", "--repeats", "1", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert {"speedup_vs_svd", "speedup_vs_rank1", "speedup_vs_svd_lowrank", "residual_ratio"} <= set(figures)
-
-
-def test_the_page_has_a_row_for_every_layer_and_escapes_its_title(model, tmp_path):
-    report = lorq.quantize(model, tmp_path / "out", lorq.Nearest(group_size=32))
-    page = html_page(report, title="<b>")
-    assert "<title>&lt;b&gt;</title>" in page
-    assert page.count("<tr><td>") == len(report.layers) and all(layer.name in page for layer in report.layers)
-    # Three series of bars: ranks, errors before, errors after.
-    assert page.count("<rect ") == 4 * len(report.layers)
 
 
 def test_the_experts_bench_counts_what_the_low_rank_part_needs(capsys):

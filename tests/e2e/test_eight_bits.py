@@ -1,7 +1,5 @@
 """Activations in 8 bits, blocks fitted as a whole, and mixed widths, through whole runs."""
 
-import hashlib
-
 import pytest
 import torch
 
@@ -28,10 +26,6 @@ def logits(folder):
 
 def sqnr_db(expected, found):
     return float(10 * torch.log10(expected.square().sum() / (expected - found).square().sum()))
-
-
-def digests(folder):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +94,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(method, options, folder_of
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "parts", method, **options)
     quantize(source, tmp_path / "parts", method, **options, resume=True)
-    assert digests(tmp_path / "whole") == digests(tmp_path / "parts")
+    assert folder_digests(tmp_path / "whole") == folder_digests(tmp_path / "parts")
 
 
 REFUSED = {

@@ -1,7 +1,6 @@
 """Tasks of lm-eval on a folder, offline; and the figures that the folder's report keeps."""
 
 import json
-import os
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ import torch
 import lorq
 from lorq.cli import main
 from lorq.harness import read_tasks
-from lorq.storage.report import read_report
 
 WINDOWS = {"window": 32, "windows": 2}
 
@@ -76,12 +74,12 @@ def test_a_task_is_run_is_shown_and_is_what_lm_eval_says_of_the_folder(folder, t
         task_manager=TaskManager(include_path=str(task_path), include_defaults=False),
     )["results"]["local_sums"]  # fmt: skip
     assert (found["acc"], found["acc_norm"]) == (theirs["acc,none"], theirs["acc_norm,none"])
-    assert read_report(folder).figures["tasks"]["local_sums"] == found
+    assert read_measured(folder).evaluations[-1]["tasks"]["local_sums"] == found
     assert main(["inspect", str(folder)]) == 0
     assert f"acc {found['acc']:.4g} ± " in capsys.readouterr().out
     assert main(["evaluate", str(folder), *flags, "--task-limit", "3", "--no-record"]) == 0
     assert "(3 examples)" in capsys.readouterr().out
-    assert read_report(folder).figures["tasks"]["local_sums"] == found
+    assert read_measured(folder).evaluations[-1]["tasks"]["local_sums"] == found
     with pytest.raises(ValueError, match=r"knows, it has no local_sum; did you mean local_sums\? `lm_eval ls tasks`"):
         lorq.evaluate(folder, tasks="local_sum", task_path=task_path, **WINDOWS)
     (task_path / "sums.json").unlink()
@@ -101,24 +99,14 @@ def test_what_is_wrong_with_tasks_is_said_before_anything_is_loaded(tmp_path, mo
         read_tasks("a", None)
 
 
-def test_figures_are_kept_with_the_weights_that_they_are_of(folder, folder_of, text_file, capsys, monkeypatch):
+def test_figures_are_kept_in_the_folder(folder, folder_of, text_file, capsys):
     found = lorq.evaluate(folder, reference=folder_of("llama"), text=text_file, **WINDOWS)
-    kept = read_report(folder).figures["texts"]["text.txt"]
+    (kept,) = read_measured(folder).evaluations
     assert (kept["kl_mean"], kept["perplexity"]) == (found.kl_mean, found.perplexity)
-    lorq.evaluate(folder, text=text_file, **WINDOWS)  # the same windows: what is known of the reference stays
-    assert read_report(folder).figures["texts"]["text.txt"] == kept
     lorq.evaluate(folder, text=text_file, window=16, windows=2)
-    assert "kl_mean" not in read_report(folder).figures["texts"]["text.txt"]
-    lorq.load(folder)  # which reads the report
+    assert [one["window"] for one in read_measured(folder).evaluations] == [WINDOWS["window"], 16]
     assert main(["inspect", str(folder)]) == 0
     assert "(2 windows of 16 tokens)" in capsys.readouterr().out
-    before = (folder / "lorq_report.json").read_bytes()
-    lorq.evaluate(folder, text=text_file, products="bytes", **WINDOWS)
+    before = (folder / MEASURED).read_bytes()
     lorq.evaluate(folder, text=text_file, record=False, **WINDOWS)
-    monkeypatch.setattr(os, "access", lambda *a: False)
-    lorq.evaluate(folder, text=text_file, **WINDOWS)
-    assert (folder / "lorq_report.json").read_bytes() == before
-    report = json.loads(before)
-    report["checksums"] = dict.fromkeys(report["checksums"], "0" * 64)
-    (folder / "lorq_report.json").write_text(json.dumps(report))
-    assert read_report(folder).figures == {}  # of other weights
+    assert (folder / MEASURED).read_bytes() == before

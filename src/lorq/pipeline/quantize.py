@@ -44,6 +44,7 @@ from lorq.storage.config import FORMAT_VERSION
 from lorq.storage.folder import LorqFolder
 from lorq.storage.journal import read_journal
 from lorq.storage.lock import owned
+from lorq.storage.measured import add_times
 from lorq.storage.names import JOURNAL, REPORT_NAME, SENTINEL
 from lorq.storage.out_folder import check_out
 from lorq.storage.report import LayerReport, Report
@@ -135,7 +136,7 @@ def quantize(
                 stages = _solve(plan, streamed, windows, commit, executor, progress, refuse, gradients)
         stages["calibration"] += text_seconds
         report = _finish(plan, streamed, writer, windows)
-        return replace(report, seconds=time.monotonic() - started, stages=stages)
+        return _timed(report, out, time.monotonic() - started, stages)
 
 
 def _chosen(
@@ -351,3 +352,9 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
     config.pop("_name_or_path", None)
     writer.finish(config=config, files={**beside, REPORT_NAME: report.to_bytes()})
     return report
+
+
+def _timed(report: Report, out: Path, seconds: float, stages: dict[str, float]) -> Report:
+    """The report with the times of the run, which are kept beside it."""
+    add_times(out, seconds, stages)
+    return replace(report, seconds=seconds, stages=stages)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorq.storage.atomic import TEMPORARY
 from lorq.storage.json_files import name_below
-from lorq.storage.names import EXPORTED, JOURNAL, REPORT_NAME
+from lorq.storage.names import EXPORTED, JOURNAL, MEASURED, REPORT_NAME
 
 # Weights of any library, and what belongs to them; of these lorq reads safetensors alone.
 WEIGHTS = (
@@ -21,7 +21,7 @@ _MOST_FILES = 100  # of a folder below
 _LONGEST_NAME = 255 - len(TEMPORARY)  # which is appended while it is written
 _LINK = "a link to a folder"
 # Written anew for every folder; and what other programs' quantized models tell of their codes.
-_OWN = ("config.json", REPORT_NAME, JOURNAL, EXPORTED, "quantize_config.json", "quant_config.json")
+_OWN = ("config.json", REPORT_NAME, MEASURED, JOURNAL, EXPORTED, "quantize_config.json", "quant_config.json")
 
 
 def find_companions(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:

@@ -1,41 +1,75 @@
-"""What `lorq evaluate` has found of a folder, kept in its report."""
+"""What was measured of a folder: how long it took to make, and how good it is.
 
-import logging
-import os
-from collections.abc import Mapping
-from dataclasses import replace
+It lies beside the report, in a file of its own, since it is never the same twice: the same run gives the same bytes in
+all other files. A folder without it is whole.
+"""
+
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lorq.storage.atomic import rename_synced, write_synced
-from lorq.storage.names import REPORT_NAME
-from lorq.storage.report import read_report, weights_of
+from lorq.storage.json_files import damaged, json_bytes, read_json
+from lorq.storage.names import MEASURED
 
-_log = logging.getLogger(__name__)
+# What two evaluations must share for their figures to be comparable.
+PROTOCOL = ("reference", "text", "window", "windows", "start_token", "adapter", "dtype", "products")
 
 
-def record(folder: Path, text: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
-    """Keep figures in the report of a finished folder, in the place of earlier ones on the same text, or task.
+@dataclass(frozen=True)
+class Measured:
+    """Measurements of one folder.
 
-    A folder that cannot be written to, or is a hub's, stays as it is, with a line in the log.
-
-    Args:
-        text: of a text by their names, ``text`` among them; those that are None leave what is known on the same
-            windows.
-        tasks: the metrics of tasks, by name.
+    Attributes:
+        seconds, stages: wall time of the run that made it, and of its calibration and solving; of a resumed run, what
+            came after the interruption. 0 and empty where it is not known.
+        evaluations: what `lorq.evaluate` found, the last one last, one for each `PROTOCOL`.
     """
-    path = folder / REPORT_NAME
-    if path.is_symlink() or not os.access(folder, os.W_OK):
-        _log.info("the figures are not kept in %s, which is a hub's or cannot be written to", path)
-        return
-    report = read_report(folder)
-    known = report.figures
-    before = known.get("texts", {}).get(text["text"], {})
-    alike = all(before.get(key) == text[key] for key in ("window", "windows", "start_token"))
-    found = {key: value for key, value in text.items() if value is not None}
-    new = {
-        "texts": known.get("texts", {}) | {text["text"]: (before if alike else {}) | found},
-        "tasks": known.get("tasks", {}) | dict(tasks),
-    }
-    data = replace(report, measured=new | {"weights": weights_of(report.checksums)}).to_bytes()
-    rename_synced(write_synced(path, data), path)
+
+    seconds: float = 0.0
+    stages: dict[str, float] = field(default_factory=dict)
+    evaluations: tuple[dict[str, Any], ...] = ()
+
+
+def read_measured(folder: Path) -> Measured:
+    """The measurements of a lorq folder; empty ones where it has none.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = folder / MEASURED
+    if not path.is_file():
+        return Measured()
+    content = read_json(path)
+    wrong = damaged(path, "it must hold seconds, stages (numbers by name) and evaluations (figures by name)")
+    stages, evaluations = content.get("stages", {}), content.get("evaluations", [])
+    if not isinstance(stages, dict) or not isinstance(evaluations, list):
+        raise wrong
+    if not all(isinstance(entry, dict) and {"perplexity", *PROTOCOL} <= set(entry) for entry in evaluations):
+        raise wrong
+    if not all(isinstance(entry.get("tasks", {}), dict) for entry in evaluations):
+        raise wrong
+    figures = [entry.get(key) for entry in evaluations for key in ("perplexity", "kl_mean", "top1")]
+    numbers = [content.get("seconds", 0.0), *stages.values(), *(figure for figure in figures if figure is not None)]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise wrong
+    return Measured(content.get("seconds", 0.0), stages, tuple(evaluations))
+
+
+def add_times(folder: Path, seconds: float, stages: dict[str, float]) -> None:
+    """Keep how long the run took that has just made a folder."""
+    _write(folder, Measured(seconds, stages))
+
+
+def add_evaluation(folder: Path, entry: dict[str, Any]) -> None:
+    """Keep what an evaluation found, in place of an earlier one by the same `PROTOCOL`, whose other tasks stay."""
+    known = read_measured(folder)
+    same = [old for old in known.evaluations if all(old[key] == entry[key] for key in PROTOCOL)]
+    others = [old for old in known.evaluations if old not in same]
+    tasks = {task: metrics for one in (*same, entry) for task, metrics in one.get("tasks", {}).items()}
+    _write(folder, replace(known, evaluations=(*others, entry | ({"tasks": tasks} if tasks else {}))))
+
+
+def _write(folder: Path, measured: Measured) -> None:
+    path = folder / MEASURED
+    rename_synced(write_synced(path, json_bytes(asdict(measured))), path)

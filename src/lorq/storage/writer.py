@@ -27,7 +27,7 @@ from lorq.storage.atomic import TEMPORARY, rename_synced, room_for, sha256_of, s
 from lorq.storage.journal import FinishedShard, append_line, differences, read_journal, write_journal
 from lorq.storage.json_files import json_bytes, name_below, plain_name, read_json, some_of
 from lorq.storage.lock import LOCK
-from lorq.storage.names import INDEX, JOURNAL, TUNED_BLOCKS, TUNING
+from lorq.storage.names import INDEX, JOURNAL, MEASURED, TUNED_BLOCKS, TUNING
 from lorq.storage.out_folder import check_content, quant_method
 from lorq.storage.safetensors_file import read_header
 
@@ -215,7 +215,7 @@ def _remove_own_files(folder: Path) -> None:
             listed = metadata.get("lorq_files") if isinstance(metadata, dict) else None
             if isinstance(listed, list):
                 own += [*(name_below(name, where=index) for name in listed), index.name]
-        own.append("config.json")
+        own += [MEASURED, "config.json"]
     _remove(folder, own)
     sync_folder(folder)
 

@@ -30,10 +30,11 @@ def test_the_command_means_by_a_preset_what_python_does(name, source, text_file,
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_readme_has_the_line_that_a_preset_stands_for(name):
-    readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+def test_the_pages_have_the_line_that_a_preset_stands_for(name, page):
+    text = (Path(__file__).parents[3] / page).read_text(encoding="utf-8")
     line = " ".join(f"{flag} {value}" for flag, value in PRESETS[name].flags().items())
-    assert f"| `{name}` | `{line}` |" in readme
+    assert f"| `{name}` | `{line}` |" in text
 
 
 def test_without_a_method_python_takes_the_default_preset(source, text_file, tmp_path):
