@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import folder_digests
 
 import lorq
 from lorq.pipeline import quantize as stages

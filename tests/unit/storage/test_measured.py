@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from lorq.evaluation import _keep
 from lorq.storage.measured import PROTOCOL, Measured, add_evaluation, add_times, read_measured
-from lorq.storage.names import MEASURED
+from lorq.storage.names import MEASURED, REPORT_NAME
 
 ENTRY = dict.fromkeys(PROTOCOL, "x") | {"perplexity": 2.0, "kl_mean": 0.5}
 
@@ -33,3 +34,12 @@ def test_a_damaged_file_is_refused(content, tmp_path):
     (tmp_path / MEASURED).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"lorq_measured.json: it must hold seconds, .* damaged"):
         read_measured(tmp_path)
+
+
+def test_figures_that_cannot_be_kept_are_told_of_and_nothing_is_written_into_other_folders(tmp_path, caplog):
+    _keep(tmp_path, ENTRY)
+    assert not (tmp_path / MEASURED).exists(), "no lorq folder"
+    (tmp_path / REPORT_NAME).write_text("{}")
+    (tmp_path / MEASURED).write_text("[]")
+    _keep(tmp_path, ENTRY)
+    assert "these figures are not kept for lorq report" in caplog.text and (tmp_path / MEASURED).read_text() == "[]"
