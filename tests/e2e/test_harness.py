@@ -8,6 +8,8 @@ import torch
 import lorq
 from lorq.cli import main
 from lorq.harness import read_tasks
+from lorq.storage.measured import read_measured
+from lorq.storage.names import MEASURED
 
 WINDOWS = {"window": 32, "windows": 2}
 
