@@ -140,9 +140,7 @@ def evaluate(
             text=text, window=window, windows=len(tokens), start_token=bool(encoder.start), tasks=scores,
         )  # fmt: skip
     if record:
-        others = {name: place and Path(place).name for name, place in (("reference", reference), ("adapter", adapter))}
-        how = {"text": text_name(text), "dtype": dtype, "products": products}
-        _keep(full_path(model), found.as_dict() | others | how)
+        _keep(full_path(model), found, reference=reference, adapter=adapter, dtype=dtype, products=products)
     return found
 
 
@@ -175,12 +173,22 @@ def _config_of(folder: Path, original: Path | None) -> Any:
     return configs[0]
 
 
-def _keep(folder: Path, entry: dict[str, Any]) -> None:
-    """Write down what was found, in the lorq folder that was named by its path."""
+def _keep(
+    folder: Path,
+    found: Evaluation,
+    *,
+    reference: str | Path | None,
+    adapter: str | Path | None,
+    dtype: str,
+    products: str,
+) -> None:
+    """Write down what was found, and how, in the lorq folder that was named by its path."""
     if not (folder / REPORT_NAME).is_file():
         return
+    names = {name: place and Path(place).name for name, place in (("reference", reference), ("adapter", adapter))}
+    how = {"text": text_name(found.text), "dtype": dtype, "products": products}
     try:
-        add_evaluation(folder, entry)
+        add_evaluation(folder, found.as_dict() | names | how)
     except (OSError, ValueError) as error:  # the figures are there, and matter more
         _log.warning("these figures are not kept in the folder: %s", error)
 

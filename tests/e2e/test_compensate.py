@@ -286,7 +286,7 @@ def test_formats_and_settings_that_do_not_fit_are_refused(original, quantized, c
     for folder, message in (
         (
             stated("hqq", quant_method="hqq"),
-            "quantized as one of gptq, awq, compressed-tensors, bitsandbytes, lorq, or",
+            "quantized as one of gptq, awq, compressed-tensors, bitsandbytes, fp8, lorq, or",
         ),
         (
             stated("planar", quant_method="gptq", checkpoint_format="gptq_p"),

@@ -35,6 +35,8 @@ class Preset:
 def _as_defaults(values: Any) -> Any:
     kind = type(values)
     changed = {f.name: getattr(values, f.name) for f in fields(kind) if getattr(values, f.name) != f.default}
+    if not changed:
+        return values
     made: Any = subclass(type(kind.__name__, (kind,), changed))
     return made()
 
