@@ -121,17 +121,16 @@ def evaluate(
     manager = known_tasks(names, place) if names else None
     progress(IMPORT, 1, 1)
     with own_defaults():
-        config = _config_of(folder, original)
-        encoder = Encoder.open(folder, config, start_token)
+        encoder = Encoder.open(folder, _config_of(folder, original), start_token)
         content = load_text(text, split="evaluation")
         tokens = token_windows(content, encoder, windows=windows or None, length=window, what=text)
         if (folder / REPORT_NAME).is_file() and read_report(folder).run.get("calibration") == text_name(text):
             _log.warning("%s was calibrated on %s", model, _flattering(text))
         models = _loaded([folder] if original is None else [folder, original], adapter, device, dtype, progress)
-        seen = max(1, len(encoder.start))
         progress(EVALUATE, 0, len(tokens))
+        seen, other = max(1, len(encoder.start)), None if original is None else models[1]
         quality = evaluate_model(
-            models[0], tokens, reference=None if original is None else models[1], seen=seen, products=products,
+            models[0], tokens, reference=other, seen=seen, products=products,
             progress=lambda done, total: progress(EVALUATE, done, total),
         )  # fmt: skip
         scores = run_tasks(models[0], encoder.tokenizer, names, manager, limit=task_limit) if names else {}
@@ -140,7 +139,9 @@ def evaluate(
             text=text, window=window, windows=len(tokens), start_token=bool(encoder.start), tasks=scores,
         )  # fmt: skip
     if record:
-        _keep(full_path(model), found, reference=reference, adapter=adapter, dtype=dtype, products=products)
+        places = {name: place and Path(place).name for name, place in (("reference", reference), ("adapter", adapter))}
+        how = {"text": text_name(text), "dtype": dtype, "products": products}
+        _keep(full_path(model), found.as_dict() | places | how)
     return found
 
 
@@ -173,22 +174,12 @@ def _config_of(folder: Path, original: Path | None) -> Any:
     return configs[0]
 
 
-def _keep(
-    folder: Path,
-    found: Evaluation,
-    *,
-    reference: str | Path | None,
-    adapter: str | Path | None,
-    dtype: str,
-    products: str,
-) -> None:
+def _keep(folder: Path, entry: dict[str, Any]) -> None:
     """Write down what was found, and how, in the lorq folder that was named by its path."""
     if not (folder / REPORT_NAME).is_file():
         return
-    names = {name: place and Path(place).name for name, place in (("reference", reference), ("adapter", adapter))}
-    how = {"text": text_name(found.text), "dtype": dtype, "products": products}
     try:
-        add_evaluation(folder, found.as_dict() | names | how)
+        add_evaluation(folder, entry)
     except (OSError, ValueError) as error:  # the figures are there, and matter more
         _log.warning("these figures are not kept in the folder: %s", error)
 

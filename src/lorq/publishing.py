@@ -122,7 +122,13 @@ def _card(place: Path, repo: str, base_model: str) -> str:
         lines = _exported(repo, str(told.get("target")), told.get("lost") or {})
         return _written(head, body, repo, base_model, "transformers", [], lines)
     report = read_report(place)
-    lines = [_sizes(report), "", *_made(report), *_measured(place), *_loading(repo)]
+    lines = [
+        _sizes(report),
+        "",
+        *_made(report),
+        *_measured(place),
+        *_loading(repo, exact=report.settings.get("codebook", "scalar") == "scalar"),
+    ]
     return _written(head, body, repo, base_model, "transformers", ["low-rank"], lines)
 
 
@@ -222,14 +228,16 @@ def _measured(folder: Path) -> list[str]:
     return [*lines, "| on | found |", "|---|---|", *table, "", note, ""]
 
 
-def _loading(repo: str) -> list[str]:
+def _loading(repo: str, *, exact: bool) -> list[str]:
+    """How to load a folder; ``exact`` where one of GGUF's types may hold its codes."""
     lines = ["## How to load it", "", "transformers, after `pip install lorq`:", "", "```python"]
     lines += ["from transformers import AutoModelForCausalLM", ""]
     lines += [f'model = AutoModelForCausalLM.from_pretrained("{repo}")', "```", ""]
     lines += ["vLLM, after `pip install 'lorq[vllm]'`:", "", f"    vllm serve {repo}", ""]
     if "gguf" in TARGETS:
         name = repo.partition("/")[2]
-        lines += ["llama.cpp:", "", f"    hf download {repo} --local-dir {name}", f"    lorq export {name} {name}.gguf"]
+        lines += ["llama.cpp:", "", f"    hf download {repo} --local-dir {name}"]
+        lines += [f"    lorq export {name} {name}.gguf" + ("" if exact else " --type q8_0")]
         lines += [f"    llama-cli -m {name}.gguf", ""]
     return lines
 

@@ -65,7 +65,10 @@ def quantize_command(
         if exported is not None:
             print_exported(exported)
         elif not options.dry_run:
-            print_next(("evaluate", out, "--reference", model), ("generate", out, "your question"))
+            print_next(
+                ("evaluate", out, "--reference", model, "--window", 512, "--windows", 8),
+                ("generate", out, "your question"),
+            )
 
     if methods:
         quantize.__annotations__ |= {
@@ -89,6 +92,7 @@ def with_preset(arguments: list[str], *, to_file: bool, helps: bool) -> tuple[li
         return arguments, Preset(METHODS.get(method or "flrq", METHODS["flrq"])())
     flags = chosen.flags()
     if not helps:
-        notes.print(f"{f'preset {name}' if name else 'for llama.cpp'}: {' '.join(map(' '.join, flags.items()))}")
+        used = " ".join(f"{flag} {given(arguments, flag) or value}" for flag, value in flags.items())
+        notes.print(f"{f'preset {name}' if name else 'for llama.cpp'}: {used}")
     more = [f"{flag}={value}" for flag, value in flags.items() if given(arguments, flag) is None]
     return arguments + more, chosen if helps else Preset(type(chosen.method)())

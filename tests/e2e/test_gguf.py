@@ -166,6 +166,8 @@ def test_a_run_that_ends_early_goes_on(tmp_path, capsys, monkeypatch):
 
 
 REFUSED = {
+    "--bits 3": "a grid of GGUF has its own bits and groups, got --bits 3 for q4_0",
+    "--grid q5_0 --group-size 64": "got --group-size 64 for q5_0",
     "--method flrq --bits 4": "needs one of GGUF's grids, --grid q4_0, q4_1, .*, got integer",
     "--method lopro": "got a method without",
     "--method flrq --grid q4_0": "has no low-rank part, got budget",
@@ -201,3 +203,33 @@ def test_bad_input_is_refused_and_nothing_is_left(mistake, quantized, tmp_path, 
 def test_widths_that_a_type_does_not_divide_take_the_fallback_that_is_named(quantized, tmp_path):
     done = lorq.export(quantized("llama"), tmp_path / "model.gguf", gguf=GgufOptions(type="q6_k", fallback="q8_0"))
     assert done.lines[0] == "tensors: 14 q8_0, 6 f32"
+
+
+READ_IN_PART = {
+    "mixtral": "it lacks model.layers.0.mlp",
+    "llama-biases": "has biases, which transformers does not read",
+    "llama3-rope": r"has the scaling of its positions \(rope\)",
+    "llama-linear": r"has the scaling of its positions \(rope\)",
+    "llama-yarn": r"has the scaling of its positions \(rope\)",
+}
+
+
+@pytest.mark.parametrize("name", READ_IN_PART)
+def test_a_file_of_which_transformers_leaves_out_a_part_is_no_source(name, quantized, tmp_path):
+    lorq.export(quantized(name), tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=READ_IN_PART[name]):
+        lorq.quantize(tmp_path / "model.gguf", tmp_path / "out", lorq.Nearest(bits=4, group_size=32))
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_a_gguf_file_is_replaced(quantized, tmp_path):
+    for name in ("notes.txt", "model.gguf"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(FileExistsError, match="must be a GGUF file to be replaced by one"):
+            lorq.export(quantized("llama"), tmp_path / name, to="gguf", overwrite=True)
+        assert (tmp_path / name).read_text() == "mine"
+
+
+def test_activations_in_eight_bits_are_told_to_be_lost(quantized, tmp_path):
+    folder = quantized("llama", lorq.Nearest(grid="q4_0"), activations="token")
+    assert lorq.export(folder, tmp_path / "model.gguf").lost["activations"].startswith("14 layers")

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 KINDS = {
     "integers": (lorq.Nearest(bits=4, group_size=16), {}),
     "low rank": (lorq.FLRQ(bits=3, group_size=16, budget=2.0, min_gain=0.0, epochs=0, rounding="nearest"), {}),
+    "blocks of GGUF": (lorq.Nearest(grid="q4_0"), {}),
     "levels": (lorq.Nearest(bits=3, group_size=16, grid="normal-float"), {}),
     "product scales": (lorq.LoRDS(bits=4, group_size=32, weighting="none", steps=1), {}),
     "vectors": (lorq.LoPRo(bits=2, group_size=32, codebook="vector", rank=2), {}),

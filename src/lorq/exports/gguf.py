@@ -1,5 +1,6 @@
 """`--to gguf`: a file for llama.cpp, whose weights are what the folder's codes stand for."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any, get_args
@@ -7,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 
 from lorq.core.codes import IntGrid
+from lorq.exports.dense import activations_lost
 from lorq.exports.gguf_model import architecture_of, rope_tensors, write_metadata
 from lorq.exports.gguf_plan import FileTensor, Plan
 from lorq.exports.gguf_tokenizer import write_tokenizer
@@ -42,17 +44,17 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     if request.adapter_place is not None:
         factors = {t.source.name: found for t in tensors if (found := plan.factors(t.source)) is not None}
         write_lora(request.adapter_place, architecture.name, factors)
-        size, adapter = size + request.adapter_place.stat().st_size, f" --lora {request.adapter}"
+        size, adapter = size + request.adapter_place.stat().st_size, f" --lora {shlex.quote(str(request.adapter))}"
     types = Counter(tensor.type for tensor in tensors)
     lines: tuple[str, ...] = (
         f"tensors: {', '.join(f'{count} {name}' for name, count in types.most_common())}",
-        f"run it: llama-cli -m {request.out}{adapter}",
+        f"run it: llama-cli -m {shlex.quote(str(request.out))}{adapter}",
     )
     if types["q5_0"] and any(isinstance(f.codes, IntGrid) for f in folder.formats.values()):
         lines += (
             "q5_0 holds codes of 4 bits with zero points exactly; --type q4_1 is smaller and rounds their minima",
         )
-    return Exported(size, lines, lost | plan.losses.in_words(len(tensors)))
+    return Exported(size, lines, lost | plan.losses.in_words(len(tensors)) | activations_lost(folder))
 
 
 def check_file(source: Path, method: Any) -> None:

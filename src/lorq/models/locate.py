@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorq.storage.atomic import rename_synced, require_space, sha256_of, write_synced
 from lorq.storage.companions import WEIGHTS
+from lorq.storage.json_files import some_of
 from lorq.storage.names import DECODED_FROM, JOURNAL
 
 if TYPE_CHECKING:  # a wrong path is refused before torch is there
@@ -182,16 +183,47 @@ def _decode_gguf(path: Path, folder: Path) -> None:
     name, parent = path.name, str(path.parent)
     make_room(folder, _decoded_bytes(path))
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            parent, gguf_file=name, dtype="float16", quantization_config=GgufConfig(dequantize=True)
-        )
-    except (ValueError, KeyError, OSError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            parent, gguf_file=name, dtype="float16", quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+        )  # fmt: skip
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise ValueError(f"{path} could not be read as a GGUF language model: {error}") from error
+    model, told = loaded
+    if lacking := [*told["missing_keys"], *told["mismatched_keys"]]:
+        raise ValueError(
+            f"{path} must have every weight of a {type(model).__name__}, as transformers reads it, it lacks "
+            f"{some_of(map(str, lacking))}; take the model's Hugging Face folder"
+        )
+    _check_read(path, model)
     model.save_pretrained(folder)
     if kinds := _quantized_kinds(path):
         note = f"the model's weights were quantized before (GGUF: {', '.join(kinds)}), and dequantized"
         (folder / DECODED_FROM).write_text(note, encoding="utf-8")
     AutoTokenizer.from_pretrained(parent, gguf_file=name).save_pretrained(folder)
+
+
+def _check_read(path: Path, model: Any) -> None:
+    """Refuse, with a ValueError, a file of which transformers has left out something that changes what comes out."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    names = [tensor.name for tensor in reader.tensors]
+    scaled = "rope_freqs.weight" in names
+    for name, field in reader.fields.items():
+        scaled |= name.endswith(".rope.scaling.type") and str(field.contents()) not in ("none", "")
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    left_out = []
+    if scaled and rope.get("rope_type", "default") == "default":
+        left_out.append("the scaling of its positions (rope)")
+    biases = sum(name.endswith(".bias") for name in names)
+    if biases > sum(name.endswith("bias") for name in model.state_dict()):
+        left_out.append("biases")
+    if left_out:
+        raise ValueError(
+            f"{path} has {' and '.join(left_out)}, which transformers does not read of such files: the model would be "
+            "another one; take its Hugging Face folder"
+        )
 
 
 def _quantized_kinds(path: Path) -> list[str]:

@@ -53,7 +53,8 @@ class QuantLoraLinear(peft_layers.Linear):
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         packed = packed_of(base_layer)  # whose weight peft would decode for this
-        return packed.weight_packed.device, torch.float32 if packed.bias is None else packed.bias.dtype
+        device = next(iter(packed.state_dict(keep_vars=True).values())).device
+        return device, torch.float32 if packed.bias is None else packed.bias.dtype
 
 
 def packed_of(layer: nn.Module) -> QuantLinear:
@@ -88,11 +89,11 @@ def _extend() -> None:
             config.target_modules |= {name for name in packed if not name.endswith(".base_layer")}
         return config
 
-    peft_model.LoraModel._create_new_module = staticmethod(with_packed)
-    peft_model.LoraModel._replace_module = replace_packed
-    tuners_utils._maybe_include_all_linear_layers = find_with_packed
+    peft_model.LoraModel._create_new_module = staticmethod(with_packed)  # type: ignore[method-assign]
+    peft_model.LoraModel._replace_module = replace_packed  # type: ignore[method-assign]
+    tuners_utils._maybe_include_all_linear_layers = find_with_packed  # type: ignore[assignment]
 
 
 if not getattr(peft_model.LoraModel, "_lorq", False):
     _extend()
-    peft_model.LoraModel._lorq = True
+    peft_model.LoraModel._lorq = True  # type: ignore[attr-defined]

@@ -25,7 +25,13 @@ def refuse_used(out: Path, *, overwrite: bool = False) -> None:
     if not overwrite:
         raise FileExistsError(f"{out} must be new, it is there; choose another name, or replace it with --overwrite")
     if out.is_file():
-        return
+        with out.open("rb") as file:
+            if file.read(4) == b"GGUF":
+                return
+        raise FileExistsError(
+            f"{out} must be a GGUF file to be replaced by one, it is another; choose another name, or delete it "
+            "yourself"
+        )
     own: list[Any] = []
     with suppress(OSError, ValueError):
         own = list(read_json(out / EXPORTED).get("files", []))

@@ -41,7 +41,8 @@ def read_measured(folder: Path) -> Measured:
     if not path.is_file():
         return Measured()
     content = read_json(path)
-    wrong = damaged(path, "it must hold seconds, stages (numbers by name) and evaluations (figures by name)")
+    rule = "it must hold seconds, stages (numbers by name) and evaluations (figures by name), or be deleted"
+    wrong = damaged(path, rule)
     stages, evaluations = content.get("stages", {}), content.get("evaluations", [])
     if not isinstance(stages, dict) or not isinstance(evaluations, list):
         raise wrong
@@ -49,8 +50,12 @@ def read_measured(folder: Path) -> Measured:
         raise wrong
     if not all(isinstance(entry.get("tasks", {}), dict) for entry in evaluations):
         raise wrong
+    tasks = [metrics for entry in evaluations for metrics in entry.get("tasks", {}).values()]
+    if not all(isinstance(metrics, dict) for metrics in tasks):
+        raise wrong
     figures = [entry.get(key) for entry in evaluations for key in ("perplexity", "kl_mean", "top1")]
     numbers = [content.get("seconds", 0.0), *stages.values(), *(figure for figure in figures if figure is not None)]
+    numbers += [entry["perplexity"] for entry in evaluations] + [value for one in tasks for value in one.values()]
     if not all(isinstance(number, int | float) for number in numbers):
         raise wrong
     return Measured(content.get("seconds", 0.0), stages, tuple(evaluations))

@@ -76,11 +76,11 @@ def test_what_exists_is_replaced_only_when_asked_and_only_lorqs_own(tmp_path):
 
 def test_a_file_is_replaced_when_asked(tmp_path):
     out = tmp_path / "model.gguf"
-    for content in ("one", "two"):
-        refuse_used(out, overwrite=content == "two")
+    for content in ("GGUF one", "GGUF two"):
+        refuse_used(out, overwrite=content == "GGUF two")
         with appearing(out, {}) as place:
             place.write_text(content)
-    assert out.read_text() == "two"
+    assert out.read_text() == "GGUF two"
 
 
 def test_two_runs_do_not_write_one_output(tmp_path):

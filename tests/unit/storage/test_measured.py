@@ -42,4 +42,4 @@ def test_figures_that_cannot_be_kept_are_told_of_and_nothing_is_written_into_oth
     (tmp_path / REPORT_NAME).write_text("{}")
     (tmp_path / MEASURED).write_text("[]")
     _keep(tmp_path, ENTRY)
-    assert "these figures are not kept for lorq report" in caplog.text and (tmp_path / MEASURED).read_text() == "[]"
+    assert "these figures are not kept in the folder" in caplog.text and (tmp_path / MEASURED).read_text() == "[]"
