@@ -335,7 +335,9 @@ def test_the_end_tells_what_was_gained_and_what_can_be_done_next(lorq_command, s
     assert gain in told and gain in lorq_command("inspect", tmp_path / "it's mine")
     commands = [shlex.split(line)[1:] for line in told.splitlines() if line.startswith("next: ")]
     assert [words[:2] for words in commands] == [["lorq", "evaluate"], ["lorq", "generate"]]
-    measured = json.loads(lorq_command(*commands[0][1:], "--text", text_file, "--window=64", "--windows=1", "--json"))
+    assert commands[0][-4:] == ["--window", "512", "--windows", "8"]
+    small = ["--window", "64", "--windows", "1", "--text", text_file, "--json"]
+    measured = json.loads(lorq_command(*commands[0][1:-4], *small))
     assert measured["kl_mean"] > 0 and lorq_command(*commands[1][1:], "--tokens=1")
     assert "next: " not in lorq_command("quantize", source, tmp_path / "dry", *NEAREST, "--dry-run")
 
