@@ -33,7 +33,7 @@ def refuse_used(out: Path, *, overwrite: bool = False) -> None:
             "yourself"
         )
     own: list[Any] = []
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # whatever stands there, it names no files
         own = list(read_json(out / EXPORTED).get("files", []))
     there = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if out.is_dir() else {""}
     if foreign := there - {*map(str, own), EXPORTED}:

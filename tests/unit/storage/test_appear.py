@@ -74,6 +74,14 @@ def test_what_exists_is_replaced_only_when_asked_and_only_lorqs_own(tmp_path):
         refuse_used(out, overwrite=True)
 
 
+@pytest.mark.parametrize("told", ["[1]", '{"files": 3}', "{"])
+def test_a_damaged_mark_gives_nothing_up(told, tmp_path):
+    write(tmp_path / "out")
+    (tmp_path / "out" / EXPORTED).write_text(told)
+    with pytest.raises(FileExistsError, match=r"nothing else, to be replaced, it has below/a\.txt"):
+        refuse_used(tmp_path / "out", overwrite=True)
+
+
 def test_a_file_is_replaced_when_asked(tmp_path):
     out = tmp_path / "model.gguf"
     for content in ("GGUF one", "GGUF two"):
