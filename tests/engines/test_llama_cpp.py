@@ -110,13 +110,13 @@ def test_smollm2_has_the_same_perplexity_and_talks(settings, tmp_path):
     assert "rounding" not in done.lost
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert json.loads(llama_cpp("tokens", file, json.dumps(TEXTS))) == tokenizer(TEXTS)["input_ids"]
-    # 2,048 tokens: llama.cpp rounds activations to 8 bits too, which moves a single window by a hundredth.
+    # 2,048 tokens: on 170 q4_0 was 0.8 % off, perhaps by llama.cpp's activations of 8 bits.
     tokens = torch.tensor(tokenizer(load_text("python-docs"))["input_ids"][: 8 * 256]).view(8, 256)
     np.save(tmp_path / "tokens.npy", tokens.numpy())
     theirs = json.loads(llama_cpp("figures", file, tmp_path / "tokens.npy"))
     with torch.no_grad():
         loss = lorq.load(folder)(tokens, labels=tokens).loss
-    # iq4_nl: 0.0054 was measured; its weights are the same ones, its products in llama.cpp are not.
+    # Wanted: 0.005 for all. iq4_nl measured 0.0054, and why is not known.
     assert abs(theirs["perplexity"] / float(loss.exp()) - 1) < (0.008 if "grid" in settings else 0.005)
     told = json.loads(llama_cpp("generate", file, "The capital of France is"))
     assert "Paris" in told["choices"][0]["text"]
