@@ -225,9 +225,19 @@ def test_a_file_of_which_transformers_leaves_out_a_part_is_no_source(name, quant
 def test_only_a_gguf_file_is_replaced(quantized, tmp_path):
     for name in ("notes.txt", "model.gguf"):
         (tmp_path / name).write_text("mine")
-        with pytest.raises(FileExistsError, match="must be a GGUF file to be replaced by one"):
+        with pytest.raises(FileExistsError, match="must be a GGUF file of lorq's to be replaced by one, it is no GGUF"):
             lorq.export(quantized("llama"), tmp_path / name, to="gguf", overwrite=True)
         assert (tmp_path / name).read_text() == "mine"
+    lorq.export(quantized("llama"), tmp_path / "own.gguf")
+    lorq.export(quantized("llama"), tmp_path / "own.gguf", overwrite=True)
+
+
+def test_how_far_a_file_is_is_told_tensor_by_tensor(quantized, tmp_path):
+    told = []
+    lorq.export(quantized("llama"), tmp_path / "model.gguf", progress=lambda *step: told.append(step))
+    stages = {stage: [done for own, done, total in told if own == stage] for stage, _, _ in told}
+    assert stages == {"load torch": [0, 1], "choose types": [*range(21)], "export": [*range(21)]}
+    assert {total for stage, _, total in told if stage == "export"} == {20}
 
 
 def test_activations_in_eight_bits_are_told_to_be_lost(quantized, tmp_path):

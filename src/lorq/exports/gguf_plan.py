@@ -14,6 +14,7 @@ from lorq.core.weight import QuantizedWeight
 from lorq.exports.gguf_model import Architecture, Source, find_sources, language_names
 from lorq.exports.gguf_types import Encoded, encode, exact_type, fits, row_bytes, without_factors
 from lorq.exports.request import GgufOptions, refusal
+from lorq.progress import CHOOSE, Progress, no_progress
 from lorq.storage.folder import LorqFolder
 
 
@@ -113,7 +114,7 @@ class Plan:
         if self.adapter and self.folder.tiles:
             raise ValueError(f"an adapter of llama.cpp has no factors that experts share, {ranks[0]} has; take --fold")
 
-    def tensors(self) -> list[FileTensor]:
+    def tensors(self, progress: Progress = no_progress) -> list[FileTensor]:
         """All of the file but those that are none of the model's.
 
         Raises:
@@ -135,7 +136,12 @@ class Plan:
                 "in a file of its own (mmproj)"
             )
         found = find_sources(own, self.config, self.architecture, tied=self.whole.tie_word_embeddings)
-        return [FileTensor(source, self._type(source), self._shape(source)) for source in found]
+        tensors = []
+        for done, source in enumerate(found):
+            progress(CHOOSE, done, len(found))
+            tensors.append(FileTensor(source, self._type(source), self._shape(source)))
+        progress(CHOOSE, len(found), len(found))
+        return tensors
 
     def weight(self, parameter: str) -> QuantizedWeight | Tensor:
         """A parameter of the model; of a quantized layer without the part that goes into the adapter."""

@@ -1,14 +1,16 @@
 """What is asked of a target, what it answers, and how it refuses."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from lorq.core.checks import check_name
+from lorq.progress import EXPORT, Progress, no_progress
 
 if TYPE_CHECKING:  # torch, which help and refusals do not wait for
     from lorq.storage.folder import LorqFolder
+    from lorq.storage.safetensors_file import Header
 
 
 GgufType = Literal[
@@ -54,6 +56,7 @@ class ExportRequest:
         adapter: the name that the adapter will have, where the low-rank part is asked for as one.
         adapter_place: where to write it.
         gguf: what is asked of a GGUF file.
+        progress: called as ``progress(stage, done, total)``.
     """
 
     out: Path
@@ -61,6 +64,25 @@ class ExportRequest:
     adapter: Path | None = None
     adapter_place: Path | None = None
     gguf: GgufOptions = GgufOptions()
+    progress: Progress = no_progress
+
+    def command(self, target: str) -> str:
+        """The command that writes such an export of a lorq folder OUT."""
+        words = ["lorq", "export", "OUT", *(["model.gguf"] if target == "gguf" else ["DEST", "--to", target])]
+        told = {"dtype": None if self.dtype == "auto" else self.dtype, **vars(self.gguf)}
+        told["adapter"] = None if self.adapter is None else f"ADAPTER{self.adapter.suffix}"
+        for name, value in told.items():
+            if value not in (None, False):
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        return " ".join(words)
+
+    def files(self, folder: "LorqFolder") -> "Iterator[tuple[str, Header]]":
+        """The folder's weight files in order, one a block, with their headers; how far that is is told."""
+        headers = sorted(folder.reader.headers.items())
+        for done, file in enumerate(headers):
+            self.progress(EXPORT, done, len(headers))
+            yield file
+        self.progress(EXPORT, len(headers), len(headers))
 
 
 @dataclass(frozen=True)

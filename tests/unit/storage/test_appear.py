@@ -32,10 +32,10 @@ def write(out, content="one", **mark):
 
 def test_a_folder_appears_whole_with_a_mark_of_its_files(tmp_path):
     write(tmp_path / "new" / "out", target="dense")
-    assert json.loads((tmp_path / "new" / "out" / EXPORTED).read_text()) == {
-        "files": ["below/a.txt"],
-        "target": "dense",
-    }
+    # sha256 of "one", by coreutils' sha256sum
+    one = "3 bytes, sha256 7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
+    told = json.loads((tmp_path / "new" / "out" / EXPORTED).read_text())
+    assert told == {"files": {"below/a.txt": one}, "target": "dense"}
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
 
 
@@ -74,6 +74,25 @@ def test_what_exists_is_replaced_only_when_asked_and_only_lorqs_own(tmp_path):
         refuse_used(out, overwrite=True)
 
 
+def test_what_was_edited_since_is_not_replaced(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    write(out)
+    (out / "below" / "a.txt").write_text("two")  # as long as it was
+    with pytest.raises(
+        FileExistsError, match=r"as lorq exported it to be replaced, below/a\.txt changed since; choose"
+    ):
+        refuse_used(out, overwrite=True)
+    (out / "below" / "a.txt").write_text("one")
+    refuse_used(out, overwrite=True)
+    monkeypatch.setattr("lorq.storage.appear._LARGE", 2)  # of large files the size is told
+    write(out)
+    (out / "below" / "a.txt").write_text("two")
+    refuse_used(out, overwrite=True)
+    (out / "below" / "a.txt").write_text("three")
+    with pytest.raises(FileExistsError, match=r"below/a\.txt changed since"):
+        refuse_used(out, overwrite=True)
+
+
 @pytest.mark.parametrize("told", ["[1]", '{"files": 3}', "{"])
 def test_a_damaged_mark_gives_nothing_up(told, tmp_path):
     write(tmp_path / "out")
@@ -82,13 +101,17 @@ def test_a_damaged_mark_gives_nothing_up(told, tmp_path):
         refuse_used(tmp_path / "out", overwrite=True)
 
 
-def test_a_file_is_replaced_when_asked(tmp_path):
+def test_a_file_of_lorqs_is_replaced_when_asked(tmp_path):
     out = tmp_path / "model.gguf"
-    for content in ("GGUF one", "GGUF two"):
-        refuse_used(out, overwrite=content == "GGUF two")
+    for content in ("GGUF lorq.version one", "GGUF lorq.version two"):
+        refuse_used(out, overwrite=content.endswith("two"))
         with appearing(out, {}) as place:
             place.write_text(content)
-    assert out.read_text() == "GGUF two"
+    assert out.read_text() == "GGUF lorq.version two"
+    for content, what in (("GGUF three", "another program's"), ("lorq.version", "no GGUF file")):
+        out.write_text(content)
+        with pytest.raises(FileExistsError, match=f"must be a GGUF file of lorq's to be replaced by one, it is {what}"):
+            refuse_used(out, overwrite=True)
 
 
 def test_two_runs_do_not_write_one_output(tmp_path):
