@@ -11,8 +11,8 @@ from lorq.core.codes import IntGrid
 from lorq.exports.dense import activations_lost
 from lorq.exports.gguf_model import architecture_of, rope_tensors, write_metadata
 from lorq.exports.gguf_plan import FileTensor, Plan
-from lorq.exports.gguf_told import add_told, tell_lost
 from lorq.exports.gguf_tokenizer import write_tokenizer
+from lorq.exports.gguf_told import add_told, tell_lost
 from lorq.exports.gguf_types import FLOATS, type_number
 from lorq.exports.plain import own_dtype
 from lorq.exports.request import Exported, ExportRequest, GgufType
@@ -114,6 +114,7 @@ def _write(plan: Plan, tensors: list[FileTensor], out: Path, request: ExportRequ
         add_told(writer, plan.folder, request.command("gguf"))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
+        assert writer.fout is not None
         end = writer.fout[0].tell()
         writer.write_ti_data_to_file()
         for values in factors.values():
