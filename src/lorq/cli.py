@@ -32,9 +32,9 @@ from lorq.show import (
     command,
     console,
     download_bars,
+    print_evaluation,
     print_exported,
     print_families,
-    print_figures,
     print_next,
     print_pieces,
     print_pushed,
@@ -61,7 +61,7 @@ app.command(quantize_command())
 
 
 evaluate = command(
-    lorq.evaluate, lambda result, as_json: print_figures(result.as_dict(), as_json), json="print one JSON object."
+    lorq.evaluate, lambda result, as_json: print_evaluation(result.as_dict(), as_json), json="print one JSON object."
 )
 generate = command(lorq.generate, print_pieces)
 app.command(evaluate, name="evaluate")

@@ -279,6 +279,33 @@ def print_pieces(pieces: Iterable[str]) -> None:
     print()
 
 
+# The fields of an `lorq.Evaluation` in words, with their units.
+_FIGURES = {
+    "perplexity": ("perplexity", "{:.4g}"),
+    "reference_perplexity": ("perplexity of the reference", "{:.4g}"),
+    "kl_mean": ("KL from the reference, mean", "{:.4f} nats a token"),
+    "kl_p99": ("KL from the reference, 99th percentile", "{:.4g} nats"),
+    "top1": ("same first choice as the reference", "{:.2%} of tokens"),
+    "bits_per_weight": ("bits per weight", "{:.3f}"),
+    "tokens": ("predicted", "{:,} tokens"),
+    "text": ("text", "{}"),
+    "window": ("length of a window", "{} tokens"),
+    "windows": ("windows", "{}"),
+    "start_token": ("windows begin with a start token", "{}"),
+}
+
+
+def print_evaluation(figures: dict[str, Any], as_json: bool) -> None:
+    """A table of what was measured, in words with units, or one JSON object of the fields."""
+    told = {key: value for key, value in figures.items() if value is not None}
+    words = {
+        _FIGURES[key][0]: value if isinstance(value, bool) else _FIGURES[key][1].format(value)
+        for key, value in told.items()
+        if key in _FIGURES
+    }
+    print_figures(figures if as_json else words | {"tasks": told.get("tasks", {})}, as_json)
+
+
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
     """A table of what there is, or one JSON object."""
     if as_json:

@@ -356,7 +356,10 @@ def test_the_demo_quantizes_measures_and_talks(lorq_command, tmp_path, monkeypat
     monkeypatch.setattr("lorq.demo.demo_model", lambda: model)
     for _ in range(2):  # an earlier demo is replaced
         told = lorq_command("demo", tmp_path / "out", "--samples=2", "--windows=1")
-        assert all(part in told for part in ("1. Quantize", "bits per weight", "2. Measure", "kl_mean", "3. Talk"))
+        assert all(
+            part in told
+            for part in ("1. Quantize", "bits per weight", "2. Measure", "KL from the reference, mean", "3. Talk")
+        )
 
 
 # ---- settings that reach the layers -----------------------------------------------------------------------

@@ -176,6 +176,24 @@ def test_compressed_tensors_are_read_by_transformers(family, quantized, tmp_path
     torch.testing.assert_close(logits(read), logits(lorq.load(folder)), rtol=exact, atol=exact)
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_zero_points_are_read_by_transformers_as_dense_weights_alone(quantized, tmp_path):
+    """When the first of these no longer fails, the printed line, the card's and docs/engines/vllm.md's may go."""
+    pytest.importorskip("compressed_tensors", minversion="0.18")
+    from transformers import CompressedTensorsConfig
+
+    folder, out = quantized("llama"), tmp_path / "out"
+    done = lorq.export(folder, out, to="compressed-tensors", dtype="float32")
+    assert sum("quantization_config=CompressedTensorsConfig(dequantize=True)" in line for line in done.lines) == 1
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    dense = CompressedTensorsConfig(dequantize=True)  # decoded in the scales' float16
+    read = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, quantization_config=dense)
+    torch.testing.assert_close(logits(read), logits(lorq.load(folder)), rtol=0.05, atol=0.05)
+    done = lorq.export(quantized("llama", SYMMETRIC), tmp_path / "symmetric", to="compressed-tensors")
+    assert not any("CompressedTensorsConfig" in line for line in done.lines)
+
+
 @pytest.mark.filterwarnings(PEFTS)
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_compressed_tensors_and_the_adapter_are_the_model(with_ranks, tmp_path):

@@ -188,6 +188,9 @@ MISTAKES = {
     "--type q6_k": "blocks of q6_k must tile a row of model.layers.0.mlp.down_proj.weight, which has 128 columns",
     "--adapter {low_rank}": "has no low-rank part; leave --adapter and --fold out",
     "--fold": "has no low-rank part; leave --adapter and --fold out",
+    "--type q6_k --fallback q5_k": "has 128 columns (neither do those of --fallback q5_k); take another --type, or say",
+    "--tokenizer-pre lama-bpe": "got 'lama-bpe'; did you mean llama-bpe or",
+    "--tokenizer-pre xyz": "got 'xyz'; it has default, llama3,",
     "--to dense --type q8_0": "are for --to gguf, got them for dense",
 }
 

@@ -224,12 +224,14 @@ class Plan:
         type_: str = asked or self.float_type
         if fits(type_, shape[-1]):
             return type_
-        if options.fallback is None or not fits(options.fallback, shape[-1]):
-            raise ValueError(
-                f"blocks of {type_} must tile a row of {source.parameters[0]}, which has {shape[-1]} columns; take "
-                "another --type, or say with --fallback q8_0, f16 or the like what such tensors become"
-            )
-        return options.fallback
+        if options.fallback is not None and fits(options.fallback, shape[-1]):
+            return options.fallback
+        also = f" (neither do those of --fallback {options.fallback})" if options.fallback else ""
+        raise ValueError(
+            f"blocks of {type_} must tile a row of {source.parameters[0]}, which has {shape[-1]} columns{also}; take "
+            f"another --type, or say with --fallback {' or '.join(n for n in ('q8_0', 'f16') if fits(n, shape[-1]))} "
+            "what such tensors become"
+        )
 
     def _exact(self, layers: list[str]) -> str:
         """The smallest type that holds a layer's codes, or those of the experts of one projection.

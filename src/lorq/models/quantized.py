@@ -244,6 +244,9 @@ def _compressed_tensors(files: WeightFiles, config: Mapping[str, Any]) -> Found:
         stated = stated_by_groups(groups, module)
         words = _matrix(files, parts["weight_packed"])[1]
         check_bits(files.folder, module, stated.get("num_bits"), words=words, columns=shape[1])
+        if stated.get("strategy") in ("group", "channel"):
+            size, found = stated.get("group_size"), files.shape(parts["weight_scale"])[-1]
+            check_groups(files.folder, module, size or -1, groups=found, columns=shape[1])
         make = partial(read_packed, bits=stated.get("num_bits"))
         yield module, Packed((shape[0], shape[1]), parts, make)
     for module, parts in _parts(files, "weight", (), ("weight_scale", "weight_zero_point")):
