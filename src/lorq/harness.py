@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +38,16 @@ def read_tasks(tasks: str, path: str | Path | None) -> tuple[list[str], Path | N
     return names, place
 
 
-def known_tasks(names: list[str], path: Path | None) -> Any:
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of lm-eval with their data; ``opened`` are its own objects, which ``manager`` has made."""
+
+    names: tuple[str, ...]
+    manager: Any
+    opened: tuple[Any, ...]
+
+
+def _manager(names: list[str], path: Path | None) -> Any:
     """lm-eval's manager of tasks, which knows the named ones.
 
     Raises:
@@ -74,13 +84,14 @@ def _unreadable(path: Path | None) -> str:
     return f"; it could not read {', '.join(wrong)}" if wrong else ""
 
 
-def open_tasks(names: list[str], manager: Any) -> list[Any]:
-    """The tasks with their data, each tried on its first example, and groups of them.
+def open_tasks(names: list[str], path: Path | None) -> Tasks:
+    """The named tasks with their data, each tried on its first example, and groups of them.
 
     Raises:
         OSError: if the data of a task cannot be had.
-        ValueError: for a task that is broken, with its file.
+        ValueError: for a task that lm-eval does not know, or that is broken, with its file.
     """
+    manager = _manager(names, path)
     opened: list[Any] = []
     with _own_randomness():
         for name in names:
@@ -94,7 +105,7 @@ def open_tasks(names: list[str], manager: Any) -> list[Any]:
                     if task.OUTPUT_TYPE == "multiple_choice":
                         task.doc_to_choice(first)
                     task.doc_to_target(first)
-    return opened
+    return Tasks(tuple(names), manager, tuple(opened))
 
 
 @contextmanager
@@ -119,16 +130,12 @@ def _faults_of(name: str, manager: Any) -> Iterator[None]:
         ) from error
 
 
-def run_tasks(
-    model: Any, tokenizer: Any, names: list[str], tasks: list[Any], manager: Any, *, limit: int
-) -> dict[str, dict[str, float]]:
+def run_tasks(model: Any, tokenizer: Any, tasks: Tasks, *, limit: int) -> dict[str, dict[str, float]]:
     """Every task's metrics, their standard errors and how many examples there were, by name; groups included.
 
     As ``lm_eval --model hf`` with its own defaults, in batches of 8.
 
     Args:
-        names: of the tasks, for errors.
-        tasks: as `open_tasks` gives them.
         limit: examples of each task; 0 for all.
 
     Raises:
@@ -139,9 +146,9 @@ def run_tasks(
         from lm_eval.models.huggingface import HFLM
 
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_AT_ONCE)
-        with _faults_of(", ".join(names), manager):
+        with _faults_of(", ".join(tasks.names), tasks.manager):
             results = simple_evaluate(
-                wrapped, tasks=tasks, task_manager=manager, limit=limit or None, log_samples=False,
+                wrapped, tasks=[*tasks.opened], task_manager=tasks.manager, limit=limit or None, log_samples=False,
                 bootstrap_iters=1000,
             )  # fmt: skip
     assert results is not None  # there is one process

@@ -1,7 +1,7 @@
 """What a GGUF file says of how lorq made it, in keys of lorq's own, which llama.cpp passes over.
 
-The keys are `GGUF_MARK`, the version; ``lorq.command``, as text; and as JSON ``lorq.report`` (of the folder that the
-file was made of), ``lorq.evaluations`` (what `lorq evaluate` found of that folder) and ``lorq.lost``.
+The keys begin with ``lorq.``: the version (`GGUF_MARK`), ``command``, as text; and as JSON ``report`` (of the folder
+that the file was made of), ``evaluations`` (what `lorq evaluate` found of that folder) and ``lost``.
 """
 
 import json
