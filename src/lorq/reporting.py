@@ -12,6 +12,7 @@ from typing import Any
 
 from lorq.charts import Chart, Folder, charts_of, comparison, mean_error, protocol_in_words
 from lorq.models.locate import full_path
+from lorq.storage.atomic import write_whole
 from lorq.storage.json_files import some_of
 from lorq.storage.measured import read_measured
 from lorq.storage.report import Report, read_report
@@ -65,7 +66,7 @@ def report(
     pictures = {} if place is None else {place / name: chart for name, chart in _pictures(opened).items()}
     _check_pictures(pictures, overwrite=overwrite)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(_page(opened), encoding="utf-8")
+    write_whole(page, _page(opened).encode())
     _draw(pictures)
     return [page, *pictures]
 
@@ -213,4 +214,4 @@ def _draw(pictures: Mapping[Path, Chart]) -> None:
     draw = import_module("vl_convert").vegalite_to_png
     for file, chart in pictures.items():
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(draw(chart.spec | {"width": _PNG_WIDTH, "background": "white"}, scale=_PNG_SCALE))
+        write_whole(file, draw(chart.spec | {"width": _PNG_WIDTH, "background": "white"}, scale=_PNG_SCALE))

@@ -1,5 +1,6 @@
 """`--to gguf`: a file for llama.cpp, whose weights are what the folder's codes stand for."""
 
+import math
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from lorq.exports.request import Exported, ExportRequest, GgufType
 from lorq.foreign.gguf_file import write_lora
 from lorq.models.skeleton import read_config
 from lorq.progress import EXPORT
+from lorq.storage.atomic import require_space
 from lorq.storage.folder import LorqFolder
 from lorq.storage.names import GGUF_MARK
 from lorq.version import __version__
@@ -42,6 +44,7 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     plan = Plan(folder, whole, config, architecture, request.gguf, float_type, request.adapter is not None)
     plan.check()
     tensors = plan.tensors(request.progress)
+    require_space(out.parent, sum(math.prod(tensor.bytes_shape) for tensor in tensors))
     lost = _write(plan, tensors, out, request)
     size, adapter = out.stat().st_size, ""
     if request.adapter_place is not None:

@@ -1,5 +1,6 @@
 """Outputs that appear whole under their name, or not at all."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -7,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lorq.storage.atomic import TEMPORARY, sha256_of, sync_file, sync_folder
+from lorq.storage.atomic import TEMPORARY, is_full, sha256_of, sync_file, sync_folder
 from lorq.storage.json_files import json_bytes, read_json, some_of
 from lorq.storage.lock import LOCK, owned, refuse_busy
 from lorq.storage.names import EXPORTED, GGUF_MARK
@@ -22,6 +23,7 @@ def refuse_used(out: Path, *, overwrite: bool = False) -> None:
     Raises:
         FileExistsError: saying what to do.
     """
+    out = Path(os.path.realpath(out))
     refuse_busy(_work(out))
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
@@ -69,6 +71,7 @@ def appearing(out: Path, mark: dict[str, Any]) -> Iterator[Path]:
     Args:
         mark: what a folder's `EXPORTED` says, beside the contents of its files; empty when the block begins is fine.
     """
+    out = Path(os.path.realpath(out))  # a link stays, and leads to what is made
     work = _work(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _gone(work), owned(work):
@@ -87,6 +90,14 @@ def appearing(out: Path, mark: dict[str, Any]) -> Iterator[Path]:
                 os.replace(out, work / "before")
             os.replace(place, out)
             sync_folder(out.parent)
+        except Exception as error:
+            if not is_full(error):
+                raise
+            raise OSError(
+                errno.ENOSPC,
+                f"no space left in {out.parent} for {out.name}, of which nothing is kept; free some space, or choose "
+                "another disk",
+            ) from error
         finally:
             for path in work.iterdir():
                 if path.name != LOCK:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lorq.storage.json_files import json_bytes, read_json
-from lorq.storage.names import JOURNAL, REPORT_NAME
+from lorq.storage.names import EXPORTED, JOURNAL, REPORT_NAME
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,11 @@ def _what_it_is(folder: Path) -> str:
     """Of a place without a report, and what to do."""
     if not folder.exists():
         return f"there is no folder {folder}; name one that `lorq quantize` wrote"
-    if folder.is_file() or not (folder / "config.json").is_file():
+    if folder.is_file():
+        return f"{folder} is a file and no lorq folder; name a folder that `lorq quantize` wrote"
+    if (folder / EXPORTED).is_file():
+        return f"{folder} is what `lorq export` wrote, and no lorq folder; name the folder that it was made of"
+    if not (folder / "config.json").is_file():
         return f"{folder} has no {REPORT_NAME}: lorq did not write this folder; name one that `lorq quantize` wrote"
     return (
         f"{folder} has no {REPORT_NAME}: lorq did not write this folder, it looks like a model that lorq has not "

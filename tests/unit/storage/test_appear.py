@@ -1,5 +1,6 @@
 """Outputs are whole or absent, and nothing that is not lorq's is lost."""
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from lorq.storage.appear import appearing, refuse_used
+from lorq.storage.atomic import write_whole
 from lorq.storage.names import EXPORTED
 
 KILLED = """
@@ -119,3 +121,46 @@ def test_two_runs_do_not_write_one_output(tmp_path):
         with pytest.raises(FileExistsError, match=r"another run is writing .*out\.lorq\.tmp"):
             refuse_used(tmp_path / "out")
         place.mkdir()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("4608 requested and 0 written"),  # numpy's tofile
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors'
+    ],
+    ids=["python", "numpy", "safetensors"],
+)
+def test_a_full_disk_is_told_with_the_output(error, tmp_path):
+    with pytest.raises(
+        OSError, match=rf"no space left in {tmp_path} for out, of which nothing is kept; free some"
+    ) as told:
+        with appearing(tmp_path / "out", {}) as place:
+            place.mkdir()
+            raise error
+    assert told.value.errno == errno.ENOSPC and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_link_stays_and_leads_to_what_is_made(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "there")
+    refuse_used(tmp_path / "out")
+    write(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "there" / "below" / "a.txt").read_text() == "one"
+    refuse_used(tmp_path / "out", overwrite=True)
+    write(tmp_path / "out", "two")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "there" / "below" / "a.txt").read_text() == "two"
+
+
+def test_a_file_that_cannot_be_written_is_named_and_what_was_there_stays(tmp_path, monkeypatch):
+    write_whole(tmp_path / "page.html", b"one")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"page\.html could not be written \(No space left on device\); choose another"):
+        write_whole(tmp_path / "page.html", b"two")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"one"]
