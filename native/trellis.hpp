@@ -3,6 +3,7 @@
 #pragma once
 #include <atomic>
 #include <cfloat>
+#include <cstring>
 
 #include "parallel.hpp"
 #include "simd.hpp"
@@ -93,17 +94,25 @@ class Search {
         return std::min_element(last, last + groups_) - last;
     }
 
-    // The window after row t - 1 of the cheapest way to `lower`, its lower bits.
+    // The window after row t - 1 of the cheapest way to `lower`, its lower bits; of equals, the lowest.
     int64_t back(int64_t t, int64_t lower, float target, float scale) const {
         const float* from = &costs_[(t - 1) * groups_];
-        int64_t best = lower;
-        float least = FLT_MAX;
+        // A cost is not negative: its bits are in its order, and the number of its window decides after them. The least
+        // of whole numbers takes no branch, which nothing could predict.
+        uint64_t ways[1 << BITS];
+        LORQ_UNROLL
         for (int64_t h = 0; h < (1 << BITS); ++h) {
             const int64_t state = h * groups_ + lower;
             const float d = target - scale * values_[state], cost = from[state >> BITS] + d * d;
-            if (cost < least) { least = cost; best = state; }
+            uint32_t bits;
+            std::memcpy(&bits, &cost, 4);
+            ways[h] = (uint64_t(bits) << 32) | uint64_t(h);
         }
-        return best;
+        LORQ_UNROLL
+        for (int half = (1 << BITS) / 2; half > 0; half /= 2)
+            LORQ_UNROLL
+            for (int h = 0; h < half; ++h) ways[h] = std::min(ways[h], ways[h + half]);
+        return int64_t(uint32_t(ways[0])) * groups_ + lower;
     }
 
    private:

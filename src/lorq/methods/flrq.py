@@ -1,7 +1,7 @@
 """FLRQ: flexible low rank by sketches, clipping, and alternation between the two (arXiv:2601.05684)."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -41,6 +41,8 @@ from lorq.methods.common import (
 
 # The authors' code's range searches: a wide one on the first residual, a narrow one when alternating.
 _SEARCHES = {"clip": (RangeSearch(steps=40, depth=0.8, mode="saturate"), SEARCHES["saturate"])}
+
+Grid: TypeAlias = IntGrid | TrellisGrid | GgufGrid
 
 
 @dataclass(frozen=True)
@@ -131,12 +133,17 @@ class FLRQ:
     def solve(self, problem: Problem) -> dict[str, QuantizedWeight]:
         """Each weight by itself: its low rank, its codes, in turns."""
         return {
-            name: self._solve(weight, problem.stats.get(name), problem.generator(name))
+            name: self._solve(
+                weight,
+                self._codes(problem.height or len(weight), weight.shape[1]),
+                problem.stats.get(name),
+                problem.generator(name),
+            )
             for name, weight in problem.weights.items()
         }
 
     def _solve(
-        self, weight: Float[Tensor, "out in"], stats: InputStats | None, generator: torch.Generator
+        self, weight: Float[Tensor, "out in"], format: Grid, stats: InputStats | None, generator: torch.Generator
     ) -> QuantizedWeight:
         """BLC: fit the low rank to what the codes miss, the codes to what the low rank misses; keep the best.
 
@@ -154,7 +161,7 @@ class FLRQ:
         hessian = stats.prepared(shrinkage=self.shrinkage, damping=self.damping, block=basis.block)
         wide, narrow = _SEARCHES.get(self.rounding, (SEARCHES["scale"], SEARCHES["scale"]))
         if not self._rank_cap(*weight.shape):
-            codes = self._round(target, hessian, wide, row_weights(stats))
+            codes = self._round(target, hessian, format, wide, row_weights(stats))
             return assemble(weight, codes, None, stop="budget", stats=stats, basis=basis if basis.block else None)
         scaling = hessian.factor if self.metric == "hessian" else activation_scale(stats, self.exponent)
         codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
@@ -166,7 +173,7 @@ class FLRQ:
                     low_rank, stop = self._fit_low_rank(target - codes_part, scaling, generator)
                     low_rank_part = low_rank.dense() if low_rank else torch.zeros_like(weight)
                 else:
-                    rounded = self._round(target - low_rank_part, hessian, search, row_weights(stats))
+                    rounded = self._round(target - low_rank_part, hessian, format, search, row_weights(stats))
                     codes_part = rounded.decode()
             error = float(output_energy(target - codes_part - low_rank_part, hessian.matrix))
             if best is None or error < best[0]:
@@ -176,10 +183,14 @@ class FLRQ:
         return assemble(weight, rounded, low_rank, stop=stop, stats=stats, basis=basis if basis.block else None)
 
     def _round(
-        self, target: Float[Tensor, "out in"], hessian: PreparedHessian, search: RangeSearch | None, rows: Tensor | None
+        self,
+        target: Float[Tensor, "out in"],
+        hessian: PreparedHessian,
+        format: Grid,
+        search: RangeSearch | None,
+        rows: Tensor | None,
     ) -> Codes:
         """Codes of what the low rank does not hold."""
-        format = self._codes(*target.shape)
         if isinstance(format, TrellisGrid):
             return trellis(target, hessian, format, rows)
         if isinstance(format, GgufGrid):
@@ -190,7 +201,7 @@ class FLRQ:
         """Trellis codes want weights that are all but Gaussian."""
         return rotation(width) if self.codebook == "trellis" else Basis(None, 0, 0)
 
-    def _codes(self, out: int, in_: int) -> IntGrid | TrellisGrid | GgufGrid:
+    def _codes(self, out: int, in_: int) -> Grid:
         if self.codebook == "trellis":
             return TrellisGrid.of(out, self.bits, self.window)
         return gguf_grid(in_, self.grid) or layer_grid(in_, self.bits, self.group_size, self.symmetric)

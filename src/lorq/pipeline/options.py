@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from lorq.core.checks import Range, check_name, check_settings
+from lorq.core.codes.trellis import MOST_BITS
 from lorq.core.stats import TokenWeights
 from lorq.methods import METHODS, Method
 from lorq.methods.common import GgufType
@@ -49,7 +50,10 @@ class Options:
             leaves it as it is. Rounded to nearest, row by row, but where it is the head too.
         head: the same of the layer that makes the logits. Rounded with error feedback, under its own inputs, where
             there is calibration. Where both are one table, either option says its bits.
-        table_group_size: columns of these two that share a scale; -1 for one group per row.
+        table_codebook: what the codes of these two stand for: "scalar" values of an integer grid, or "trellis" values,
+            1 to 6 bits and a scale for each row, which lose less than half as much; "auto" for what the method's stand
+            for.
+        table_group_size: columns of these two that share a scale, with scalar codes; -1 for one group per row.
         bits_per_weight: all stored bits of the quantized layers over their weights, on average, such as 2.9: each layer
             gets those bits and settings of the method with which the whole model is harmed least; 0 for the method's
             own.
@@ -80,6 +84,7 @@ class Options:
     override: tuple[str, ...] = ()
     embeddings: TableBits = 0
     head: TableBits = 0
+    table_codebook: Literal["auto", "scalar", "trellis"] = "auto"
     table_group_size: Annotated[int, Range(1, minus_one="one group per row")] = 64
     bits_per_weight: Annotated[float, Range(0, 16)] = 0.0
     size: str = ""
@@ -128,13 +133,37 @@ def read_options(options: dict[str, Any]) -> Options:
             "token_weights 'gradient' counts a routed token by its squared router weight already, got router_weights "
             "too; leave router_weights away"
         )
-    if chosen.table_group_size != Options.table_group_size and not (chosen.embeddings or chosen.head):
-        raise ValueError(
-            f"table_group_size serves embeddings and head, got {chosen.table_group_size} and neither of them; give "
-            "the bits of one, or leave it away"
-        )
+    _check_tables(chosen)
     _check_budget(chosen)
     return chosen
+
+
+def _check_tables(options: Options) -> None:
+    """Refuse settings of tables that no table has, or that exclude each other."""
+    grouped = options.table_group_size != Options.table_group_size
+    for name in ("table_group_size", "table_codebook"):
+        value = getattr(options, name)
+        if value != getattr(Options, name) and not (options.embeddings or options.head):
+            raise ValueError(
+                f"{name} serves embeddings and head, got {value} and neither of them; give the bits of one, or leave "
+                "it away"
+            )
+    if options.table_codebook == "auto":
+        return
+    for part in ("embeddings", "head"):
+        bits = getattr(options, part)
+        if isinstance(bits, str):
+            raise ValueError(
+                f"{part} {bits} says what its codes stand for, got table_codebook {options.table_codebook!r} too; "
+                "leave it away"
+            )
+        if options.table_codebook == "trellis" and bits > MOST_BITS:
+            raise ValueError(f"trellis codes have 1 to {MOST_BITS} bits, got {part} {bits}; give table_codebook scalar")
+    if options.table_codebook == "trellis" and grouped:
+        raise ValueError(
+            f"trellis codes have a scale for each row, got table_group_size {options.table_group_size}; leave it away, "
+            "or give table_codebook scalar"
+        )
 
 
 def _check_budget(options: Options) -> None:

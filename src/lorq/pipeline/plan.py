@@ -146,7 +146,7 @@ def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
     unused |= {("override", p.pattern) for p, _ in changes if not any(p.search(name) for name in names)}
     layers = {part: {t: choose(t, method, changes) for t in targets} for part, targets in selected.items()}
     plan = Plan(layers, excluded, method, options)
-    tables, others = table_methods(model, options, calibrated=plan.observes(method))
+    tables, others = table_methods(model, method, options, calibrated=plan.observes(method))
     plan = replace(plan, layers=layers | tables, excluded=excluded | others)
     if options.stream == "corrected" and plan.blockwise:
         raise ValueError(
@@ -157,7 +157,7 @@ def make_plan(model: StreamedModel, method: Method, options: Options) -> Plan:
         listed = ", ".join(f"{kind} {pattern!r}" for kind, pattern in sorted(unused))
         raise ValueError(f"patterns must match a layer that is not excluded, these match none: {listed}")
     refuse_unfit({t: own for layers in plan.blocks.values() for t, own in layers.items()})
-    refuse_unfit(plan.tables, "other --embeddings, --head or --table-group-size")
+    refuse_unfit(plan.tables, "other --embeddings, --head, --table-codebook or --table-group-size")
     if not names:
         raise ValueError("there must be at least one layer to quantize, got 0: everything is excluded")
     for own in layers.values():

@@ -174,7 +174,7 @@ def _of_rows(stats: InputStats, target: Target) -> InputStats:
     """The statistics of a layer of which some rows are left."""
     if stats.output_weights is None or target.out_features <= _ROWS:
         return stats
-    return replace(stats, output_weights=stats.output_weights[_spread(target.out_features)])
+    return stats.of_outputs(_spread(target.out_features))
 
 
 def _weight(model: StreamedModel, rows: Mapping[Target, Tensor | None], target: Target) -> Float[Tensor, "rows in"]:

@@ -179,7 +179,8 @@ def _spilled_bytes(plan: Plan, model: StreamedModel) -> int:
 
 
 def _observes(plan: Plan) -> bool:
-    return any(plan.observes(method) for _, method in plan.jobs())
+    # Tables have statistics where the blocks' layers have some.
+    return any(plan.observes(method) for layers in plan.blocks.values() for method in layers.values())
 
 
 def _as_begun(out: Path, windows: Windows) -> Windows:

@@ -1,5 +1,6 @@
 """The table of tokens and the head: which settings they have, and their solving, a strip of rows at a time."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -8,10 +9,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lorq.core.codes import TrellisGrid
+from lorq.core.codes.trellis import MOST_BITS
 from lorq.core.problem import Problem
 from lorq.core.stats import InputStats, StatsAccumulator, output_energy
 from lorq.core.weight import QuantizedWeight, join_rows
-from lorq.methods import GPTQ, Method, Nearest
+from lorq.methods import FLRQ, GPTQ, Method, Nearest
 from lorq.methods.common import GgufType
 from lorq.models.blocks import StreamedModel, Target
 from lorq.models.calls import Stream
@@ -22,15 +25,18 @@ from lorq.progress import TABLES, Progress
 
 # Weights of a strip: 64 MB in float32. Strips have a multiple of so many rows, which ends a word of zero points.
 _STRIP, _ROWS = 1 << 24, 32
+# Tokens whose logits are in memory at a time.
+_TOKENS = 128
 UNCALIBRATED = "no calibration: rounded to nearest"
 
 
 def table_methods(
-    model: StreamedModel, options: Options, *, calibrated: bool
+    model: StreamedModel, method: Method, options: Options, *, calibrated: bool
 ) -> tuple[dict[str, dict[Target, Method]], dict[str, str]]:
     """The settings of the table of tokens and of the head, by part, and why other tables stay as they are.
 
     Args:
+        method: of the run's layers.
         calibrated: the run has calibration windows.
 
     Raises:
@@ -54,18 +60,24 @@ def table_methods(
     for part, (bits, target) in asked.items():
         if bits and isinstance(target, Target):
             feedback = calibrated and (part == "head" or found.tied)
-            layers[part] = {target: _method(bits, options.table_group_size, feedback=feedback)}
+            layers[part] = {target: _method(bits, method, options, feedback=feedback)}
     others = {other: f"not the table of tokens ({kind}), kept as it is" for other, kind in found.others.items()}
     return layers, others
 
 
-def _method(bits: int | GgufType, group_size: int, *, feedback: bool) -> Method:
+def _method(bits: int | GgufType, method: Method, options: Options, *, feedback: bool) -> Method:
     """How a table is rounded."""
     if isinstance(bits, str):
         return GPTQ(grid=bits) if feedback else Nearest(grid=bits)
+    codebook = options.table_codebook
+    if codebook == "auto" and bits <= MOST_BITS and options.table_group_size == Options.table_group_size:
+        codebook = getattr(method, "codebook", "scalar")
+    if codebook == "trellis":
+        window = max(getattr(method, "window", FLRQ.window), bits + 4)
+        return FLRQ(bits=bits, codebook="trellis", window=window, budget=0.0, epochs=0)
     if feedback:
-        return GPTQ(bits=bits, group_size=group_size)
-    return Nearest(bits=bits, group_size=group_size, range_search="scale")
+        return GPTQ(bits=bits, group_size=options.table_group_size)
+    return Nearest(bits=bits, group_size=options.table_group_size, range_search="scale")
 
 
 def head_table(model: StreamedModel, tables: Iterable[Target]) -> tuple[str, Target | None]:
@@ -87,14 +99,27 @@ def embedding_heads(model: StreamedModel, tables: Iterable[Target]) -> dict[str,
 def head_stats(
     model: StreamedModel, head: str, tokens: Int[Tensor, "windows length"], stream: Stream, options: Options
 ) -> InputStats:
-    """Statistics of the head's inputs, over windows that are behind the last block."""
-    # Gradients of logits are probabilities less what came: weighed by them the head came out the same (docs/log.md).
-    kind = "equal" if options.token_weights == "gradient" else options.token_weights
-    sums = StatsAccumulator(int(model.model.get_submodule(head).in_features), kind, model.device)
+    """Statistics of the head's inputs, over windows that are behind the last block.
+
+    With ``token_weights="gradient"`` they know the outputs too. The expected squared gradient of what the model says at
+    a logit is ``E[(p - [it came])^2] = p (1 - p)``: the mean of these over the tokens, and a tenth of their mean for
+    rows that no text of the calibration's kind needs.
+    """
+    # Tokens weighed by their gradients left the head the same (docs/log.md).
+    gradient = options.token_weights == "gradient"
+    layer = model.model.get_submodule(head)
+    sums = StatsAccumulator(int(layer.in_features), "equal" if gradient else options.token_weights, model.device)
+    spread = torch.zeros(int(layer.out_features), device=model.device)
     with model.resident(*model.outside):
         for window, hidden in zip(tokens, stream.hidden, strict=True):
-            sums.add(head_inputs(model, head, window, hidden))
-    return sums.finish()
+            inputs = head_inputs(model, head, window, hidden)
+            sums.add(inputs)
+            for some in inputs.flatten(0, -2).split(_TOKENS) if gradient else ():
+                p = layer(some).float().softmax(-1)
+                spread += (p * (1 - p)).sum(0)
+    if not gradient:
+        return sums.finish()
+    return replace(sums.finish(), output_weights=spread / spread.mean() + 0.1)
 
 
 def solve_tables(
@@ -111,7 +136,7 @@ def solve_tables(
     for target, method in layers.items():
         calibrated = target == of_head and len(tokens) > 0
         stats = head_stats(model, head, tokens, stream, options) if calibrated else None
-        count, strips = -(-target.out_features // strip_rows(target.in_features)), []
+        count, strips = -(-target.out_features // _strip_rows(target.out_features, target.in_features, method)), []
         progress(TABLES, 0, count)
         for strip in _solve(model, target, method, stats, options.seed, executor):
             strips.append(strip)
@@ -126,21 +151,27 @@ def _solve(
     model: StreamedModel, target: Target, method: Method, stats: InputStats | None, seed: int, executor: Executor
 ) -> Iterator[tuple[QuantizedWeight, float]]:
     """The strips of one table, and their output's energy; rows are independent of each other, given the statistics."""
-    known = {} if stats is None else {target.name: stats}
-    for strip in model.stored_tensor(f"{target.name}.weight").split(strip_rows(target.in_features)):
-        weight = strip.to(model.device, torch.float32)
+    height, width = target.out_features, target.in_features
+    white = InputStats(torch.eye(width, device=model.device), torch.ones(width, device=model.device), 0)
+    table = model.stored_tensor(f"{target.name}.weight")
+    for rows in torch.arange(height).split(_strip_rows(height, width, method)):
+        weight = table[rows[0] : rows[-1] + 1].to(model.device, torch.float32)
         energy = weight.square().sum() if stats is None else output_energy(weight, stats.hessian)
-        task = Task(method, Problem({target.name: weight}, known, seed))
+        own = stats or (white if method.needs_stats else None)
+        known = {} if own is None else {target.name: own.of_outputs(rows)}
+        task = Task(method, Problem({target.name: weight}, known, seed, height=height))
         yield executor.submit(solve_task, task).result()[target.name], float(energy)
 
 
-def strip_rows(width: int) -> int:
-    """Rows of a table that are solved, or decoded, at a time."""
-    return max(1, _STRIP // (_ROWS * width)) * _ROWS
+def _strip_rows(height: int, width: int, method: Method) -> int:
+    """Rows of a table that are solved at a time: whole words of zero points, whole sequences of trellis codes."""
+    codes = method.largest(height, width).codes
+    step = math.lcm(_ROWS, codes.length) if isinstance(codes, TrellisGrid) else _ROWS
+    return max(1, _STRIP // (step * width)) * step
 
 
 def put_dense(weight: QuantizedWeight, resident: Tensor) -> None:
     """Put what a quantized table stands for where its weight is, strip by strip."""
     tensors, width = {name: t.to(resident.device) for name, t in weight.tensors().items()}, weight.shape[1]
-    for index in torch.arange(len(resident), device=resident.device).split(strip_rows(width)):
+    for index in torch.arange(len(resident), device=resident.device).split(max(1, _STRIP // width)):
         resident[index[0] : index[-1] + 1] = weight.format.decode_rows(tensors, index, width)
