@@ -81,10 +81,10 @@ def export(
     mark: dict[str, Any] = {"target": name, "lorq_version": __version__}
     with own_defaults(), ExitStack() as stack:
         folder = LorqFolder.open(resolve_model(model))
+        told = list(read_measured(folder.path).evaluations)  # refuses a damaged file before the work
         made = [stack.enter_context(appearing(output, mark)) for output in outputs]
         request = ExportRequest(out, dtype, place, made[1] if place else None, gguf, progress)
         done: Exported = import_module(TARGETS[name]).export(folder, made[0], request)
-        told = list(read_measured(folder.path).evaluations)
         mark |= {"lost": dict(done.lost), "command": request.command(name), "evaluations": told}
         mark |= {"report": replace(folder.report, checksums={}).as_dict()}  # of what it was made of
     return replace(done, out=out)

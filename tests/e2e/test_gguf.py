@@ -135,7 +135,8 @@ def test_one_command_makes_the_file_and_leaves_nothing_else(tmp_path, capsys):
     assert main(["quantize", str(dense), str(out), *options]) == 0
     printed = capsys.readouterr()
     assert "for llama.cpp: --method gptq --grid q4_0 --token-weights gradient" in printed.err
-    assert "tensors: 14 q4_0, 6 f32" in printed.out
+    assert "tensors: 14 q4_0, 6 f32" in printed.out and f"next: lorq inspect {out}\n" in printed.out
+    assert f"│ file              │ {out}"[:40] in printed.out
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt", "model.gguf"}
     # The same as in two steps.
     settings = {"token_weights": "gradient", "calibration": options[1], "samples": 2, "seq_len": 32}

@@ -57,7 +57,7 @@ def read_file(path: Path) -> Made:
         reader = GGUFReader(path)
         said = {name: key.contents() for name, key in reader.fields.items() if not name.startswith("tokenizer.")}
         told = {name: json.loads(said.get(f"lorq.{name}", "null")) for name in ("report", "evaluations", "lost")}
-        parts = [_part(tensor) for tensor in reader.tensors]
+        parts, lost = [_part(tensor) for tensor in reader.tensors], dict(told["lost"] or {})
     except Exception as error:  # of many kinds: the reader believes what a file says
         raise ValueError(f"{path} is a damaged GGUF file ({error}); copy it again") from error
     measured = parse_measured({"evaluations": told["evaluations"] or []}, where=path)
@@ -68,7 +68,7 @@ def read_file(path: Path) -> Made:
         path, "gguf adapter" if said.get("general.type") == "adapter" else "gguf",
         tuple(replace(part, error=errors.get(part.name)) for part in parts),
         str(said.get(GGUF_MARK, "")), str(said.get("lorq.command", "")), report, measured.evaluations,
-        told["lost"] or {}, architecture=architecture,
+        lost, architecture=architecture,
     )  # fmt: skip
 
 
