@@ -9,20 +9,19 @@ import logging
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import Parameter
-from rich.table import Table
 
 import lorq
 from lorq.adapt.folder import check_trainable, read_adapter_config
 from lorq.adapt.settings import Settings
 from lorq.bench.commands import bench_app
 from lorq.compensation import compensate
+from lorq.inspection import inspect
 from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, READ, no_progress
@@ -33,10 +32,9 @@ from lorq.show import (
     command,
     console,
     download_bars,
-    notes,
+    print_evaluation,
     print_exported,
     print_families,
-    print_figures,
     print_next,
     print_pieces,
     print_pushed,
@@ -48,7 +46,6 @@ from lorq.show import (
 )
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
-from lorq.storage.report import read_report
 
 app = cyclopts.App(
     name="lorq",
@@ -64,7 +61,7 @@ app.command(quantize_command())
 
 
 evaluate = command(
-    lorq.evaluate, lambda result, as_json: print_figures(result.as_dict(), as_json), json="print one JSON object."
+    lorq.evaluate, lambda result, as_json: print_evaluation(result.as_dict(), as_json), json="print one JSON object."
 )
 generate = command(lorq.generate, print_pieces)
 app.command(evaluate, name="evaluate")
@@ -74,49 +71,7 @@ app.command(command(lorq.export, print_exported), name="export")
 app.command(command(lorq.push, print_pushed), name="push")
 app.command(command(lorq.report, print_written), name="report")
 app.command(compensate)
-
-
-@app.command
-def inspect(
-    out: Path,
-    *,
-    json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-    verify: Annotated[bool, Parameter(negative="")] = False,
-) -> None:
-    """The layers of a lorq folder: bits, rank, stop reason, errors and bytes, what multiplies them, and the totals.
-
-    Args:
-        out: a folder that `lorq quantize` wrote.
-        json_: print one JSON object.
-        verify: compare every weight file with its checksum first.
-    """
-    report = read_report(out := full_path(out))  # refuses other folders before torch is there
-    from lorq.runtime.inspect import expert_lines, implementation_lines, layer_implementations
-    from lorq.storage.folder import LorqFolder
-    from lorq.storage.reader import verify_shards
-
-    folder = LorqFolder.open(out)
-    runs = layer_implementations(folder)
-    if verify:
-        verify_shards(out, report.checksums)
-        notes.print(f"{len(report.checksums)} weight files match their checksums")
-    if json_:
-        print(json.dumps(report.as_dict() | {"runs": {name: asdict(by) for name, by in runs.items()}}))
-        return
-    table = Table()
-    for title in ("layer", "shape", "bits", "rank", "stop", "error before", "error after", "bytes"):
-        table.add_column(title, overflow="fold")
-    for layer in report.layers:
-        table.add_row(
-            layer.name, f"{layer.shape[0]}x{layer.shape[1]}", str(layer.bits), str(layer.rank), layer.stop,
-            f"{layer.error_before:.4f}", f"{layer.error_after:.4f}", f"{layer.bytes:,}",
-        )  # fmt: skip
-    console.print(table)
-    lines = [f"not quantized: {name}: {reason}" for name, reason in report.kept.items()]
-    lines += [f"note: {name}: {note}" for name, note in report.notes.items()]
-    for line in (*lines, *implementation_lines(runs), *expert_lines(folder)):
-        console.print(line)
-    print_summary(report, out)
+app.command(inspect)
 
 
 @app.command

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from lorq.adapt.folder import read_adapter_config
 from lorq.core.checks import Dtype, Products, Range, check_arguments
-from lorq.harness import known_tasks, read_tasks, run_tasks
+from lorq.harness import open_tasks, read_tasks, run_tasks
 from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import TEXTS, StartToken, check_text, load_text, text_name
 from lorq.models.tokenizer import check_tokenizer
@@ -97,6 +97,7 @@ def evaluate(
 
     Raises:
         ImportError, OSError: if tasks are asked for and lm-eval or their data is not there.
+        ValueError: for tasks that lm-eval does not know, or that are broken.
         FileNotFoundError, ValueError: as `lorq.load` and `lorq.models.texts.load_text` do, if text or model are too
             short for the window, and for another word for products.
         FloatingPointError: if a logit is not finite.
@@ -118,7 +119,7 @@ def evaluate(
     from lorq.quality import bits_per_weight, evaluate_model
     from lorq.runtime.device import own_defaults
 
-    manager = known_tasks(names, place) if names else None
+    opened = open_tasks(names, place) if names else None
     progress(IMPORT, 1, 1)
     with own_defaults():
         encoder = Encoder.open(folder, _config_of(folder, original), start_token)
@@ -133,7 +134,7 @@ def evaluate(
             models[0], tokens, reference=other, seen=seen, products=products,
             progress=lambda done, total: progress(EVALUATE, done, total),
         )  # fmt: skip
-        scores = run_tasks(models[0], encoder.tokenizer, names, manager, limit=task_limit) if names else {}
+        scores = run_tasks(models[0], encoder.tokenizer, opened, limit=task_limit) if opened else {}
         found = Evaluation(
             **vars(quality), bits_per_weight=bits_per_weight(models[0], folder), tokens=len(tokens) * (window - seen),
             text=text, window=window, windows=len(tokens), start_token=bool(encoder.start), tasks=scores,

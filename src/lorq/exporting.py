@@ -15,6 +15,7 @@ from lorq.exports.request import Exported, ExportRequest, GgufOptions
 from lorq.models.locate import full_path, resolve_model
 from lorq.progress import IMPORT, Progress, no_progress
 from lorq.storage.appear import appearing, refuse_used
+from lorq.storage.measured import read_measured
 from lorq.storage.report import Report, read_report
 from lorq.tuning import is_made, quantize_and_tune
 from lorq.version import __version__
@@ -80,10 +81,12 @@ def export(
     mark: dict[str, Any] = {"target": name, "lorq_version": __version__}
     with own_defaults(), ExitStack() as stack:
         folder = LorqFolder.open(resolve_model(model))
+        told = list(read_measured(folder.path).evaluations)  # refuses a damaged file before the work
         made = [stack.enter_context(appearing(output, mark)) for output in outputs]
-        request = ExportRequest(out, dtype, place, made[1] if place else None, gguf)
+        request = ExportRequest(out, dtype, place, made[1] if place else None, gguf, progress)
         done: Exported = import_module(TARGETS[name]).export(folder, made[0], request)
-        mark["lost"] = dict(done.lost)
+        mark |= {"lost": dict(done.lost), "command": request.command(name), "evaluations": told}
+        mark |= {"report": replace(folder.report, checksums={}).as_dict()}  # of what it was made of
     return replace(done, out=out)
 
 

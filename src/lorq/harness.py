@@ -3,9 +3,11 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
 from lorq.models.locate import full_path
@@ -36,7 +38,16 @@ def read_tasks(tasks: str, path: str | Path | None) -> tuple[list[str], Path | N
     return names, place
 
 
-def known_tasks(names: list[str], path: Path | None) -> Any:
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of lm-eval with their data; ``opened`` are its own objects, which ``manager`` has made."""
+
+    names: tuple[str, ...]
+    manager: Any
+    opened: tuple[Any, ...]
+
+
+def _manager(names: list[str], path: Path | None) -> Any:
     """lm-eval's manager of tasks, which knows the named ones.
 
     Raises:
@@ -55,12 +66,71 @@ def known_tasks(names: list[str], path: Path | None) -> Any:
         meant = f"did you mean {' or '.join(close)}? " if close else ""
         raise ValueError(
             f"tasks must be ones that lm-eval knows, it has no {', '.join(unknown)}; {meant}`lm_eval ls tasks` lists "
-            "them, and --task-path adds a folder's"
+            f"them, and --task-path adds a folder's{_unreadable(path)}"
         )
     return manager
 
 
-def run_tasks(model: Any, tokenizer: Any, names: list[str], manager: Any, *, limit: int) -> dict[str, dict[str, float]]:
+def _unreadable(path: Path | None) -> str:
+    """The task files that lm-eval passes over, in words."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    wrong = []
+    for file in sorted(path.glob("**/*.yaml")) if path else ():
+        try:
+            load_yaml(file, resolve_func=False)
+        except Exception as error:  # of YAML's, and whatever it includes
+            wrong.append(f"{file} ({' '.join(str(error).split())})")
+    return f"; it could not read {', '.join(wrong)}" if wrong else ""
+
+
+def open_tasks(names: list[str], path: Path | None) -> Tasks:
+    """The named tasks with their data, each tried on its first example, and groups of them.
+
+    Raises:
+        OSError: if the data of a task cannot be had.
+        ValueError: for a task that lm-eval does not know, or that is broken, with its file.
+    """
+    manager = _manager(names, path)
+    opened: list[Any] = []
+    with _own_randomness():
+        for name in names:
+            with _faults_of(name, manager):
+                loaded = manager.load([name])
+                opened += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
+            for task in loaded["tasks"].values():
+                with _faults_of(task.task_name, manager):
+                    first = next(iter(task.eval_docs))
+                    task.doc_to_text(first)
+                    if task.OUTPUT_TYPE == "multiple_choice":
+                        task.doc_to_choice(first)
+                    task.doc_to_target(first)
+    return Tasks(tuple(names), manager, tuple(opened))
+
+
+@contextmanager
+def _faults_of(name: str, manager: Any) -> Iterator[None]:
+    """Say of which task an error is, and whose fault; those of lorq's own code below are passed on."""
+    try:
+        yield
+    except Exception as error:
+        files = {Path(frame.filename) for frame in extract_tb(error.__traceback__)} - {Path(__file__)}
+        if any(file.is_relative_to(Path(__file__).parent) for file in files):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, OSError):  # what datasets and the hub raise, without network too
+            raise OSError(
+                f"the data of the task {name} could not be loaded ({reason}); it comes from the hub once and is kept: "
+                "try again with network, or give tasks on local files with --task-path"
+            ) from error
+        file = getattr(manager.task_index.get(name), "yaml_path", None)
+        raise ValueError(
+            f"the task {name} is broken, lm-eval says {type(error).__name__}: {reason}; mend "
+            f"{file or 'its file'}, or leave it out"
+        ) from error
+
+
+def run_tasks(model: Any, tokenizer: Any, tasks: Tasks, *, limit: int) -> dict[str, dict[str, float]]:
     """Every task's metrics, their standard errors and how many examples there were, by name; groups included.
 
     As ``lm_eval --model hf`` with its own defaults, in batches of 8.
@@ -69,24 +139,18 @@ def run_tasks(model: Any, tokenizer: Any, names: list[str], manager: Any, *, lim
         limit: examples of each task; 0 for all.
 
     Raises:
-        OSError: if the data of a task cannot be had.
+        ValueError: for a task that fails on one of its examples.
     """
     with _own_randomness():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=_AT_ONCE)
-        try:
+        with _faults_of(", ".join(tasks.names), tasks.manager):
             results = simple_evaluate(
-                wrapped, tasks=names, task_manager=manager, limit=limit or None, log_samples=False,
+                wrapped, tasks=[*tasks.opened], task_manager=tasks.manager, limit=limit or None, log_samples=False,
                 bootstrap_iters=1000,
             )  # fmt: skip
-        except OSError as error:  # what datasets and the hub raise, without network too
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise OSError(
-                f"the data of the tasks {', '.join(names)} could not be loaded ({first}); they come from the hub "
-                "once and are kept: try again with network, or give tasks on local files with --task-path"
-            ) from error
     assert results is not None  # there is one process
     counts = {name: count["effective"] for name, count in results.get("n-samples", {}).items()}
     return {

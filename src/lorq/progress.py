@@ -23,6 +23,8 @@ TRAIN = "train"
 TUNE_BLOCKS = "tune blocks"
 TUNE = "tune the model"
 COMPENSATE = "compensate"
+CHOOSE = "choose types"  # of a GGUF file's tensors
+EXPORT = "export"
 
 
 def duration(seconds: float) -> str:

@@ -64,6 +64,7 @@ def quantize_command(
         print_summary(report, None if options.dry_run else full_path(out))
         if exported is not None:
             print_exported(exported)
+            print_next(("inspect", out))
         elif not options.dry_run:
             print_next(
                 ("evaluate", out, "--reference", model, "--window", 512, "--windows", 8),

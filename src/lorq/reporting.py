@@ -1,8 +1,9 @@
 """A page that shows what became of a model: charts of one or more quantized folders, in one file."""
 
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import import_module
 from importlib.util import find_spec
@@ -11,6 +12,8 @@ from typing import Any
 
 from lorq.charts import Chart, Folder, charts_of, comparison, mean_error, protocol_in_words
 from lorq.models.locate import full_path
+from lorq.storage.atomic import write_whole
+from lorq.storage.json_files import some_of
 from lorq.storage.measured import read_measured
 from lorq.storage.report import Report, read_report
 
@@ -18,7 +21,9 @@ _MARK = '<meta name="generator" content="lorq report">'  # by which a page is kn
 _PNG_WIDTH, _PNG_SCALE = 560, 3
 
 
-def report(*folders: str | Path, page: str | Path = "lorq-report.html", png: str | Path | None = None) -> list[Path]:
+def report(
+    *folders: str | Path, page: str | Path = "lorq-report.html", png: str | Path | None = None, overwrite: bool = False
+) -> list[Path]:
     """One page with charts of one or more quantized folders, side by side where there are several.
 
     Bits, ranks and errors by depth and projection, where the bytes are and where the time went, what other budgets
@@ -28,6 +33,7 @@ def report(*folders: str | Path, page: str | Path = "lorq-report.html", png: str
         folders: folders that `lorq quantize` wrote.
         page: the file to write; an earlier page of lorq there is replaced.
         png: also write each chart as a PNG file into this folder, for papers.
+        overwrite: replace pictures that are there, and a page that another program wrote.
 
     Returns:
         The files written, the page first.
@@ -35,15 +41,19 @@ def report(*folders: str | Path, page: str | Path = "lorq-report.html", png: str
     Raises:
         ValueError: without a folder, or for one that is damaged.
         FileNotFoundError: for what is no finished lorq folder.
-        FileExistsError: if something else is at ``page``.
+        FileExistsError: if something else is at ``page``, or a picture is there.
         ModuleNotFoundError: without the package vl-convert-python, which draws.
     """
     if not folders:
         raise ValueError("report needs at least 1 folder that `lorq quantize` wrote, got 0; name one, or several")
     paths = list(dict.fromkeys(map(full_path, folders)))
     reports = [read_report(path) for path in paths]  # refuses other folders before the work
-    page = full_path(page)
-    _refuse_foreign(page)
+    page, place = full_path(page), None if png is None else full_path(png)
+    _refuse_folder(page)
+    if not overwrite:
+        _refuse_foreign(page)
+    for folder in (page.parent, *([place] if place else [])):
+        _refuse_file(folder)
     if find_spec("vl_convert") is None:
         raise ModuleNotFoundError(
             "lorq report needs the package vl-convert-python, which draws and is not installed: "
@@ -53,17 +63,44 @@ def report(*folders: str | Path, page: str | Path = "lorq-report.html", png: str
         Folder(name, told, read_measured(path), _parts(path, told))
         for name, path, told in zip(_names(paths), paths, reports, strict=True)
     ]
+    pictures = {} if place is None else {place / name: chart for name, chart in _pictures(opened).items()}
+    _check_pictures(pictures, overwrite=overwrite)
     page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(_page(opened), encoding="utf-8")
-    return [page, *(_write_pngs(opened, full_path(png)) if png is not None else [])]
+    write_whole(page, _page(opened).encode())
+    _draw(pictures)
+    return [page, *pictures]
+
+
+def _refuse_folder(page: Path) -> None:
+    """Refuse a folder in the place of a page."""
+    if page.is_dir():
+        raise FileExistsError(f"page must be a file, {page} is a folder; name a file in it, as {page / 'report.html'}")
 
 
 def _refuse_foreign(page: Path) -> None:
     """Refuse to replace what is no page of lorq."""
-    if page.is_dir():
-        raise FileExistsError(f"page must be a file, {page} is a folder; name a file in it, as {page / 'report.html'}")
     if page.is_file() and _MARK.encode() not in page.read_bytes()[:4096]:
-        raise FileExistsError(f"{page} is there, and lorq report did not write it; choose another --page, or delete it")
+        raise FileExistsError(
+            f"{page} is there, and lorq report did not write it; choose another --page, or replace it with --overwrite"
+        )
+
+
+def _refuse_file(folder: Path) -> None:
+    """Refuse a place for files in or below a file."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"files cannot be written into {folder}: {there} is a file; choose another folder")
+
+
+def _check_pictures(pictures: Iterable[Path], *, overwrite: bool) -> None:
+    """Refuse to replace files that are there."""
+    there = [path.name for path in pictures if os.path.lexists(path)]
+    if there and not overwrite:
+        place = next(iter(pictures)).parent
+        raise FileExistsError(
+            f"{place} must have none of the pictures, it has {some_of(there)}; choose another --png, or replace them "
+            "with --overwrite"
+        )
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -161,15 +198,20 @@ def _table(told: Report) -> str:
     )
 
 
-def _write_pngs(folders: Sequence[Folder], place: Path) -> list[Path]:
-    """Each chart as a file: ``comparison.png``, and ``FOLDER-bits.png`` and so on."""
+def _pictures(folders: Sequence[Folder]) -> dict[str, Chart]:
+    """Charts by the names of their files: ``comparison.png``, and ``FOLDER-bits.png`` and so on."""
+    drawn = {"comparison.png": comparison(folders)} if len(folders) > 1 else {}
+    names = [Path(folder.name).name for folder in folders]
+    if len(set(names)) < len(names):  # of folders elsewhere, in the order in which they were given
+        names = [f"{number}-{name}" for number, name in enumerate(names, 1)]
+    for name, folder in zip(names, folders, strict=True):
+        drawn |= {f"{name}-{chart.name}.png": chart for chart in charts_of(folder)}
+    return drawn
+
+
+def _draw(pictures: Mapping[Path, Chart]) -> None:
+    """Write each chart as a file."""
     draw = import_module("vl_convert").vegalite_to_png
-    drawn = [("", comparison(folders))] if len(folders) > 1 else []
-    drawn += [(f"{Path(folder.name).name}-", chart) for folder in folders for chart in charts_of(folder)]
-    place.mkdir(parents=True, exist_ok=True)
-    written = []
-    for mark, chart in drawn:
-        spec = chart.spec | {"width": _PNG_WIDTH, "background": "white"}
-        written.append(place / f"{mark}{chart.name}.png")
-        written[-1].write_bytes(draw(spec, scale=_PNG_SCALE))
-    return written
+    for file, chart in pictures.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, draw(chart.spec | {"width": _PNG_WIDTH, "background": "white"}, scale=_PNG_SCALE))

@@ -141,14 +141,14 @@ def print_summary(report: Report, out: Path | None) -> None:
         table.add_row("predicted divergence", f"{told['harm']:.4g} nats a token")
         widths = Counter(layer.bits for layer in report.layers)
         table.add_row("chosen", ", ".join(f"{bits} bits: {count} layers" for bits, count in sorted(widths.items())))
-    table.add_row("weights on disk", size + ("" if out else " at most") + _smaller(report))
+    table.add_row("weights on disk", size + ("" if out else " at most") + smaller(report, report.bytes))
     if any(ranks):  # of a low-rank part; methods without one have nothing to tell
         table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")
     if out:
         before = sum(layer.error_before for layer in report.layers) / len(report.layers)
         after = sum(layer.error_after for layer in report.layers) / len(report.layers)
         table.add_row("mean output error", f"{after:.4f} (rounding to nearest: {before:.4f})")
-        table.add_row("folder", str(out))
+        table.add_row("file" if out.is_file() else "folder", str(out))
     if tuned := report.run.get("tuning"):
         table.add_row("KL on held-out text", f"{tuned['kl_after']:.4f} (before tuning: {tuned['kl_before']:.4f})")
     for found in read_measured(out).evaluations if out else ():
@@ -180,12 +180,16 @@ def metrics_line(metrics: dict[str, float]) -> str:
     return ", ".join(parts) + (f" ({metrics['examples']:.0f} examples)" if "examples" in metrics else "")
 
 
-def _smaller(report: Report) -> str:
-    """Than the original; nothing where a folder does not tell, as those of lorq 0.1 do not."""
+def smaller(report: Report, size: int) -> str:
+    """How much than the original; nothing where a folder does not tell, as those of lorq 0.1 do not.
+
+    Args:
+        size: bytes of what was made of it.
+    """
     before = report.run.get("original_bytes", 0)
-    if before <= report.bytes:
+    if before <= size:
         return f", the original has {before / 1e6:.1f} MB" if before else ""
-    return f", {before / report.bytes:.1f} times smaller than the original's {before / 1e6:.1f} MB"
+    return f", {before / size:.1f} times smaller than the original's {before / 1e6:.1f} MB"
 
 
 def print_next(*commands: tuple[Any, ...]) -> None:
@@ -273,6 +277,33 @@ def print_pieces(pieces: Iterable[str]) -> None:
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+# The fields of an `lorq.Evaluation` in words, with their units.
+_FIGURES = {
+    "perplexity": ("perplexity", "{:.4g}"),
+    "reference_perplexity": ("perplexity of the reference", "{:.4g}"),
+    "kl_mean": ("KL from the reference, mean", "{:.4f} nats a token"),
+    "kl_p99": ("KL from the reference, 99th percentile", "{:.4g} nats"),
+    "top1": ("same first choice as the reference", "{:.2%} of tokens"),
+    "bits_per_weight": ("bits per weight", "{:.3f}"),
+    "tokens": ("predicted", "{:,} tokens"),
+    "text": ("text", "{}"),
+    "window": ("length of a window", "{} tokens"),
+    "windows": ("windows", "{}"),
+    "start_token": ("windows begin with a start token", "{}"),
+}
+
+
+def print_evaluation(figures: dict[str, Any], as_json: bool) -> None:
+    """A table of what was measured, in words with units, or one JSON object of the fields."""
+    told = {key: value for key, value in figures.items() if value is not None}
+    words = {
+        _FIGURES[key][0]: value if isinstance(value, bool) else _FIGURES[key][1].format(value)
+        for key, value in told.items()
+        if key in _FIGURES
+    }
+    print_figures(figures if as_json else words | {"tasks": told.get("tasks", {})}, as_json)
 
 
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:

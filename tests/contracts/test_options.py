@@ -104,7 +104,8 @@ COMMANDS = {
     "tuning.py": {"tune"},
     "reporting.py": {"report"},
     "bench/commands.py": {"bench_sketch", "bench_experts", "bench_decode", "bench_adapt", "bench_quantize"},
-    "cli.py": {"inspect", "adapt", "merge", "demo", "families"},
+    "inspection.py": {"inspect"},
+    "cli.py": {"adapt", "merge", "demo", "families"},
 }
 
 

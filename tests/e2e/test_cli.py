@@ -20,7 +20,7 @@ from lorq.adapt.adapters import ADAPTER_CONFIG
 from lorq.cli import main
 from lorq.evaluation import _flattering
 from lorq.pipeline.presets import DEFAULT, PRESETS
-from lorq.show import _left, _ProgressLines, _smaller
+from lorq.show import _left, _ProgressLines, smaller
 from lorq.storage import writer
 from lorq.storage.report import Report
 
@@ -348,7 +348,7 @@ def test_the_end_tells_what_was_gained_and_what_can_be_done_next(lorq_command, s
 )
 def test_what_is_not_smaller_is_not_called_so(before, told):
     run = {"original_bytes": before} if before else {}  # folders of earlier versions do not tell
-    assert _smaller(Report("nearest", {}, (), 2_000_000, {}, run, {})) == told
+    assert smaller(Report("nearest", {}, (), 2_000_000, {}, run, {}), 2_000_000) == told
 
 
 def test_the_demo_quantizes_measures_and_talks(lorq_command, tmp_path, monkeypatch):
@@ -356,7 +356,10 @@ def test_the_demo_quantizes_measures_and_talks(lorq_command, tmp_path, monkeypat
     monkeypatch.setattr("lorq.demo.demo_model", lambda: model)
     for _ in range(2):  # an earlier demo is replaced
         told = lorq_command("demo", tmp_path / "out", "--samples=2", "--windows=1")
-        assert all(part in told for part in ("1. Quantize", "bits per weight", "2. Measure", "kl_mean", "3. Talk"))
+        assert all(
+            part in told
+            for part in ("1. Quantize", "bits per weight", "2. Measure", "KL from the reference, mean", "3. Talk")
+        )
 
 
 # ---- settings that reach the layers -----------------------------------------------------------------------

@@ -135,7 +135,8 @@ def test_one_command_makes_the_file_and_leaves_nothing_else(tmp_path, capsys):
     assert main(["quantize", str(dense), str(out), *options]) == 0
     printed = capsys.readouterr()
     assert "for llama.cpp: --method gptq --grid q4_0 --token-weights gradient" in printed.err
-    assert "tensors: 14 q4_0, 6 f32" in printed.out
+    assert "tensors: 14 q4_0, 6 f32" in printed.out and f"next: lorq inspect {out}\n" in printed.out
+    assert f"│ file              │ {out}"[:40] in printed.out
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt", "model.gguf"}
     # The same as in two steps.
     settings = {"token_weights": "gradient", "calibration": options[1], "samples": 2, "seq_len": 32}
@@ -188,6 +189,9 @@ MISTAKES = {
     "--type q6_k": "blocks of q6_k must tile a row of model.layers.0.mlp.down_proj.weight, which has 128 columns",
     "--adapter {low_rank}": "has no low-rank part; leave --adapter and --fold out",
     "--fold": "has no low-rank part; leave --adapter and --fold out",
+    "--type q6_k --fallback q5_k": "has 128 columns (neither do those of --fallback q5_k); take another --type, or say",
+    "--tokenizer-pre lama-bpe": "got 'lama-bpe'; did you mean llama-bpe or",
+    "--tokenizer-pre xyz": "got 'xyz'; it has default, llama3,",
     "--to dense --type q8_0": "are for --to gguf, got them for dense",
 }
 
@@ -225,9 +229,19 @@ def test_a_file_of_which_transformers_leaves_out_a_part_is_no_source(name, quant
 def test_only_a_gguf_file_is_replaced(quantized, tmp_path):
     for name in ("notes.txt", "model.gguf"):
         (tmp_path / name).write_text("mine")
-        with pytest.raises(FileExistsError, match="must be a GGUF file to be replaced by one"):
+        with pytest.raises(FileExistsError, match="must be a GGUF file of lorq's to be replaced by one, it is no GGUF"):
             lorq.export(quantized("llama"), tmp_path / name, to="gguf", overwrite=True)
         assert (tmp_path / name).read_text() == "mine"
+    lorq.export(quantized("llama"), tmp_path / "own.gguf")
+    lorq.export(quantized("llama"), tmp_path / "own.gguf", overwrite=True)
+
+
+def test_how_far_a_file_is_is_told_tensor_by_tensor(quantized, tmp_path):
+    told = []
+    lorq.export(quantized("llama"), tmp_path / "model.gguf", progress=lambda *step: told.append(step))
+    stages = {stage: [done for own, done, total in told if own == stage] for stage, _, _ in told}
+    assert stages == {"load torch": [0, 1], "choose types": [*range(21)], "export": [*range(21)]}
+    assert {total for stage, _, total in told if stage == "export"} == {20}
 
 
 def test_activations_in_eight_bits_are_told_to_be_lost(quantized, tmp_path):

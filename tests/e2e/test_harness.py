@@ -85,8 +85,51 @@ def test_a_task_is_run_is_shown_and_is_what_lm_eval_says_of_the_folder(folder, t
     with pytest.raises(ValueError, match=r"knows, it has no local_sum; did you mean local_sums\? `lm_eval ls tasks`"):
         lorq.evaluate(folder, tasks="local_sum", task_path=task_path, **WINDOWS)
     (task_path / "sums.json").unlink()
-    with pytest.raises(OSError, match=r"the data of the tasks local_sums could not be loaded .* with --task-path"):
+    with pytest.raises(OSError, match=r"the data of the task local_sums could not be loaded .* with --task-path"):
         lorq.evaluate(folder, tasks="local_sums", task_path=task_path, **WINDOWS)
+
+
+BROKEN = {
+    "{{question": ("doc_to_text", "lm-eval says TemplateSyntaxError: unexpected end of template"),
+    "{{quest}}": ("doc_to_text", "lm-eval says UndefinedError: 'quest' is undefined"),
+    "{{answer + 5}}": ("doc_to_target", "lm-eval says IndexError: list index out of range"),
+    "{{nothing}}": ("doc_to_choice", "lm-eval says UndefinedError: 'nothing' is undefined"),
+    "dev": ("test_split", "lm-eval says KeyError: 'dev'"),
+    "free": ("output_type", "lm-eval says ValueError: Got invalid output_type 'free'"),
+}
+
+
+@pytest.mark.parametrize("value", BROKEN)
+@pytest.mark.filterwarnings("ignore")  # lm-eval's, and those of datasets
+def test_a_broken_task_is_named_with_its_file_before_a_model_is_loaded(value, folder, task_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lorq[tasks]'")
+    monkeypatch.setattr("lorq.evaluation._loaded", lambda *_: pytest.fail("loaded"))
+    key, words = BROKEN[value]
+    file = task_path / "sums.yaml"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    assert (
+        main(["evaluate", str(folder), "--tasks", "local_sums", "--task-path", str(task_path), "--window", "32"]) == 1
+    )
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert shown.startswith(f"lorq: the task local_sums is broken, {words}") and f"; mend {file}, or leave it" in shown
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_file_that_cannot_be_read_is_told(folder, task_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lorq[tasks]'")
+    (task_path / "sums.yaml").write_text("task: local_sums\n  x: [")
+    with pytest.raises(
+        ValueError, match=r"it has no local_sums; .*; it could not read .*sums\.yaml \(mapping values are"
+    ):
+        lorq.evaluate(folder, tasks="local_sums", task_path=task_path, **WINDOWS)
+
+
+def test_errors_of_lorqs_own_are_not_the_tasks():
+    from lorq.harness import _faults_of
+    from lorq.storage.json_files import parse_json
+
+    with pytest.raises(ValueError, match="x: not valid JSON"), _faults_of("mine", None):
+        parse_json(b"{", where="x")
 
 
 def test_what_is_wrong_with_tasks_is_said_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -6,12 +6,13 @@ import shlex
 
 import huggingface_hub
 import pytest
+from gguf_models import gguf_folder
 from helpers import folder_digests
 from huggingface_hub import ModelCard
 
 import lorq
+from lorq.cards import command_of
 from lorq.cli import main
-from lorq.publishing import command_of
 
 GPTQ = lorq.GPTQ(bits=3, group_size=16, symmetric=True)
 OPTIONS = {"samples": 2, "seq_len": 32, "exclude": ("o_proj", "layers.1.mlp"), "seed": 3}
@@ -76,6 +77,7 @@ def test_the_card_has_what_was_measured_and_the_originals_licence(folder, folder
     assert f"{report.bits_per_weight:.3f} bits per weight in {len(report.layers)} layers" in shown
     assert f"| text text.txt | perplexity {found.perplexity:.4g}, KL {found.kl_mean:.4f} (2 windows of 32" in shown
     assert 'from_pretrained("org/small")' in shown and "    vllm serve org/small\n" in shown
+    assert "pypi.org" not in shown and "`pip install .` in a copy of its source" in shown
     assert shown.endswith("The card of the original:\n\n# Original\nIts words.\n")
     assert str(folder) not in shown and str(text_file.parent) not in shown
     assert hub.calls == []
@@ -88,19 +90,93 @@ def test_what_is_pushed_loads_and_has_the_new_card(folder, hub, capsys):
     create, upload, card = hub.calls
     assert create == ("create", "org/small", True, True)
     assert set(upload[2]) == {p.name for p in folder.iterdir()} - {"README.md"} >= {"config.json", "lorq_report.json"}
-    assert card[1:3] == ("org/small", "README.md") and b"Nothing yet: `lorq evaluate OUT --reference MODEL`" in card[3]
+    assert card[1:3] == ("org/small", "README.md") and b"not yet: `lorq evaluate OUT --reference MODEL`" in card[3]
 
 
 def test_exports_have_cards_too(folder_of, tmp_path, hub):
     lorq.quantize(folder_of("llama"), tmp_path / "q", lorq.Nearest(bits=4, group_size=16, symmetric=True))
-    done = lorq.export(tmp_path / "q", tmp_path / "served", to="compressed-tensors")
+    lorq.export(tmp_path / "q", tmp_path / "served", to="compressed-tensors")
     card = lorq.push(tmp_path / "served", "org/served", dry_run=True).card
     assert "as compressed-tensors" in card and "    vllm serve org/served --dtype float16" in card
-    assert all(f"{what}: {how}" in card for what, how in done.lost.items())
-    (tmp_path / "m.gguf").write_bytes(b"GGUF")
-    pushed = lorq.push(tmp_path / "m.gguf", "org/m-gguf")
-    assert "llama-cli -hf org/m-gguf" in pushed.card and pushed.url == "https://hub/org/m-gguf"
-    assert [call[2] for call in hub.calls if call[0] == "file"] == ["m.gguf", "README.md"]
+    assert f"{lorq.read_report(tmp_path / 'q').bits_per_weight:.3f} bits per weight where there are codes" in card
+    assert 'from_pretrained("org/served")' in card and "lorq export OUT DEST --to compressed-tensors\n" in card
+
+
+def sections(card):
+    return {part.partition("\n")[0]: part for part in card.split("\n## ")}
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "target", "lines"),
+    [
+        (True, "gptq", ["    vllm serve org/x --dtype float16", "`pip install optimum gptqmodel`"]),
+        (False, "gptq", ["`pip install optimum gptqmodel`"]),
+        (
+            False,
+            "compressed-tensors",
+            ["    vllm serve org/x", '"org/x", quantization_config=CompressedTensorsConfig('],
+        ),
+        (True, "dense", ["    vllm serve org/x", 'from_pretrained("org/x")']),
+    ],
+)
+def test_an_exports_card_says_who_reads_it(symmetric, target, lines, folder_of, tmp_path):
+    folder_of_codes = lorq.Nearest(bits=4, group_size=32, symmetric=symmetric)
+    lorq.quantize(gguf_folder(tmp_path / "m", "llama"), tmp_path / "q", folder_of_codes)
+    lorq.export(tmp_path / "q", tmp_path / "x", to=target)
+    loading = sections(lorq.push(tmp_path / "x", "org/x", dry_run=True).card)["How to load it"]
+    assert all(line in loading for line in lines)
+    assert ("vllm" in loading) == (target != "gptq" or symmetric), loading
+    assert "lorq" not in loading
+
+
+def test_a_files_card_says_what_is_in_it_and_other_files_are_refused(folder_of, text_file, tmp_path, hub):
+    model = gguf_folder(tmp_path / "m", "llama")
+    lorq.quantize(model, tmp_path / "q", lorq.Nearest(grid="q4_0"))
+    found = lorq.evaluate(tmp_path / "q", reference=model, text=text_file, window=32, windows=2)
+    file = tmp_path / "a file.gguf"
+    lorq.export(tmp_path / "q", file, gguf=lorq.GgufOptions(embeddings="q8_0"))
+    card = lorq.push(file, "org/m-gguf", base_model="org/m").card
+    # 73,728 weights of 4.5 bits and 16,896 of 8.5
+    assert "5.246 bits per weight where there are codes" in card and "(14 q4_0, 5 f32, 1 q8_0)" in card
+    assert f"KL {found.kl_mean:.4f} (2 windows of 32" in card
+    assert "    lorq export OUT model.gguf --embeddings q8_0" in card and "--grid q4_0" in card
+    assert "rounding: 1 of 20 tensors are rounded" in card
+    assert "    llama-cli -hf org/m-gguf -hff 'a file.gguf'" in card and "transformers" not in card
+    assert [call[2] for call in hub.calls if call[0] == "file"] == ["a file.gguf", "README.md"]
+    for name, content, words in (
+        ("junk", b"GGUF", "is a damaged GGUF file"),
+        ("cut", file.read_bytes()[:-40], "is a damaged GGUF file"),
+        ("text", b"text", "must be a GGUF file, which begins with b'GGUF', it begins with b'text'"),
+        ("other", file.read_bytes().replace(b"lorq.version", b"lorq.Version"), "was written by another program"),
+    ):
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            lorq.push(tmp_path / f"{name}.gguf", "org/x", dry_run=True)
+
+
+def test_adapters_are_pushed_for_the_model_that_they_are_for(folder_of, text_file, tmp_path, hub):
+    ranks = lorq.FLRQ(bits=4, group_size=16, budget=2.0, min_gain=0.0, epochs=0, rounding="nearest", symmetric=True)
+    options = {"calibration": str(text_file), "samples": 2, "seq_len": 32}
+    lorq.quantize(folder_of("llama"), tmp_path / "q", ranks, **options)
+    lorq.export(tmp_path / "q", tmp_path / "base", to="compressed-tensors", adapter=tmp_path / "lora")
+    assert "it is an adapter of its own" in lorq.push(tmp_path / "base", "org/base", dry_run=True).card
+    with pytest.raises(ValueError, match=r"lora is an adapter, of use on one model alone; .* --base-model ORG/NAME"):
+        lorq.push(tmp_path / "lora", "org/lora", dry_run=True)
+    card = lorq.push(tmp_path / "lora", "org/lora", base_model="org/base").card
+    most = max(layer.rank for layer in lorq.read_report(tmp_path / "q").layers)
+    slot = next(rank for rank in (1, 8, 16, 32, 64) if rank >= most)  # of vLLM's
+    flags = f"--enable-lora --max-lora-rank {slot} --lora-modules low-rank=org/lora"
+    assert f"    vllm serve org/base --dtype float16 {flags}\n" in card
+    assert 'PeftModel.from_pretrained(model, "org/lora")' in card and 'from_pretrained("org/base", q' in card
+    uploaded = {call[2]: call[3] for call in hub.calls if call[0] == "file"}
+    assert json.loads(uploaded["adapter_config.json"])["base_model_name_or_path"] == "org/base"
+    assert next(call[2] for call in hub.calls if call[0] == "folder") == [
+        "adapter_model.safetensors",
+        "lorq_export.json",
+    ]
+    lorq.export(tmp_path / "q", tmp_path / "plain", to="peft", adapter=tmp_path / "lora2")
+    assert "it is an adapter of its own" in lorq.push(tmp_path / "plain", "org/plain", dry_run=True).card
+    assert "with lorq installed" in lorq.push(tmp_path / "lora2", "org/l", base_model="org/plain", dry_run=True).card
 
 
 def test_what_cannot_be_pushed_is_one_line(folder, hub, monkeypatch, tmp_path, capsys):

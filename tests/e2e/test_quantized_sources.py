@@ -143,3 +143,71 @@ def test_what_is_not_read_is_refused_by_name(folder_of, quantized, tmp_path):
         (source / "config.json").write_text(json.dumps(config | {"quantization_config": told}))
         with pytest.raises(ValueError, match=words):
             lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True)
+
+
+NAME = "model.layers.0.self_attn.q_proj"
+CONTRADICTIONS = {
+    "bits=8": rf"{NAME} must have \d+ words for \d+ codes of 8 bits, as quantization_config says, .* which are 4 bits",
+    "bits=3": rf"{NAME} must have \d+ words for \d+ codes of 3 bits, as quantization_config says, .* which are 4 bits",
+    'bits="4"': rf"bits must be 1 to 8, got '4' for {NAME}",
+    "group_size=32": rf"{NAME} must have scales for \d groups of \d+ columns, since group_size .* is 32, it has",
+    'dynamic={"+:.*q_proj": {"bits": 8}}': rf"{NAME} must have \d+ words for \d+ codes of 8 bits",
+}
+
+
+def changed_config(source, **told):
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] |= told
+    (source / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("told", CONTRADICTIONS)
+def test_a_config_of_gptq_that_contradicts_its_tensors_is_refused(told, quantized, tmp_path):
+    source = tmp_path / "source"
+    lorq.export(quantized(), source, to="gptq")
+    config, tensors = source / "config.json", load_file(source / "model.safetensors")
+    tensors = {name: tensor for name, tensor in tensors.items() if "proj" not in name or name.startswith(NAME)}
+    tensors |= {f"{NAME.replace('q_proj', f'{n}_proj')}.weight": torch.zeros(1) for n in "kvo"}  # never come to
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    changed_config(source, **eval(f"dict({told})"))
+    with pytest.raises(ValueError, match=rf"{config}: .*{CONTRADICTIONS[told]}"):
+        lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("group", "words"),
+    [
+        (4, r"g_idx must name groups 0 to 3, got 4 for column 5"),
+        (-1, r"g_idx must name groups 0 to 3, got -1 for column 5"),
+        (0.0, r"g_idx must be 64 whole numbers, a column's group each, got \(64,\) of torch.float32"),
+    ],
+)
+def test_a_group_that_is_not_there_is_refused_by_column(group, words, quantized, tmp_path):
+    source = tmp_path / "source"
+    lorq.export(quantized(), source, to="gptq")
+    tensors = load_file(source / "model.safetensors")
+    own = tensors[f"{NAME}.g_idx"] = tensors[f"{NAME}.g_idx"].to(torch.tensor(group).dtype)
+    own[5] = group
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{source / 'model.safetensors'}: {NAME}.weight could not be read: {words}"):
+        lorq.quantize(source, tmp_path / "out", METHOD)
+    assert not (tmp_path / "out").exists()
+
+
+def test_widths_that_only_the_config_tells_apart_are_read_by_it(tmp_path):
+    """Sixteen codes of 3 bits and of 4 bits both take two words."""
+    from helpers import save_folder, tiny_model
+
+    plain = save_folder(tiny_model(num_hidden_layers=1), tmp_path / "plain")
+    lorq.quantize(plain, tmp_path / "q", lorq.Nearest(bits=4, group_size=8, symmetric=True))
+    lorq.export(tmp_path / "q", tmp_path / "source", to="compressed-tensors", dtype="float32")
+    lorq.quantize(tmp_path / "source", tmp_path / "out", lorq.Nearest(bits=8, group_size=8))
+    found, expected = (LorqFolder.open(tmp_path / name) for name in ("out", "q"))
+    for name, weight in expected.layers():
+        step = float(weight.dense().abs().max()) / 100
+        torch.testing.assert_close(found.weight(name).dense(), weight.dense(), rtol=0, atol=step)
+    groups = json.loads((tmp_path / "source/config.json").read_text())["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"]["num_bits"] = 2
+    changed_config(tmp_path / "source", config_groups=groups)
+    with pytest.raises(ValueError, match=r"must have 2 words for 24 codes of 2 bits, as quantization_config says, its"):
+        lorq.quantize(tmp_path / "source", tmp_path / "out2", METHOD)

@@ -70,6 +70,45 @@ def test_what_is_no_page_of_lorq_is_not_replaced(folders, tmp_path, page):
     assert mine.read_text() == "years of work"
 
 
+def test_pictures_that_are_there_are_replaced_when_asked(folders, tmp_path, capsys):
+    pytest.importorskip("vl_convert", reason="lorq report draws with vl-convert-python, which is not installed")
+    figures, page = tmp_path / "figures", tmp_path / "p.html"
+    figures.mkdir()
+    (figures / f"{folders[0].name}-bytes.png").write_bytes(b"mine")
+    page.write_text("mine too")
+    arguments = ["report", str(folders[0]), "--page", str(page), "--png", str(figures)]
+    assert main(arguments) == 1
+    assert (
+        "p.html is there, and lorq report did not write it; choose another --page, or replace it with --overwrite"
+        in (capsys.readouterr().err)
+    )
+    page.unlink()
+    assert main(arguments) == 1
+    assert f"{figures} must have none of the pictures, it has {folders[0].name}-bytes.png; choose" in (
+        capsys.readouterr().err
+    )
+    assert not page.exists() and len(list(figures.iterdir())) == 1
+    assert main([*arguments, "--overwrite"]) == 0
+    assert (figures / f"{folders[0].name}-bytes.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_file_in_the_place_of_a_folder_is_told(folders, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    for flags in (["--png", str(tmp_path / "notes.txt")], ["--page", str(tmp_path / "notes.txt/deep/p.html")]):
+        flags = flags if "--page" in flags else ["--page", str(tmp_path / "p.html"), *flags]
+        assert main(["report", str(folders[0]), *flags]) == 1
+        assert f"{tmp_path / 'notes.txt'} is a file; choose another folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_folders_of_one_name_have_pictures_of_their_own(folders, tmp_path):
+    pytest.importorskip("vl_convert", reason="lorq report draws with vl-convert-python, which is not installed")
+    other = tmp_path / folders[0].name
+    shutil.copytree(folders[1], other)
+    written = lorq.report(folders[0], other, page=tmp_path / "p.html", png=tmp_path / "png")
+    assert len(set(written)) == len(written) == len(list((tmp_path / "png").iterdir())) + 1
+
+
 def test_without_the_library_one_line_says_what_to_install(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("lorq.reporting.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"needs the package vl-convert-python.*pip install 'lorq\[report\]'"):

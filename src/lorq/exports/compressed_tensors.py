@@ -58,6 +58,10 @@ def _is_plain(format: LayerFormat) -> bool:
     return format.bits == 8 and format.input_quantization != "none"
 
 
+def _packs_zero_points(format: LayerFormat) -> bool:
+    return not _is_plain(format) and isinstance(format.codes, IntGrid) and not format.codes.symmetric
+
+
 def quantization_config(layers: Mapping[str, LayerFormat], names: PlainNames) -> dict[str, Any]:
     """The config: a group for each kind of layer, by name, or all linear layers where there is one kind."""
     stored = names.layers(layers)
@@ -105,6 +109,12 @@ def _lines(request: ExportRequest, layers: Mapping[str, LayerFormat]) -> list[st
     if widths:
         lines.append(
             f"vLLM runs {', '.join(map(str, widths))} bits on CUDA devices with the package humming-kernels alone"
+        )
+    if any(_packs_zero_points(format) for format in layers.values()):
+        lines.append(
+            "plain transformers (5.23, compressed-tensors 0.20) loads codes with zero points only as dense weights: "
+            "from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True)); or quantize with "
+            "--symmetric"
         )
     grids = {format.codes for format in layers.values() if format.input_quantization != "none"}
     if any(isinstance(grid, IntGrid) and not grid.symmetric for grid in grids):

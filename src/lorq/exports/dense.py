@@ -23,18 +23,19 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
         raise refusal("dense", f"has the low-rank part in its matrices, --adapter {request.adapter} is none", "peft")
     name = own_dtype(folder, request.dtype)
     names, written, error = PlainNames(folder), PlainFolder(out), _RoundingError(DTYPES[name])
-    for tensors in dense_shards(folder, names):
+    for tensors in _dense_files(folder, names, request):
         written.add(names.of({key: error.rounded(key, tensor) for key, tensor in tensors.items()}))
     written.finish(folder, {"dtype": name})
-    lost = {"rounding": f"{name} changes the weights by {error.relative():.2g} of their norm"}
-    lost |= activations_lost(folder)
+    lost = activations_lost(folder)
+    if by := error.relative():
+        lost |= {"rounding": f"{name} changes the weights by {by:.2g} of their norm"}
     return Exported(written.bytes, (f"{name} weights, as any Hugging Face model's",), lost)
 
 
-def dense_shards(folder: LorqFolder, names: PlainNames) -> Iterator[dict[str, Tensor]]:
-    """The tensors of the dense model by its own names, one shard of the folder after the other; codes as float32."""
+def _dense_files(folder: LorqFolder, names: PlainNames, request: ExportRequest) -> Iterator[dict[str, Tensor]]:
+    """The tensors of the dense model by its own names, one file of the folder after the other; codes as float32."""
     shared = {f"{name}." for name in folder.tiles}
-    for _, header in sorted(folder.reader.headers.items()):
+    for _, header in request.files(folder):
         layers = {n.rpartition(".")[0] for n in header.tensors if n.rpartition(".")[0] in folder.formats}
         kept = [n for n in header.tensors if n.rpartition(".")[0] not in layers or n.endswith(".bias")]
         tensors = {n: folder.reader.tensor(n) for n in kept if f"{n.rpartition('.')[0]}." not in shared}

@@ -1,5 +1,6 @@
 """`--to gguf`: a file for llama.cpp, whose weights are what the folder's codes stand for."""
 
+import math
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -12,12 +13,16 @@ from lorq.exports.dense import activations_lost
 from lorq.exports.gguf_model import architecture_of, rope_tensors, write_metadata
 from lorq.exports.gguf_plan import FileTensor, Plan
 from lorq.exports.gguf_tokenizer import write_tokenizer
+from lorq.exports.gguf_told import add_told, tell_lost
 from lorq.exports.gguf_types import FLOATS, type_number
 from lorq.exports.plain import own_dtype
 from lorq.exports.request import Exported, ExportRequest, GgufType
 from lorq.foreign.gguf_file import write_lora
 from lorq.models.skeleton import read_config
+from lorq.progress import EXPORT
+from lorq.storage.atomic import require_space
 from lorq.storage.folder import LorqFolder
+from lorq.storage.names import GGUF_MARK
 from lorq.version import __version__
 
 
@@ -38,8 +43,9 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     float_type = FLOATS[own_dtype(folder, request.dtype)]
     plan = Plan(folder, whole, config, architecture, request.gguf, float_type, request.adapter is not None)
     plan.check()
-    tensors = plan.tensors()
-    lost = _write(plan, tensors, out)
+    tensors = plan.tensors(request.progress)
+    require_space(out.parent, sum(math.prod(tensor.bytes_shape) for tensor in tensors))
+    lost = _write(plan, tensors, out, request)
     size, adapter = out.stat().st_size, ""
     if request.adapter_place is not None:
         factors = {t.source.name: found for t in tensors if (found := plan.factors(t.source)) is not None}
@@ -54,7 +60,7 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
         lines += (
             "q5_0 holds codes of 4 bits with zero points exactly; --type q4_1 is smaller and rounds their minima",
         )
-    return Exported(size, lines, lost | plan.losses.in_words(len(tensors)) | activations_lost(folder))
+    return Exported(size, lines, lost)
 
 
 def check_file(source: Path, method: Any) -> None:
@@ -85,12 +91,13 @@ def _write_metadata(writer: Any, source: Path, config: Any, tokenizer_pre: str |
     return otherwise
 
 
-def _write(plan: Plan, tensors: list[FileTensor], out: Path) -> dict[str, str]:
-    """The file; what llama.cpp does otherwise than the model."""
+def _write(plan: Plan, tensors: list[FileTensor], out: Path, request: ExportRequest) -> dict[str, str]:
+    """The file; what is lost."""
     from gguf import GGML_QUANT_VERSION, GGUFWriter, Metadata, size_label
 
     config, path = plan.config, plan.folder.path
     writer = GGUFWriter(out, plan.architecture.name)
+    writer.add_string(GGUF_MARK, __version__)
     try:
         writer.add_type("model")
         otherwise = _write_metadata(writer, path, config, plan.options.tokenizer_pre)
@@ -107,16 +114,24 @@ def _write(plan: Plan, tensors: list[FileTensor], out: Path) -> dict[str, str]:
         card = Metadata.load(model_path=path, total_params=counts[0])  # the model card's, and what generation wants
         card.quantized_by, card.size_label = f"lorq {__version__}", size_label(*counts)
         card.set_gguf_meta_model(writer)
+        add_told(writer, plan.folder, request.command("gguf"))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
+        assert writer.fout is not None
+        end = writer.fout[0].tell()
         writer.write_ti_data_to_file()
         for values in factors.values():
             writer.write_tensor_data(values.numpy())
-        for tensor in tensors:
+        for done, tensor in enumerate(tensors):
+            request.progress(EXPORT, done, len(tensors))
             writer.write_tensor_data(plan.rows(tensor).contiguous().numpy())
+        request.progress(EXPORT, len(tensors), len(tensors))
     finally:
         writer.close()
-    return {f"window {number}" if number else "window": text for number, text in enumerate(otherwise)}
+    lost = {f"window {number}" if number else "window": text for number, text in enumerate(otherwise)}
+    lost |= plan.losses.in_words(len(tensors)) | activations_lost(plan.folder)
+    tell_lost(out, end, lost)
+    return lost
 
 
 def _file_type(tensors: list[FileTensor]) -> Any:

@@ -14,6 +14,7 @@ from lorq.core.weight import QuantizedWeight
 from lorq.exports.gguf_model import Architecture, Source, find_sources, language_names
 from lorq.exports.gguf_types import Encoded, encode, exact_type, fits, row_bytes, without_factors
 from lorq.exports.request import GgufOptions, refusal
+from lorq.progress import CHOOSE, Progress, no_progress
 from lorq.storage.folder import LorqFolder
 
 
@@ -113,7 +114,7 @@ class Plan:
         if self.adapter and self.folder.tiles:
             raise ValueError(f"an adapter of llama.cpp has no factors that experts share, {ranks[0]} has; take --fold")
 
-    def tensors(self) -> list[FileTensor]:
+    def tensors(self, progress: Progress = no_progress) -> list[FileTensor]:
         """All of the file but those that are none of the model's.
 
         Raises:
@@ -135,7 +136,12 @@ class Plan:
                 "in a file of its own (mmproj)"
             )
         found = find_sources(own, self.config, self.architecture, tied=self.whole.tie_word_embeddings)
-        return [FileTensor(source, self._type(source), self._shape(source)) for source in found]
+        tensors = []
+        for done, source in enumerate(found):
+            progress(CHOOSE, done, len(found))
+            tensors.append(FileTensor(source, self._type(source), self._shape(source)))
+        progress(CHOOSE, len(found), len(found))
+        return tensors
 
     def weight(self, parameter: str) -> QuantizedWeight | Tensor:
         """A parameter of the model; of a quantized layer without the part that goes into the adapter."""
@@ -218,12 +224,14 @@ class Plan:
         type_: str = asked or self.float_type
         if fits(type_, shape[-1]):
             return type_
-        if options.fallback is None or not fits(options.fallback, shape[-1]):
-            raise ValueError(
-                f"blocks of {type_} must tile a row of {source.parameters[0]}, which has {shape[-1]} columns; take "
-                "another --type, or say with --fallback q8_0, f16 or the like what such tensors become"
-            )
-        return options.fallback
+        if options.fallback is not None and fits(options.fallback, shape[-1]):
+            return options.fallback
+        also = f" (neither do those of --fallback {options.fallback})" if options.fallback else ""
+        raise ValueError(
+            f"blocks of {type_} must tile a row of {source.parameters[0]}, which has {shape[-1]} columns{also}; take "
+            f"another --type, or say with --fallback {' or '.join(n for n in ('q8_0', 'f16') if fits(n, shape[-1]))} "
+            "what such tensors become"
+        )
 
     def _exact(self, layers: list[str]) -> str:
         """The smallest type that holds a layer's codes, or those of the experts of one projection.

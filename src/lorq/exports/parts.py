@@ -169,7 +169,7 @@ def write_codes(
         config: its ``quantization_config``.
     """
     written, dtype, stored = PlainFolder(out), own_dtype(folder, request.dtype), names.layers(layers)
-    for _, header in sorted(folder.reader.headers.items()):
+    for _, header in request.files(folder):
         plain: dict[str, Tensor] = {}
         for name in header.tensors:
             layer, _, local = name.rpartition(".")

@@ -33,7 +33,7 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     config, report = folder.config, folder.report
     formats, layers = config["quantization_config"]["layers"], {layer.name: layer for layer in report.layers}
     writer = CheckpointWriter.create(out, {"exported_from": folder.reader.fingerprint()})
-    for file, header in sorted(folder.reader.headers.items()):
+    for file, header in request.files(folder):
         tensors = {name: folder.reader.tensor(name) for name in header.tensors}
         for name in [n for n, format in folder.formats.items() if format.rank and f"{n}.left" in tensors]:
             bare = replace(folder.weight(name), low_rank=None)

@@ -1,19 +1,37 @@
 """What is asked of a target, what it answers, and how it refuses."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from lorq.core.checks import check_name
+from lorq.progress import EXPORT, Progress, no_progress
 
 if TYPE_CHECKING:  # torch, which help and refusals do not wait for
     from lorq.storage.folder import LorqFolder
+    from lorq.storage.safetensors_file import Header
 
 
 GgufType = Literal[
     "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"
 ]
+
+
+# llama.cpp's names of how byte-level tokenizers split text, as of 2026-10; it opens no file with another.
+SPLIT_NAMES = tuple(
+    """
+    default llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano minicpm5 deepseek-llm
+    deepseek-coder deepseek-v3 youtu falcon mpt starcoder gpt-2 phi-2 jina-es jina-de gigachat jina-v2-es jina-v2-de
+    a.x-4.0 mellum mellum2 modern-bert jais jais-2 gemma4 granite-embed-multi-311m granite-embed-multi-97m sarvam-moe
+    jina-v1-en jina-v2-code roberta-bpe whitespace refact command-r qwen2 qwen35 deepseek-r1-qwen kormo f2llmv2
+    stablelm2 olmo dbrx smaug-bpe poro-chat glm4 chatglm-bpe viking tekken smollm codeshell bloom gpt3-finnish exaone
+    exaone4 exaone-moe chameleon minerva-7b megrez gpt-4o llama4 kanana2 talkie tiny_aya cohere2moe superbpe trillion
+    granite-docling bailingmoe bailingmoe2 llada-moe seed-coder hunyuan hunyuan-dense joyai-llm kimi-k2 grok-2 afmoe
+    laguna minimax-m2 solar-open k2-horizon
+    """.split()
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +47,7 @@ class GgufOptions:
         tokenizer_pre: what llama.cpp calls the tokenizer's way of splitting text, where lorq cannot tell.
 
     Raises:
-        ValueError: for an unknown type.
+        ValueError: for an unknown type, or a name that llama.cpp does not have.
     """
 
     type: GgufType | None = None
@@ -42,6 +60,13 @@ class GgufOptions:
         for option in ("type", "embeddings", "fallback"):
             if (name := getattr(self, option)) is not None:
                 check_name(option, name, get_args(GgufType))
+        if self.tokenizer_pre is not None and self.tokenizer_pre not in SPLIT_NAMES:
+            close = get_close_matches(self.tokenizer_pre, SPLIT_NAMES, 3)
+            near = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(SPLIT_NAMES)}"
+            raise ValueError(
+                f"tokenizer_pre must be a name that llama.cpp has for a way of splitting text, got "
+                f"{self.tokenizer_pre!r}; {near}"
+            )
 
 
 @dataclass(frozen=True)
@@ -54,6 +79,7 @@ class ExportRequest:
         adapter: the name that the adapter will have, where the low-rank part is asked for as one.
         adapter_place: where to write it.
         gguf: what is asked of a GGUF file.
+        progress: called as ``progress(stage, done, total)``.
     """
 
     out: Path
@@ -61,6 +87,25 @@ class ExportRequest:
     adapter: Path | None = None
     adapter_place: Path | None = None
     gguf: GgufOptions = GgufOptions()
+    progress: Progress = no_progress
+
+    def command(self, target: str) -> str:
+        """The command that writes such an export of a lorq folder OUT."""
+        words = ["lorq", "export", "OUT", *(["model.gguf"] if target == "gguf" else ["DEST", "--to", target])]
+        told = {"dtype": None if self.dtype == "auto" else self.dtype, **vars(self.gguf)}
+        told["adapter"] = None if self.adapter is None else f"ADAPTER{self.adapter.suffix}"
+        for name, value in told.items():
+            if value not in (None, False):
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        return " ".join(words)
+
+    def files(self, folder: "LorqFolder") -> "Iterator[tuple[str, Header]]":
+        """The folder's weight files in order, one a block, with their headers; how far that is is told."""
+        headers = sorted(folder.reader.headers.items())
+        for done, file in enumerate(headers):
+            self.progress(EXPORT, done, len(headers))
+            yield file
+        self.progress(EXPORT, len(headers), len(headers))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lorq.storage.names import GGUF_MARK
+from lorq.version import __version__
+
 
 @dataclass(frozen=True)
 class GgufFile:
@@ -81,6 +84,7 @@ def write_lora(file: Path, architecture: str, factors: Mapping[str, tuple[Tensor
     from gguf import GGUFWriter
 
     writer = GGUFWriter(file, architecture)
+    writer.add_string(GGUF_MARK, __version__)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)

@@ -68,6 +68,25 @@ class GroupedCodes:
         return QuantizedWeight(IntCodes(codes, scale, zero, grid), None, None if in_order else Basis(order, 0, 0))
 
 
+def _grouped(codes: Tensor, bits: int, scale: Tensor, zero_point: Tensor, group: Tensor) -> GroupedCodes:
+    """What a file says, checked; a ValueError if its parts do not belong together."""
+    out, columns = codes.shape
+    groups = scale.shape[-1]
+    for name, tensor in (("scales", scale), ("zero points", zero_point)):
+        if tensor.shape != (out, groups):
+            raise ValueError(
+                f"{name} must be one for each of {out} rows and {groups} groups, got {tuple(tensor.shape)}"
+            )
+    if group.shape != (columns,) or group.is_floating_point():
+        raise ValueError(
+            f"g_idx must be {columns} whole numbers, a column's group each, got {tuple(group.shape)} of {group.dtype}"
+        )
+    if bool((wrong := (group < 0) | (group >= groups)).any()):
+        column = int(wrong.nonzero()[0])
+        raise ValueError(f"g_idx must name groups 0 to {groups - 1}, got {int(group[column])} for column {column}")
+    return GroupedCodes(codes, bits, scale, zero_point, group)
+
+
 def _in_order(columns: int, groups: int) -> Int[Tensor, "in"]:
     """Groups of neighbouring columns, the last of which may be smaller."""
     size = -(-columns // groups)
@@ -88,7 +107,7 @@ def read_gptq(tensors: Mapping[str, Tensor], *, zero_offset: int) -> GroupedCode
     bits = words.shape[0] * 32 // columns
     codes = unpack(words.T.contiguous(), bits, columns)
     zero = unpack(tensors["qzeros"].contiguous(), bits, len(scale)).T.to(torch.int32) + zero_offset
-    return GroupedCodes(codes, bits, scale, zero, group)
+    return _grouped(codes, bits, scale, zero, group)
 
 
 def read_awq(tensors: Mapping[str, Tensor]) -> GroupedCodes:
@@ -100,18 +119,21 @@ def read_awq(tensors: Mapping[str, Tensor]) -> GroupedCodes:
 
     codes, scale = unpacked(tensors["qweight"]).T.contiguous(), tensors["scales"].T
     zero = unpacked(tensors["qzeros"]).T.to(torch.int32)
-    return GroupedCodes(codes, 4, scale, zero, _in_order(codes.shape[1], scale.shape[1]))
+    return _grouped(codes, 4, scale, zero, _in_order(codes.shape[1], scale.shape[1]))
 
 
-def read_packed(tensors: Mapping[str, Tensor]) -> GroupedCodes:
+def read_packed(tensors: Mapping[str, Tensor], *, bits: int | None = None) -> GroupedCodes:
     """compressed-tensors' "pack-quantized": lorq's own packing, codes and zero points less ``2^(bits - 1)``.
+
+    Args:
+        bits: as the config says; None for what the words tell.
 
     Raises:
         ValueError: if the words are not the dense ones of version 0.18 and later.
     """
     out, columns = tensors["weight_shape"].tolist()
     words, scale = tensors["weight_packed"], tensors["weight_scale"].view(out, -1)
-    bits = next((b for b in range(1, 9) if -(-columns * b // 32) == words.shape[1]), 0)
+    bits = next((b for b in ([bits] if bits else range(1, 9)) if -(-columns * b // 32) == words.shape[1]), 0)
     if not bits:
         raise ValueError(
             f"{columns} codes of 1 to 8 bits side by side must fill the {words.shape[1]} words of a row, as "
@@ -124,7 +146,7 @@ def read_packed(tensors: Mapping[str, Tensor]) -> GroupedCodes:
         zero = unpack_columns(packed, bits, out).to(torch.int32)
     else:
         zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.int32)
-    return GroupedCodes(unpack(words, bits, columns), bits, scale, zero, group)
+    return _grouped(unpack(words, bits, columns), bits, scale, zero, group)
 
 
 def read_plain(tensors: Mapping[str, Tensor]) -> GroupedCodes:
@@ -135,4 +157,4 @@ def read_plain(tensors: Mapping[str, Tensor]) -> GroupedCodes:
     zero = tensors.get("weight_zero_point")
     zero = torch.zeros(scale.shape, dtype=torch.int32) if zero is None else zero.expand(scale.shape).to(torch.int32)
     codes = (weight.to(torch.int16) + 128).to(torch.uint8)
-    return GroupedCodes(codes, 8, scale, zero + 128, _in_order(weight.shape[1], scale.shape[1]))
+    return _grouped(codes, 8, scale, zero + 128, _in_order(weight.shape[1], scale.shape[1]))

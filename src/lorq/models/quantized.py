@@ -14,6 +14,7 @@ from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.models.bitsandbytes import STATE, read_eight_bits, read_four_bits, read_state
 from lorq.models.decoded import FLOAT8, read_float8
 from lorq.models.grouped import read_awq, read_gptq, read_packed, read_plain
+from lorq.models.stated import check_bits, check_groups, stated_by_gptq, stated_by_groups
 from lorq.storage.folder import LorqFolder
 from lorq.storage.json_files import damaged, read_json, some_of
 from lorq.storage.names import DECODED_FROM
@@ -191,13 +192,26 @@ def _parts(
         yield module, {local: own[local] for local in (key, *others, *optional) if local in own}
 
 
+def _matrix(files: WeightFiles, name: str) -> tuple[int, int]:
+    """The shape of a tensor that must be a matrix."""
+    shape = files.shape(name)
+    if len(shape) != 2:
+        raise damaged(files.folder / files.files[name], f"{name} must be a matrix, its shape is {shape}")
+    return shape[0], shape[1]
+
+
 def _gptq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
     form = str(config.get("checkpoint_format", "gptq"))
     if form not in ("gptq", "gptq_v2"):
         raise ValueError(f"{files.folder} must have GPTQ's checkpoint_format gptq or gptq_v2, got {form}")
     make = partial(read_gptq, zero_offset=1 if form == "gptq" else 0)
     for module, parts in _parts(files, "qweight", ("qzeros", "scales", "g_idx")):
-        yield module, Packed((files.shape(parts["qweight"])[1], files.shape(parts["g_idx"])[0]), parts, make)
+        words, out = _matrix(files, parts["qweight"])
+        in_, stated = files.shape(parts["g_idx"])[0], stated_by_gptq(config, module)
+        check_bits(files.folder, module, stated.get("bits"), words=words, columns=in_)
+        groups = files.shape(parts["scales"])[0]
+        check_groups(files.folder, module, stated.get("group_size"), groups=groups, columns=in_)
+        yield module, Packed((out, in_), parts, make)
 
 
 def _awq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
@@ -205,7 +219,9 @@ def _awq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
     if form != "gemm" or bits != 4:
         raise ValueError(f"{files.folder} must have AWQ's version gemm in 4 bits, got {form} in {bits}")
     for module, parts in _parts(files, "qweight", ("qzeros", "scales")):
-        in_, words = files.shape(parts["qweight"])
+        in_, words = _matrix(files, parts["qweight"])
+        size = config.get("group_size", config.get("q_group_size"))
+        check_groups(files.folder, module, size, groups=files.shape(parts["scales"])[0], columns=in_)
         yield module, Packed((8 * words, in_), parts, read_awq)
 
 
@@ -225,7 +241,14 @@ def _compressed_tensors(files: WeightFiles, config: Mapping[str, Any]) -> Found:
     others = ("weight_zero_point", "weight_g_idx")
     for module, parts in _parts(files, "weight_packed", ("weight_scale", "weight_shape"), others):
         shape = WeightFiles.tensor(files.aside(), parts["weight_shape"]).tolist()
-        yield module, Packed((shape[0], shape[1]), parts, read_packed)
+        stated = stated_by_groups(groups, module)
+        words = _matrix(files, parts["weight_packed"])[1]
+        check_bits(files.folder, module, stated.get("num_bits"), words=words, columns=shape[1])
+        if stated.get("strategy") in ("group", "channel"):
+            size, found = stated.get("group_size"), files.shape(parts["weight_scale"])[-1]
+            check_groups(files.folder, module, size or -1, groups=found, columns=shape[1])
+        make = partial(read_packed, bits=stated.get("num_bits"))
+        yield module, Packed((shape[0], shape[1]), parts, make)
     for module, parts in _parts(files, "weight", (), ("weight_scale", "weight_zero_point")):
         if "weight_scale" in parts:
             out, in_ = files.shape(parts["weight"])

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,26 @@ def rename_synced(temporary: Path, path: Path) -> None:
     """Give a finished file its name; a crash leaves the old file, the new one or none, never a part."""
     os.replace(temporary, path)
     sync_folder(path.parent)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is whole, or leave what was there.
+
+    Raises:
+        OSError: naming the file, such as where the disk is full.
+    """
+    try:
+        rename_synced(write_synced(path, data), path)
+    except OSError as error:
+        path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
+        raise OSError(error.errno, f"{path} could not be written ({error.strerror}); choose another place") from error
+
+
+def is_full(error: Exception) -> bool:
+    """Whether a disk was full, as Python, safetensors and numpy say it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left" in str(error) or re.search(r"\d+ requested and \d+ written", str(error)) is not None
 
 
 @contextmanager

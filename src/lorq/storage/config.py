@@ -37,7 +37,7 @@ class LorqConfig(QuantizationConfigMixin):
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"the folder has lorq format version {version}, this lorq reads up to {FORMAT_VERSION}; "
-                "upgrade it: pip install --upgrade lorq"
+                "take a newer one"
             )
         self.format_version = version
         if version == 1:

@@ -40,9 +40,13 @@ def read_measured(folder: Path) -> Measured:
     path = folder / MEASURED
     if not path.is_file():
         return Measured()
-    content = read_json(path)
+    return parse_measured(read_json(path), where=path)
+
+
+def parse_measured(content: dict[str, Any], *, where: Path) -> Measured:
+    """What a file says; a ValueError that names ``where`` if it is damaged."""
     rule = "it must hold seconds, stages (numbers by name) and evaluations (figures by name), or be deleted"
-    wrong = damaged(path, rule)
+    wrong = damaged(where, rule)
     stages, evaluations = content.get("stages", {}), content.get("evaluations", [])
     if not isinstance(stages, dict) or not isinstance(evaluations, list):
         raise wrong

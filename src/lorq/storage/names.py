@@ -8,6 +8,8 @@ REPORT_NAME = "lorq_report.json"
 DECODED_FROM = ".decoded_from"
 # In every folder that was exported: what it is, and which files are its own.
 EXPORTED = "lorq_export.json"
+# The first key of lorq's own in a GGUF file, near its beginning: by it a file is known as one that lorq wrote.
+GGUF_MARK = "lorq.version"
 # How long the folder took to make, and how good it is; never the same twice.
 MEASURED = "lorq_measured.json"
 # Where an unfinished tuning is, of the whole model and of its blocks.

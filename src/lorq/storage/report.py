@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lorq.storage.json_files import json_bytes, read_json
-from lorq.storage.names import JOURNAL, REPORT_NAME
+from lorq.storage.names import EXPORTED, JOURNAL, REPORT_NAME
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,16 @@ class Report:
         rest = {k: v for k, v in asdict(self).items() if k not in ("seconds", "stages", "bytes")}
         return head | rest
 
+    @classmethod
+    def of(cls, told: dict[str, Any], *, where: Path) -> "Report":
+        """What `as_dict` gave; a ValueError that names ``where`` if it is damaged."""
+        try:
+            rest = {key: value for key, value in told.items() if key != "bits_per_weight"}
+            layers = tuple(LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in rest.pop("layers"))
+            return cls(layers=layers, **rest)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{where} is damaged ({error}); copy it again") from error
+
     def to_bytes(self) -> bytes:
         """The file's content; the same for the same run."""
         return json_bytes(self.as_dict())
@@ -103,20 +113,18 @@ def read_report(folder: str | Path) -> Report:
         raise FileNotFoundError(f"{folder} is an unfinished run and has no report yet; finish it with --resume")
     if not path.is_file():
         raise FileNotFoundError(_what_it_is(folder))
-    content = read_json(path)
-    try:
-        content = {key: value for key, value in content.items() if key != "bits_per_weight"}
-        layers = tuple(LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in content.pop("layers"))
-        return Report(layers=layers, **content)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); copy the folder again") from error
+    return Report.of(read_json(path), where=path)
 
 
 def _what_it_is(folder: Path) -> str:
     """Of a place without a report, and what to do."""
     if not folder.exists():
         return f"there is no folder {folder}; name one that `lorq quantize` wrote"
-    if folder.is_file() or not (folder / "config.json").is_file():
+    if folder.is_file():
+        return f"{folder} is a file and no lorq folder; name a folder that `lorq quantize` wrote"
+    if (folder / EXPORTED).is_file():
+        return f"{folder} is what `lorq export` wrote, and no lorq folder; name the folder that it was made of"
+    if not (folder / "config.json").is_file():
         return f"{folder} has no {REPORT_NAME}: lorq did not write this folder; name one that `lorq quantize` wrote"
     return (
         f"{folder} has no {REPORT_NAME}: lorq did not write this folder, it looks like a model that lorq has not "

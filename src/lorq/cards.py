@@ -1,0 +1,272 @@
+"""Model cards: how something was made, what was measured, and how to load it, by what it is."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+from lorq.exports.made import Made, is_for_others
+from lorq.exports.request import GgufType
+from lorq.show import figures_line, metrics_line, smaller
+from lorq.storage.json_files import read_json
+from lorq.storage.measured import read_measured
+from lorq.storage.names import EXPORTED
+from lorq.storage.report import Report, read_report
+from lorq.version import __version__
+
+CARD = "README.md"
+# Of a card's head, what holds for the quantized model too.
+_INHERITED = ("license", "license_name", "license_link", "language", "base_model")
+_ELSEWHERE = "The low-rank part of the quantized model is not in it: it is an adapter of its own."
+_INSTALLED = "with lorq installed (`pip install {}` in a copy of its source; it is not on PyPI)"
+
+
+def card_of(place: Path, repo: str, base_model: str) -> str:
+    """The card of a lorq folder, an export, an adapter or a GGUF file."""
+    head, below = _own_card(place) if place.is_dir() else ({}, "")
+    if is_for_others(place):
+        from lorq.exports.read_back import read_made
+
+        made = read_made(place)
+        library = {"gguf": "", "gguf adapter": "", "adapter": "peft"}.get(made.kind, "transformers")
+        tags = ["gguf"] if made.kind.startswith("gguf") else [made.kind] if not made.is_adapter else ["lora"]
+        return _written(head, below, repo, base_model, library, tags, _of_made(made, repo, base_model))
+    report = read_report(place)
+    mark = read_json(place / EXPORTED) if (place / EXPORTED).is_file() else {}  # of `--to peft`
+    tags = ["low-rank"] if any(layer.rank for layer in report.layers) else []
+    lines = [_sizes(report), "", *([_ELSEWHERE, ""] if mark else []), *_commands(report, str(mark.get("command", "")))]
+    lines += [*_measured(report, read_measured(place).evaluations), *_loading(repo, report)]
+    return _written(head, below, repo, base_model, "transformers", tags, lines)
+
+
+def _own_card(place: Path) -> tuple[dict[str, Any], str]:
+    """The head and the text of the card that travelled with the original's weights."""
+    from huggingface_hub import ModelCard
+
+    if not (place / CARD).is_file():
+        return {}, ""
+    try:
+        card = ModelCard.load(place / CARD, ignore_metadata_errors=True)
+    except Exception:  # what is no card is text
+        return {}, (place / CARD).read_text(encoding="utf-8", errors="replace")
+    return {key: value for key, value in card.data.to_dict().items() if key in _INHERITED}, card.text.strip()
+
+
+def _written(
+    head: Mapping[str, Any], below: str, repo: str, base_model: str, library: str, tags: list[str], lines: list[str]
+) -> str:
+    """A card, its head before it as the hub reads it."""
+    from huggingface_hub import ModelCardData
+
+    given: dict[str, Any] = dict(head) | ({"base_model": base_model} if base_model else {})
+    if "base_model" in given:
+        given["base_model_relation"] = "adapter" if library == "peft" else "quantized"
+    data = ModelCardData(
+        **given, library_name=library or None, pipeline_tag="text-generation", tags=["lorq", "quantized", *tags]
+    )
+    title = f"# {repo.partition('/')[2]}"
+    original = ["", "---", "", "The card of the original:", "", below] if below else []
+    return "\n".join(["---", data.to_yaml(), "---", "", title, "", *lines, *original]).rstrip() + "\n"
+
+
+# ---- how it was made, and how good it is ------------------------------------------------------------------
+
+
+def _sizes(report: Report) -> str:
+    dequantized = f" {report.run['dequantized'].capitalize()}." if "dequantized" in report.run else ""
+    return (
+        f"Quantized with lorq {report.run.get('lorq_version', __version__)} (`{report.method}`): "
+        f"{report.bits_per_weight:.3f} bits per weight in {len(report.layers)} layers, all stored bits counted; "
+        f"{report.bytes / 1e6:.1f} MB of weights{smaller(report, report.bytes)}.{dequantized}"
+    )
+
+
+def _commands(report: Report, *more: str) -> list[str]:
+    commands = [command_of(report)]
+    if tuned := report.run.get("tuning"):
+        commands.append(f"lorq tune OUT TUNED --reference MODEL --steps {tuned.get('steps', 0)}")
+    return ["## How it was made", "", *(f"    {command}" for command in (*commands, *filter(None, more))), ""]
+
+
+def command_of(report: Report) -> str:
+    """The command that makes such a folder: what differs from the defaults, as flags."""
+    from lorq.methods import METHODS
+    from lorq.pipeline.options import Options
+
+    if report.method not in METHODS:
+        return f"lorq {report.method} ORIGINAL QUANTIZED OUT"
+    run, options = dict(report.run), vars(Options())
+    if run.get("calibration") is None:
+        run |= {key: options[key] for key in ("calibration", "samples", "seq_len", "start_token")}
+    else:
+        start = "always" if run.get("start_token") else "never"
+        run["start_token"] = options["start_token"] if run["calibration"] == options["calibration"] else start
+    words = ["lorq", "quantize", "MODEL", "OUT", "--method", report.method]
+    words += _flags(report.settings, vars(METHODS[report.method]())) + _flags(run, options)
+    return shlex.join(words)
+
+
+def _flags(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
+    """Those that differ."""
+    words: list[str] = []
+    for name, value in values.items():
+        value = tuple(value) if isinstance(value, list) else value
+        if name not in defaults or value == defaults[name]:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [
+                word for one in (value if isinstance(value, tuple) else (value,)) for word in (f"--{flag}", str(one))
+            ]
+    return words
+
+
+def _measured(report: Report, evaluations: tuple[dict[str, Any], ...]) -> list[str]:
+    """A section with what is known of OUT, the lorq folder: its layers' errors, and what `lorq evaluate` has found."""
+    count = max(len(report.layers), 1)
+    after, before = (
+        sum(getattr(layer, f"error_{when}") for layer in report.layers) / count for when in ("after", "before")
+    )
+    lines = ["## What was measured", ""]
+    lines += [
+        f"The layers' outputs are off by {after:.4f} of their squared norm; rounded to nearest by {before:.4f}.",
+        "",
+    ]
+    if not evaluations:
+        return [*lines, "The whole model's quality not yet: `lorq evaluate OUT --reference MODEL` does.", ""]
+    rows = [(f"text {found['text']}", figures_line(found)) for found in evaluations]
+    rows += [(task, metrics_line(own)) for found in evaluations for task, own in found.get("tasks", {}).items()]
+    table = [f"| {name} | {line} |" for name, line in rows]
+    note = "KL is the mean divergence from the original, in nats a token; tasks are those of lm-eval."
+    return [*lines, "| OUT on | found |", "|---|---|", *table, "", note, ""]
+
+
+# ---- how to load it ---------------------------------------------------------------------------------------
+
+
+def _loading(repo: str, report: Report) -> list[str]:
+    """How to load a lorq folder."""
+    name = repo.partition("/")[2]
+    plain, vllm, gguf = (_INSTALLED.format(what) for what in (".", "'.[vllm]'", "'.[gguf]'"))
+    return [
+        "## How to load it", "", f"transformers, {plain}:", "", *_python(f'"{repo}"'), "",
+        f"vLLM, {vllm}:", "", f"    vllm serve {repo}", "",
+        f"llama.cpp, {gguf}:", "", f"    hf download {repo} --local-dir {name}",
+        f"    lorq export {name} {name}.gguf{_gguf_flags(report)}", f"    llama-cli -m {name}.gguf", "",
+    ]  # fmt: skip
+
+
+def _gguf_flags(report: Report) -> str:
+    """What an export of a folder as one GGUF file needs: a type, where none holds its codes as they are."""
+    told = report.settings
+    grid, size = told.get("grid", "integer"), told.get("group_size", 0)
+    whole = grid in get_args(GgufType) or (grid == "integer" and size > 0 and size % 32 == 0)
+    plain = told.get("codebook", "scalar") == "scalar" and told.get("rotation", "none") == "none"
+    ranked = any(layer.rank for layer in report.layers)
+    return (" --fold" if ranked else "") + ("" if whole and plain and not ranked else " --type q8_0")
+
+
+def _python(arguments: str, *imports: str) -> list[str]:
+    """Lines that load a model with transformers."""
+    names = ", ".join(("AutoModelForCausalLM", *imports))
+    call = f"model = AutoModelForCausalLM.from_pretrained({arguments})"
+    return ["```python", f"from transformers import {names}", "", call, "```"]
+
+
+def _of_made(made: Made, repo: str, base: str) -> list[str]:
+    """The card's lines of what other programs read."""
+    report, kind = made.report, made.kind
+    what = {
+        "gguf": "A file for llama.cpp",
+        "gguf adapter": "A LoRA file for llama.cpp",
+        "adapter": "An adapter of PEFT",
+    }
+    told = what.get(kind, f"An export as {kind}")
+    method = f" from a model quantized by `{report.method}`" if report and report.method != "compensate" else ""
+    size = f"{made.bytes / 1e6:.1f} MB of tensors ({made.types()})"
+    if made.is_adapter:
+        ranks = f"rank {min(made.ranks)} to {max(made.ranks)} in {len(made.ranks)} layers, {size}"
+        lines = [f"{told} for {base}, made with lorq {made.version}{method}: {ranks}."]
+    else:
+        bits = f"{made.bits_per_weight():.3f} bits per weight where there are codes, " if _coded(made) else ""
+        than = smaller(report, made.bytes) if report else ""
+        lines = [f"{told}, made with lorq {made.version}{method}: {bits}{size}{than}."]
+    lost = [f"* lost, {name}: {how}" for name, how in made.lost.items()]
+    lines += ["", *([*lost, ""] if lost else [])]
+    if made.has_adapter:
+        lines += [_ELSEWHERE, ""]
+    if report is not None:
+        lines += [*_commands(report, made.command), *_measured(report, made.evaluations)]
+    return [*lines, "## How to load it", "", *_READERS[kind](made, repo, base), ""]
+
+
+def _coded(made: Made) -> bool:
+    return any(part.is_quantized for part in made.parts)
+
+
+def _load_gguf(made: Made, repo: str, base: str) -> list[str]:
+    return ["llama.cpp:", "", f"    llama-cli -hf {repo} -hff {shlex.quote(made.place.name)}"]
+
+
+def _load_gguf_adapter(made: Made, repo: str, base: str) -> list[str]:
+    file = shlex.quote(made.place.name if made.place.is_file() else "adapter.gguf")
+    return [
+        f"llama.cpp, with the GGUF file of {base} as MODEL.gguf:", "", f"    hf download {repo} {file} --local-dir .",
+        f"    llama-cli -m MODEL.gguf --lora {file}",
+    ]  # fmt: skip
+
+
+def _load_adapter(made: Made, repo: str, base: str) -> list[str]:
+    from lorq.exports.parts import SERVED_RANKS
+
+    dense, lines = _is_for(made, "compressed-tensors"), []
+    if dense:
+        slot = next((rank for rank in SERVED_RANKS if rank >= max(made.ranks)), max(made.ranks))
+        flags = f"--enable-lora --max-lora-rank {slot} --lora-modules low-rank={repo}"
+        lines = ["vLLM, which lists it as the model low-rank then:", ""]
+        lines += [f"    vllm serve {base} --dtype float16 {flags}", ""]
+    need = _INSTALLED.format(".") if _is_for(made, "peft") else "on the model that it is for"
+    config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if dense else ""
+    code = _python(f'"{base}"{config}', *(["CompressedTensorsConfig"] if dense else []))
+    code[1:1], code[-1:] = (
+        ["from peft import PeftModel"],
+        [f'model = PeftModel.from_pretrained(model, "{repo}")', "```"],
+    )
+    return [*lines, f"PEFT, {need}:", "", *code]
+
+
+def _is_for(made: Made, target: str) -> bool:
+    """Whether an adapter was exported beside such a base."""
+    return f"--to {target} " in f"{made.command} "
+
+
+def _load_compressed(made: Made, repo: str, base: str) -> list[str]:
+    config = read_json(made.place / "config.json")["quantization_config"]
+    groups = [group["weights"] for group in config["config_groups"].values() if group["format"] == "pack-quantized"]
+    lines = ["vLLM:", "", f"    vllm serve {repo} --dtype float16", ""]
+    lines += ["transformers, with `pip install compressed-tensors`:", ""]
+    if all(group["symmetric"] for group in groups):
+        return [*lines, *_python(f'"{repo}"')]
+    dense = "quantization_config=CompressedTensorsConfig(dequantize=True)"
+    return [*lines, *_python(f'"{repo}", {dense}', "CompressedTensorsConfig")]
+
+
+def _load_gptq(made: Made, repo: str, base: str) -> list[str]:
+    config = read_json(made.place / "config.json")["quantization_config"]
+    kinds = [config, *filter(None, config.get("dynamic", {}).values())]
+    served = config["checkpoint_format"] == "gptq" and all(kind["sym"] and kind["bits"] in (4, 8) for kind in kinds)
+    lines = ["vLLM:", "", f"    vllm serve {repo} --dtype float16", ""] if served else []
+    return [*lines, "transformers, with `pip install optimum gptqmodel`:", "", *_python(f'"{repo}"')]
+
+
+def _load_dense(made: Made, repo: str, base: str) -> list[str]:
+    return ["transformers:", "", *_python(f'"{repo}"'), "", "vLLM:", "", f"    vllm serve {repo}"]
+
+
+# By what it is: how other programs load it.
+_READERS = {
+    "gguf": _load_gguf, "gguf adapter": _load_gguf_adapter, "adapter": _load_adapter,
+    "compressed-tensors": _load_compressed, "gptq": _load_gptq, "dense": _load_dense,
+}  # fmt: skip
