@@ -1,4 +1,6 @@
-"""llama.cpp itself, as the package xllamacpp has it: logits, tokens, text. Run by the python that has the package.
+"""llama.cpp itself, as the package xllamacpp has it: logits, tokens, text, and ggml's own quantizer.
+
+Run by the python that has the package.
 
 The library that Python imports has llama.cpp's own C functions, which are called here. Of the structs of parameters
 only the first numbers are known; each is checked by its default before it is changed.
@@ -57,6 +59,14 @@ _FUNCTIONS = {
 }
 for _name, (_result, *_arguments) in _FUNCTIONS.items():
     getattr(LIB, _name).restype, getattr(LIB, _name).argtypes = _result, _arguments
+# ggml's numbers of block types, weights and bytes of a block. Of its functions that decode, some names end in K.
+BLOCKS = {
+    "q4_0": (2, 32, 18), "q4_1": (3, 32, 20), "q5_0": (6, 32, 22), "q5_1": (7, 32, 24), "q8_0": (8, 32, 34),
+    "iq4_nl": (20, 32, 18), "q2_k": (10, 256, 84), "q3_k": (11, 256, 110), "q4_k": (12, 256, 144),
+    "q5_k": (13, 256, 176), "q6_k": (14, 256, 210),
+}  # fmt: skip
+LIB.ggml_quantize_chunk.restype = ctypes.c_size_t
+LIB.ggml_quantize_chunk.argtypes = (ctypes.c_int, P, P, *(ctypes.c_int64,) * 3, P)
 # Places and defaults of numbers of llama_context_params.
 CONTEXT, BATCH, UBATCH, THREADS, THREADS_BATCH, FLASH, TYPE_K, TYPE_V = 0, 1, 2, 7, 8, 13, 26, 27
 DEFAULTS = {CONTEXT: 512, BATCH: 2048, UBATCH: 512, THREADS: 4, THREADS_BATCH: 4, FLASH: -1, TYPE_K: 1, TYPE_V: 1}
@@ -144,17 +154,47 @@ def generate(path, prompt, count, adapter):
     return server.handle_completions({"prompt": prompt, "max_tokens": count, "temperature": 0.0})
 
 
+def decode(blocks, kind):
+    """What ggml makes of rows of bytes."""
+    function = LIB[f"dequantize_row_{kind.replace('_k', '_K')}"]
+    function.restype, function.argtypes = None, (P, P, ctypes.c_int64)
+    _, weights, size = BLOCKS[kind]
+    blocks = np.ascontiguousarray(blocks)
+    values = np.empty((len(blocks), blocks.shape[1] // size * weights), np.float32)
+    function(blocks.ctypes.data, values.ctypes.data, values.size)
+    return values
+
+
+def quantize(weight, kind, importance=None):
+    """A weight by llama.cpp's own quantizer, whose program calls this for every tensor, with or without importances."""
+    number, weights, size = BLOCKS[kind]
+    weight = np.ascontiguousarray(weight, np.float32)
+    rows, width = weight.shape
+    blocks = np.zeros((rows, width // weights * size), np.uint8)
+    given = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    place = None if given is None else given.ctypes.data
+    done = LIB.ggml_quantize_chunk(number, weight.ctypes.data, blocks.ctypes.data, 0, rows, width, place)
+    assert done == blocks.size
+    return blocks
+
+
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("logits", "figures", "tokens", "generate"))
+    parser.add_argument("what", choices=("logits", "figures", "tokens", "generate", "decode", "quantize"))
     parser.add_argument("model")
-    parser.add_argument("given", help="tokens .npy (windows, length); a JSON list of texts; a prompt")
+    parser.add_argument("given", help="tokens .npy (windows, length); a JSON list of texts; a prompt; .npy, .npz")
     parser.add_argument("--out")
     parser.add_argument("--adapter")
     parser.add_argument("--reference")
     given = parser.parse_args()
     if given.what == "generate":
         print(json.dumps(generate(given.model, given.given, 32, given.adapter)))
+        return
+    if given.what == "quantize":  # into the type that stands in the model's place
+        np.save(given.out, quantize(kind=given.model, **np.load(given.given)))
+        return
+    if given.what == "decode":  # of such a type
+        np.save(given.out, decode(np.load(given.given), given.model))
         return
     if given.what == "tokens":
         model = Llama(given.model)

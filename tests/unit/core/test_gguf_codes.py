@@ -1,6 +1,7 @@
 """GGUF's blocks: decoded as the gguf package does, and chosen so that what ggml decodes is close."""
 
 import re
+import sys
 import warnings
 
 import gguf as package
@@ -10,12 +11,14 @@ import torch
 
 from lorq.core.codes import GgufGrid
 from lorq.core.codes.gguf_blocks import TYPES
+from lorq.core.linalg import damp
 from lorq.core.problem import Problem
 from lorq.core.rounding import gguf, gguf_nearest
 from lorq.core.stats import InputStats, PreparedHessian
 from lorq.methods import FLRQ, GPTQ, Nearest
 
 types = pytest.mark.parametrize("type", TYPES)
+several = pytest.mark.parametrize("type", [name for name, type in TYPES.items() if type.packing])
 KNOWN = [type for type in TYPES if type in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")]  # that the package quantizes
 
 
@@ -92,6 +95,34 @@ def test_feedback_lowers_the_output_error_and_white_inputs_leave_nothing_to_feed
     assert energy(fed - weight, hessian.matrix) < 0.6 * energy(nearest - weight, hessian.matrix)
     white = gguf(weight, PreparedHessian(torch.eye(512), 0.0), grid).decode()
     torch.testing.assert_close(white, nearest)
+
+
+@several
+def test_going_through_blocks_again_lowers_every_rows_error(type, layer, monkeypatch):
+    weight, hessian = layer
+    damped = damp(hessian.matrix, hessian.damping).double()
+    errors = []
+    for passes in (0, 1, 2):
+        monkeypatch.setattr(sys.modules["lorq.core.rounding.gguf"], "_PASSES", passes)
+        error = gguf(weight, hessian, GgufGrid(type)).decode().double() - weight.double()
+        errors.append(((error @ damped) * error).sum(1))
+    assert bool((errors[1] < errors[0] * (1 + 1e-5)).all()) and bool((errors[2] < errors[1] * (1 + 1e-5)).all())
+    assert float(errors[1].sum()) < 0.97 * float(errors[0].sum())
+
+
+@several
+def test_no_unit_suits_a_blocks_codes_better(type, layer):
+    weight, hessian = layer[0][:, :256], PreparedHessian(layer[1].matrix[:256, :256], 0.01)
+    codes = gguf(weight, hessian, GgufGrid(type))
+    damped = damp(hessian.matrix, hessian.damping).double()
+    units, ones = codes.continuous(), {name: torch.ones_like(unit) for name, unit in codes.continuous().items()}
+    axes = [{other: one * (other == name) for other, one in ones.items()} for name in units]
+    basis = torch.stack([codes.refitted(axis).decode(torch.float64) for axis in axes], 2)  # (out, in, units)
+    factor = torch.linalg.cholesky(damped).mT
+    best = torch.linalg.lstsq(factor @ basis, (factor @ weight.double().T).T.unsqueeze(2)).solution  # (out, units, 1)
+    least = codes.refitted({name: best[:, i].half() for i, name in enumerate(units)}).decode().double() - weight
+    error = codes.decode().double() - weight
+    assert bool((((error @ damped) * error).sum(1) <= 1.0001 * ((least @ damped) * least).sum(1)).all())
 
 
 @types

@@ -1,32 +1,24 @@
 """Rounding to GGUF's blocks: scales as ggml stores them, later columns making up for the error."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from lorq.core.codes.gguf import GgufCodes, GgufGrid, level_of
+from lorq.core.codes.gguf import GgufCodes, GgufGrid
 from lorq.core.codes.gguf_blocks import BlockType
-from lorq.core.half import stored_half
+from lorq.core.linalg import damp
+from lorq.core.rounding.gguf_again import again
+from lorq.core.rounding.gguf_fit import Fit, begin_block, covering, halves, in_units, near, search
 from lorq.core.rounding.gptq import column_blocks, feed_back
 from lorq.core.stats import PreparedHessian
 
-# Weights of a search's trials in hand at once: 16 MB for each temporary.
-_SLICE = 1 << 22
-# Ranges to try for a group, as shares of the one that covers it, up to a little more: so many of those around zero, and
-# so many for either end of the others, in all pairs.
-_SYMMETRIC, _ENDS, _WIDEST = 9, 5, 1.05
-# How often the best is refitted to its codes.
-_REFITS = 2
-# Scales to try for a block of groups, as shares of the one that covers their steps.
-_BLOCK_TRIALS, _BLOCK_SHARES = 16, (0.8, 1.1)
-# Where a group's whole numbers are looked for, around those of what it would like best.
-_AROUND = (-2.0, -1.0, 0.0, 1.0, 2.0)
-# The smallest number above 0 that float16 holds: no scale is 0.
-_TINY = 2.0**-24
+# Rows in hand at once: those of a block of 256 columns and 25 trials make temporaries of 16 MB.
+_TRIALS = 1 << 22
+# How often blocks of several groups are gone through again.
+_PASSES = 2
 
 
 def gguf(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: GgufGrid) -> GgufCodes:
@@ -41,7 +33,8 @@ def gguf(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: GgufGr
     ``t_i`` on the left has the errors of the group's columns before ``i`` passed on, ``U_g`` is the group's block of
     ``U``. Some steps are tried, of both signs where levels may be negative; the best is refitted to its codes by least
     squares. In blocks of several groups these have whole numbers under a common scale. It is chosen where the block
-    begins, so that all groups get near their best; a group chooses its whole numbers where it begins.
+    begins, so that all groups get near their best; a group chooses its whole numbers where it begins. Such blocks are
+    then gone through again: each group, and the common scale, against what all the other columns leave.
 
     Columns with the largest diagonal of ``H`` come first, as far as blocks and groups stay together: the others make up
     for them.
@@ -60,9 +53,13 @@ def gguf(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: GgufGr
     grid.check(*target.shape)
     type = grid.layout_of
     order, ordered = hessian.falling(type.block, type.group)
-    rows = max(1, _SLICE // (type.block * _ENDS**2))
-    strips = (_solved(strip[:, order], ordered.inverse_factor, grid) for strip in target.split(rows))
-    parts = [_put_back(strip, order).tensors() for strip in strips]
+    parts, damped = [], damp(ordered.matrix, ordered.damping)
+    for strip in target.split(max(1, _TRIALS // (type.block * 25))):
+        columns = strip[:, order].T.contiguous()
+        found = _first(columns, ordered.inverse_factor, type)
+        for _ in range(_PASSES if type.packing else 0):
+            again(columns, *found, damped, type)
+        parts.append(_put_back(_as_codes(*found, grid), order).tensors())
     return grid.read({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, *target.shape)
 
 
@@ -75,30 +72,31 @@ def gguf_nearest(target: Float[Tensor, "out in"], grid: GgufGrid) -> GgufCodes:
     return grid.read({name: part.view(len(target), -1) for name, part in blocks.items()}, *target.shape)
 
 
-def _solved(target: Float[Tensor, "rows in"], upper: Float[Tensor, "in in"], grid: GgufGrid) -> GgufCodes:
-    """The codes of some rows: rows do not depend on each other."""
-    type = grid.layout_of
-    columns = target.T.clone(memory_format=torch.contiguous_format)
+def _first(
+    target: Float[Tensor, "in rows"], upper: Float[Tensor, "in in"], type: BlockType
+) -> tuple[Tensor, list[Fit], list[Fit]]:
+    """Column by column, errors passed on: codes, fits of groups, and units of blocks where a block has several."""
+    columns = target.clone()
     codes = torch.empty_like(columns)
-    fits: list[_Fit] = []
-    units: list[_Fit] = []  # of blocks, what their groups' whole numbers count
-    wanted: list[_Fit] = []
+    fits: list[Fit] = []
+    units: list[Fit] = []
+    wanted: list[Fit] = []
 
     def begin(i: int) -> None:
         own = slice(i, i + type.group)
         weight, inner = columns[own].unsqueeze(0), upper[own, own].unsqueeze(0)
-        stored: Callable[[_Fit], _Fit]
+        stored: Callable[[Fit], Fit]
         if type.packing:
-            stored = partial(_in_units, unit=units[-1], type=type)
-            trials = _near(wanted[i // type.group], units[-1], type)
+            stored = partial(in_units, unit=units[-1], type=type)
+            trials = near(wanted[i // type.group], units[-1], type)
         else:
-            stored, trials = _halves, _halves(_covering(weight, type))
-        fits.append(_search(weight, inner, trials, stored, type)[0].at(0))
+            stored, trials = halves, halves(covering(weight, type))
+        fits.append(search(weight, inner, trials, stored, type)[0].at(0))
 
     def encode(i: int, column: Tensor) -> tuple[Tensor, Tensor]:
         if type.packing and i % type.block == 0:
             own = slice(i, i + type.block)
-            unit, fit = _begin_block(columns[own], upper[own, own], type)
+            unit, fit = begin_block(columns[own], upper[own, own], type)
             units.append(unit)
             wanted.extend(fit.at(group) for group in range(len(fit.step)))
         if i % type.group == 0:
@@ -106,141 +104,16 @@ def _solved(target: Float[Tensor, "rows in"], upper: Float[Tensor, "in in"], gri
         code = fits[-1].encode(column, type)
         return code, fits[-1].decode(code, type)
 
-    feed_back(columns, codes, upper, column_blocks(target.shape[1], type.block), encode)
-    return _as_codes(codes, fits, units, grid)
+    feed_back(columns, codes, upper, column_blocks(len(target), type.block), encode)
+    return codes, fits, units
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """Steps of groups and what is subtracted, or None: a code stands for ``step level(code) - low``."""
-
-    step: Float[Tensor, "..."]
-    low: Float[Tensor, "..."] | None
-
-    def encode(self, weight: Float[Tensor, "..."], type: BlockType) -> Float[Tensor, "..."]:
-        """The nearest codes, as floats. A step of 0 leaves no choice."""
-        quotient = torch.nan_to_num((weight if self.low is None else weight + self.low) / self.step, nan=0.0)
-        if type.levels:
-            table = torch.tensor(type.levels, dtype=weight.dtype, device=weight.device)
-            return torch.bucketize(quotient, (table[1:] + table[:-1]) / 2, out_int32=True).to(weight.dtype)
-        return quotient.add_(type.zero).round_().clamp_(0, type.top)
-
-    def decode(self, codes: Float[Tensor, "..."], type: BlockType) -> Float[Tensor, "..."]:
-        """The values behind codes."""
-        values = level_of(codes, type, codes.dtype).mul_(self.step)
-        return values if self.low is None else values.sub_(self.low)
-
-    def where(self, condition: Tensor, other: "_Fit") -> "_Fit":
-        """This fit where the condition holds, else the other."""
-        low = None
-        if self.low is not None and other.low is not None:
-            low = torch.where(condition, self.low, other.low)
-        return _Fit(torch.where(condition, self.step, other.step), low)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "_Fit":
-        """Both parts changed alike."""
-        return _Fit(change(self.step), None if self.low is None else change(self.low))
-
-    def at(self, number: int) -> "_Fit":
-        """That of one group."""
-        return self.map(lambda part: part[number])
-
-
-def _search(
-    weight: Float[Tensor, "groups size rows"],
-    upper: Float[Tensor, "groups size size"],
-    trials: _Fit,
-    stored: Callable[[_Fit], _Fit],
-    type: BlockType,
-) -> tuple[_Fit, Float[Tensor, "groups size rows"]]:
-    """The best of ``trials`` (groups, trials, rows), refitted, and its codes; ``stored`` makes a fit storable."""
-    codes, costs = _fed_back(weight.unsqueeze(2).expand(-1, -1, trials.step.shape[1], -1), trials, upper, type)
-    best = costs.argmin(1, keepdim=True)  # (groups, 1, rows)
-    fit, cost = trials.map(lambda part: part.gather(1, best)[:, 0]), costs.gather(1, best)[:, 0]
-    codes = codes.gather(2, best.unsqueeze(1).expand(-1, codes.shape[1], -1, -1))[:, :, 0]
-    for _ in range(_REFITS):
-        other = stored(_refitted(weight, codes, upper, type))
-        again, reached = _fed_back(weight, other, upper, type)
-        better = reached < cost
-        cost, codes = torch.where(better, reached, cost), torch.where(better.unsqueeze(1), again, codes)
-        fit = other.where(better, fit)
-    return fit, codes
-
-
-def _fed_back(
-    weight: Float[Tensor, "groups size *rows"], fit: _Fit, upper: Float[Tensor, "groups size size"], type: BlockType
-) -> tuple[Float[Tensor, "groups size *rows"], Float[Tensor, "groups *rows"]]:
-    """Codes of groups, errors passed on inside them, and what they cost."""
-    weight = weight.clone(memory_format=torch.contiguous_format)
-    codes, costs = torch.empty_like(weight), torch.zeros_like(weight[:, 0])
-    ones = (1,) * (weight.ndim - 2)
-    for i in range(weight.shape[1]):
-        codes[:, i] = fit.encode(weight[:, i], type)
-        error = (weight[:, i] - fit.decode(codes[:, i], type)).div_(upper[:, i, i].view(-1, *ones))
-        costs.addcmul_(error, error)
-        weight[:, i + 1 :].addcmul_(upper[:, i, i + 1 :].unflatten(1, (-1, *ones)), error.unsqueeze(1), value=-1)
-    return codes, costs
-
-
-def _refitted(
-    weight: Float[Tensor, "groups size rows"],
-    codes: Float[Tensor, "groups size rows"],
-    upper: Float[Tensor, "groups size size"],
-    type: BlockType,
-) -> _Fit:
-    """The fit with the least ``|(w - step level(c) + low) U^-1|^2`` for given codes."""
-    levels, ones, squares = _moments(codes, upper, type)
-    against = torch.linalg.solve_triangular(upper.mT, weight, upper=False)
-    level_level, level_one, one_one = squares
-    alone = (levels * against).sum(1) / level_level.clamp(min=1e-30)
-    if not type.affine:
-        return _Fit(alone, None)
-    second = (ones * against).sum(1)
-    determinant = level_level * one_one - level_one.square()
-    step = (alone * level_level * one_one - second * level_one) / determinant
-    low = (alone * level_level * level_one - second * level_level) / determinant
-    if type.packing:  # nothing below 0 is subtracted
-        step, low = torch.where(low < 0, alone, step).clamp(min=0), low.clamp(min=0)
-    alike = ~(determinant > 1e-6 * level_level * one_one)  # all codes are one
-    return _Fit(torch.where(alike, 0.0, step), torch.where(alike, 0.0, low))
-
-
-def _moments(
-    codes: Float[Tensor, "groups size rows"], upper: Float[Tensor, "groups size size"], type: BlockType
-) -> tuple[Float[Tensor, "groups size rows"], Float[Tensor, "groups size 1"], tuple[Tensor, Tensor, Tensor]]:
-    """``level(c) U^-1``, ``1 U^-1``, and the products (groups, rows) of both with each other."""
-    levels = torch.linalg.solve_triangular(upper.mT, level_of(codes, type, codes.dtype), upper=False)
-    ones = torch.linalg.solve_triangular(upper.mT, torch.ones_like(codes[:, :, :1]), upper=False)
-    return levels, ones, (levels.square().sum(1), (levels * ones).sum(1), ones.square().sum(1))
-
-
-# ---- what can be stored ---------------------------------------------------------------------------------
-
-
-def _half(numbers: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return stored_half(numbers).to(numbers.dtype)
-
-
-def _halves(fit: _Fit) -> _Fit:
-    """A fit as a block without groups stores it."""
-    step = _half(fit.step)
-    return _Fit(torch.where(step == 0, _TINY, step), None if fit.low is None else _half(fit.low))
-
-
-def _in_units(fit: _Fit, unit: _Fit, type: BlockType) -> _Fit:
-    """A fit in whole numbers of a block's units."""
-    step = (fit.step / unit.step).round_().clamp_(*type.scales).mul_(unit.step)
-    if fit.low is None or unit.low is None:
-        return _Fit(step, None)
-    return _Fit(step, (fit.low / unit.low).round_().clamp_(0, type.minima).mul_(unit.low))
-
-
-def _as_codes(codes: Float[Tensor, "in rows"], fits: list[_Fit], units: list[_Fit], grid: GgufGrid) -> GgufCodes:
+def _as_codes(codes: Float[Tensor, "in rows"], fits: list[Fit], units: list[Fit], grid: GgufGrid) -> GgufCodes:
     """What was found, row by row."""
 
-    def of(parts: list[_Fit]) -> _Fit:
+    def of(parts: list[Fit]) -> Fit:
         lows = [part.low for part in parts if part.low is not None]
-        return _Fit(torch.stack([part.step for part in parts], 1), torch.stack(lows, 1) if lows else None)
+        return Fit(torch.stack([part.step for part in parts], 1), torch.stack(lows, 1) if lows else None)
 
     bytes_, all_ = codes.T.to(torch.uint8).contiguous(), of(fits)
     if not units:
@@ -262,67 +135,3 @@ def _put_back(codes: GgufCodes, order: Int64[Tensor, "in"]) -> GgufCodes:
         for part, own in ((codes.minimum, blocks), (codes.scales, groups), (codes.minima, groups))
     )
     return GgufCodes(codes.codes[:, order.argsort()], codes.scale[:, blocks], minimum, scales, minima, codes.format)
-
-
-# ---- what is tried --------------------------------------------------------------------------------------
-
-
-def _covering(weight: Float[Tensor, "groups size rows"], type: BlockType) -> _Fit:
-    """Trials (groups, trials, rows): shares of the range from a group's smallest to its largest weight."""
-    count = _ENDS if type.affine else _SYMMETRIC
-    shares = torch.linspace(1 - 1.2 / type.bits, _WIDEST, count, dtype=weight.dtype, device=weight.device)[:, None]
-    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
-    if type.affine:
-        low = low.clamp(max=0) if type.packing else low
-        middle, reach = (high + low) / 2, (high - low) / 2
-        low = middle - shares.repeat(count, 1) * reach
-        low = low.clamp(max=0) if type.packing else low
-        return _Fit((middle + shares.repeat_interleave(count, 0) * reach - low) / type.top, -low)
-    extreme = torch.where(-low > high, low, high)
-    ends = level_of(torch.tensor([0, type.top], device=weight.device), type, weight.dtype).tolist()
-    return _Fit(torch.cat([shares * (extreme / end) for end in ends], 1), None)
-
-
-def _near(wanted: _Fit, unit: _Fit, type: BlockType) -> _Fit:
-    """Trials (1, trials, rows): the whole numbers next to those of what a group would like best."""
-    around = torch.tensor(_AROUND, dtype=wanted.step.dtype, device=wanted.step.device)[:, None]
-    step = wanted.step + around * unit.step
-    if wanted.low is None or unit.low is None:
-        return _in_units(_Fit(step[None], None), unit, type)
-    low, count = wanted.low + around * unit.low, len(around)
-    return _in_units(_Fit(step.repeat(count, 1)[None], low.repeat_interleave(count, 0)[None]), unit, type)
-
-
-def _begin_block(
-    weight: Float[Tensor, "block rows"], upper: Float[Tensor, "block block"], type: BlockType
-) -> tuple[_Fit, _Fit]:
-    """The units of a block (rows,), as they are stored, and what each of its groups would like best (groups, rows)."""
-    groups = weight.unflatten(0, (-1, type.group))
-    count = len(groups)
-    index = torch.arange(count, device=weight.device)
-    inner = upper.unflatten(0, (count, -1)).unflatten(2, (count, -1))[index, :, index, :]
-    wanted, codes = _search(groups, inner, _covering(groups, type), lambda fit: fit, type)
-    _, _, (level_level, level_one, one_one) = _moments(codes, inner, type)
-    if wanted.low is None:
-        return _Fit(_unit(wanted.step, level_level, type.scales), None), wanted
-    # A step that is off moves the best minimum.
-    step = _unit(wanted.step, level_level - level_one.square() / one_one, type.scales)
-    off = _in_units(_Fit(wanted.step, None), _Fit(step, None), type).step - wanted.step
-    low = (wanted.low + level_one / one_one * off).clamp(min=0)
-    return _Fit(step, _unit(low, one_one.expand_as(low), (0, type.minima))), wanted
-
-
-def _unit(
-    numbers: Float[Tensor, "groups rows"], importance: Float[Tensor, "groups rows"], range_: tuple[int, int]
-) -> Float[Tensor, "rows"]:
-    """The unit, as it is stored, in whole numbers of which all numbers come out best, none outside of the range."""
-    least, most = range_
-    shares = torch.linspace(*_BLOCK_SHARES, _BLOCK_TRIALS, dtype=numbers.dtype, device=numbers.device)[:, None]
-    low, high = numbers.amin(0), numbers.amax(0)
-    extreme = torch.where(-low > high, low, high)
-    trials = torch.cat([shares * extreme / end for end in range_ if end])  # (trials, rows)
-    trials = _half(trials)
-    trials = torch.where(trials == 0, _TINY, trials).unsqueeze(1)  # (trials, 1, rows)
-    off = (numbers / trials).round_().clamp_(least, most).mul_(trials).sub_(numbers)
-    best = (off.square_() * importance).sum(1).argmin(0, keepdim=True)
-    return trials[:, 0].gather(0, best)[0]
