@@ -197,6 +197,12 @@ def test_what_cannot_be_pushed_is_one_line(folder, hub, monkeypatch, tmp_path, c
         PermissionError, match=r"pushing to org/name needs a token of the hub; `hf auth login` or HF_TO"
     ):
         lorq.push(folder, "org/name")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"format_version": 5', '"format_version": 99'))
+    for words in (["push", str(folder), "org/name", "--dry-run"], ["report", str(folder)], ["inspect", str(folder)]):
+        assert main(words) == 1
+        assert "lorq format version 99, this lorq reads up to 5; take a newer one" in capsys.readouterr().err
+    (folder / "config.json").write_text(config)
     shard = next(folder.glob("lorq-0*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "a token")

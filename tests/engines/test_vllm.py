@@ -16,7 +16,8 @@ from serving import PYTHON, _environment, completed, expected, served
 import lorq
 from lorq.core.codes import IntGrid, LevelFormat, TrellisGrid, VectorGrid
 from lorq.core.weight import LayerFormat
-from lorq.storage.config import FORMAT_VERSION, write_format
+from lorq.storage.config import write_format
+from lorq.storage.names import FORMAT_VERSION
 
 pytestmark = [
     pytest.mark.slow,

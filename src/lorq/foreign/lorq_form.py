@@ -14,8 +14,8 @@ from lorq.foreign.couple import Couple
 from lorq.models.blocks import Part, Target
 from lorq.models.skeleton import read_config
 from lorq.storage.companions import find_companions, with_code_of
-from lorq.storage.config import FORMAT_VERSION, write_format
-from lorq.storage.names import REPORT_NAME, SENTINEL, shard_name
+from lorq.storage.config import write_format
+from lorq.storage.names import FORMAT_VERSION, REPORT_NAME, SENTINEL, shard_name
 from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter
 from lorq.version import __version__

@@ -40,12 +40,11 @@ from lorq.progress import OPEN, PASS, QUANTIZE, WRITE, Progress, no_progress
 from lorq.runtime.device import available_bytes, own_defaults, read_device
 from lorq.storage.atomic import require_space
 from lorq.storage.companions import find_companions, with_code_of
-from lorq.storage.config import FORMAT_VERSION
 from lorq.storage.folder import LorqFolder
 from lorq.storage.journal import read_journal
 from lorq.storage.lock import owned
 from lorq.storage.measured import add_times
-from lorq.storage.names import JOURNAL, REPORT_NAME, SENTINEL
+from lorq.storage.names import FORMAT_VERSION, JOURNAL, REPORT_NAME, SENTINEL
 from lorq.storage.out_folder import check_out
 from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter, check_begun

@@ -12,8 +12,7 @@ from lorq.core.codes import CODES, LEVEL_KINDS, IntGrid, LevelFormat, VectorGrid
 from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
-
-FORMAT_VERSION = 5
+from lorq.storage.names import check_version
 
 
 class LorqConfig(QuantizationConfigMixin):
@@ -32,13 +31,7 @@ class LorqConfig(QuantizationConfigMixin):
     def __init__(self, **keys: Any):
         self.quant_method = keys.pop("quant_method", "lorq")  # type: ignore[assignment]
         version = keys.pop("format_version", None)
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise ValueError(f"format_version of a lorq folder must be a whole number from 1, got {version!r}")
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"the folder has lorq format version {version}, this lorq reads up to {FORMAT_VERSION}; "
-                "take a newer one"
-            )
+        check_version(version)
         self.format_version = version
         if version == 1:
             keys = _from_version_1(keys)

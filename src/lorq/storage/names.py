@@ -1,4 +1,9 @@
-"""The names of files in a lorq folder."""
+"""The names of files in a lorq folder, and the version of what is in them."""
+
+from typing import Any
+
+# Of the format (docs/format.md): of a newer one nobody knows what it means.
+FORMAT_VERSION = 5
 
 JOURNAL = "lorq_journal.jsonl"
 # The table of tokens and the head, as far as they are quantized.
@@ -20,6 +25,20 @@ INDEX = "lorq.safetensors.index.json"
 # names a weights file that does not exist, whose name says what to do; with lorq present, a hook (`lorq.runtime.hf`)
 # puts the real name in before the files are looked for.
 SENTINEL = "this-folder-needs--pip-install-lorq--and--import-lorq.safetensors.index.json"
+
+
+def check_version(version: Any) -> None:
+    """Refuse what no format version is, and those of a newer lorq.
+
+    Raises:
+        ValueError: naming the version.
+    """
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"format_version of a lorq folder must be a whole number from 1, got {version!r}")
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"the folder has lorq format version {version}, this lorq reads up to {FORMAT_VERSION}; take a newer one"
+        )
 
 
 def shard_name(number: int, blocks: int) -> str:

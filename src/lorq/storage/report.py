@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lorq.storage.json_files import json_bytes, read_json
-from lorq.storage.names import EXPORTED, JOURNAL, REPORT_NAME
+from lorq.storage.names import EXPORTED, JOURNAL, REPORT_NAME, check_version
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def read_report(folder: str | Path) -> Report:
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is damaged.
+        ValueError: if it is damaged, or of a newer lorq.
     """
     folder = Path(folder).expanduser()
     path = folder / REPORT_NAME
@@ -113,6 +113,10 @@ def read_report(folder: str | Path) -> Report:
         raise FileNotFoundError(f"{folder} is an unfinished run and has no report yet; finish it with --resume")
     if not path.is_file():
         raise FileNotFoundError(_what_it_is(folder))
+    if (folder / "config.json").is_file():  # adapters have none
+        told = read_json(folder / "config.json").get("quantization_config")
+        if isinstance(told, dict) and told.get("quant_method") == "lorq":
+            check_version(told.get("format_version"))
     return Report.of(read_json(path), where=path)
 
 
