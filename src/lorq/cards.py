@@ -18,6 +18,9 @@ CARD = "README.md"
 # Of a card's head, what holds for the quantized model too.
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model")
 _ELSEWHERE = "The low-rank part of the quantized model is not in it: it is an adapter of its own."
+_BEFORE = (
+    "Of the lorq folder OUT that this was made of, before what is said to be lost above. This itself was not measured."
+)
 _INSTALLED = "with lorq installed (`pip install {}` in a copy of its source; it is not on PyPI)"
 
 
@@ -76,7 +79,7 @@ def _sizes(report: Report) -> str:
     dequantized = f" {report.run['dequantized'].capitalize()}." if "dequantized" in report.run else ""
     return (
         f"Quantized with lorq {report.run.get('lorq_version', __version__)} (`{report.method}`): "
-        f"{report.bits_per_weight:.3f} bits per weight in {len(report.layers)} layers, all stored bits counted; "
+        f"{report.bits_in_words} bits per weight in {len(report.layers)} layers, all stored bits counted; "
         f"{report.bytes / 1e6:.1f} MB of weights{smaller(report, report.bytes)}.{dequantized}"
     )
 
@@ -123,13 +126,13 @@ def _flags(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _measured(report: Report, evaluations: tuple[dict[str, Any], ...]) -> list[str]:
+def _measured(report: Report, evaluations: tuple[dict[str, Any], ...], of: str = "") -> list[str]:
     """A section with what is known of OUT, the lorq folder: its layers' errors, and what `lorq evaluate` has found."""
     count = max(len(report.layers), 1)
     after, before = (
         sum(getattr(layer, f"error_{when}") for layer in report.layers) / count for when in ("after", "before")
     )
-    lines = ["## What was measured", ""]
+    lines = ["## What was measured", "", *([of, ""] if of else [])]
     lines += [
         f"The layers' outputs are off by {after:.4f} of their squared norm; rounded to nearest by {before:.4f}.",
         "",
@@ -198,7 +201,7 @@ def _of_made(made: Made, repo: str, base: str) -> list[str]:
     if made.has_adapter:
         lines += [_ELSEWHERE, ""]
     if report is not None:
-        lines += [*_commands(report, made.command), *_measured(report, made.evaluations)]
+        lines += [*_commands(report, made.command), *_measured(report, made.evaluations, _BEFORE)]
     return [*lines, "## How to load it", "", *_READERS[kind](made, repo, base), ""]
 
 

@@ -88,10 +88,12 @@ def _as_dict(made: Made) -> dict[str, Any]:
 
 
 def _show_made(made: Made) -> None:
+    # Errors are known of the folder's layers: what was rounded again has others.
+    same = "rounding" not in made.lost
     rows = [
         (
             part.name, "x".join(map(str, part.shape)), part.type, f"{8 * part.bytes / max(part.weights, 1):.2f}",
-            "" if part.error is None else f"{part.error:.4f}", f"{part.bytes:,}",
+            f"{part.error:.4f}" if same and part.error is not None else "", f"{part.bytes:,}",
         )
         for part in made.parts
     ]  # fmt: skip

@@ -72,9 +72,13 @@ def report(
 
 
 def _refuse_folder(page: Path) -> None:
-    """Refuse a folder in the place of a page."""
+    """Refuse a folder in the place of a page, and names of other kinds of files, which --overwrite would replace."""
     if page.is_dir():
         raise FileExistsError(f"page must be a file, {page} is a folder; name a file in it, as {page / 'report.html'}")
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(
+            f"page must be a name that ends in .html, got {page}; name it {page.with_suffix('.html').name}"
+        )
 
 
 def _refuse_foreign(page: Path) -> None:

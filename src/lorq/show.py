@@ -136,7 +136,7 @@ def print_summary(report: Report, out: Path | None) -> None:
     table = Table(show_header=False)
     table.add_row("method", report.method)
     table.add_row("layers", str(len(report.layers)))
-    table.add_row("bits per weight", f"{report.bits_per_weight:.3f}" + ("" if out else " at most"))
+    table.add_row("bits per weight", report.bits_in_words + ("" if out else " at most"))
     if "harm" in (told := report.run.get("budget", {})):  # a budget was met, by layers of several kinds
         table.add_row("predicted divergence", f"{told['harm']:.4g} nats a token")
         widths = Counter(layer.bits for layer in report.layers)

@@ -67,6 +67,13 @@ def test_what_is_no_page_of_lorq_is_not_replaced(folders, tmp_path, page):
         lorq.report(folders[0], page=mine)
     with pytest.raises(FileExistsError, match=r"page must be a file, .* is a folder"):
         lorq.report(folders[0], page=tmp_path)
+    config = folders[0] / "config.json"
+    before = config.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"page must be a name that ends in .html, got .*config.json; name it config.h"
+    ):
+        lorq.report(folders[0], page=config, overwrite=True)
+    assert config.read_bytes() == before
     assert mine.read_text() == "years of work"
 
 

@@ -214,7 +214,7 @@ def test_the_dry_run_tells_the_size_and_the_report_the_notes(folder_of, quantize
         assert dry.bytes == report.bytes and dry.bits_per_weight == report.bits_per_weight
     assert quantized("gpt2")[1].kept == {"transformer.wpe": "not the table of tokens (Embedding), kept as it is"}
     report = quantize(folder_of("mistral"), tmp_path / "plain", lorq.Nearest(group_size=GROUP), head=8)
-    assert report.notes == {"lm_head": "no calibration: rounded to nearest"}
+    assert report.notes == {"lm_head": "no calibration: no error feedback"}
     table, original = lorq.load(tmp_path / "plain").model.embed_tokens, lorq.load(folder_of("mistral"))
     assert torch.equal(table.weight, original.model.embed_tokens.weight)
 
@@ -239,7 +239,7 @@ def test_what_cannot_be_is_refused_before_the_work(folder_of, quantize, tmp_path
         quantize(llama, tmp_path / "out", embeddings=4, head=3)
     with pytest.raises(ValueError, match=r"head must be between 0 and 8, or one of q4_0, .*, q6_k, got 9"):
         quantize(llama, tmp_path / "out", head=9)
-    with pytest.raises(ValueError, match="bits must be between 2 and 8, got 1"):
+    with pytest.raises(ValueError, match="embeddings and head must have 2 to 8 bits with scalar codes, got 1; trellis"):
         quantize(llama, tmp_path / "out", head=1)
     with pytest.raises(ValueError, match=r"model.embed_tokens: group_size .* 48 and width 64\nchoose other --emb"):
         quantize(llama, tmp_path / "out", head=4, table_group_size=48)

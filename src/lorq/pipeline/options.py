@@ -46,7 +46,7 @@ class Options:
         kv_cache: "token" rounds keys and values to 8 bits, on each token's own range.
         exclude: regular expressions; layers whose name one of them matches stay as they are.
         override: "REGEX:key=value"; matching layers get another setting of the method.
-        embeddings: bits of the table that tokens are looked up in, 2 to 8, or a block type of GGUF, such as q8_0; 0
+        embeddings: bits of the table that tokens are looked up in, 1 to 8, or a block type of GGUF, such as q8_0; 0
             leaves it as it is. Rounded to nearest, row by row, but where it is the head too.
         head: the same of the layer that makes the logits. Rounded with error feedback, under its own inputs, where
             there is calibration. Where both are one table, either option says its bits.

@@ -6,7 +6,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lorq.core.codes import TrellisGrid
@@ -27,7 +27,7 @@ from lorq.progress import TABLES, Progress
 _STRIP, _ROWS = 1 << 24, 32
 # Tokens whose logits are in memory at a time.
 _TOKENS = 128
-UNCALIBRATED = "no calibration: rounded to nearest"
+UNCALIBRATED = "no calibration: no error feedback"
 
 
 def table_methods(
@@ -60,12 +60,14 @@ def table_methods(
     for part, (bits, target) in asked.items():
         if bits and isinstance(target, Target):
             feedback = calibrated and (part == "head" or found.tied)
-            layers[part] = {target: _method(bits, method, options, feedback=feedback)}
+            layers[part] = {
+                target: _method("embeddings and head" if found.tied else part, bits, method, options, feedback=feedback)
+            }
     others = {other: f"not the table of tokens ({kind}), kept as it is" for other, kind in found.others.items()}
     return layers, others
 
 
-def _method(bits: int | GgufType, method: Method, options: Options, *, feedback: bool) -> Method:
+def _method(what: str, bits: int | GgufType, method: Method, options: Options, *, feedback: bool) -> Method:
     """How a table is rounded."""
     if isinstance(bits, str):
         return GPTQ(grid=bits) if feedback else Nearest(grid=bits)
@@ -75,6 +77,10 @@ def _method(bits: int | GgufType, method: Method, options: Options, *, feedback:
     if codebook == "trellis":
         window = max(getattr(method, "window", FLRQ.window), bits + 4)
         return FLRQ(bits=bits, codebook="trellis", window=window, budget=0.0, epochs=0)
+    if bits == 1:
+        raise ValueError(
+            f"{what} must have 2 to 8 bits with scalar codes, got 1; trellis codes (table_codebook) have 1 to 6"
+        )
     if feedback:
         return GPTQ(bits=bits, group_size=options.table_group_size)
     return Nearest(bits=bits, group_size=options.table_group_size, range_search="scale")
@@ -112,14 +118,24 @@ def head_stats(
     spread = torch.zeros(int(layer.out_features), device=model.device)
     with model.resident(*model.outside):
         for window, hidden in zip(tokens, stream.hidden, strict=True):
-            inputs = head_inputs(model, head, window, hidden)
-            sums.add(inputs)
-            for some in inputs.flatten(0, -2).split(_TOKENS) if gradient else ():
-                p = layer(some).float().softmax(-1)
-                spread += (p * (1 - p)).sum(0)
+            sums.add(head_inputs(model, head, window, hidden))
+            if gradient:
+                # A few tokens at a time, where each has one hidden state.
+                step = _TOKENS if len(hidden) == len(window) else len(hidden)
+                for some, states in zip(window.split(step), hidden.split(step), strict=True):
+                    spread += _spread(model.logits(some, states))
     if not gradient:
         return sums.finish()
     return replace(sums.finish(), output_weights=spread / spread.mean() + 0.1)
+
+
+def _spread(logits: Float[Tensor, "*batch vocabulary"]) -> Float[Tensor, "vocabulary"]:
+    """``p (1 - p)`` summed over the tokens; ``p`` is what the model says, after whatever it does to its head's outputs.
+
+    The slope of what it does, such as a cap's, is left out.
+    """
+    p = logits.flatten(0, -2).float().softmax(-1)
+    return (p * (1 - p)).sum(0)
 
 
 def solve_tables(

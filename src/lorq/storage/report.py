@@ -1,5 +1,6 @@
 """The report of a quantized folder: one record per layer, and the totals."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,18 @@ class Report:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits of the quantized layers over the number of their weights."""
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
-        return 8 * sum(layer.bytes for layer in self.layers) / max(weights, 1)
+        return _bits_per_weight(self.layers)
+
+    @property
+    def bits_in_words(self) -> str:
+        """The same, and apart where the table of tokens or the head have codes: they are large in small models."""
+        # Modules of blocks have the block's number in their names.
+        tables = [layer for layer in self.layers if not any(part.isdigit() for part in layer.name.split("."))]
+        if not 0 < len(tables) < len(self.layers):
+            return f"{self.bits_per_weight:.3f}"
+        blocks = _bits_per_weight([layer for layer in self.layers if layer not in tables])
+        each = ", ".join(f"{_bits_per_weight([layer]):.3f} in {layer.name}" for layer in tables)
+        return f"{self.bits_per_weight:.3f} ({blocks:.3f} in the blocks, {each})"
 
     @property
     def notes(self) -> dict[str, str]:
@@ -100,6 +111,10 @@ class Report:
         return json_bytes(self.as_dict())
 
 
+def _bits_per_weight(layers: Sequence[LayerReport]) -> float:
+    return 8 * sum(layer.bytes for layer in layers) / max(sum(layer.shape[0] * layer.shape[1] for layer in layers), 1)
+
+
 def read_report(folder: str | Path) -> Report:
     """The report of a finished lorq folder.
 
@@ -123,7 +138,11 @@ def read_report(folder: str | Path) -> Report:
 def _what_it_is(folder: Path) -> str:
     """Of a place without a report, and what to do."""
     if not folder.exists():
-        return f"there is no folder {folder}; name one that `lorq quantize` wrote"
+        begun = folder.with_name(f"{folder.name}.unfinished")
+        if begun.exists():
+            return f"{folder} is not there yet, {begun} is its unfinished run; finish it with --resume"
+        what = "file" if folder.suffix == ".gguf" else "folder"
+        return f"there is no {what} {folder}; name one that `lorq quantize` wrote"
     if folder.is_file():
         return f"{folder} is a file and no lorq folder; name a folder that `lorq quantize` wrote"
     if (folder / EXPORTED).is_file():

@@ -42,6 +42,18 @@ def layer(generator):
 
 
 @types
+def test_blocks_by_themselves_are_those_of_inputs_that_tell_nothing(type, layer):
+    weight, block = layer[0][:8], TYPES[type].block
+    white = PreparedHessian(torch.eye(block), damping=0.0)
+    passed_on = gguf(weight.reshape(-1, block), white, GgufGrid(type)).decode().view_as(weight)
+    alone = gguf_nearest(weight, GgufGrid(type)).decode()
+    if TYPES[type].packing:  # there blocks are gone through again
+        assert (passed_on - weight).square().sum() <= (alone - weight).square().sum() * (1 + 1e-5)
+    else:
+        assert torch.equal(passed_on, alone)
+
+
+@types
 def test_any_bytes_decode_as_in_the_gguf_package_and_are_kept(type, generator):
     grid, width = GgufGrid(type), 2 * TYPES[type].block
     shape = grid.layout(5, width)["weight_blocks"][0]

@@ -16,7 +16,7 @@ from lorq.core.codes.trellis import (
     trellis_values,
 )
 from lorq.core.rounding.trellis import encode_trellis, encode_trellis_reference, trellis
-from lorq.core.stats import output_energy
+from lorq.core.stats import PreparedHessian, output_energy
 from lorq.kernels.cpu_trellis import encode
 
 ALL_BITS = pytest.mark.parametrize("bits", range(1, 7))
@@ -157,6 +157,15 @@ def test_a_height_that_fills_no_tile_has_rows_that_are_not_there(generator):
     codes = trellis(weight, prepared(torch.eye(8)), TrellisGrid.of(21, 4, 12))
     assert codes.shape == (21, 8) and codes.packed.shape == (2, 4, 8)
     assert float((weight - codes.decode()).square().mean()) < 0.012
+
+
+def test_rows_that_are_nothing_stay_nothing(generator):
+    weight = torch.randn(48, 32, generator=generator) * 0.02
+    weight[5], weight[20], weight[33:] = 0.0, weight[20] * 1e-4, 0.0
+    codes = trellis(weight, PreparedHessian(torch.eye(32), 0.0), TrellisGrid(3, 10, 48))
+    assert not codes.decode()[[5, 20, *range(33, 48)]].any()
+    rest = codes.decode()[:5] - weight[:5]
+    assert rest.norm() < 0.25 * weight[:5].norm()
 
 
 def test_rows_that_grow_have_scales_that_grow(generator):

@@ -66,10 +66,28 @@ def gguf(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: GgufGr
 def gguf_nearest(target: Float[Tensor, "out in"], grid: GgufGrid) -> GgufCodes:
     """The same without inputs: every block by itself, for the least squared error of its weights."""
     grid.check(*target.shape)
-    block = grid.layout_of.block
-    white = PreparedHessian(torch.eye(block, dtype=target.dtype, device=target.device), damping=0.0)
-    blocks = gguf(target.reshape(-1, block), white, grid).tensors()
-    return grid.read({name: part.view(len(target), -1) for name, part in blocks.items()}, *target.shape)
+    type = grid.layout_of
+    parts = [
+        _as_codes(*_alone(strip.T.contiguous(), type), grid).tensors()
+        for strip in target.reshape(-1, type.block).split(max(1, _TRIALS // (type.block * 25)))
+    ]
+    whole = {name: torch.cat([part[name] for part in parts]).view(len(target), -1) for name in parts[0]}
+    return grid.read(whole, *target.shape)
+
+
+def _alone(target: Float[Tensor, "block rows"], type: BlockType) -> tuple[Tensor, list[Fit], list[Fit]]:
+    """One block of each row, no errors passed on: codes, fits of groups, and the unit where a block has several."""
+    groups = target.unflatten(0, (-1, type.group))
+    if not type.packing:
+        fit, codes = search(groups, None, halves(covering(groups, type)), halves, type)
+        return codes.flatten(0, 1), [fit.at(0)], []
+    unit, wanted = begin_block(target, None, type)
+    stored = partial(in_units, unit=unit, type=type)
+    found = [
+        search(group[None], None, near(wanted.at(number), unit, type), stored, type)
+        for number, group in enumerate(groups)
+    ]
+    return torch.cat([codes[0] for _, codes in found]), [fit.at(0) for fit, _ in found], [unit]
 
 
 def _first(

@@ -62,12 +62,15 @@ class Fit:
 
 def search(
     weight: Float[Tensor, "groups size rows"],
-    upper: Float[Tensor, "groups size size"],
+    upper: Float[Tensor, "groups size size"] | None,
     trials: Fit,
     stored: Callable[[Fit], Fit],
     type: BlockType,
 ) -> tuple[Fit, Float[Tensor, "groups size rows"]]:
-    """The best of ``trials`` (groups, trials, rows), refitted, and its codes; ``stored`` makes a fit storable."""
+    """The best of ``trials`` (groups, trials, rows), refitted, and its codes; ``stored`` makes a fit storable.
+
+    Without ``upper`` no error is passed on.
+    """
     codes, costs = _fed_back(weight.unsqueeze(2).expand(-1, -1, trials.step.shape[1], -1), trials, upper, type)
     best = costs.argmin(1, keepdim=True)  # (groups, 1, rows)
     fit, cost = trials.map(lambda part: part.gather(1, best)[:, 0]), costs.gather(1, best)[:, 0]
@@ -82,9 +85,16 @@ def search(
 
 
 def _fed_back(
-    weight: Float[Tensor, "groups size *rows"], fit: Fit, upper: Float[Tensor, "groups size size"], type: BlockType
+    weight: Float[Tensor, "groups size *rows"],
+    fit: Fit,
+    upper: Float[Tensor, "groups size size"] | None,
+    type: BlockType,
 ) -> tuple[Float[Tensor, "groups size *rows"], Float[Tensor, "groups *rows"]]:
     """Codes of groups, errors passed on inside them, and what they cost."""
+    if upper is None:
+        each = fit.map(lambda part: part.unsqueeze(1))
+        codes = each.encode(weight, type)
+        return codes, each.decode(codes, type).sub_(weight).square_().sum(1)
     weight = weight.clone(memory_format=torch.contiguous_format)
     codes, costs = torch.empty_like(weight), torch.zeros_like(weight[:, 0])
     ones = (1,) * (weight.ndim - 2)
@@ -99,12 +109,12 @@ def _fed_back(
 def _refitted(
     weight: Float[Tensor, "groups size rows"],
     codes: Float[Tensor, "groups size rows"],
-    upper: Float[Tensor, "groups size size"],
+    upper: Float[Tensor, "groups size size"] | None,
     type: BlockType,
 ) -> Fit:
     """The fit with the least ``|(w - step level(c) + low) U^-1|^2`` for given codes."""
     levels, ones, squares = _moments(codes, upper, type)
-    against = torch.linalg.solve_triangular(upper.mT, weight, upper=False)
+    against = weight if upper is None else torch.linalg.solve_triangular(upper.mT, weight, upper=False)
     level_level, level_one, one_one = squares
     alone = (levels * against).sum(1) / level_level.clamp(min=1e-30)
     if not type.affine:
@@ -120,11 +130,12 @@ def _refitted(
 
 
 def _moments(
-    codes: Float[Tensor, "groups size rows"], upper: Float[Tensor, "groups size size"], type: BlockType
+    codes: Float[Tensor, "groups size rows"], upper: Float[Tensor, "groups size size"] | None, type: BlockType
 ) -> tuple[Float[Tensor, "groups size rows"], Float[Tensor, "groups size 1"], tuple[Tensor, Tensor, Tensor]]:
     """``level(c) U^-1``, ``1 U^-1``, and the products (groups, rows) of both with each other."""
-    levels = torch.linalg.solve_triangular(upper.mT, level_of(codes, type, codes.dtype), upper=False)
-    ones = torch.linalg.solve_triangular(upper.mT, torch.ones_like(codes[:, :, :1]), upper=False)
+    levels, ones = level_of(codes, type, codes.dtype), torch.ones_like(codes[:, :, :1])
+    if upper is not None:
+        levels, ones = (torch.linalg.solve_triangular(upper.mT, part, upper=False) for part in (levels, ones))
     return levels, ones, (levels.square().sum(1), (levels * ones).sum(1), ones.square().sum(1))
 
 
@@ -173,13 +184,13 @@ def near(wanted: Fit, unit: Fit, type: BlockType) -> Fit:
 
 
 def begin_block(
-    weight: Float[Tensor, "block rows"], upper: Float[Tensor, "block block"], type: BlockType
+    weight: Float[Tensor, "block rows"], upper: Float[Tensor, "block block"] | None, type: BlockType
 ) -> tuple[Fit, Fit]:
     """The units of a block (rows,), as they are stored, and what each of its groups would like best (groups, rows)."""
     groups = weight.unflatten(0, (-1, type.group))
     count = len(groups)
     index = torch.arange(count, device=weight.device)
-    inner = upper.unflatten(0, (count, -1)).unflatten(2, (count, -1))[index, :, index, :]
+    inner = None if upper is None else upper.unflatten(0, (count, -1)).unflatten(2, (count, -1))[index, :, index, :]
     wanted, codes = search(groups, inner, covering(groups, type), lambda fit: fit, type)
     _, _, (level_level, level_one, one_one) = _moments(codes, inner, type)
     if wanted.low is None:

@@ -46,7 +46,9 @@ def trellis(
     out, width = target.shape
     grid.check(out, width)
     deviation = target.square().mean(1, keepdim=True).sqrt() / VALUES_DEVIATION
-    scale = stored_half((deviation * _LENGTHS.get(grid.bits, 1.0)).clamp(min=SMALLEST_SCALE))
+    wanted = deviation * _LENGTHS.get(grid.bits, 1.0)
+    # Rows that are all but zero, as those of tokens that no text has: zeros are nearer than the smallest codes.
+    scale = stored_half(torch.where(wanted < SMALLEST_SCALE / 2, 0.0, wanted.clamp(min=SMALLEST_SCALE)))
     # Errors of a row that is larger by a factor cost its square.
     factor = target.new_ones(out, 1) if row_weights is None else row_weights.sqrt().unsqueeze(1)
     # Rows that fill the last tile: whatever their codes, they cost nothing.
