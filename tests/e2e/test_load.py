@@ -225,7 +225,7 @@ DAMAGES = {
     "a key too many for a layer": (
         edit_layers(lambda layers: layers[LAYER].update(basis="hadamard")), rf"{LAYER}.* must have the keys.*basis",
     ),
-    "a newer format": (edit_quantization(format_version=6), r"format version 6, this lorq reads up to 5; take a newer one"),
+    "a newer format": (edit_quantization(format_version=6), r"format version 6, this lorq reads up to 5; take a newer"),
     "a format of 0": (edit_quantization(format_version=0), r"format_version.* got 0"),
     "a format in words": (edit_quantization(format_version="1"), r"format_version.* got '1'"),
     "an unknown key": (edit_quantization(rotation="hadamard"), r"unknown keys in quantization_config: rotation"),

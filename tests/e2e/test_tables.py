@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 import transformers
+from gguf import GGUFReader
+from gguf_models import gguf_folder
 from helpers import BOS, BYTES, TIED, folder_digests, tiny_folder
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -246,6 +249,25 @@ def test_what_cannot_be_is_refused_before_the_work(folder_of, quantize, tmp_path
     with pytest.raises(ValueError, match=r"blocks of q6_k have 256 columns.* width 64; .*q8_0.*\nchoose other --emb"):
         quantize(llama, tmp_path / "out", embeddings="q6_k")
     assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_two_tables_that_differ_are_two_whatever_the_config_says(tmp_path):
+    # transformers believes the checkpoint, other readers the config: so what is written says it too.
+    source, tokens = gguf_folder(tmp_path / "model", "llama", tie_word_embeddings=True), torch.arange(3, 15)[None]
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    assert json.loads((source / "config.json").read_text())["tie_word_embeddings"]
+    expected = AutoModelForCausalLM.from_pretrained(source)(tokens).logits
+    lorq.quantize(source, tmp_path / "out", lorq.Nearest(bits=8, group_size=GROUP), head=8)
+    lorq.export(tmp_path / "out", tmp_path / "dense", to="dense")
+    lorq.export(tmp_path / "out", tmp_path / "model.gguf", gguf=lorq.GgufOptions(type="f16"))
+    for made in (tmp_path / "out", tmp_path / "dense"):
+        assert not json.loads((made / "config.json").read_text())["tie_word_embeddings"]
+        assert (lorq.load(made)(tokens).logits - expected).norm() < 0.03 * expected.norm()
+    in_file = {tensor.name for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
+    assert {"output.weight", "token_embd.weight"} <= in_file
 
 
 class Positions(nn.Embedding):

@@ -148,12 +148,11 @@ def language_names(names: Sequence[str], *, alone: bool) -> dict[str, str]:
     return {f"model.{name.removeprefix(_TOWER)}" if name.startswith(_TOWER) else name: name for name in own}
 
 
-def find_sources(names: Mapping[str, str], config: Any, architecture: Architecture, *, tied: bool) -> list[Source]:
+def find_sources(names: Mapping[str, str], config: Any, architecture: Architecture) -> list[Source]:
     """The tensors of the file, in the model's order.
 
     Args:
         names: of parameters, as `language_names` gives them.
-        tied: the head is the table of tokens.
 
     Raises:
         ValueError: if one has no place there.
@@ -166,8 +165,6 @@ def find_sources(names: Mapping[str, str], config: Any, architecture: Architectu
         grouped.setdefault(f"{found[1]}.{found[3]}.{found[4]}" if found else name, []).append(names[name])
     sources = []
     for name, parameters in grouped.items():
-        if name == "lm_head.weight" and tied:
-            continue
         own = name_in_file(name)
         if own is None:
             raise ValueError(f"--to gguf has no place for {name} in llama.cpp's {architecture.name}; try dense")

@@ -135,7 +135,7 @@ class Plan:
                 f"{len(left)} tensors that are none of the language model's, {left[0]} and so on: llama.cpp has them "
                 "in a file of its own (mmproj)"
             )
-        found = find_sources(own, self.config, self.architecture, tied=self.whole.tie_word_embeddings)
+        found = find_sources(own, self.config, self.architecture)
         tensors = []
         for done, source in enumerate(found):
             progress(CHOOSE, done, len(found))

@@ -58,7 +58,7 @@ def test_a_tensor_without_a_place_is_refused():
     with pytest.raises(
         ValueError, match=r"no place for model.layers.0.self_attn.sinks in llama.cpp's llama; try dense"
     ):
-        find_sources({"model.layers.0.self_attn.sinks": "any"}, config, architecture_of(config), tied=False)
+        find_sources({"model.layers.0.self_attn.sinks": "any"}, config, architecture_of(config))
 
 
 def test_all_architectures_are_compared_with_transformers_in_llama_cpp():
