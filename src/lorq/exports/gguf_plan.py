@@ -250,7 +250,8 @@ class Plan:
                 raise refusal(
                     "gguf",
                     "holds codes of GGUF's own types (--grid q4_0 and so on) and integer codes in groups of a multiple "
-                    f"of 32, {layer} is {_kind(weight)}; to round it to a type, name one: --type q8_0, q4_1 or f16",
+                    f"of 32, {layer} is {_kind(weight)}; to round it again, name a type: --type q8_0, q4_1 or f16. "
+                    "A file that loses less for its size: `lorq quantize MODEL model.gguf`",
                     "dense",
                 )
             found.add(own)

@@ -36,7 +36,10 @@ def integer_layers(folder: LorqFolder, names: PlainNames, target: str) -> dict[s
     for name, format in layers.items():
         if not isinstance(format.codes, IntGrid):
             kind = format.codes.kind + (" under scales of low rank" if getattr(format.codes, "scale_rank", 0) else "")
-            raise refusal(target, f"holds integer codes with scales of groups or rows, {name} has {kind}", "dense")
+            raise refusal(
+                target, f"holds integer codes with scales of groups or rows, {name} has {kind}",
+                "dense; vLLM serves the folder as it is, beside lorq; --method gptq makes codes for this target",
+            )  # fmt: skip
         if names.is_transposed(name):
             raise refusal(target, f"holds linear layers, {name} is a Conv1D", "dense")
         if format.rotation_block:
@@ -93,7 +96,10 @@ def check_ranks(folder: LorqFolder, names: PlainNames, target: str, request: Exp
             )
         return 0
     if not ranks:
-        raise ValueError(f"--adapter is for a low-rank part, the layers of {folder.path} have none; leave it out")
+        raise ValueError(
+            f"--adapter is for a low-rank part, the layers of {folder.path} have none; leave it out: it is a base "
+            "for PEFT as it is"
+        )
     experts = [name for name in ranks if expert_name(name, names.experts)]
     if experts and target != "peft":  # which has experts one by one
         raise refusal(target, f"has no adapter of single experts, {experts[0]} has a low-rank part", "dense, peft")
