@@ -159,6 +159,14 @@ def test_a_height_that_fills_no_tile_has_rows_that_are_not_there(generator):
     assert float((weight - codes.decode()).square().mean()) < 0.012
 
 
+def test_decoding_in_strips_is_decoding_at_once(generator, monkeypatch):
+    codes = torch.randint(8, (112, 40), generator=generator, dtype=torch.uint8)
+    whole = TrellisCodes.of(codes, torch.rand(100, 1, generator=generator) + 0.1, TrellisGrid(3, 10, 16))
+    expected = whole.decode()
+    monkeypatch.setattr("lorq.core.codes.trellis._STRIP", 2 * 16 * 40)
+    assert torch.equal(whole.decode(), expected)
+
+
 def test_rows_that_are_nothing_stay_nothing(generator):
     weight = torch.randn(48, 32, generator=generator) * 0.02
     weight[5], weight[20], weight[33:] = 0.0, weight[20] * 1e-4, 0.0

@@ -19,6 +19,8 @@ MOST_BITS = 6
 LARGEST_WINDOW = 16
 # Rows of a sequence at most: they share a search, and sequences are searched side by side.
 _LONGEST = 256
+# Weights that are decoded at a time.
+_STRIP = 1 << 22
 # An odd number whose products have bytes as good as random (docs/log.md has those that were tried).
 _MULTIPLIER = 0xC49087BF
 
@@ -168,10 +170,12 @@ class TrellisCodes:
 
     def values(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The values of the windows, without their scales."""
-        g = self.format
-        windows = stream_windows(self.packed, g.bits, g.window, g.length)
-        values = torch.stack([_values_of(w, dtype) for w in windows], 1)
-        return values.flatten(0, 1)[: self.shape[0]]
+        g, tiles = self.format, self.format.length // TILE
+        # Some sequences at a time: what is made in between takes ten times as much memory as the codes.
+        strips = self.packed.split(tiles * max(1, _STRIP // (g.length * self.packed.shape[2])))
+        windows = (stream_windows(strip, g.bits, g.window, g.length) for strip in strips)
+        values = [torch.stack([_values_of(w, dtype) for w in own], 1).flatten(0, 1) for own in windows]
+        return torch.cat(values)[: self.shape[0]]
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight_packed": self.packed, "weight_scale": self.scale}
