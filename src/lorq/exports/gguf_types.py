@@ -18,6 +18,8 @@ FLOATS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 # Types that a scale and whole numbers, and a smallest value, make up; the smaller first.
 _SIGNED = ("q4_0", "q5_0", "q8_0")
 _SHIFTED = ("q4_1", "q5_1")
+# Weights whose error is measured at a time, in float64.
+_STRIP = 1 << 22
 
 
 def type_number(name: str) -> Any:
@@ -112,8 +114,11 @@ def encode(weight: QuantizedWeight | Tensor, type_: str) -> Encoded:
 
 
 def _encoded(values: Float[Tensor, "out in"], rows: UInt8[Tensor, "out bytes"], type_: str) -> Encoded:
-    difference = decoded(rows, type_) - values
-    return Encoded(rows, float(difference.double().square().sum()), float(values.double().square().sum()))
+    changed, whole, step = 0.0, 0.0, max(1, _STRIP // values.shape[1])
+    for own, part in zip(rows.split(step), values.split(step), strict=True):
+        changed += float((decoded(own, type_) - part).double().square().sum())
+        whole += float(part.double().square().sum())
+    return Encoded(rows, changed, whole)
 
 
 def decoded(rows: UInt8[Tensor, "out bytes"], type_: str) -> Float[Tensor, "out in"]:
