@@ -105,8 +105,11 @@ def test_feedback_lowers_the_output_error_and_white_inputs_leave_nothing_to_feed
     nearest = gguf_nearest(weight, grid).decode()
     fed = gguf(weight, hessian, grid).decode()
     assert energy(fed - weight, hessian.matrix) < 0.6 * energy(nearest - weight, hessian.matrix)
+    # Sums in another order may choose another of two steps that are equally good; blocks of several groups are gone
+    # through again.
     white = gguf(weight, PreparedHessian(torch.eye(512), 0.0), grid).decode()
-    torch.testing.assert_close(white, nearest)
+    reached, plain = (float((found - weight).square().sum()) for found in (white, nearest))
+    assert reached <= plain * (1 + 1e-4) and (grid.layout_of.packing or reached >= plain * (1 - 1e-4))
 
 
 @several

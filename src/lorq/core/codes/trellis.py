@@ -172,7 +172,7 @@ class TrellisCodes:
         """The values of the windows, without their scales."""
         g, tiles = self.format, self.format.length // TILE
         # Some sequences at a time: what is made in between takes ten times as much memory as the codes.
-        strips = self.packed.split(tiles * max(1, _STRIP // (g.length * self.packed.shape[2])))
+        strips = self.packed.split(tiles * max(1, _STRIP // max(1, g.length * self.packed.shape[2])))
         windows = (stream_windows(strip, g.bits, g.window, g.length) for strip in strips)
         values = [torch.stack([_values_of(w, dtype) for w in own], 1).flatten(0, 1) for own in windows]
         return torch.cat(values)[: self.shape[0]]
