@@ -103,28 +103,34 @@ def embedding_heads(model: StreamedModel, tables: Iterable[Target]) -> dict[str,
 
 
 def head_stats(
-    model: StreamedModel, head: str, tokens: Int[Tensor, "windows length"], stream: Stream, options: Options
+    model: StreamedModel,
+    head: str,
+    method: Method,
+    tokens: Int[Tensor, "windows length"],
+    stream: Stream,
+    options: Options,
 ) -> InputStats:
     """Statistics of the head's inputs, over windows that are behind the last block.
 
-    With ``token_weights="gradient"`` they know the outputs too. The expected squared gradient of what the model says at
-    a logit is ``E[(p - [it came])^2] = p (1 - p)``: the mean of these over the tokens, and a tenth of their mean for
-    rows that no text of the calibration's kind needs.
+    With ``token_weights="gradient"`` they know the outputs too, where ``method`` asks what a row is worth. The expected
+    squared gradient of what the model says at a logit is ``E[(p - [it came])^2] = p (1 - p)``: the mean of these over
+    the tokens, and a tenth of their mean for rows that no text of the calibration's kind needs.
     """
     # Tokens weighed by their gradients left the head the same (docs/log.md).
     gradient = options.token_weights == "gradient"
+    rows = gradient and isinstance(method, FLRQ)  # whose trellis codes run from row to row
     layer = model.model.get_submodule(head)
     sums = StatsAccumulator(int(layer.in_features), "equal" if gradient else options.token_weights, model.device)
     spread = torch.zeros(int(layer.out_features), device=model.device)
     with model.resident(*model.outside):
         for window, hidden in zip(tokens, stream.hidden, strict=True):
             sums.add(head_inputs(model, head, window, hidden))
-            if gradient:
+            if rows:
                 # A few tokens at a time, where each has one hidden state.
                 step = _TOKENS if len(hidden) == len(window) else len(hidden)
                 for some, states in zip(window.split(step), hidden.split(step), strict=True):
                     spread += _spread(model.logits(some, states))
-    if not gradient:
+    if not rows:
         return sums.finish()
     return replace(sums.finish(), output_weights=spread / spread.mean() + 0.1)
 
@@ -151,7 +157,7 @@ def solve_tables(
     head, of_head = head_table(model, layers)
     for target, method in layers.items():
         calibrated = target == of_head and len(tokens) > 0
-        stats = head_stats(model, head, tokens, stream, options) if calibrated else None
+        stats = head_stats(model, head, method, tokens, stream, options) if calibrated else None
         count, strips = -(-target.out_features // _strip_rows(target.out_features, target.in_features, method)), []
         progress(TABLES, 0, count)
         for strip in _solve(model, target, method, stats, options.seed, executor):
