@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-BEGINNING, ENDING, CHOICES = 6, 8, 4  # least words, words, and how many to choose from
+LEAST, MOST, ENDING, CHOICES = 14, 24, 8, 4  # words of a sentence and of its ending; endings to choose from
 
 
 def sentences() -> dict[str, list[list[str]]]:
@@ -25,7 +25,7 @@ def sentences() -> dict[str, list[list[str]]]:
             if not lines or lines[0].startswith((" ", "*", "+", "|")) or re.search(r"::=|>>>|\*\*|==|--|\|", paragraph):
                 continue
             for sentence in re.findall(r"[A-Z][^.!?:]*\.(?= [A-Z]|$)", " ".join(" ".join(lines).split())):
-                if sentence not in seen and len(sentence.split()) >= BEGINNING + ENDING:
+                if sentence not in seen and len(sentence.split()) >= LEAST:
                     found.setdefault(topic, []).append(sentence.split())
                     seen.add(sentence)
     return found
@@ -37,7 +37,7 @@ def rows() -> Iterator[dict[str, Any]]:
         chance = random.Random(topic)
         for number, words in enumerate(found):
             others = [other for other in found if other[-ENDING:] != words[-ENDING:]]
-            if len(others) < CHOICES - 1:
+            if len(words) > MOST or len(others) < CHOICES - 1:
                 continue
             endings = [" ".join(other[-ENDING:]) for other in chance.sample(others, CHOICES - 1)]
             place = number % CHOICES

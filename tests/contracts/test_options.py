@@ -187,7 +187,9 @@ MOST = 15  # options of a group
 
 def flags_of(command):
     """Options of a command, without dashes."""
-    return [argument.name.removeprefix("--") for argument in command.assemble_argument_collection().filter_by(show=True)]
+    return [
+        argument.name.removeprefix("--") for argument in command.assemble_argument_collection().filter_by(show=True)
+    ]
 
 
 def quantize_flags(method):
