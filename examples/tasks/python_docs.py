@@ -6,6 +6,7 @@ of other sentences of the same topic, cut to the same number of words.
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ def rows() -> Iterator[dict[str, Any]]:
     """Beginning, four endings and which is the true one; always the same."""
     for topic, found in sentences().items():
         chance = random.Random(topic)
+        beginnings = Counter(tuple(words[:-ENDING]) for words in found)
         for number, words in enumerate(found):
             others = [other for other in found if other[-ENDING:] != words[-ENDING:]]
             if len(words) > MOST or len(others) < CHOICES - 1:
@@ -42,7 +44,8 @@ def rows() -> Iterator[dict[str, Any]]:
             endings = [" ".join(other[-ENDING:]) for other in chance.sample(others, CHOICES - 1)]
             place = number % CHOICES
             endings.insert(place, " ".join(words[-ENDING:]))
-            yield {"beginning": " ".join(words[:-ENDING]), "endings": endings, "answer": place}
+            if beginnings[*words[:-ENDING]] == 1 and len({*endings}) == CHOICES:  # else two are right, or the same
+                yield {"beginning": " ".join(words[:-ENDING]), "endings": endings, "answer": place}
 
 
 def load(**_: Any) -> dict[str, Any]:
