@@ -308,7 +308,9 @@ def _points(
         "scale": {"zero": False, "padding": 24},
         "axis": {"tickCount": 6},
     }
-    y = {"field": what, "type": "quantitative", "scale": {"type": "log", "padding": 18}, "axis": {"tickCount": 5}}
+    # Without nice ends of the axis, which are powers of ten: bars would be dots.
+    scale = {"type": "log", "padding": 18, "nice": False}
+    y = {"field": what, "type": "quantitative", "scale": scale, "axis": {"tickCount": 5}}
     legend = {"title": None, "orient": "bottom", "columns": 1, "labelLimit": 320}
     colour = {"field": "folder", "type": "nominal", "sort": None, "legend": legend}
     place: dict[str, Any] = {"x": x, "y": y, "color": colour}
@@ -320,7 +322,7 @@ def _points(
             share = math.exp(min(errors[row["folder"]] / row[what], 1.0))
             row |= {"standard error": errors[row["folder"]], "from": row[what] / share, "to": row[what] * share}
         ends = place | {"y": y | {"field": "from", "title": what}, "y2": {"field": "to"}}
-        drawn = {"layer": [{"mark": {"type": "rule", "strokeWidth": 2}, "encoding": ends}, drawn]}
+        drawn = {"layer": [{"mark": {"type": "errorbar", "ticks": {"width": 16}}, "encoding": ends}, drawn]}
     return Chart("comparison", "Side by side", note, _base(rows) | drawn | {"height": 300})
 
 
