@@ -2,7 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
-from importlib.metadata import metadata
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +26,11 @@ _BEFORE = (
 
 def _installed(extra: str = "") -> str:
     """How lorq is installed, by the address that its package states, if it states one."""
-    stated = [line.partition(", ")[::2] for line in metadata("lorq").get_all("Project-URL") or ()]
+    try:
+        lines = metadata("lorq").get_all("Project-URL") or ()
+    except PackageNotFoundError:  # its source, run as it is
+        lines = ()
+    stated = [line.partition(", ")[::2] for line in lines]
     address = next((url for name, url in stated if name.lower() in ("repository", "source")), "")
     here = f"'.[{extra}]'" if extra else "."
     if not address:
@@ -110,7 +114,8 @@ def command_of(report: Report) -> str:
 
     if report.method not in METHODS:  # compensate
         flags = _flags({"form": report.run.get("form", "peft")}, {"form": "peft"})
-        flags += _flags(report.settings, vars(Settings()))
+        defaults = vars(Settings())  # in their order; files sort the names
+        flags += _flags({name: report.settings[name] for name in defaults if name in report.settings}, defaults)
         return shlex.join(["lorq", report.method, "ORIGINAL", "QUANTIZED", "OUT", *flags])
     run, options = dict(report.run), vars(Options())
     if run.get("calibration") is None:

@@ -82,7 +82,11 @@ def test_an_adapter_of_compensate_says_so(made, tmp_path, capsys, text_file):
     lorq.compensate(made / "model", made / "q4_0", tmp_path / "lora", form="peft", **options)
     lines, told = inspected(tmp_path / "lora", capsys)
     assert set(told["ranks"]) == {2}
-    assert any(line.startswith("made by │ lorq compensate ORIGINAL QUANTIZED OUT --rank 2") for line in lines)
+    same = "--rank 2 --calibration text.txt --samples 2 --seq-len 32"
+    assert command_of(lorq.read_report(tmp_path / "lora")) == f"lorq compensate ORIGINAL QUANTIZED OUT {same}"
+    assert any(line.startswith("made by │ lorq compensate ORIGINAL") for line in lines) and "--rank 2" in " ".join(
+        lines
+    )
     assert str(text_file) not in json.dumps(told)
     more = options | {"rank": 0, "budget": "9%", "exclude": ["o_proj", "0.mlp"], "seed": 1}
     report = lorq.compensate(made / "model", made / "q4_0", tmp_path / "other", form="peft", **more)
