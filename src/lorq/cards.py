@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +22,21 @@ _ELSEWHERE = "The low-rank part of the quantized model is not in it: it is an ad
 _BEFORE = (
     "Of the lorq folder OUT that this was made of, before what is said to be lost above. This itself was not measured."
 )
-_INSTALLED = "with lorq installed (`pip install {}` in a copy of its source; it is not on PyPI)"
+
+
+def _installed(extra: str = "") -> str:
+    """How lorq is installed, by the address that its package states, if it states one."""
+    try:
+        lines = metadata("lorq").get_all("Project-URL") or ()
+    except PackageNotFoundError:  # its source, run as it is
+        lines = ()
+    stated = [line.partition(", ")[::2] for line in lines]
+    address = next((url for name, url in stated if name.lower() in ("repository", "source")), "")
+    here = f"'.[{extra}]'" if extra else "."
+    if not address:
+        return f"with lorq installed (`pip install {here}` in a copy of its source; it is not on PyPI)"
+    name = f"lorq[{extra}]" if extra else "lorq"
+    return f"with lorq installed (`pip install '{name} @ git+{address}'`)"
 
 
 def card_of(place: Path, repo: str, base_model: str) -> str:
@@ -93,11 +108,15 @@ def _commands(report: Report, *more: str) -> list[str]:
 
 def command_of(report: Report) -> str:
     """The command that makes such a folder: what differs from the defaults, as flags."""
+    from lorq.foreign.settings import Settings
     from lorq.methods import METHODS
     from lorq.pipeline.options import Options
 
-    if report.method not in METHODS:
-        return f"lorq {report.method} ORIGINAL QUANTIZED OUT"
+    if report.method not in METHODS:  # compensate
+        flags = _flags({"form": report.run.get("form", "peft")}, {"form": "peft"})
+        defaults = vars(Settings())  # in their order; files sort the names
+        flags += _flags({name: report.settings[name] for name in defaults if name in report.settings}, defaults)
+        return shlex.join(["lorq", report.method, "ORIGINAL", "QUANTIZED", "OUT", *flags])
     run, options = dict(report.run), vars(Options())
     if run.get("calibration") is None:
         run |= {key: options[key] for key in ("calibration", "samples", "seq_len", "start_token")}
@@ -152,7 +171,7 @@ def _measured(report: Report, evaluations: tuple[dict[str, Any], ...], of: str =
 def _loading(repo: str, report: Report) -> list[str]:
     """How to load a lorq folder."""
     name = repo.partition("/")[2]
-    plain, vllm, gguf = (_INSTALLED.format(what) for what in (".", "'.[vllm]'", "'.[gguf]'"))
+    plain, vllm, gguf = map(_installed, ("", "vllm", "gguf"))
     return [
         "## How to load it", "", f"transformers, {plain}:", "", *_python(f'"{repo}"'), "",
         f"vLLM, {vllm}:", "", f"    vllm serve {repo}", "",
@@ -230,7 +249,7 @@ def _load_adapter(made: Made, repo: str, base: str) -> list[str]:
         flags = f"--enable-lora --max-lora-rank {slot} --lora-modules low-rank={repo}"
         lines = ["vLLM, which lists it as the model low-rank then:", ""]
         lines += [f"    vllm serve {base} --dtype float16 {flags}", ""]
-    need = _INSTALLED.format(".") if _is_for(made, "peft") else "on the model that it is for"
+    need = _installed() if _is_for(made, "peft") else "on the model that it is for"
     config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if dense else ""
     code = _python(f'"{base}"{config}', *(["CompressedTensorsConfig"] if dense else []))
     code[1:1], code[-1:] = (

@@ -12,6 +12,7 @@ from lorq.storage.report import read_report
 from lorq.version import __version__
 
 _ADAPTER_CONFIG = "adapter_config.json"
+_NAMELESS = "the card names no original, with which the hub would list it; --base-model ORG/NAME names it"
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,12 @@ class Pushed:
     Attributes:
         card: the model card.
         url: of the repository; "" after a dry run.
+        note: what the card lacks, and what to do; "" for nothing.
     """
 
     card: str
     url: str = ""
+    note: str = ""
 
 
 def push(
@@ -57,13 +60,20 @@ def push(
         _check_name("base_model", base_model)
     _check_made(place, base_model)
     card = card_of(place, repo, base_model)
+    note = "" if _names_original(card) else _NAMELESS
     if dry_run:
-        return Pushed(card)
+        return Pushed(card, note=note)
     if (place / REPORT_NAME).is_file():
         from lorq.storage.reader import verify_shards  # and with it torch
 
         verify_shards(place, read_report(place).checksums)
-    return Pushed(card, _upload(place, repo, card, private, base_model))
+    return Pushed(card, _upload(place, repo, card, private, base_model), note)
+
+
+def _names_original(card: str) -> bool:
+    from huggingface_hub import ModelCard
+
+    return bool(ModelCard(card).data.get("base_model"))
 
 
 def _check_made(place: Path, base_model: str) -> None:

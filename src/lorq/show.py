@@ -278,6 +278,8 @@ def print_exported(done: Any) -> None:
 
 def print_pushed(done: Any) -> None:
     """Where it is, or the card by itself."""
+    if done.note:
+        notes.print(f"note: {done.note}")
     if not done.url:
         print(done.card, end="")
         return

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -34,12 +35,17 @@ def gptq_tensors(weight, bits, group=32):
     }  # fmt: skip
 
 
-def quantized_as_gptq(original, folder, bits=3, change=lambda tensors: tensors):
-    """The model's folder with its blocks' linear layers in GPTQ's format; ``change`` is made before."""
+def quantized_as_gptq(
+    original, folder, bits=3, change=lambda tensors: tensors, layers=LAYERS, of=lambda weight: weight
+):
+    """The model's folder with its linear layers in GPTQ's format.
+
+    ``change`` is made before; ``of`` turns a weight as it is stored to (out, in).
+    """
     shutil.copytree(original, folder)
     tensors = change(load_file(original / "model.safetensors"))
-    for name in [name for name in tensors if name.split(".")[-2] in LAYERS and name.endswith("weight")]:
-        packed = gptq_tensors(tensors.pop(name).float(), bits)
+    for name in [name for name in tensors if name.split(".")[-2] in layers and name.endswith("weight")]:
+        packed = gptq_tensors(of(tensors.pop(name).float()), bits)
         tensors |= {f"{name.removesuffix('weight')}{local}": tensor for local, tensor in packed.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
@@ -219,15 +225,91 @@ def test_the_gradient_tells_where_a_bit_gains_most(compensate, tmp_path):
     assert [layer.rank for layer in one.layers] != [layer.rank for layer in other.layers]
 
 
-def test_a_folder_with_quantized_tables_gets_factors_beside_them(original, compensate, text_file, tmp_path):
-    tables = {"head": 6, "table_group_size": 32, "calibration": str(text_file), "samples": 4, "seq_len": 32}
-    lorq.quantize(original, tmp_path / "tables", lorq.GPTQ(bits=2, group_size=32), **tables)
-    report = compensate(of=tmp_path / "tables", rank=8)
+@pytest.mark.parametrize("family, tables", [("llama", {"head": 6}), ("mistral", {"head": 6, "embeddings": 5})])
+def test_a_folder_with_quantized_tables_gets_factors_beside_them(family, tables, compensate, text_file, tmp_path):
+    dense, folder = tiny_folder(tmp_path / "dense", family), tmp_path / "tables"
+    small = {"table_group_size": 32, "calibration": str(text_file), "samples": 4, "seq_len": 32}
+    lorq.quantize(dense, folder, lorq.GPTQ(bits=2, group_size=32), **tables, **small)
+    report = compensate(original=dense, of=folder, rank=FULL)
     assert len(report.layers) == 14 and all(layer.error_after < layer.error_before for layer in report.layers)
     assert not any("embed" in name or "lm_head" in name for name in adapter_of(tmp_path / "out"))
-    with pytest.raises(ValueError, match=r"--form lorq keeps model.embed_tokens.weight .*; take --form peft"):
-        compensate(tmp_path / "other", of=tmp_path / "tables", rank=8, form="lorq")
-    assert not list(tmp_path.glob("other*"))  # before the work
+    made = compensate(tmp_path / "lorq", original=dense, of=folder, rank=FULL, form="lorq", exclude="1.mlp.up_proj")
+    before, after = ({layer.name: layer for layer in own.layers} for own in (lorq.read_report(folder), made))
+    for name in (*({"embed_tokens", "lm_head"} & {n.rpartition(".")[2] for n in before}), "layers.1.mlp.up_proj"):
+        name = next(own for own in before if own.endswith(name))
+        note = "excluded by 1.mlp.up_proj" if "mlp" in name else "a table of tokens or a head"
+        assert after.pop(name) == replace(before[name], note=f"no factors: {note}")
+    assert len(after) == 13 and all(layer.rank > 0 for layer in after.values())
+    config, then = (
+        json.loads((f / "config.json").read_text())["quantization_config"] for f in (tmp_path / "lorq", folder)
+    )
+    assert config["embeddings"] == then["embeddings"] and config["embeddings"]
+    # What is left is the error of the tables and of one layer.
+    off = {name: relative(lorq_logits(name), logits(dense)) for name in (tmp_path / "lorq", folder)}
+    assert off[tmp_path / "lorq"] < 0.4 * off[folder]
+
+
+def lorq_logits(folder):
+    with torch.no_grad():
+        return lorq.load(folder, device="cpu")(TOKENS).logits
+
+
+@pytest.fixture(scope="module")
+def conv1d(tmp_path_factory):
+    """GPT-2, whose layers keep their weights as (in, out), in lorq's codes and in GPTQ's."""
+    place = tmp_path_factory.mktemp("conv1d")
+    dense = tiny_folder(place / "dense", "gpt2")
+    lorq.quantize(dense, place / "lorq", lorq.Nearest(bits=3, group_size=32))
+    turned = quantized_as_gptq(dense, place / "gptq", layers=("c_attn", "c_proj", "c_fc"), of=lambda weight: weight.T)
+    return dense, {"lorq": place / "lorq", "gptq": turned}
+
+
+@pytest.mark.parametrize("source", ["lorq", "gptq"])
+def test_layers_that_are_stored_the_other_way_round_get_factors(source, conv1d, compensate, tmp_path):
+    dense, folders = conv1d
+    report = compensate(original=dense, of=folders[source], rank=FULL, form="lorq")
+    assert len(report.layers) == 8 and all(layer.error_after < 1e-3 * layer.error_before for layer in report.layers)
+    off = relative(lorq_logits(tmp_path / "out"), logits(dense))
+    assert off < 0.01 < 0.1 < relative(lorq_logits(folders["lorq"]), logits(dense))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_an_adapter_for_them_is_loaded_by_peft_on_the_codes_and_on_the_dense_model(
+    dequantize, conv1d, compensate, tmp_path
+):
+    peft = pytest.importorskip("peft")
+    dense, folders = conv1d
+    compensate(original=dense, of=folders["lorq"], rank=FULL)
+    model = lorq.load(folders["lorq"], device="cpu")
+    with torch.no_grad():
+        adapted = peft.PeftModel.from_pretrained(model.dequantize() if dequantize else model, tmp_path / "out")
+        if dequantize:
+            adapted = adapted.merge_and_unload()
+        assert relative(adapted(TOKENS).logits, logits(dense)) < 0.01
+
+
+def test_others_codes_of_such_layers_are_dequantized_the_right_way_round(conv1d, tmp_path):
+    dense, folders = conv1d
+    lorq.quantize(folders["gptq"], tmp_path / "out", lorq.Nearest(bits=8, group_size=32))
+    weights = load_file(dense / "model.safetensors")
+    for name, weight in decoded(tmp_path / "out").items():
+        assert relative(weight.T, weights[f"{name}.weight"]) < 0.3
+
+
+def test_a_head_that_alone_is_quantized_is_no_longer_the_table(original, compensate, tmp_path):
+    def with_head(tensors):
+        return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+    folder = quantized_as_gptq(original, tmp_path / "gptq", 4, with_head, layers=(*LAYERS, "lm_head"))
+    compensate(of=folder, rank=FULL, form="lorq")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    head = decoded(folder)["lm_head"]
+    assert torch.equal(decoded(tmp_path / "out")["lm_head"], head)
+    table = load_file(original / "model.safetensors")["model.embed_tokens.weight"]
+    model = lorq.load(tmp_path / "out", device="cpu")
+    assert torch.equal(model.get_input_embeddings().weight, table)
+    assert 0.05 < relative(lorq_logits(tmp_path / "out"), logits(original)) < 0.3
 
 
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(compensate, monkeypatch, tmp_path):

@@ -236,6 +236,21 @@ def test_only_a_gguf_file_is_replaced(quantized, tmp_path):
     lorq.export(quantized("llama"), tmp_path / "own.gguf", overwrite=True)
 
 
+def test_a_file_that_was_edited_is_not_replaced(quantized, tmp_path, capsys):
+    out = tmp_path / "model.gguf"
+    arguments = ["export", str(quantized("llama")), str(out), "--overwrite"]
+    assert main(arguments) == main(arguments) == 0
+    rope = GGUFReader(out, "r+").fields["llama.rope.freq_base"].parts[-1]
+    rope[0] = 5e5
+    rope.base.flush()
+    before = out.read_bytes()
+    assert main(arguments) == 1
+    assert f"{out} must be as lorq wrote it to be replaced, its content is not" in capsys.readouterr().err
+    assert main(["quantize", str(quantized("llama").parent / "model"), *arguments[2:]]) == 1
+    assert f"{out} must be as lorq wrote it to be replaced, its content is not" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
 def test_how_far_a_file_is_is_told_tensor_by_tensor(quantized, tmp_path):
     told = []
     lorq.export(quantized("llama"), tmp_path / "model.gguf", progress=lambda *step: told.append(step))

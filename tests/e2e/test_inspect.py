@@ -6,6 +6,7 @@ import pytest
 from gguf_models import gguf_folder
 
 import lorq
+from lorq.cards import command_of
 from lorq.cli import main
 
 RANKS = lorq.FLRQ(bits=4, group_size=32, budget=2.0, min_gain=0.0, epochs=0, rounding="nearest", symmetric=True)
@@ -80,7 +81,22 @@ def test_an_adapter_of_compensate_says_so(made, tmp_path, capsys, text_file):
     options = {"calibration": str(text_file), "samples": 2, "seq_len": 32, "rank": 2}
     lorq.compensate(made / "model", made / "q4_0", tmp_path / "lora", form="peft", **options)
     lines, told = inspected(tmp_path / "lora", capsys)
-    assert set(told["ranks"]) == {2} and "made by │ lorq compensate ORIGINAL QUANTIZED OUT" in lines
+    assert set(told["ranks"]) == {2}
+    same = "--rank 2 --calibration text.txt --samples 2 --seq-len 32"
+    assert command_of(lorq.read_report(tmp_path / "lora")) == f"lorq compensate ORIGINAL QUANTIZED OUT {same}"
+    assert any(line.startswith("made by │ lorq compensate ORIGINAL") for line in lines) and "--rank 2" in " ".join(
+        lines
+    )
+    assert str(text_file) not in json.dumps(told)
+    more = options | {"rank": 0, "budget": "9%", "exclude": ["o_proj", "0.mlp"], "seed": 1}
+    report = lorq.compensate(made / "model", made / "q4_0", tmp_path / "other", form="peft", **more)
+    own = "--budget 9% --calibration text.txt --samples 2 --seq-len 32 --exclude o_proj --exclude 0.mlp --seed 1"
+    assert command_of(report) == f"lorq compensate ORIGINAL QUANTIZED OUT {own}"
+    report = lorq.compensate(made / "model", made / "ranks", tmp_path / "f", form="lorq", factor_type="int8", **options)
+    assert command_of(report).startswith(
+        "lorq compensate ORIGINAL QUANTIZED OUT --form lorq --rank 2 --factor-type int8"
+    )
+    assert command_of(lorq.read_report(tmp_path / "f")) == command_of(report)
     assert told["base"] == str(made / "q4_0")
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from email.message import Message
 
 import huggingface_hub
 import pytest
@@ -82,6 +83,30 @@ def test_the_card_has_what_was_measured_and_the_originals_licence(folder, folder
     assert shown.endswith("The card of the original:\n\n# Original\nIts words.\n")
     assert str(folder) not in shown and str(text_file.parent) not in shown
     assert hub.calls == []
+
+
+def test_a_card_without_an_original_is_told_of(folder, capsys):
+    for card, flags, told in (
+        ("# Original\n", [], True),
+        ("---\nbase_model: org/large\n---\n# Original\n", [], False),
+        ("# Original\n", ["--base-model", "org/large"], False),
+    ):
+        (folder / "README.md").write_text(card)
+        assert main(["push", str(folder), "org/small", "--dry-run", *flags]) == 0
+        shown = capsys.readouterr()
+        assert ("the card names no original" in shown.err and "--base-model ORG/NAME" in shown.err) == told
+        assert "names no original" not in shown.out and ("\nbase_model: org/large\n" in shown.out) != told
+
+
+def test_a_card_says_the_address_that_the_package_states(folder, monkeypatch):
+    stated = Message()
+    for line in ("Documentation, https://lorq.example/docs", "Repository, https://lorq.example/lorq"):
+        stated["Project-URL"] = line
+    monkeypatch.setattr("lorq.cards.metadata", {"lorq": stated}.__getitem__)
+    card = lorq.push(folder, "org/small", dry_run=True).card
+    assert "transformers, with lorq installed (`pip install 'lorq @ git+https://lorq.example/lorq'`):" in card
+    assert "vLLM, with lorq installed (`pip install 'lorq[vllm] @ git+https://lorq.example/lorq'`):" in card
+    assert "a copy of its source" not in card
 
 
 def test_what_is_pushed_loads_and_has_the_new_card(folder, hub, capsys):

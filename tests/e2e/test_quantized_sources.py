@@ -1,6 +1,7 @@
 """Models that others have quantized as sources: dequantized, and said so."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import lorq
 from lorq.cli import main
+from lorq.core.packing import pack, unpack
 from lorq.quality import bits_per_weight
 from lorq.storage.folder import LorqFolder
 
@@ -145,19 +147,21 @@ def test_what_is_not_read_is_refused_by_name(folder_of, quantized, tmp_path):
             lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True)
 
 
-NAME = "model.layers.0.self_attn.q_proj"
+NAME, FIRST = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 CONTRADICTIONS = {
     "bits=8": rf"{NAME} must have \d+ words for \d+ codes of 8 bits, as quantization_config says, .* which are 4 bits",
     "bits=3": rf"{NAME} must have \d+ words for \d+ codes of 3 bits, as quantization_config says, .* which are 4 bits",
     'bits="4"': rf"bits must be 1 to 8, got '4' for {NAME}",
     "group_size=32": rf"{NAME} must have scales for \d groups of \d+ columns, since group_size .* is 32, it has",
     'dynamic={"+:.*q_proj": {"bits": 8}}': rf"{NAME} must have \d+ words for \d+ codes of 8 bits",
+    'checkpoint_format="gptq_v2"': rf"{NAME} has the zero point 7 everywhere .* gptq_v2 .* 8, .* set .* to gptq, or",
 }
 
 
 def changed_config(source, **told):
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] |= told
+    (source / "quantize_config.json").unlink(missing_ok=True)
     (source / "config.json").write_text(json.dumps(config))
 
 
@@ -172,6 +176,215 @@ def test_a_config_of_gptq_that_contradicts_its_tensors_is_refused(told, quantize
     changed_config(source, **eval(f"dict({told})"))
     with pytest.raises(ValueError, match=rf"{config}: .*{CONTRADICTIONS[told]}"):
         lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True)
+
+
+def shift_zero_points(tensors):
+    """To the other format of GPTQ: stored less one, or as they are."""
+    for name in [name for name in tensors if name.endswith("qzeros")]:
+        tensors[name] = pack(unpack(tensors[name], 4, 8 * tensors[name].shape[1]) + 1, 4)
+    return tensors
+
+
+def changed_tensors(source, change):
+    save_file(change(load_file(source / "model.safetensors")), source / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_the_format_of_zero_points_that_nobody_tells_is_told_by_symmetric_ones(quantized, tmp_path):
+    source = tmp_path / "source"
+    lorq.export(quantized(), source, to="gptq", dtype="float32")
+    changed_config(source, checkpoint_format=None, sym=None)
+    lorq.quantize(source, tmp_path / "plain", METHOD)
+    changed_tensors(source, shift_zero_points)
+    with pytest.raises(
+        ValueError, match=r"has the zero point 9 everywhere as .* gptq stores it, and 8, .* set .* gptq_v2"
+    ):
+        lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True)
+    changed_config(source, format="gptq_v2")
+    lorq.quantize(source, tmp_path / "out", METHOD)
+    for name, weight in LorqFolder.open(tmp_path / "plain").layers():
+        assert torch.equal(LorqFolder.open(tmp_path / "out").weight(name).dense(), weight.dense())
+
+
+@pytest.mark.parametrize(
+    ("again", "words"),
+    [
+        ({"bits": 8}, "bits of config.json's quantization_config is 4 and bits of {} is 8"),
+        (
+            {"checkpoint_format": "gptq_v2"},
+            "checkpoint_format of .* is 'gptq' and checkpoint_format of {} is 'gptq_v2'",
+        ),
+        ({"format": "gptq_v2"}, "checkpoint_format of .* is 'gptq' and format of {} is 'gptq_v2'"),
+        ({"sym": False}, "sym of .* is True and sym of {} is False"),
+        ({"method": "awq"}, "quant_method of .* is 'gptq' and method of {} is 'awq'"),
+        ({"desc_act": True}, "desc_act of .* is False and desc_act of {} is True"),
+        ({"is_marlin_format": True}, "checkpoint_format gptq or gptq_v2, got marlin"),
+    ],
+    ids=str,
+)
+def test_two_configs_of_gptq_that_contradict_each_other_are_refused(again, words, quantized, tmp_path):
+    source = tmp_path / "source"
+    lorq.export(quantized(), source, to="gptq")
+    same = {"bits": 4, "group_size": 16, "sym": True, "damp_percent": 0.1, "method": "GPTQ", "format": None}
+    (source / "quantize_config.json").write_text(json.dumps(same))
+    assert lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True).layers
+    (source / "quantize_config.json").write_text(json.dumps(same | again))
+    with pytest.raises(ValueError, match=words.format(r"quantize_config\.json")):
+        lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True)
+
+
+def scatter(tensors):
+    return tensors | {f"{NAME}.g_idx": tensors[f"{NAME}.g_idx"].flip(0).contiguous()}
+
+
+def wide_words(tensors):
+    return tensors | {f"{NAME}.qweight": tensors[f"{NAME}.qweight"].long()}
+
+
+@pytest.mark.parametrize(
+    ("change", "told", "words"),
+    [
+        (
+            None,
+            {"sym": True},
+            rf"{FIRST} must have the zero point 8 everywhere, as sym .*True, says, it has others in \d+",
+        ),
+        (None, {"dynamic": {"+:.*q_proj": {"sym": True}}}, rf"{NAME} must have the zero point 8 everywhere, as sym"),
+        (scatter, {}, rf"{NAME} must have its groups side by side, as desc_act .*False, says, its g_idx has them"),
+        (wide_words, {}, rf"{NAME}.qweight must be words of 32 bits, got torch.int64"),
+        (None, {"rotation": "hadamard"}, "has rotation 'hadamard': its weights were turned"),
+    ],
+    ids=["sym", "sym of a layer", "desc_act", "pack_dtype", "rotation"],
+)
+def test_what_gptqs_config_says_of_codes_is_held_against_them(change, told, words, folder_of, tmp_path):
+    source = tmp_path / "source"
+    lorq.quantize(folder_of("llama"), tmp_path / "q", lorq.Nearest(bits=4, group_size=16))
+    lorq.export(tmp_path / "q", source, to="gptq")
+    assert lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True).layers
+    changed_tensors(source, change or dict)
+    changed_config(source, **told)
+    with pytest.raises(ValueError, match=words):
+        lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True)
+    if change is scatter:
+        changed_config(source, desc_act=True)
+        assert lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True).layers
+
+
+def awq_folder(plain, folder, zero, **told):
+    """A model's projections as AutoAWQ packs them, with zero points from ``zero(out, groups)``; their values."""
+
+    def words(codes):  # eight neighbours go to the places 0, 4, 1, 5 ... of a word
+        dealt = torch.empty_like(codes).unflatten(1, (-1, 8))
+        dealt[..., [0, 4, 1, 5, 2, 6, 3, 7]] = codes.unflatten(1, (-1, 8))
+        return pack(dealt.flatten(1), 4)
+
+    shutil.copytree(plain, folder)
+    tensors, values = load_file(plain / "model.safetensors"), {}
+    for name in [name for name in tensors if "_proj" in name]:
+        weight = tensors.pop(name).float()
+        points = zero(len(weight), weight.shape[1] // 16)
+        scale = weight.unflatten(1, (-1, 16)).abs().amax(-1).half() / 7
+        wide = [part.repeat_interleave(16, 1) for part in (points, scale.float())]
+        codes = (weight / wide[1] + wide[0]).round().clamp(0, 15).to(torch.uint8)
+        values[name] = (codes.float() - wide[0]) * wide[1]
+        module = name.removesuffix(".weight")
+        tensors |= {f"{module}.qweight": words(codes.T.contiguous()), f"{module}.scales": scale.T.contiguous()}
+        tensors[f"{module}.qzeros"] = words(points.to(torch.uint8).T.contiguous())
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    own = {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm"} | told
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": own}
+    (folder / "config.json").write_text(json.dumps(config))
+    return values
+
+
+def test_awqs_fields_are_held_against_each_other_and_the_tensors(folder_of, tmp_path, generator):
+    def any_point(*shape):
+        return torch.randint(5, 12, shape, generator=generator)
+
+    def middle(*shape):
+        return torch.full(shape, 8)
+
+    values = awq_folder(folder_of("llama"), tmp_path / "any", any_point)
+    lorq.quantize(tmp_path / "any", tmp_path / "out", lorq.Nearest(bits=8, group_size=16))
+    for name, weight in LorqFolder.open(tmp_path / "out").layers():
+        step = float(values[f"{name}.weight"].abs().max()) / 100
+        torch.testing.assert_close(weight.dense(), values[f"{name}.weight"], rtol=0, atol=step)
+    changed_config(tmp_path / "any", zero_point=False)
+    with pytest.raises(
+        ValueError, match=rf"{FIRST} must have the zero point 8 everywhere, as zero_point .*'false', says"
+    ):
+        lorq.quantize(tmp_path / "any", tmp_path / "out2", METHOD, dry_run=True)
+    awq_folder(folder_of("llama"), tmp_path / "middle", middle, zero_point=False)
+    assert lorq.quantize(tmp_path / "middle", tmp_path / "out2", METHOD, dry_run=True).layers
+    same = {"zero_point": False, "q_group_size": 16, "w_bit": 4, "version": "GEMM"}
+    for again, words in (
+        ({}, ""),
+        ({"version": "GEMV"}, r"version of .* is 'gemm' and version of quant_config\.json is 'GEMV'"),
+        ({"w_bit": 3}, r"bits of .* is 4 and w_bit of quant_config\.json is 3"),
+        ({"zero_point": True}, r"zero_point of .* is False and zero_point of quant_config\.json is True"),
+    ):
+        (tmp_path / "middle" / "quant_config.json").write_text(json.dumps(same | again))
+        if not words:
+            assert lorq.quantize(tmp_path / "middle", tmp_path / "out2", METHOD, dry_run=True).layers
+            continue
+        with pytest.raises(ValueError, match=words):
+            lorq.quantize(tmp_path / "middle", tmp_path / "out2", METHOD, dry_run=True)
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "told", "words"),
+    [
+        (
+            False,
+            {"symmetric": True},
+            rf"{FIRST} must have no zero points, since symmetric is true, its weight_zero_point",
+        ),
+        (True, {"symmetric": False}, rf"{FIRST} must have a weight_zero_point, since symmetric is false, it has none"),
+        (True, {"actorder": "group"}, rf"{FIRST} must have a weight_g_idx, since its actorder is 'group', it has none"),
+        (True, {"type": "float"}, rf"{FIRST} has integer codes, its type is 'float'"),
+    ],
+    ids=["symmetric", "not symmetric", "actorder", "type"],
+)
+def test_what_compressed_tensors_config_says_of_codes_is_held_against_them(symmetric, told, words, folder_of, tmp_path):
+    source = tmp_path / "source"
+    lorq.quantize(folder_of("llama"), tmp_path / "q", lorq.Nearest(bits=4, group_size=16, symmetric=symmetric))
+    lorq.export(tmp_path / "q", source, to="compressed-tensors")
+    assert lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True).layers
+    groups = json.loads((source / "config.json").read_text())["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"] |= told
+    changed_config(source, config_groups=groups)
+    with pytest.raises(ValueError, match=words):
+        lorq.quantize(source, tmp_path / "out", METHOD, dry_run=True)
+
+
+def test_weights_of_compressed_tensors_that_are_not_compressed_or_sparse_are_refused(quantized, tmp_path):
+    source = tmp_path / "source"
+    lorq.export(quantized(), source, to="compressed-tensors", dtype="float32")
+
+    def with_zeros(tensors):  # as programs wrote them once
+        names = [name for name in tensors if name.endswith("weight_scale")]
+        return tensors | {
+            name.replace("scale", "zero_point"): torch.zeros(tensors[name].shape, dtype=torch.int8) for name in names
+        }
+
+    lorq.quantize(source, tmp_path / "plain", METHOD)
+    changed_tensors(source, with_zeros)
+    lorq.quantize(source, tmp_path / "out", METHOD)
+    for name, weight in LorqFolder.open(tmp_path / "plain").layers():
+        assert torch.equal(LorqFolder.open(tmp_path / "out").weight(name).dense(), weight.dense())
+    changed_config(source, sparsity_config={"format": "sparse-24-bitmask"})
+    with pytest.raises(ValueError, match=r"format pack-quantized or .*, got sparse-24-bitmask"):
+        lorq.quantize(source, tmp_path / "out2", METHOD, dry_run=True)
+    changed_config(source, sparsity_config=None, quantization_status="frozen")
+
+    def frozen(tensors):
+        rest = {name: t for name, t in tensors.items() if not name.startswith(NAME) or name.endswith("weight_scale")}
+        return rest | {f"{NAME}.weight": torch.ones(64, 64)}
+
+    changed_tensors(source, frozen)
+    with pytest.raises(
+        ValueError, match=rf"{NAME}.weight is torch.float32 beside a scale; save it with save_compressed"
+    ):
+        lorq.quantize(source, tmp_path / "out2", METHOD, dry_run=True)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from helpers import BYTES, tiny_folder
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import softmax
 from transformers import AutoModelForCausalLM
 
@@ -54,6 +55,32 @@ def test_lookups_and_logits_are_those_of_the_decoded_tables(family, folder_of, f
     before = table(tokens[:1, :4])
     table.weight_scale[~torch.isin(torch.arange(len(table.weight_scale)), tokens[0, :4])] = torch.nan
     assert torch.equal(table(tokens[:1, :4]), before)
+
+
+@pytest.mark.parametrize(("family", "part"), [("llama", "head"), ("mistral", "embeddings"), ("mistral", "head")])
+@pytest.mark.parametrize("method", [TRELLIS, lorq.GPTQ(bits=3, group_size=32)], ids=["trellis", "gptq"])
+def test_a_table_of_zeros_is_a_table(family, part, method, quantize, tmp_path):
+    source = tiny_folder(tmp_path / "model", family)
+    tensors = load_file(source / "model.safetensors")
+    name = "lm_head" if (family, part) == ("mistral", "head") else "model.embed_tokens"
+    tensors[f"{name}.weight"].zero_()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    quantize(source, tmp_path / "out", method, **{part: 4})
+    assert not LorqFolder.open(tmp_path / "out").weight(name).dense().any()
+    assert lorq.load(tmp_path / "out")(torch.arange(9)[None]).logits.isfinite().all()
+
+
+def test_a_constant_row_of_a_table_is_kept(quantize, tmp_path):
+    source = tiny_folder(tmp_path / "model", "llama")
+    tensors = load_file(source / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    table[5] = 50.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    report = quantize(source, tmp_path / "out", head=4)
+    off = LorqFolder.open(tmp_path / "out").weight("model.embed_tokens").dense() - table
+    relative = off.square().sum(1) / table.square().sum(1)
+    assert relative[5] < 1e-3 and relative.median() < 0.02
+    assert next(layer for layer in report.layers if "embed" in layer.name).error_after < 1e-3
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -22,7 +22,7 @@ from lorq.models.skeleton import read_config
 from lorq.progress import EXPORT
 from lorq.storage.atomic import require_space
 from lorq.storage.folder import LorqFolder
-from lorq.storage.names import GGUF_MARK
+from lorq.storage.seal import mark
 from lorq.version import __version__
 
 
@@ -97,7 +97,7 @@ def _write(plan: Plan, tensors: list[FileTensor], out: Path, request: ExportRequ
 
     config, path = plan.config, plan.folder.path
     writer = GGUFWriter(out, plan.architecture.name)
-    writer.add_string(GGUF_MARK, __version__)
+    mark(writer)
     try:
         writer.add_type("model")
         otherwise = _write_metadata(writer, path, config, plan.options.tokenizer_pre)

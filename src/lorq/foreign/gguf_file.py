@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lorq.storage.names import GGUF_MARK
-from lorq.version import __version__
+from lorq.storage.seal import mark
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def write_lora(file: Path, architecture: str, factors: Mapping[str, tuple[Tensor
     from gguf import GGUFWriter
 
     writer = GGUFWriter(file, architecture)
-    writer.add_string(GGUF_MARK, __version__)
+    mark(writer)
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)

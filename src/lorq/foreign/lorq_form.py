@@ -1,5 +1,6 @@
 """A lorq folder: the quantized model's codes as they are, and the factors beside them."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from lorq.core.low_rank import LowRank, store_factors
 from lorq.core.weight import QuantizedWeight, layer_bytes
 from lorq.foreign.choose import Compensated
 from lorq.foreign.couple import Couple
-from lorq.models.blocks import Part, Target
+from lorq.models.blocks import Target
+from lorq.models.quantized import read_quantization
 from lorq.models.skeleton import read_config
+from lorq.models.tables import config_as_stored, find_tables
+from lorq.pipeline.tables import embedding_heads
 from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.config import write_format
 from lorq.storage.names import FORMAT_VERSION, REPORT_NAME, SENTINEL, shard_name
-from lorq.storage.report import LayerReport, Report
+from lorq.storage.report import LayerReport, Report, read_report
 from lorq.storage.writer import CheckpointWriter
 from lorq.version import __version__
 
@@ -32,22 +36,36 @@ def check_lorq(couple: Couple) -> None:
             f"--form lorq needs weights that are integer codes with groups, {couple.quantized.checkpoint.folder} has "
             "none that lorq knows of (what a GGUF file holds is known by its values alone); take --form peft or gguf"
         )
-    model = couple.quantized
+    model, tables = couple.quantized, _tables(couple)
     for part in model.parts:
-        for name in set(part.tensors) - {f"{target.name}.weight" for target in part.targets}:
-            if not couple.files.layers.keys().isdisjoint(model.stored_names(name)):
-                raise ValueError(f"--form lorq keeps {name} as it is, and it is quantized; take --form peft")
-    for target in model.blocks[0].targets:
+        for name in set(part.tensors) - {f"{target.name}.weight" for target in (*part.targets, *tables)}:
+            if _is_quantized(couple, name):
+                raise ValueError(
+                    "--form lorq has codes for the layers of blocks, the table of tokens and the head alone, "
+                    f"{name} is quantized too; take --form peft"
+                )
+    for target in (*model.blocks[0].targets, *tables):
         _exact(couple, target)
+
+
+def _tables(couple: Couple) -> list[Target]:
+    """The table of tokens and the head, as far as they are quantized."""
+    found = find_tables(couple.quantized)
+    named = {t.name: t for t in (found.embedding, *(() if found.tied else (found.head,))) if isinstance(t, Target)}
+    return [target for name, target in named.items() if _is_quantized(couple, f"{name}.weight")]
+
+
+def _is_quantized(couple: Couple, name: str) -> bool:
+    return not couple.files.layers.keys().isdisjoint(couple.quantized.stored_names(name))
 
 
 def _exact(couple: Couple, target: Target) -> QuantizedWeight | None:
     """A layer's weight in lorq's codes; None where it is not quantized."""
-    names = couple.quantized.stored_names(f"{target.name}.weight")
-    if couple.files.layers.keys().isdisjoint(names):
+    if not _is_quantized(couple, f"{target.name}.weight"):
         return None
+    names = couple.quantized.stored_names(f"{target.name}.weight")
     try:
-        if target.transposed or len(names) > 1:
+        if len(names) > 1:
             raise ValueError("it is stored in another form than the layer has it")
         return couple.files.weight(names[0]).exact()
     except ValueError as error:
@@ -93,9 +111,10 @@ def write_lorq(done: Compensated, folder: Path, report: Report) -> Report:
         ValueError: if a weight is no code of lorq.
     """
     model, source = done.couple.quantized, done.couple.quantized.checkpoint.folder
-    writer = CheckpointWriter.create(folder, {})
-    for number, part in enumerate((model.outside, *model.blocks)):
-        tensors, record = _pack(done, part if isinstance(part, tuple) else (part,))
+    writer, tables, told = CheckpointWriter.create(folder, {}), _tables(done.couple), _told(done)
+    outside = [name for part in model.outside for name in part.tensors]
+    for number, (names, targets) in enumerate([(outside, tables), *((p.tensors, p.targets) for p in model.blocks)]):
+        tensors, record = _pack(done, names, targets, told)
         size = sum(tensor.nbytes for tensor in tensors.values())
         writer.write_shard(shard_name(number, len(model.blocks)), tensors, record | {"bytes": size})
     records = list(writer.completed.values())
@@ -108,11 +127,12 @@ def write_lorq(done: Compensated, folder: Path, report: Report) -> Report:
             LayerReport(**layer | {"shape": tuple(layer["shape"])}) for record in records for layer in record["layers"]
         ),
     )  # fmt: skip
-    config = with_code_of(read_config(source, quantized=True).to_dict(), beside) | {
+    config = config_as_stored(model, with_code_of(read_config(source, quantized=True).to_dict(), beside)) | {
         "transformers_weights": SENTINEL,
         "quantization_config": {
             "quant_method": "lorq", "format_version": FORMAT_VERSION, "lorq_version": __version__,
-            "method": report.method, "settings": report.settings, "tiles": {}, "inputs": done.inputs, "embeddings": {},
+            "method": report.method, "settings": report.settings, "tiles": {}, "inputs": done.inputs,
+            "embeddings": embedding_heads(model, tables),
             "layers": {name: format for record in records for name, format in record["formats"].items()},
         },
     }  # fmt: skip
@@ -121,31 +141,43 @@ def write_lorq(done: Compensated, folder: Path, report: Report) -> Report:
     return report
 
 
-def _pack(done: Compensated, parts: tuple[Part, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of parts, and their layers' formats."""
+def _pack(
+    done: Compensated, names: Iterable[str], targets: Iterable[Target], told: Mapping[str, LayerReport]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of parameters, those of layers as codes, and the layers' formats."""
     model = done.couple.quantized
+    weights = {f"{target.name}.weight": target for target in targets}
     tensors: dict[str, Tensor] = {}
     formats: dict[str, Any] = {}
     layers: list[dict[str, Any]] = []
-    for part in parts:
-        weights = {f"{target.name}.weight": target for target in part.targets}
-        for name in part.tensors:
-            target = weights.get(name)
-            weight = None if target is None else _exact(done.couple, target)
-            if target is None or weight is None:
-                tensors[name] = model.stored_tensor(name)
-                continue
-            factors = done.factors(target.name) if target.name in done.layers else None
-            weight = with_factors(weight, factors)
-            formats[target.name] = write_format(weight.format)
-            layers.append(vars(_report(done, target.name, weight)))
-            tensors |= {f"{target.name}.{local}": tensor for local, tensor in weight.tensors().items()}
+    for name in names:
+        target = weights.get(name)
+        weight = None if target is None else _exact(done.couple, target)
+        if target is None or weight is None:
+            tensors[name] = model.stored_tensor(name)
+            continue
+        factors = done.factors(target.name) if target.name in done.layers else None
+        weight = with_factors(weight, factors)
+        formats[target.name] = write_format(weight.format)
+        layers.append(vars(_report(done, target.name, weight, told)))
+        tensors |= {f"{target.name}.{local}": tensor for local, tensor in weight.tensors().items()}
     return tensors, {"formats": formats, "layers": layers}
 
 
-def _report(done: Compensated, name: str, weight: QuantizedWeight) -> LayerReport:
+def _told(done: Compensated) -> dict[str, LayerReport]:
+    """What is known of the layers where lorq has quantized them."""
+    folder = done.couple.quantized.checkpoint.folder
+    if (read_quantization(folder) or {}).get("quant_method") != "lorq":
+        return {}
+    return {layer.name: layer for layer in read_report(folder).layers}
+
+
+def _report(done: Compensated, name: str, weight: QuantizedWeight, told: Mapping[str, LayerReport]) -> LayerReport:
     """What the report says of a layer, whose bytes here are those of lorq's codes."""
-    note = done.couple.kept.get(name, "")
-    plain = LayerReport(name, weight.shape, 0, 0, "none", 0.0, 0.0, 0, note and f"no factors: {note}")
-    known = done.report(name) if name in done.layers else plain
+    if name in done.layers:
+        known = done.report(name)
+    else:
+        known = told.get(name) or LayerReport(name, weight.shape, 0, 0, "none", 0.0, 0.0, 0)
+        why = f"no factors: {done.couple.kept.get(name, 'a table of tokens or a head')}"
+        known = replace(known, note="; ".join(filter(None, (known.note, why))))
     return replace(known, bits=weight.format.bits, rank=weight.rank, bytes=layer_bytes(weight.stored_bits()))

@@ -21,13 +21,14 @@ def write_peft(done: Compensated, folder: Path, base: str) -> int:
         base: the quantized model, which the factors are for, and for no other.
     """
     ranks = {name: rank for name, (_, rank) in done.layers.items() if rank}
+    dense = not done.couple.files.layers  # else linear layers have taken the place of GPT-2's Conv1D
     transposed = {t.transposed for targets in done.couple.targets.values() for t in targets if t.name in ranks}
     factors: dict[str, tuple[Tensor, Tensor]] = {}
     for name in ranks:
         own = done.factors(name)
         assert own is not None
         factors[name] = own.left, own.right
-    return write_lora(folder, factors, base, transposed=transposed == {True})
+    return write_lora(folder, factors, base, transposed=dense and transposed == {True})
 
 
 def write_lora(folder: Path, factors: Mapping[str, tuple[Tensor, Tensor]], base: str, *, transposed: bool) -> int:

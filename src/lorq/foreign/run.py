@@ -102,9 +102,9 @@ def compensate(
         writer = CheckpointWriter.create(work, identity, resume=chosen.resume, overwrite=not chosen.resume)
         fit(couple, plan, windows.tokens, chosen, writer, progress)
         done = Compensated.choose(couple, work, writer.completed, chosen)
-        report = Report(
-            "compensate", _without(_HOW, chosen), tuple(map(done.report, done.layers)), 0, dict(couple.kept), run, {}
-        )
+        told = _without(_HOW, chosen) | {"calibration": windows.source}  # whose folder is nobody's business
+        layers, run = tuple(map(done.report, done.layers)), run | {"form": form}
+        report = Report("compensate", told, layers, 0, dict(couple.kept), run, {})
         report = _write(done, form, str(quantized), report, work, out)
     return replace(report, seconds=time.monotonic() - started)
 

@@ -45,7 +45,7 @@ def read_float8(tensors: Mapping[str, Tensor], *, block: tuple[int, int] | None)
     if block is not None and tuple(scale.shape) == tuple(-(-n // b) for n, b in zip(weight.shape, block, strict=True)):
         scale = scale.repeat_interleave(block[0], 0)[: len(weight)]
         scale = scale.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
-    elif scale.numel() in (1, len(weight)):
+    elif scale.numel() == 1 or tuple(scale.shape) in ((len(weight),), (len(weight), 1)):
         scale = scale.reshape(-1, 1)
     else:
         raise ValueError(

@@ -106,43 +106,59 @@ def read_gptq(tensors: Mapping[str, Tensor], *, zero_offset: int) -> GroupedCode
     columns = len(group)
     bits = words.shape[0] * 32 // columns
     codes = unpack(words.T.contiguous(), bits, columns)
-    zero = unpack(tensors["qzeros"].contiguous(), bits, len(scale)).T.to(torch.int32) + zero_offset
+    zero = gptq_zero_points(tensors["qzeros"], bits, len(scale), zero_offset=zero_offset)
     return _grouped(codes, bits, scale, zero, group)
+
+
+def gptq_zero_points(
+    words: Int[Tensor, "groups words"], bits: int, out: int, *, zero_offset: int
+) -> Int[Tensor, "out groups"]:
+    """GPTQ's ``qzeros``, unpacked."""
+    return unpack(words.contiguous(), bits, out).T.to(torch.int32) + zero_offset
+
+
+def awq_columns(words: Int[Tensor, "rows words"]) -> UInt8[Tensor, "rows columns"]:
+    """AWQ's codes, unpacked and put in order."""
+    codes = unpack(words.contiguous(), 4, 8 * words.shape[1])
+    return codes.unflatten(1, (-1, 8))[..., list(_AWQ_PLACES)].flatten(1)
 
 
 def read_awq(tensors: Mapping[str, Tensor]) -> GroupedCodes:
     """AWQ's "gemm" form: ``qweight`` (in, out / 8), ``qzeros`` (groups, out / 8), ``scales`` (groups, out), 4 bits."""
-
-    def unpacked(words: Tensor) -> Tensor:
-        codes = unpack(words.contiguous(), 4, 8 * words.shape[1])
-        return codes.unflatten(1, (-1, 8))[..., list(_AWQ_PLACES)].flatten(1)
-
-    codes, scale = unpacked(tensors["qweight"]).T.contiguous(), tensors["scales"].T
-    zero = unpacked(tensors["qzeros"]).T.to(torch.int32)
+    codes, scale = awq_columns(tensors["qweight"]).T.contiguous(), tensors["scales"].T
+    zero = awq_columns(tensors["qzeros"]).T.to(torch.int32)
     return _grouped(codes, 4, scale, zero, _in_order(codes.shape[1], scale.shape[1]))
 
 
-def read_packed(tensors: Mapping[str, Tensor], *, bits: int | None = None) -> GroupedCodes:
+def read_packed(tensors: Mapping[str, Tensor], *, bits: int | None = None, symmetric: bool = False) -> GroupedCodes:
     """compressed-tensors' "pack-quantized": lorq's own packing, codes and zero points less ``2^(bits - 1)``.
 
     Args:
         bits: as the config says; None for what the words tell.
+        symmetric: there are no zero points, whatever lies in their place.
 
     Raises:
         ValueError: if the words are not the dense ones of version 0.18 and later.
     """
     out, columns = tensors["weight_shape"].tolist()
     words, scale = tensors["weight_packed"], tensors["weight_scale"].view(out, -1)
-    bits = next((b for b in ([bits] if bits else range(1, 9)) if -(-columns * b // 32) == words.shape[1]), 0)
-    if not bits:
+    fitting = [b for b in ([bits] if bits else range(1, 9)) if -(-columns * b // 32) == words.shape[1]]
+    if len(fitting) > 1:
+        raise ValueError(
+            f"the config must say how many bits {columns} codes have that take {words.shape[1]} words, where "
+            f"{' and '.join(map(str, fitting))} do, no group of config_groups is the layer's"
+        )
+    if not fitting:
         raise ValueError(
             f"{columns} codes of 1 to 8 bits side by side must fill the {words.shape[1]} words of a row, as "
             "compressed-tensors 0.18 and later packs them; write the model again with a newer one"
         )
+    (bits,) = fitting
     group = tensors.get("weight_g_idx")
     if group is None:
         group = _in_order(columns, scale.shape[1])
-    if (packed := tensors.get("weight_zero_point")) is not None:
+    packed = tensors.get("weight_zero_point")
+    if packed is not None and not symmetric:
         zero = unpack_columns(packed, bits, out).to(torch.int32)
     else:
         zero = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.int32)

@@ -1,46 +1,22 @@
 """A model that somebody has quantized, opened: its layers' weights under the names that the original has."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.models.bitsandbytes import STATE, read_eight_bits, read_four_bits, read_state
-from lorq.models.decoded import FLOAT8, read_float8
-from lorq.models.grouped import read_awq, read_gptq, read_packed, read_plain
-from lorq.models.stated import check_bits, check_groups, stated_by_gptq, stated_by_groups
+from lorq.models.decoded import FLOAT8
+from lorq.models.formats import FORMATS, Packed, Weight
 from lorq.storage.folder import LorqFolder
 from lorq.storage.json_files import damaged, read_json, some_of
 from lorq.storage.names import DECODED_FROM
 from lorq.storage.reader import WeightFiles
-
-
-@runtime_checkable
-class Weight(Protocol):
-    """A quantized weight, read."""
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        """In float32."""
-        ...
-
-    def exact(self) -> QuantizedWeight:
-        """In lorq's codes, to the last bit; a ValueError that says why where these cannot have it."""
-        ...
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Where a quantized weight lies: shape, names of its tensors by local name, and what makes a weight of them."""
-
-    shape: tuple[int, int]
-    parts: Mapping[str, str]
-    make: Callable[[Mapping[str, Tensor]], Weight]
 
 
 @dataclass(frozen=True)
@@ -170,138 +146,6 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
     if found is not None and not isinstance(found, dict):
         raise damaged(folder / "config.json", f"quantization_config must be an object, got {found!r}")
     return found
-
-
-Found = Iterator[tuple[str, Packed]]
-
-
-def _parts(
-    files: WeightFiles, key: str, others: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """The modules that have a tensor ``key``: their tensors by local name.
-
-    Raises:
-        ValueError: if one lacks one of the ``others``.
-    """
-    for module, names in files.by_module.items():
-        own = {name.rpartition(".")[2]: name for name in names}
-        if key not in own:
-            continue
-        if lacking := [local for local in others if local not in own]:
-            raise damaged(files.folder, f"{module} has {key} and lacks {some_of(lacking)}")
-        yield module, {local: own[local] for local in (key, *others, *optional) if local in own}
-
-
-def _matrix(files: WeightFiles, name: str) -> tuple[int, int]:
-    """The shape of a tensor that must be a matrix."""
-    shape = files.shape(name)
-    if len(shape) != 2:
-        raise damaged(files.folder / files.files[name], f"{name} must be a matrix, its shape is {shape}")
-    return shape[0], shape[1]
-
-
-def _gptq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
-    form = str(config.get("checkpoint_format", "gptq"))
-    if form not in ("gptq", "gptq_v2"):
-        raise ValueError(f"{files.folder} must have GPTQ's checkpoint_format gptq or gptq_v2, got {form}")
-    make = partial(read_gptq, zero_offset=1 if form == "gptq" else 0)
-    for module, parts in _parts(files, "qweight", ("qzeros", "scales", "g_idx")):
-        words, out = _matrix(files, parts["qweight"])
-        in_, stated = files.shape(parts["g_idx"])[0], stated_by_gptq(config, module)
-        check_bits(files.folder, module, stated.get("bits"), words=words, columns=in_)
-        groups = files.shape(parts["scales"])[0]
-        check_groups(files.folder, module, stated.get("group_size"), groups=groups, columns=in_)
-        yield module, Packed((out, in_), parts, make)
-
-
-def _awq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
-    form, bits = str(config.get("version", "gemm")).lower(), config.get("bits", config.get("w_bit"))
-    if form != "gemm" or bits != 4:
-        raise ValueError(f"{files.folder} must have AWQ's version gemm in 4 bits, got {form} in {bits}")
-    for module, parts in _parts(files, "qweight", ("qzeros", "scales")):
-        in_, words = _matrix(files, parts["qweight"])
-        size = config.get("group_size", config.get("q_group_size"))
-        check_groups(files.folder, module, size, groups=files.shape(parts["scales"])[0], columns=in_)
-        yield module, Packed((8 * words, in_), parts, read_awq)
-
-
-def _compressed_tensors(files: WeightFiles, config: Mapping[str, Any]) -> Found:
-    known = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
-    groups = config.get("config_groups", {})
-    forms = {str(group.get("format") or config.get("format")) for group in groups.values()}
-    if unread := sorted(forms - set(known)):
-        raise ValueError(
-            f"{files.folder} must have compressed-tensors' format {' or '.join(known)}, got {some_of(unread)}"
-        )
-    if config.get("transform_config"):
-        raise ValueError(
-            f"{files.folder} has transform_config: its weights are rotated, and differ from the original's otherwise "
-            "than by quantization"
-        )
-    others = ("weight_zero_point", "weight_g_idx")
-    for module, parts in _parts(files, "weight_packed", ("weight_scale", "weight_shape"), others):
-        shape = WeightFiles.tensor(files.aside(), parts["weight_shape"]).tolist()
-        stated = stated_by_groups(groups, module)
-        words = _matrix(files, parts["weight_packed"])[1]
-        check_bits(files.folder, module, stated.get("num_bits"), words=words, columns=shape[1])
-        if stated.get("strategy") in ("group", "channel"):
-            size, found = stated.get("group_size"), files.shape(parts["weight_scale"])[-1]
-            check_groups(files.folder, module, size or -1, groups=found, columns=shape[1])
-        make = partial(read_packed, bits=stated.get("num_bits"))
-        yield module, Packed((shape[0], shape[1]), parts, make)
-    for module, parts in _parts(files, "weight", (), ("weight_scale", "weight_zero_point")):
-        if "weight_scale" in parts:
-            out, in_ = files.shape(parts["weight"])
-            if files.dtype(parts["weight"]) in FLOAT8:
-                scales = {local: name for local, name in parts.items() if local != "weight_zero_point"}
-                yield module, Packed((out, in_), scales, partial(read_float8, block=_block(groups)))
-            else:
-                yield module, Packed((out, in_), parts, read_plain)
-
-
-def _block(groups: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The rows and columns of compressed-tensors' blocks; None where there are none."""
-    stated = [(group.get("weights") or {}).get("block_structure") for group in groups.values()]
-    found = {tuple(block) for block in stated if block}
-    if len(found) > 1:
-        raise ValueError(f"compressed-tensors' blocks must be of one size, got {some_of(map(str, sorted(found)))}")
-    return found.pop() if found else None
-
-
-def _float8(files: WeightFiles, config: Mapping[str, Any]) -> Found:
-    block = config.get("weight_block_size")
-    make = partial(read_float8, block=tuple(block) if block else None)
-    for module, parts in _parts(files, "weight", (), ("weight_scale_inv", "weight_scale")):
-        if len(parts) > 1:
-            out, in_ = files.shape(parts["weight"])
-            yield module, Packed((out, in_), parts, make)
-
-
-def _bitsandbytes(files: WeightFiles, config: Mapping[str, Any]) -> Found:
-    names: dict[str, dict[str, str]] = {}
-    for name in files.names:
-        module, found, local = name.partition(".weight.")
-        if found:
-            names.setdefault(module, {"weight": f"{module}.weight"})[f"weight.{local}"] = name
-    for module, parts in names.items():
-        states = [name for local, name in parts.items() if local.startswith(STATE)]
-        if len(states) != 1:
-            raise damaged(files.folder, f"{module} must have one quant_state, got {some_of(states) or 'none'}")
-        yield module, Packed(read_state(files.aside().tensor(states[0]))["shape"], parts, read_four_bits)
-    for module, parts in _parts(files, "weight", (), ("SCB", "weight_format")):
-        if "SCB" in parts:
-            out, in_ = files.shape(parts["weight"])
-            yield module, Packed((out, in_), parts, read_eight_bits)
-
-
-# By quant_method: the modules that are packed, each with where and how.
-FORMATS: dict[str, Callable[[WeightFiles, Mapping[str, Any]], Found]] = {
-    "gptq": _gptq,
-    "awq": _awq,
-    "compressed-tensors": _compressed_tensors,
-    "bitsandbytes": _bitsandbytes,
-    "fp8": _float8,
-}
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,93 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorq.storage.json_files import damaged, inconsistent
+import torch
+from jaxtyping import Integer, Shaped
+from torch import Tensor
+
+from lorq.storage.json_files import damaged, inconsistent, read_json
 
 _CONFIG = "config.json"
+# Where GPTQ's and AWQ's programs tell the same once more, and their names of a setting, the first of which is ours.
+_AGAIN = ("quantize_config.json", "quant_config.json")
+_NAMES = (
+    ("quant_method", "method"), ("checkpoint_format", "format", "version"), ("bits", "w_bit"),
+    ("group_size", "q_group_size"), ("sym",), ("zero_point",), ("desc_act",), ("pack_dtype",), ("dynamic",),
+    ("is_marlin_format",),
+)  # fmt: skip
+
+
+def settle(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of GPTQ or AWQ with one name a setting, where all that tell of one tell the same.
+
+    Raises:
+        ValueError: naming the two that differ.
+    """
+    told = {f"{_CONFIG}'s quantization_config": config}
+    told |= {name: read_json(folder / name) for name in _AGAIN if (folder / name).is_file()}
+    settled = {name: value for name, value in config.items() if value is not None}
+    for names in _NAMES:
+        found = {
+            f"{name} of {file}": own[name] for file, own in told.items() for name in names if own.get(name) is not None
+        }
+        (first, value), *others = found.items() or [("", None)]
+        for other, its in others:
+            if _plain(its) != _plain(value):
+                raise ValueError(
+                    f"{folder} must be told of in one way, {first} is {value!r} and {other} is {its!r}; keep the true "
+                    "one, or download the model again"
+                )
+        if value is not None:
+            settled[names[0]] = _plain(value)
+    return settled
+
+
+def _plain(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+def check_symmetry(
+    folder: Path, module: str, zero: Integer[Tensor, "..."], bits: int, *, said: str, stated: Any
+) -> None:
+    """Refuse zero points that are not the middle of the codes where ``said``, which is ``stated``, has them there."""
+    middle = 2 ** (bits - 1)
+    if stated and (others := int((zero != middle).sum())):
+        raise inconsistent(
+            folder / _CONFIG,
+            f"{module} must have the zero point {middle} everywhere, as {said} of quantization_config, {stated!r}, "
+            f"says, it has others in {others} places of {zero.numel()}, {int(zero.min())} to {int(zero.max())}",
+        )
+
+
+def check_offset(folder: Path, module: str, zero: Integer[Tensor, "..."], bits: int, form: str) -> None:
+    """Refuse the one of GPTQ's two formats in which all zero points are beside the middle, where the other has it.
+
+    Nothing else in the tensors tells them apart. Zero points that were fitted are not all the same.
+    """
+    other, off = ("gptq_v2", 1) if form == "gptq" else ("gptq", -1)
+    middle = 2 ** (bits - 1)
+    if bool((zero == middle + off).all()):
+        raise ValueError(
+            f"{folder / _CONFIG}: {module} has the zero point {middle + off} everywhere as checkpoint_format {form} "
+            f"stores it, and {middle}, the middle of its codes, as {other} does; set checkpoint_format to {other}, or "
+            "download the model again"
+        )
+
+
+def check_order(folder: Path, module: str, group: Shaped[Tensor, "in"], groups: int, *, said: str, stated: Any) -> None:
+    """Refuse columns whose groups lie scattered, where ``said``, which is ``stated``, has them side by side.
+
+    Numbers that are no groups are refused where the weight is read.
+    """
+    if group.is_floating_point() or bool(((group < 0) | (group >= groups)).any()):
+        return
+    size = -(-len(group) // max(groups, 1))
+    if not torch.equal(group.long(), torch.arange(len(group)) // size):
+        raise inconsistent(
+            folder / _CONFIG,
+            f"{module} must have its groups side by side, as {said} of quantization_config, {stated!r}, says, its "
+            "g_idx has them in another order",
+        )
 
 
 def stated_by_gptq(config: Mapping[str, Any], module: str) -> Mapping[str, Any]:
@@ -28,6 +112,11 @@ def stated_by_groups(groups: Mapping[str, Any], module: str) -> Mapping[str, Any
                 return dict(weights)
             rest = weights if target == "Linear" and rest is None else rest
     return dict(rest or {})
+
+
+def has_order(stated: Mapping[str, Any]) -> bool:
+    """Whether compressed-tensors' config says that a layer's columns tell their groups."""
+    return stated.get("actorder") in (True, "group", "dynamic")
 
 
 def check_bits(folder: Path, module: str, stated: Any, *, words: int, columns: int) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorq.models.experts import FusedPart, find_experts
+from lorq.models.quantized import QuantizedFiles
 from lorq.storage.json_files import some_of
 from lorq.storage.reader import WeightFiles
 
@@ -87,12 +88,14 @@ class Stored:
         part: the expert's own, where experts are fused.
         conversion: what makes the parameter, or the fused tensor, of stored ones; None where it is stored as it is.
         output: which of the conversion's parameters it is.
+        turned: it is stored as (out, in), by who put a linear layer in the place of GPT-2's Conv1D.
     """
 
     name: str
     part: FusedPart | None = None
     conversion: Conversion | None = None
     output: str = ""
+    turned: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -114,7 +117,8 @@ class Stored:
     def _made(self, checkpoint: WeightFiles, *, headers: bool) -> Tensor:
         if self.part is None:
             if self.conversion is None:
-                return _whole(checkpoint, self.name, headers)
+                whole = _whole(checkpoint, self.name, headers)
+                return whole.T if self.turned else whole
             return self.conversion.of(checkpoint, headers=headers)[self.output]
         number = self.part.expert
         if self.conversion is None:
@@ -135,7 +139,10 @@ def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, dot_natural_key
+    from transformers.pytorch_utils import Conv1D
 
+    packed = checkpoint.layers if isinstance(checkpoint, QuantizedFiles) else {}
+    turned = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, Conv1D)}
     changes = get_model_conversion_mapping(model)
     converters = [change for change in changes if isinstance(change, WeightConverter)]
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
@@ -173,7 +180,7 @@ def find_stored(model: Any, checkpoint: WeightFiles) -> dict[str, Stored]:
         # Like transformers: a name that only fits before it is renamed is kept.
         place = find(name) or find(stored)
         if place in own:
-            found.put(place, Stored(stored))
+            found.put(place, Stored(stored, turned=place in turned and stored in packed))
         elif place in fused:
             _check_fused(checkpoint, stored, len(experts[place.rpartition(".")[0]]))
             for parameter, part in fused[place]:

@@ -51,6 +51,16 @@ def find_tables(streamed: StreamedModel) -> Tables:
     return Tables(embedding, head, bool(pairs), {n: type(model.get_submodule(n)).__name__ for n in sorted(tables)})
 
 
+def config_as_stored(streamed: StreamedModel, config: dict[str, Any]) -> dict[str, Any]:
+    """A model's config, which ties no table and head of which the checkpoint has two that differ.
+
+    transformers believes the checkpoint; others believe the config.
+    """
+    if config.get("tie_word_embeddings") and streamed.model.get_output_embeddings() and not find_tables(streamed).tied:
+        return config | {"tie_word_embeddings": False}
+    return config
+
+
 def is_lookup(module: Any) -> bool:
     """Whether a module looks rows of its table up, and whatever else it does, it does with these rows alone."""
     if not isinstance(module, nn.Embedding) or module.max_norm is not None or set(module.state_dict()) != {"weight"}:

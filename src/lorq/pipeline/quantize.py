@@ -18,7 +18,7 @@ from lorq.models.locate import cache_dir, full_path, load_dense, refuse_adapter,
 from lorq.models.quantized import source_note
 from lorq.models.self_text import cached_self_windows, check_self_windows
 from lorq.models.skeleton import read_config
-from lorq.models.tables import find_tables
+from lorq.models.tables import config_as_stored
 from lorq.models.texts import SELF, check_text, text_name
 from lorq.models.tokenizer import tokenizer_if_any
 from lorq.models.windows import Encoder, Windows, text_windows
@@ -338,7 +338,7 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
     )  # fmt: skip
     beside, left = find_companions(folder)
     report = replace(report, run=report.run | ({"not_copied": left} if left else {}))
-    config = with_code_of(read_config(folder, quantized=True).to_dict(), beside) | {
+    config = config_as_stored(model, with_code_of(read_config(folder, quantized=True).to_dict(), beside)) | {
         "transformers_weights": SENTINEL,
         "quantization_config": {
             "quant_method": "lorq", "format_version": FORMAT_VERSION, "lorq_version": __version__,
@@ -349,9 +349,6 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
             "embeddings": {table: head for record in records for table, head in record["embeddings"].items()},
         },
     }  # fmt: skip
-    if config.get("tie_word_embeddings") and model.model.get_output_embeddings() and not find_tables(model).tied:
-        # The checkpoint has two tables that differ, and transformers believes it; others believe the config.
-        config["tie_word_embeddings"] = False
     # Where the model was read from is nobody's business and would differ from machine to machine.
     config.pop("_name_or_path", None)
     writer.finish(config=config, files={**beside, REPORT_NAME: report.to_bytes()})

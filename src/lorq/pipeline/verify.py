@@ -1,5 +1,6 @@
 """Read a written folder back and compare: what is on the disk must compute what was solved."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,8 +71,9 @@ def probe_tokens(config: Any, seed: int) -> Int[Tensor, "windows length"]:
 
 
 def sqnr_db(expected: Tensor, got: Tensor) -> float:
-    """How near logits are to what they should be."""
-    return float(10 * torch.log10(expected.square().sum() / (expected - got).square().sum().clamp(min=1e-30)))
+    """How near logits are to what they should be; of those of a head of zeros there is nothing else to be equal."""
+    error = (expected - got).square().sum()
+    return float(10 * torch.log10(expected.square().sum() / error.clamp(min=1e-30))) if error else math.inf
 
 
 def verify(

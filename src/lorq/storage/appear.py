@@ -11,38 +11,51 @@ from typing import Any
 from lorq.storage.atomic import TEMPORARY, is_full, sha256_of, sync_file, sync_folder
 from lorq.storage.json_files import json_bytes, read_json, some_of
 from lorq.storage.lock import LOCK, owned, refuse_busy
-from lorq.storage.names import EXPORTED, GGUF_MARK
-
-_MARKED = 4096  # bytes of a GGUF file, of which lorq's mark is among the first keys
-_LARGE = 64 << 20  # bytes
+from lorq.storage.names import EXPORTED
+from lorq.storage.out_folder import linked
+from lorq.storage.seal import is_gguf, is_marked, is_sealed, seal
 
 
 def refuse_used(out: Path, *, overwrite: bool = False) -> None:
     """Refuse an output that exists; with ``overwrite`` only what lorq has not exported, and what was changed since.
 
+    A link to where nothing is leads to what will be made. What a link leads to is not replaced.
+
     Raises:
         FileExistsError: saying what to do.
     """
-    out = Path(os.path.realpath(out))
+    given, out = out, Path(os.path.realpath(out))
     refuse_busy(_work(out))
     if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return
     if not overwrite:
-        raise FileExistsError(f"{out} must be new, it is there; choose another name, or replace it with --overwrite")
-    if out.is_file():
-        with out.open("rb") as file:
-            begin = file.read(_MARKED)
-        if begin[:4] != b"GGUF" or GGUF_MARK.encode() not in begin:
-            what = "another program's" if begin[:4] == b"GGUF" else "no GGUF file"
-            raise FileExistsError(
-                f"{out} must be a GGUF file of lorq's to be replaced by one, it is {what}; choose another name, or "
-                "delete it yourself"
-            )
-        return
+        raise FileExistsError(f"{given} must be new, it is there; choose another name, or replace it with --overwrite")
+    if given.is_symlink():
+        raise FileExistsError(linked(given))
+    _check_file(out) if out.is_file() else _check_folder(out)
+
+
+def _check_file(out: Path) -> None:
+    """Refuse a file that is not as lorq wrote it."""
+    if not is_marked(out):
+        what = "another program's" if is_gguf(out) else "no GGUF file"
+        raise FileExistsError(
+            f"{out} must be a GGUF file of lorq's to be replaced by one, it is {what}; choose another name, or delete "
+            "it yourself"
+        )
+    if not is_sealed(out):
+        raise FileExistsError(
+            f"{out} must be as lorq wrote it to be replaced, its content is not what its checksum says: it was changed "
+            "since, or cut short; choose another name, or delete it yourself"
+        )
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a folder with anything in it that is not as lorq exported it."""
     own: dict[str, Any] = {}
     with suppress(OSError, ValueError, TypeError, AttributeError):  # whatever stands there, it names no files
         own = dict(read_json(out / EXPORTED).get("files", {}))
-    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if out.is_dir() else {""}
+    there = {path.relative_to(out).as_posix() for path in _files(out)} if out.is_dir() else {""}
     if foreign := there - {*own, EXPORTED}:
         raise FileExistsError(
             f"{out} must be a file, or a folder that lorq exported and nothing else, to be replaced, it has "
@@ -55,18 +68,23 @@ def refuse_used(out: Path, *, overwrite: bool = False) -> None:
         )
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """Everything in and below a folder but folders; links are not followed."""
+    return (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
 def _content(path: Path) -> str:
-    """What tells an edited file: its size, and its checksum unless it is so large that nobody edits it by hand."""
-    size = path.stat().st_size
-    return f"{size} bytes" if size > _LARGE else f"{size} bytes, sha256 {sha256_of(path)}"
+    """What tells an edited file. Large ones too are read whole: a model that was trained on has its size still."""
+    return "a link" if path.is_symlink() else f"{path.stat().st_size} bytes, sha256 {sha256_of(path)}"
 
 
 @contextmanager
 def appearing(out: Path, mark: dict[str, Any]) -> Iterator[Path]:
     """A path to write a file or folder to, which is on the disk and has the name ``out`` in the end, all at once.
 
-    What lies there before is replaced then, so check it first. After an error nothing is left; after a kill a folder
-    beside ``out`` is, whose name ends in ``.lorq.tmp``, until the same output is made again.
+    What lies there before is replaced then, so check it first. A GGUF file of lorq's gets its checksum. After an error
+    nothing is left; after a kill a folder beside ``out`` is, whose name ends in ``.lorq.tmp``, until the same output is
+    made again.
 
     Args:
         mark: what a folder's `EXPORTED` says, beside the contents of its files; empty when the block begins is fine.
@@ -82,8 +100,10 @@ def appearing(out: Path, mark: dict[str, Any]) -> Iterator[Path]:
             place = work / out.name
             yield place
             if place.is_dir():
-                files = {p.relative_to(place).as_posix(): _content(p) for p in place.rglob("*") if not p.is_dir()}
+                files = {path.relative_to(place).as_posix(): _content(path) for path in _files(place)}
                 (place / EXPORTED).write_bytes(json_bytes(mark | {"files": files}))
+            else:
+                seal(place)
             for path in [place, *place.rglob("*")]:
                 sync_folder(path) if path.is_dir() else sync_file(path)
             if os.path.lexists(out) and out.is_dir():

@@ -15,6 +15,8 @@ DECODED_FROM = ".decoded_from"
 EXPORTED = "lorq_export.json"
 # The first key of lorq's own in a GGUF file, near its beginning: by it a file is known as one that lorq wrote.
 GGUF_MARK = "lorq.version"
+# The next one: sha256 of the file, with spaces where this stands.
+GGUF_SEAL = "lorq.sha256"
 # How long the folder took to make, and how good it is; never the same twice.
 MEASURED = "lorq_measured.json"
 # Where an unfinished tuning is, of the whole model and of its blocks.

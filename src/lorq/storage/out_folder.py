@@ -25,7 +25,8 @@ def check_content(folder: Path, *, overwrite: bool = False, resume: bool = False
 
     Raises:
         ValueError: if both flags are given.
-        FileExistsError, NotADirectoryError: if the folder has content and no flag allows to use it, or is none.
+        FileExistsError, NotADirectoryError: if the folder has content and no flag allows to use it, or is none, or what
+            a link leads to would be replaced.
     """
     if overwrite and resume:
         raise ValueError("--overwrite and --resume exclude each other, got both; give one")
@@ -38,6 +39,14 @@ def check_content(folder: Path, *, overwrite: bool = False, resume: bool = False
     allowed = (resume and state == "unfinished") or (overwrite and state != "foreign")
     if present and not allowed:
         raise FileExistsError(_refusal(folder, present, state, resume=resume))
+    if present and overwrite and folder.is_symlink():
+        raise FileExistsError(linked(folder))
+
+
+def linked(out: Path) -> str:
+    """Why what a link leads to is not replaced."""
+    place = os.path.realpath(out)
+    return f"{out} must be no link to be replaced, it leads to {place}; name that instead, or remove the link"
 
 
 def _is_lorq(folder: Path) -> bool:

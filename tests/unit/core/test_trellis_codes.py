@@ -176,6 +176,19 @@ def test_rows_that_are_nothing_stay_nothing(generator):
     assert rest.norm() < 0.25 * weight[:5].norm()
 
 
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_rows_whose_peaks_no_code_reaches_get_longer_scales_and_the_others_do_not(bits, generator):
+    weight = torch.randn(48, 192, generator=generator)
+    same = trellis(weight, PreparedHessian(torch.eye(192), 0.0), TrellisGrid(bits, 12, 48))
+    # A constant, rotated in blocks of 64 columns: 8 deviations at the first of each, where codes reach 3.5.
+    weight[5], weight[5, ::64] = 0.0, 8.0
+    codes = trellis(weight, PreparedHessian(torch.eye(192), 0.0), TrellisGrid(bits, 12, 48))
+    missed = (codes.decode() - weight).square().sum(1) / weight.square().sum(1)
+    assert missed[5] < 0.1 and missed.median() < 2 * 4.0**-bits  # 0.34 of a constant before
+    others = torch.arange(48) != 5
+    assert torch.equal(codes.scale[others], same.scale[others])
+
+
 def test_rows_that_grow_have_scales_that_grow(generator):
     weight = torch.randn(32, 24, generator=generator)
     grid = TrellisGrid.of(32, 3, 12)

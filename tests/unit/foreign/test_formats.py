@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from lorq.core.packing import pack
 from lorq.models.bitsandbytes import STATE, read_eight_bits, read_four_bits, read_state
+from lorq.models.decoded import read_float8
 from lorq.models.grouped import GroupedCodes, read_awq, read_gptq, read_packed, read_plain
 
 # A layer, or some rows of it, as GPTQModel 7.7 (gptq..., awq), llm-compressor 0.14 with compressed-tensors 0.20 (ct...)
@@ -133,6 +134,25 @@ def test_words_of_compressed_tensors_before_version_018_are_refused():
         read_packed(tensors)
     tensors["weight_packed"] = pack(torch.full((4, 64), 5, dtype=torch.uint8), 3)
     assert torch.equal(read_packed(tensors).decode(), torch.ones(4, 64))
+
+
+def test_widths_that_nobody_tells_are_read_where_the_words_tell_them_alone():
+    codes = torch.arange(4 * 64).view(4, 64).remainder(8).to(torch.uint8)
+    tensors = {"weight_packed": pack(codes, 3), "weight_scale": torch.ones(4, 1), "weight_shape": torch.tensor([4, 64])}
+    assert torch.equal(read_packed(tensors).decode(), codes.float() - 4)
+    narrow = tensors | {"weight_packed": pack(codes[:, :16], 3), "weight_shape": torch.tensor([4, 16])}
+    with pytest.raises(ValueError, match="must say how many bits 16 codes have that take 2 words, where 3 and 4 do"):
+        read_packed(narrow)
+    assert torch.equal(read_packed(narrow, bits=3).decode(), codes[:, :16].float() - 4)
+
+
+def test_scales_of_blocks_are_not_taken_for_those_of_rows():
+    tensors = {"weight": torch.ones(4, 64).to(torch.float8_e4m3fn), "weight_scale_inv": torch.ones(1, 4)}
+    assert read_float8(tensors, block=(4, 16)).decode().shape == (4, 64)
+    with pytest.raises(ValueError, match=r"one for each block \(\(4, 8\)\) of \(4, 64\), got \(1, 4\)"):
+        read_float8(tensors, block=(4, 8))
+    rows = tensors | {"weight_scale_inv": torch.arange(4.0)}
+    assert torch.equal(read_float8(rows, block=None).decode(), torch.arange(4.0)[:, None].expand(4, 64))
 
 
 def test_states_of_bitsandbytes_that_tell_no_shape_are_refused():

@@ -1,17 +1,21 @@
 """Outputs are whole or absent, and nothing that is not lorq's is lost."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from gguf import GGUFReader, GGUFWriter
 
 from lorq.storage.appear import appearing, refuse_used
 from lorq.storage.atomic import write_whole
-from lorq.storage.names import EXPORTED
+from lorq.storage.names import EXPORTED, GGUF_SEAL
+from lorq.storage.seal import mark
 
 KILLED = """
 import os, signal, sys
@@ -76,7 +80,7 @@ def test_what_exists_is_replaced_only_when_asked_and_only_lorqs_own(tmp_path):
         refuse_used(out, overwrite=True)
 
 
-def test_what_was_edited_since_is_not_replaced(tmp_path, monkeypatch):
+def test_what_was_edited_since_is_not_replaced(tmp_path):
     out = tmp_path / "out"
     write(out)
     (out / "below" / "a.txt").write_text("two")  # as long as it was
@@ -86,13 +90,18 @@ def test_what_was_edited_since_is_not_replaced(tmp_path, monkeypatch):
         refuse_used(out, overwrite=True)
     (out / "below" / "a.txt").write_text("one")
     refuse_used(out, overwrite=True)
-    monkeypatch.setattr("lorq.storage.appear._LARGE", 2)  # of large files the size is told
-    write(out)
-    (out / "below" / "a.txt").write_text("two")
-    refuse_used(out, overwrite=True)
-    (out / "below" / "a.txt").write_text("three")
-    with pytest.raises(FileExistsError, match=r"below/a\.txt changed since"):
-        refuse_used(out, overwrite=True)
+
+
+def test_a_large_file_that_was_trained_on_is_not_replaced(tmp_path):
+    with appearing(tmp_path / "out", {}) as place:
+        place.mkdir()
+        with (place / "model.safetensors").open("wb") as file:
+            file.truncate(65 << 20)
+    refuse_used(tmp_path / "out", overwrite=True)
+    with (tmp_path / "out" / "model.safetensors").open("rb+") as file:
+        file.write(b"other weights")
+    with pytest.raises(FileExistsError, match=r"model\.safetensors changed since"):
+        refuse_used(tmp_path / "out", overwrite=True)
 
 
 @pytest.mark.parametrize("told", ["[1]", '{"files": 3}', "{"])
@@ -103,17 +112,66 @@ def test_a_damaged_mark_gives_nothing_up(told, tmp_path):
         refuse_used(tmp_path / "out", overwrite=True)
 
 
-def test_a_file_of_lorqs_is_replaced_when_asked(tmp_path):
+def write_gguf(path, values):
+    """A GGUF file as the exports write it."""
+    writer = GGUFWriter(path, "llama")
+    mark(writer)
+    writer.add_string("general.name", "one")
+    writer.add_tensor("weight", np.array(values, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_of_lorqs_is_replaced_when_asked(tmp_path):
     out = tmp_path / "model.gguf"
-    for content in ("GGUF lorq.version one", "GGUF lorq.version two"):
-        refuse_used(out, overwrite=content.endswith("two"))
+    for number in (1, 2):
+        refuse_used(out, overwrite=number == 2)
         with appearing(out, {}) as place:
-            place.write_text(content)
-    assert out.read_text() == "GGUF lorq.version two"
+            write_gguf(place, [number] * 5000)
+    assert GGUFReader(out).tensors[0].data.tolist() == [2] * 5000
+    # sha256 of the file before it had one, by hand
+    told = GGUFReader(out).fields[GGUF_SEAL].contents()
+    assert hashlib.sha256(out.read_bytes().replace(told.encode(), b" " * 64)).hexdigest() == told
     for content, what in (("GGUF three", "another program's"), ("lorq.version", "no GGUF file")):
         out.write_text(content)
         with pytest.raises(FileExistsError, match=f"must be a GGUF file of lorq's to be replaced by one, it is {what}"):
             refuse_used(out, overwrite=True)
+
+
+def edit_name(out):
+    GGUFReader(out, "r+").fields["general.name"].parts[-1][0] = ord("O")
+
+
+def edit_tensor(out):
+    GGUFReader(out, "r+").tensors[0].data[-1] = 3
+
+
+def edit_checksum(out):
+    GGUFReader(out, "r+").fields[GGUF_SEAL].parts[-1][0] = ord("x")
+
+
+def cut(out):
+    os.truncate(out, out.stat().st_size - 1)
+
+
+def copy_without_checksum(out):
+    """As lorq wrote files when these had none."""
+    out.write_bytes(out.read_bytes().replace(GGUF_SEAL.encode(), b"lorq.sha255"))
+
+
+@pytest.mark.parametrize("edit", [edit_name, edit_tensor, edit_checksum, cut, copy_without_checksum])
+def test_a_gguf_file_that_was_changed_since_is_not_replaced(edit, tmp_path):
+    out = tmp_path / "model.gguf"
+    with appearing(out, {}) as place:
+        write_gguf(place, [1] * 5000)
+    refuse_used(out, overwrite=True)
+    edit(out)
+    with pytest.raises(
+        FileExistsError, match=r"as lorq wrote it to be replaced, .* changed since, or cut short; choose"
+    ):
+        refuse_used(out, overwrite=True)
 
 
 def test_two_runs_do_not_write_one_output(tmp_path):
@@ -143,15 +201,42 @@ def test_a_full_disk_is_told_with_the_output(error, tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links")
-def test_a_link_stays_and_leads_to_what_is_made(tmp_path):
+def test_a_link_to_nothing_stays_and_leads_to_what_is_made(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "there")
     refuse_used(tmp_path / "out")
     write(tmp_path / "out")
     assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "there" / "below" / "a.txt").read_text() == "one"
-    refuse_used(tmp_path / "out", overwrite=True)
-    write(tmp_path / "out", "two")
-    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "there" / "below" / "a.txt").read_text() == "two"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_what_a_link_leads_to_is_not_replaced(tmp_path):
+    write(tmp_path / "there")
+    with appearing(tmp_path / "there.gguf", {}) as place:
+        write_gguf(place, [1])
+    for suffix in ("", ".gguf"):
+        out, there = tmp_path / f"out{suffix}", tmp_path / f"there{suffix}"
+        out.symlink_to(there)
+        with pytest.raises(
+            FileExistsError, match=rf"out{suffix} must be no link to be replaced, it leads to {there}; name that"
+        ):
+            refuse_used(out, overwrite=True)
+        refuse_used(there, overwrite=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+@pytest.mark.parametrize("name", ["below/a.txt", "below/b.txt", "more"], ids=["in its place", "beside it", "folder"])
+def test_links_in_a_folder_are_not_lorqs_and_what_they_lead_to_stays(name, tmp_path):
+    out, there = tmp_path / "out", tmp_path / "disk"
+    write(out)
+    there.mkdir()
+    (there / "a.txt").write_text("one")  # the same content
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(there if name == "more" else there / "a.txt")
+    with pytest.raises(FileExistsError, match=f"{name.replace('.', '[.]')}( changed since)?; choose another name"):
+        refuse_used(out, overwrite=True)
+    write(out, "two")  # as after a check
+    assert (there / "a.txt").read_text() == "one" and (out / "below" / "a.txt").read_text() == "two"
 
 
 def test_a_file_that_cannot_be_written_is_named_and_what_was_there_stays(tmp_path, monkeypatch):

@@ -763,6 +763,18 @@ def test_overwrite_removes_what_lorq_wrote_and_nothing_else(
     assert left == sorted([JOURNAL, "notes", "own.index.json", "thesis.safetensors"])
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_overwrite_does_not_remove_what_a_link_leads_to(whole: dict[str, bytes], tmp_path: Path) -> None:
+    out, there = tmp_path / "out", tmp_path / "whole"
+    out.symlink_to(there)
+    with pytest.raises(FileExistsError, match=f"{out} must be no link to be replaced, it leads to {there}; name that"):
+        CheckpointWriter.create(out, IDENTITY, overwrite=True)
+    assert contents(there) == whole
+    start(tmp_path / "part", 1)
+    (tmp_path / "begun").symlink_to(tmp_path / "part")
+    assert list(CheckpointWriter.create(tmp_path / "begun", IDENTITY, resume=True).completed) == SHARDS[:1]
+
+
 def test_overwrite_does_not_follow_a_hostile_index(whole: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     index = json.loads(whole[INDEX])

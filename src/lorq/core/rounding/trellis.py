@@ -12,6 +12,10 @@ from lorq.core.stats import PreparedHessian
 _BLOCK = 128
 # By how much the scales are longer than those of codes with the variance of their weights, by bits.
 _LENGTHS = {2: 1.1, 3: 1.02}
+# What values of a window of 12 bits reach with others around them to choose from; the largest is 3.98.
+_REACH = 3.75
+# A peak over the deviation of its row that Gaussian rows do not have: once in 5e8 weights.
+_PEAK = 6.0
 
 
 def trellis(
@@ -47,6 +51,8 @@ def trellis(
     grid.check(out, width)
     deviation = target.square().mean(1, keepdim=True).sqrt() / VALUES_DEVIATION
     wanted = deviation * _LENGTHS.get(grid.bits, 1.0)
+    if len(peaked := (target.abs().amax(1) > _PEAK * VALUES_DEVIATION * deviation[:, 0]).nonzero()[:, 0]):
+        wanted[peaked] *= _longer(target[peaked], wanted[peaked], grid.bits)
     # Rows that are all but zero, as those of tokens that no text has: zeros are nearer than the smallest codes.
     scale = stored_half(torch.where(wanted < SMALLEST_SCALE / 2, 0.0, wanted.clamp(min=SMALLEST_SCALE)))
     # Errors of a row that is larger by a factor cost its square.
@@ -64,6 +70,21 @@ def trellis(
         )
         columns[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
     return TrellisCodes.of(codes.T.contiguous(), scale, grid)
+
+
+def _longer(target: Float[Tensor, "rows in"], scale: Float[Tensor, "rows 1"], bits: int) -> Float[Tensor, "rows 1"]:
+    """By how much scales become longer for rows with peaks that codes do not reach, such as a rotated constant's.
+
+    What is expected to be missed, of peaks and of everything else, is to be at most 0.8 of what it was:
+
+        sum_j max(0, |t_j| - reach f scale)^2 + f^2 2^(-2 bits) sum_j t_j^2
+    """
+    most = (target.abs().amax(1, keepdim=True) / (_REACH * scale)).clamp(min=1.0)
+    factors = most ** torch.linspace(0, 1, 17, device=target.device)  # (rows, 17), from 1
+    peaks = [(target.abs() - _REACH * f * scale).clamp(min=0).square().sum(1) for f in factors.T.unsqueeze(2)]
+    missed = torch.stack(peaks, 1) + factors.square() * 4.0**-bits * target.square().sum(1, keepdim=True)
+    least, at = missed.min(1, keepdim=True)
+    return torch.where(least < 0.8 * missed[:, :1], factors.gather(1, at), 1.0)
 
 
 def encode_trellis_reference(

@@ -1,0 +1,66 @@
+"""The mark by which a GGUF file is known as lorq's, and the checksum that tells whether somebody changed it since."""
+
+import hashlib
+import struct
+from pathlib import Path
+from typing import Any
+
+from lorq.storage.names import GGUF_MARK, GGUF_SEAL
+from lorq.version import __version__
+
+_BEGIN = 4096  # bytes of a file, of which lorq's keys are among the first
+_EMPTY = b" " * 64  # stands where the checksum is, in what it is the checksum of
+# As a GGUF file has it: the key, the number of its type (text), and the bytes that follow.
+_KEY = GGUF_SEAL.encode() + struct.pack("<IQ", 8, len(_EMPTY))
+
+
+def mark(writer: Any) -> None:
+    """Add lorq's first keys to a GGUF file, when it has its architecture and nothing else."""
+    writer.add_string(GGUF_MARK, __version__)
+    writer.add_string(GGUF_SEAL, _EMPTY.decode())
+
+
+def is_gguf(file: Path) -> bool:
+    """Whether a file begins as GGUF files do."""
+    return _begin(file).startswith(b"GGUF")
+
+
+def is_marked(file: Path) -> bool:
+    """Whether lorq wrote a GGUF file, or somebody made it of one that lorq wrote."""
+    return is_gguf(file) and GGUF_MARK.encode() in _begin(file)
+
+
+def seal(file: Path) -> None:
+    """Put the checksum of a finished file that has the keys of `mark` into it; others stay as they are."""
+    if (found := _checksum(file)) is not None:
+        with file.open("rb+") as opened:
+            opened.seek(found[0])
+            opened.write(found[1])
+
+
+def is_sealed(file: Path) -> bool:
+    """Whether a file is as it was when it got its checksum, to the last byte."""
+    if (found := _checksum(file)) is None:
+        return False
+    with file.open("rb") as opened:
+        opened.seek(found[0])
+        return opened.read(len(_EMPTY)) == found[1]
+
+
+def _begin(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(_BEGIN)
+
+
+def _checksum(file: Path) -> tuple[int, bytes] | None:
+    """Where a file's checksum is, and what it has to be, sha256 in hex; None where there is no place for one."""
+    begin = _begin(file)
+    key = begin.find(_KEY)
+    place, end = key + len(_KEY), key + len(_KEY) + len(_EMPTY)
+    if key < 0 or end > len(begin):
+        return None
+    digest = hashlib.sha256(begin[:place] + _EMPTY + begin[end:])
+    with file.open("rb") as opened:
+        opened.seek(len(begin))
+        hashlib.file_digest(opened, lambda: digest)
+    return place, digest.hexdigest().encode()
