@@ -16,7 +16,7 @@ from lorq.core.problem import Problem
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.tile_factors import TileFactors, TileFormat, fit_tiles, grid_of, place_experts
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
-from lorq.methods.common import WIDTHS, activation_scale, assemble, needed
+from lorq.methods.common import WIDTHS, activation_scale, assemble, needed, preset
 from lorq.methods.lopro import LoPRo
 
 # Singular vectors by which experts are compared.
@@ -30,6 +30,9 @@ class TileQ(LoPRo):
     """LoPRo whose experts share their factors; attention and shared experts get ordinary LoPRo.
 
     The tile factors come from one blocked sketch, whatever ``sketch`` says, and columns are ordered by the weights.
+
+    The low rank comes first by default: what the weights of experts have in common is shared, while what codes miss of
+    one expert has nothing to do with another's (docs/results.md).
 
     Attributes:
         rank: factor pairs of a layer, and of the tile matrix of each projection of its experts.
@@ -45,6 +48,7 @@ class TileQ(LoPRo):
     grid_rows: Annotated[int, Range(1, 1 << 12, "those of the smallest factors")] = -1
     grid_columns: Annotated[int, Range(1, 1 << 12, "as many as are needed")] = -1
     sharing: Literal["row", "layer", "expert"] = "row"
+    order: Literal["codes-then-low-rank", "low-rank-then-codes"] = "low-rank-then-codes"
 
     scope: ClassVar[str] = "experts"
 
@@ -201,6 +205,33 @@ class TileQ(LoPRo):
         rank = min(self.rank, rows * in_, columns * out)
         tile = TileFormat(rows, columns, experts, rank, self.factor_type, self.sharing == "expert")
         return replace(self.largest(out, in_), rank=0, factor_type="float16"), tile
+
+
+@preset
+class TileQPaper(TileQ):
+    """TileQ with the settings of its paper and its authors' code; see TileQ for what each one does.
+
+    The low rank first, from weights scaled by each expert's own activations; the columns by importance, all but the
+    first block rotated. ``--codebook vector`` is the paper's TileQ_v, the default its TileQ_s. What is not the paper's:
+
+    * scaled e4m3 in place of e5m2, and one blocked sketch in place of its deflation (the same factors on a full grid);
+    * experts are compared by principal angles, where its k-means takes a singular vector's sign for a difference;
+    * the smallest grid that holds the experts, where the code has 8 rows (Mixtral 4), and nothing in its empty cells,
+      where the code has zeros;
+    * an expert that sees too few tokens is scaled by all tokens of its layer (``expert_tokens``), not left unscaled,
+      and the exponent is not lowered where scales spread over more than five decades.
+    """
+
+    rotation = "partial"
+    importance = "log"
+    order = "low-rank-then-codes"
+    metric = "activation"
+    sharing = "expert"
+    sketch = "rank1"
+    iterations = 8
+    factor_type = "e4m3"
+    epochs = 0
+    shrinkage = 0.0
 
 
 def _mean_stats(stats: Sequence[InputStats]) -> InputStats:
