@@ -7,6 +7,7 @@
 #include <string>
 #include <tuple>
 
+#include "gguf.hpp"
 #include "operator.hpp"
 #include "rotation.hpp"
 #include "trellis.hpp"
@@ -60,7 +61,7 @@ std::string best() {
 }  // namespace
 
 // What the functions below take and give: one more with every change of it, here and in src/lorq/kernels/cpu.py.
-constexpr int INTERFACE = 1;
+constexpr int INTERFACE = 2;
 
 NB_MODULE(LORQ_MODULE, m) {
     m.attr("interface") = INTERFACE;
@@ -82,6 +83,16 @@ NB_MODULE(LORQ_MODULE, m) {
                                reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(errors), count, rows, length,
                                bits, window};
             encode_trellis(block, threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "search_groups",
+        [](Pointer weight, Pointer step, Pointer low, Pointer upper, Pointer levels, Pointer codes, Pointer best, Pointer costs,
+           int64_t groups, int64_t size, int64_t trials, int64_t rows, int zero, int top, int threads) {
+            GroupSearch search{at<float>(weight), at<float>(step), at<float>(low), at<float>(upper), at<float>(levels),
+                               reinterpret_cast<float*>(codes), reinterpret_cast<int64_t*>(best),
+                               reinterpret_cast<float*>(costs), groups, size, trials, rows, zero, top};
+            search_groups(search, threads);
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def("implement_operator", [](const std::string& torch_library, int64_t few_tokens, int64_t few_others) {

@@ -97,14 +97,16 @@ def comparison(folders: Sequence[Folder]) -> Chart:
     alike, told = shared_protocol(folders)
     if len(alike) > 1:
         values = {folder.name: entry["kl_mean"] for folder, entry in alike}
+        errors = {folder.name: entry.get("kl_stderr") or 0.0 for folder, entry in alike}
         left = [folder.name for folder in folders if folder.name not in values]
         note = f"Mean divergence from the original on {told}." + (
             f" Not measured so: {', '.join(left)}." if left else ""
         )
-        return _points(folders, values, "KL, nats a token", note)
+        note += " Bars are one standard error." if any(errors.values()) else ""
+        return _points(folders, values, errors, "KL, nats a token", note)
     values = {folder.name: mean_error(folder.report) for folder in folders}
     note = "Mean relative error of the layers' outputs. `lorq evaluate OUT --reference MODEL`, of each, puts KL here."
-    return _points(folders, values, "mean output error", note)
+    return _points(folders, values, {}, "mean output error", note)
 
 
 def shared_protocol(folders: Sequence[Folder]) -> tuple[list[tuple[Folder, dict[str, Any]]], str]:
@@ -292,8 +294,11 @@ def _dial(told: Mapping[str, Any], at: float) -> Chart:
     return Chart("dial", "What more or fewer bits would do", note, _base(rows) | {"layer": layers, "height": 240})
 
 
-def _points(folders: Sequence[Folder], values: Mapping[str, float], what: str, note: str) -> Chart:
-    rows = [
+def _points(
+    folders: Sequence[Folder], values: Mapping[str, float], errors: Mapping[str, float], what: str, note: str
+) -> Chart:
+    """Folders over their bits per weight; a bar of one standard error each way, on the logarithm, where it is known."""
+    rows: list[dict[str, Any]] = [
         {"folder": f.name, "bits per weight": f.report.bits_per_weight, what: max(values[f.name], _LEAST)}
         for f in folders if f.name in values
     ]  # fmt: skip
@@ -303,17 +308,22 @@ def _points(folders: Sequence[Folder], values: Mapping[str, float], what: str, n
         "scale": {"zero": False, "padding": 24},
         "axis": {"tickCount": 6},
     }
-    y = {"field": what, "type": "quantitative", "scale": {"type": "log", "padding": 18}, "axis": {"tickCount": 5}}
-    place = {"x": x, "y": y}
+    # Without nice ends of the axis, which are powers of ten: bars would be dots.
+    scale = {"type": "log", "padding": 18, "nice": False}
+    y = {"field": what, "type": "quantitative", "scale": scale, "axis": {"tickCount": 5}}
     legend = {"title": None, "orient": "bottom", "columns": 1, "labelLimit": 320}
     colour = {"field": "folder", "type": "nominal", "sort": None, "legend": legend}
+    place: dict[str, Any] = {"x": x, "y": y, "color": colour}
     mark = {"type": "point", "filled": True, "size": 140, "tooltip": True, "opacity": 1}
-    return Chart(
-        "comparison",
-        "Side by side",
-        note,
-        _base(rows) | {"mark": mark, "encoding": place | {"color": colour}, "height": 300},
-    )
+    drawn: dict[str, Any] = {"mark": mark, "encoding": place}
+    if known := [row for row in rows if errors.get(row["folder"])]:
+        for row in known:
+            # That of a mean of what is never negative is at most the mean.
+            share = math.exp(min(errors[row["folder"]] / row[what], 1.0))
+            row |= {"standard error": errors[row["folder"]], "from": row[what] / share, "to": row[what] * share}
+        ends = place | {"y": y | {"field": "from", "title": what}, "y2": {"field": "to"}}
+        drawn = {"layer": [{"mark": {"type": "errorbar", "ticks": {"width": 16}}, "encoding": ends}, drawn]}
+    return Chart("comparison", "Side by side", note, _base(rows) | drawn | {"height": 300})
 
 
 def _base(rows: list[dict[str, Any]]) -> dict[str, Any]:

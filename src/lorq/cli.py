@@ -8,10 +8,11 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import Parameter
@@ -24,6 +25,7 @@ from lorq.compensation import compensate
 from lorq.inspection import inspect
 from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
+from lorq.option_groups import GroupedHelp
 from lorq.progress import IMPORT, READ, no_progress
 from lorq.quantizing import quantize_command, with_preset
 from lorq.refusals import check_early, check_place, explained, is_unexpected, missing, names_file
@@ -52,29 +54,34 @@ app = cyclopts.App(
     version=lorq.__version__,
     help="Low-rank quantization of Hugging Face language models at 2, 3 and 4 bits.",
     help_format="plaintext",
+    help_formatter=GroupedHelp(),
     suppress_keyboard_interrupt=False,
 )
 app.command(bench_app)
 
 
-app.command(quantize_command())
+def _command(function: Callable[..., Any], name: str) -> None:
+    """Add a command whose help is in groups."""
+    app.command(function, name=name, help_formatter=GroupedHelp(name))
+
+
+_command(quantize_command(), "quantize")
 
 
 evaluate = command(
     lorq.evaluate, lambda result, as_json: print_evaluation(result.as_dict(), as_json), json="print one JSON object."
 )
 generate = command(lorq.generate, print_pieces)
-app.command(evaluate, name="evaluate")
+_command(evaluate, "evaluate")
 app.command(generate, name="generate")
-app.command(command(lorq.tune, print_tuned, json="print the report as one JSON object."), name="tune")
-app.command(command(lorq.export, print_exported), name="export")
+_command(command(lorq.tune, print_tuned, json="print the report as one JSON object."), "tune")
+_command(command(lorq.export, print_exported), "export")
 app.command(command(lorq.push, print_pushed), name="push")
 app.command(command(lorq.report, print_written), name="report")
-app.command(compensate)
+_command(compensate, "compensate")
 app.command(inspect)
 
 
-@app.command
 def adapt(
     model: str,
     out: Path,
@@ -125,6 +132,9 @@ def adapt(
         f"{trained.parameters:,} numbers trained in {trained.seconds:.0f} s; loss {trained.losses[0]:.4f} at the first "
         f"step, {figures['last_loss']:.4f} over the last {len(last)}; wrote {out}"
     )
+
+
+_command(adapt, "adapt")
 
 
 def _new_folder(out: Path) -> Path:
@@ -236,7 +246,7 @@ def _run(arguments: list[str]) -> None:
         arguments, shown = with_preset(arguments, to_file=names_file(arguments[1:]), helps=helps)
         settings, options = shown.as_defaults()
         del app["quantize"]
-        app.command(quantize_command(settings, options, tuple(METHODS), tuple(PRESETS)))
+        _command(quantize_command(settings, options, tuple(METHODS), tuple(PRESETS)), "quantize")
     chosen, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     for name in ("text", "evaluation", "calibration"):
         if (text := bound.arguments.get(name)) not in (None, SELF):

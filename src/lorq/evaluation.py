@@ -35,6 +35,11 @@ class Evaluation:
         window: tokens of a window, the start token included; windows do not overlap.
         windows: how many.
         start_token: whether each window begins with one.
+        perplexity_stderr: standard error of the perplexity, as another text of this kind would change it: the
+            perplexity times that of the mean NLL, `lorq.quality.mean_stderr`; None where there is one window.
+        kl_stderr: of ``kl_mean``, windows counted as clusters.
+        ratio_stderr: of ``perplexity / reference_perplexity``: the ratio times that of the mean of each token's
+            difference in NLL. Both read the same windows, so this is what tells them apart, not ``perplexity_stderr``.
         tasks: what lm-eval found, metrics by their names, by task; {} where none were asked for.
     """
 
@@ -49,6 +54,9 @@ class Evaluation:
     window: int
     windows: int
     start_token: bool
+    perplexity_stderr: float | None = None
+    kl_stderr: float | None = None
+    ratio_stderr: float | None = None
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:

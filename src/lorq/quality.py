@@ -1,7 +1,8 @@
 """What logits say of a model: perplexity, divergence from the original, top-1 agreement."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -79,6 +80,27 @@ class Quality:
     kl_mean: float | None
     kl_p99: float | None
     top1: float | None
+    perplexity_stderr: float | None = None
+    kl_stderr: float | None = None
+    ratio_stderr: float | None = None
+
+
+def mean_stderr(windows: Sequence[Float[Tensor, "tokens"]]) -> float | None:
+    """Standard error of a mean over all tokens of ``windows``, which have equally many; None of one window alone.
+
+        sqrt( sum_w (m_w - m)^2 / (n (n - 1)) ),    m_w = mean over window w's tokens,  m = mean of the n m_w
+
+    Tokens of a window depend on each other, so a window counts once (a cluster); that of single tokens would come out
+    too small. Neighbouring windows of one document are taken as independent, which is a little too small again.
+
+    Example:
+        >>> mean_stderr([torch.tensor([1.0, 1.0]), torch.tensor([3.0, 3.0])])
+        1.0
+    """
+    if len(windows) < 2:
+        return None
+    means = torch.stack([window.double().mean() for window in windows])
+    return float(means.std()) / math.sqrt(len(windows))
 
 
 def bits_per_weight(model: nn.Module, folder: Path) -> float:
@@ -163,14 +185,17 @@ def evaluate_model(
             if progress is not None:
                 progress(index + 1, count)
     # float64: the mean of a hundred thousand tokens keeps its digits.
-    divergences = torch.cat(kl).double() if kl else None
-    return Quality(
-        perplexity=torch.cat(nll).double().mean().exp().item(),
-        reference_perplexity=torch.cat(original_nll).double().mean().exp().item() if original_nll else None,
-        kl_mean=None if divergences is None else divergences.mean().item(),
-        kl_p99=None if divergences is None else divergences.quantile(0.99).item(),
-        top1=torch.cat(same).double().mean().item() if same else None,
-    )
+    perplexity, error = torch.cat(nll).double().mean().exp().item(), mean_stderr(nll)
+    found = Quality(perplexity, None, None, None, None, None if error is None else perplexity * error)
+    if reference is None:
+        return found
+    divergences, original_perplexity = torch.cat(kl).double(), torch.cat(original_nll).double().mean().exp().item()
+    error = mean_stderr([own - other for own, other in zip(nll, original_nll, strict=True)])
+    return replace(
+        found, reference_perplexity=original_perplexity, kl_mean=divergences.mean().item(),
+        kl_p99=divergences.quantile(0.99).item(), top1=torch.cat(same).double().mean().item(),
+        kl_stderr=mean_stderr(kl), ratio_stderr=None if error is None else perplexity / original_perplexity * error,
+    )  # fmt: skip
 
 
 def _predict(source: nn.Module | Callable[[Tensor], Tensor], window: Tensor, what: str) -> Tensor:

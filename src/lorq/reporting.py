@@ -12,6 +12,7 @@ from typing import Any
 
 from lorq.charts import Chart, Folder, charts_of, comparison, mean_error, protocol_in_words
 from lorq.models.locate import full_path
+from lorq.show import with_error
 from lorq.storage.atomic import write_whole
 from lorq.storage.json_files import some_of
 from lorq.storage.measured import read_measured
@@ -169,15 +170,16 @@ def _summary(folders: Sequence[Folder]) -> str:
         cells = (
             name, escape(told.method), f"{told.bits_per_weight:.3f}", f"{told.bytes / 1e6:.1f}",
             f"{before / told.bytes:.1f} times" if before else "", f"{sum(ranks) / max(len(ranks), 1):.1f}",
-            f"{mean_error(told):.4f}", _number(last.get("kl_mean"), 4), _number(last.get("perplexity"), 2),
+            f"{mean_error(told):.4f}", _number(last, "kl_mean", "kl_stderr", 4),
+            _number(last, "perplexity", "perplexity_stderr", 2),
             escape(protocol_in_words(last)) if last else "",
         )  # fmt: skip
         rows.append(_row(cells))
     return f"<div class=wide><table>{_row(heads, 'th')}{''.join(rows)}</table></div>"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _number(found: Mapping[str, Any], name: str, error: str, digits: int) -> str:
+    return "" if found.get(name) is None else with_error(f"{found[name]:.{digits}f}", found.get(error))
 
 
 def _row(cells: Sequence[Any], tag: str = "td") -> str:

@@ -165,8 +165,20 @@ def print_summary(report: Report, out: Path | None) -> None:
 
 def figures_line(found: dict[str, Any]) -> str:
     """What was measured on a text, and how."""
-    far = "" if found.get("kl_mean") is None else f", KL {found['kl_mean']:.4f}"
-    return f"perplexity {found['perplexity']:.4g}{far} ({found['windows']} windows of {found['window']} tokens)"
+    kl = found.get("kl_mean")
+    far = "" if kl is None else f", KL {with_error(f'{kl:.4f}', found.get('kl_stderr'))}"
+    told = with_error(f"{found['perplexity']:.4g}", found.get("perplexity_stderr"))
+    return f"perplexity {told}{far} ({found['windows']} windows of {found['window']} tokens)"
+
+
+def with_error(value: str, error: float | None) -> str:
+    """A figure with its standard error in two digits, where that is known.
+
+    Example:
+        >>> with_error("0.1810", 0.00412), with_error("30.4", 12.3), with_error("1.5", None)
+        ('0.1810 ± 0.0041', '30.4 ± 12', '1.5')
+    """
+    return value if error is None else f"{value} ± {error:#.2g}".rstrip(".")
 
 
 def metrics_line(metrics: dict[str, float]) -> str:
@@ -176,7 +188,7 @@ def metrics_line(metrics: dict[str, float]) -> str:
     for name, value in metrics.items():
         if name not in errors and name != "examples":
             error = errors.get(name.replace(" (", "_stderr (") if " (" in name else f"{name}_stderr")
-            parts.append(f"{name} {value:.4g}" + ("" if error is None else f" ± {error:.2g}"))
+            parts.append(f"{name} {with_error(f'{value:.4g}', error)}")
     return ", ".join(parts) + (f" ({metrics['examples']:.0f} examples)" if "examples" in metrics else "")
 
 
@@ -281,9 +293,10 @@ def print_pieces(pieces: Iterable[str]) -> None:
 
 # The fields of an `lorq.Evaluation` in words, with their units.
 _FIGURES = {
-    "perplexity": ("perplexity", "{:.4g}"),
+    "perplexity": ("perplexity", "{}"),
     "reference_perplexity": ("perplexity of the reference", "{:.4g}"),
-    "kl_mean": ("KL from the reference, mean", "{:.4f} nats a token"),
+    "ratio": ("perplexity over the reference's", "{}"),
+    "kl_mean": ("KL from the reference, mean", "{} nats a token"),
     "kl_p99": ("KL from the reference, 99th percentile", "{:.4g} nats"),
     "top1": ("same first choice as the reference", "{:.2%} of tokens"),
     "bits_per_weight": ("bits per weight", "{:.3f}"),
@@ -298,10 +311,15 @@ _FIGURES = {
 def print_evaluation(figures: dict[str, Any], as_json: bool) -> None:
     """A table of what was measured, in words with units, or one JSON object of the fields."""
     told = {key: value for key, value in figures.items() if value is not None}
+    shown = told | {"perplexity": with_error(f"{told['perplexity']:.4g}", told.get("perplexity_stderr"))}
+    if "kl_mean" in told:
+        ratio = told["perplexity"] / told["reference_perplexity"]
+        shown["ratio"] = with_error(f"{ratio:.4g}", told.get("ratio_stderr"))
+        shown["kl_mean"] = with_error(f"{told['kl_mean']:.4f}", told.get("kl_stderr"))
     words = {
-        _FIGURES[key][0]: value if isinstance(value, bool) else _FIGURES[key][1].format(value)
-        for key, value in told.items()
-        if key in _FIGURES
+        words: shown[key] if isinstance(shown[key], bool) else form.format(shown[key])
+        for key, (words, form) in _FIGURES.items()
+        if key in shown
     }
     print_figures(figures if as_json else words | {"tasks": told.get("tasks", {})}, as_json)
 

@@ -140,6 +140,7 @@ def help_text() -> str:
         "",
         "evaluate",
         "inspect",
+        "export",
         "push",
         "report",
         "generate",

@@ -24,6 +24,7 @@ def test_every_entry_is_a_room_a_face_or_the_ground():
         "generation",
         "harness",
         "inspection",
+        "option_groups",
         "publishing",
         "quality",
         "quantizing",

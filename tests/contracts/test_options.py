@@ -16,8 +16,11 @@ from lorq.bench.commands import bench_app
 from lorq.cli import app
 from lorq.exports.request import GgufOptions
 from lorq.methods import METHODS
+from lorq.option_groups import GROUPS, OWN, in_groups
 from lorq.pipeline.options import Options
+from lorq.pipeline.presets import PRESETS
 from lorq.progress import Progress
+from lorq.quantizing import quantize_command
 from lorq.show import command
 
 # Functions that only look whether a value is one.
@@ -175,3 +178,51 @@ def test_what_is_given_on_the_command_line_reaches_the_function():
         ({"model": "m", "sizes": ("1x2", "3x4"), **own}, True),
         ({"model": "m", "sizes": (), **left}, False),
     ]
+
+
+# ---- groups of the help ----------------------------------------------------------------------------------
+
+MOST = 15  # options of a group
+
+
+def flags_of(command):
+    """Options of a command, without dashes."""
+    return [
+        argument.name.removeprefix("--") for argument in command.assemble_argument_collection().filter_by(show=True)
+    ]
+
+
+def quantize_flags(method):
+    """Options of quantize with a method."""
+    commands = cyclopts.App()
+    commands.command(quantize_command(METHODS[method](), Options(), tuple(METHODS), tuple(PRESETS)), name="quantize")
+    return flags_of(commands["quantize"])
+
+
+@pytest.mark.parametrize(
+    "command", [name for name in app if not name.startswith("-") and name not in ("quantize", "bench")]
+)
+def test_every_option_of_a_long_help_has_a_group(command):
+    flags = flags_of(app[command])
+    if command not in GROUPS:
+        assert len(flags) < MOST
+        return
+    groups = in_groups(command, flags)
+    assert OWN not in groups and max(map(len, groups.values())) <= MOST
+    assert sorted(flags) == sorted(flag for named in GROUPS[command].values() for flag in named.split())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_of_quantize_has_a_group_or_is_the_methods_own(method):
+    flags = quantize_flags(method)
+    groups = in_groups("quantize", flags)
+    assert sorted(flags) == sorted(flag for named in groups.values() for flag in named)
+    assert max(map(len, groups.values())) <= MOST
+    settings = {field.name.replace("_", "-") for field in fields(METHODS[method])}
+    assert set(groups.get(OWN, [])) <= settings
+
+
+def test_no_group_of_quantize_names_what_is_no_option():
+    named = [flag for line in GROUPS["quantize"].values() for flag in line.split()]
+    assert set(named) <= {flag for method in METHODS for flag in quantize_flags(method)}
+    assert len(named) == len(set(named))

@@ -214,7 +214,7 @@ def test_evaluate_json_has_exactly_the_agreed_keys(lorq_command, flrq_folder, so
     result = json.loads(lorq_command("evaluate", flrq_folder, "--reference", source, *options))
     assert set(result) == {
         "perplexity", "reference_perplexity", "kl_mean", "kl_p99", "top1", "bits_per_weight", "tokens", "text",
-        "window", "windows", "start_token",
+        "window", "windows", "start_token", "perplexity_stderr", "kl_stderr", "ratio_stderr",
     }  # fmt: skip
     assert (result["tokens"], result["window"], result["windows"], result["start_token"]) == (93, 32, 3, True)
     own = json.loads(lorq_command("evaluate", source, *options))
@@ -222,6 +222,7 @@ def test_evaluate_json_has_exactly_the_agreed_keys(lorq_command, flrq_folder, so
     without = json.loads(lorq_command("evaluate", source, *options, "--start-token=never"))
     assert not without["start_token"] and without["perplexity"] != own["perplexity"]
     assert 0 < result["kl_mean"] < result["kl_p99"] and 0 < result["top1"] < 1
+    assert 0 < result["kl_stderr"] < result["kl_mean"] and result["ratio_stderr"] < result["perplexity_stderr"]
     direct = lorq.evaluate(flrq_folder, reference=source, text=str(text_file), window=32, windows=3)
     assert result == direct.as_dict()
 

@@ -1,6 +1,9 @@
 """Tasks of lm-eval on a folder, offline; and the figures that the folder's report keeps."""
 
 import json
+import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +90,36 @@ def test_a_task_is_run_is_shown_and_is_what_lm_eval_says_of_the_folder(folder, t
     (task_path / "sums.json").unlink()
     with pytest.raises(OSError, match=r"the data of the task local_sums could not be loaded .* with --task-path"):
         lorq.evaluate(folder, tasks="local_sums", task_path=task_path, **WINDOWS)
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "tasks"
+
+
+def test_the_endings_of_python_docs_are_true_of_the_text_where_they_say_so():
+    from pydoc_data.topics import topics
+
+    task = runpy.run_path(str(EXAMPLES / "python_docs.py"))
+    rows = [*task["rows"]()]
+    assert rows == [*task["rows"]()] and len(rows) >= 400
+    text = " ".join(" ".join(topics.values()).split())
+    for row in rows:
+        true = [f"{row['beginning']} {ending}" in text for ending in row["endings"]]
+        assert true == [place == row["answer"] for place in range(4)], row
+        assert {len(ending.split()) for ending in row["endings"]} == {8} and len(set(row["endings"])) == 4
+    shares = [sum(row["answer"] == place for row in rows) / len(rows) for place in range(4)]
+    assert max(shares) < 0.3, "always the same place would be a good answer"
+
+
+@pytest.mark.filterwarnings("ignore")  # lm-eval's, and those of datasets
+def test_python_docs_runs_without_a_network_and_its_error_is_shown(folder, capsys, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lorq[tasks]'")
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection"))
+    flags = ["--tasks", "python_docs", "--task-path", str(EXAMPLES), "--task-limit", "12", "--window", "32"]
+    assert main(["evaluate", str(folder), *flags, "--windows", "2"]) == 0
+    found = read_measured(folder).evaluations[-1]["tasks"]["python_docs"]
+    # Of the mean of 12 answers that are right or wrong.
+    assert found["acc_stderr"] == pytest.approx(math.sqrt(found["acc"] * (1 - found["acc"]) / 11))
+    assert f"acc {found['acc']:.4g} ± {found['acc_stderr']:#.2g} (12 examples)" in capsys.readouterr().out
 
 
 BROKEN = {

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 import lorq
 from lorq.cards import command_of
 from lorq.cli import main
+from lorq.show import figures_line
 
 GPTQ = lorq.GPTQ(bits=3, group_size=16, symmetric=True)
 OPTIONS = {"samples": 2, "seq_len": 32, "exclude": ("o_proj", "layers.1.mlp"), "seed": 3}
@@ -75,7 +76,7 @@ def test_the_card_has_what_was_measured_and_the_originals_licence(folder, folder
     assert card.data.base_model_relation == "quantized" and "big" not in card.data.tags and "lorq" in card.data.tags
     report = lorq.read_report(folder)
     assert f"{report.bits_per_weight:.3f} bits per weight in {len(report.layers)} layers" in shown
-    assert f"| text text.txt | perplexity {found.perplexity:.4g}, KL {found.kl_mean:.4f} (2 windows of 32" in shown
+    assert f"| text text.txt | {figures_line(found.as_dict())} |" in shown and f"KL {found.kl_mean:.4f} ± " in shown
     assert 'from_pretrained("org/small")' in shown and "    vllm serve org/small\n" in shown
     assert "pypi.org" not in shown and "`pip install .` in a copy of its source" in shown
     assert shown.endswith("The card of the original:\n\n# Original\nIts words.\n")
@@ -138,7 +139,7 @@ def test_a_files_card_says_what_is_in_it_and_other_files_are_refused(folder_of, 
     card = lorq.push(file, "org/m-gguf", base_model="org/m").card
     # 73,728 weights of 4.5 bits and 16,896 of 8.5
     assert "5.246 bits per weight where there are codes" in card and "(14 q4_0, 5 f32, 1 q8_0)" in card
-    assert f"KL {found.kl_mean:.4f} (2 windows of 32" in card
+    assert f"{figures_line(found.as_dict())} |" in card
     assert "    lorq export OUT model.gguf --embeddings q8_0" in card and "--grid q4_0" in card
     assert "rounding: 1 of 20 tensors are rounded" in card
     assert "    llama-cli -hf org/m-gguf -hff 'a file.gguf'" in card and "transformers" not in card

@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "gguf.hpp"
 #include "kernels.hpp"
 #include "rotation.hpp"
 #include "trellis_product.hpp"
@@ -250,5 +251,22 @@ int main() {
         for (size_t i = 0; i < x.size(); ++i)
             if (std::fabs(x[i] - back[i]) > 1e-5f) return std::fprintf(stderr, "rotate\n"), 1;
     }
+    for (const int64_t rows : {1, 64, 70})  // steps of groups, with levels and without
+        for (const bool uneven : {false, true}) {
+            const int64_t groups = 2, size = 3, trials = 4;
+            const auto weight = filled<float>(size_t(groups * size * rows), small);
+            const auto step = filled<float>(size_t(groups * trials * rows), [] { return 0.1f + std::fabs(small()); });
+            const auto low = filled<float>(step.size(), small), upper = filled<float>(size_t(groups * size * size), [] { return 1.0f; });
+            const std::vector<float> levels{-2, -1, 0, 3};
+            std::vector<float> codes(weight.size()), costs(size_t(groups * rows));
+            std::vector<int64_t> best(costs.size());
+            GroupSearch s{weight.data(), step.data(), low.data(), upper.data(), uneven ? levels.data() : nullptr, codes.data(),
+                          best.data(), costs.data(), groups, size, trials, rows, 2, 3};
+            search_groups(s, 2);
+            for (const float code : codes)
+                if (!(code >= 0 && code <= 3)) return std::fprintf(stderr, "steps\n"), 1;
+            for (const int64_t trial : best)
+                if (trial < 0 || trial >= trials) return std::fprintf(stderr, "trials\n"), 1;
+        }
     std::printf("%d products checked\n", checked);
 }

@@ -1,5 +1,7 @@
 """Charts hold the numbers of the report, cell by cell."""
 
+import math
+
 import pytest
 
 from lorq.charts import Folder, charts_of, comparison
@@ -83,6 +85,22 @@ def test_folders_are_compared_by_the_protocol_that_most_share_and_the_rest_is_na
     chart = comparison([one, two, odd])
     assert [(row["folder"], row["KL, nats a token"]) for row in values(chart)] == [("one", 0.5), ("two", 0.2)]
     assert "8 windows of 512 tokens of t, against m. Not measured so: odd." in chart.note
+
+
+def test_standard_errors_are_bars_about_the_points_that_have_them():
+    told = evaluation(0.2) | {"kl_stderr": 0.01}
+    folders = [
+        folder(layer("h.0.a"), name="old", evaluations=[evaluation(0.5)]),
+        folder(layer("h.0.a"), name="new", evaluations=[told]),
+    ]
+    chart = comparison(folders)
+    old, new = values(chart)
+    assert "from" not in old and "Bars are one standard error." in chart.note
+    assert (new["from"], new["to"]) == pytest.approx((0.2 * math.exp(-0.05), 0.2 * math.exp(0.05)))
+    bars, points = chart.spec["layer"]
+    assert (bars["encoding"]["y"]["field"], bars["encoding"]["y2"]["field"]) == ("from", "to")
+    assert points["encoding"]["y"]["field"] == "KL, nats a token"
+    assert "layer" not in comparison([folders[0], folders[0]]).spec
 
 
 def test_folders_without_a_common_evaluation_are_compared_by_their_output_error():

@@ -10,7 +10,7 @@ import torch
 
 from lorq import quality
 from lorq.evaluation import Evaluation
-from lorq.quality import divergence, evaluate_model, token_nll, top1_agreement
+from lorq.quality import divergence, evaluate_model, mean_stderr, token_nll, top1_agreement
 
 VOCABULARY = 40
 
@@ -131,7 +131,8 @@ def uniform_model():
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(windows):
     result = evaluate_model(uniform_model(), windows)
     assert result.perplexity == pytest.approx(VOCABULARY, rel=1e-6)
-    assert (result.kl_mean, result.kl_p99, result.top1) == (None, None, None)
+    assert (result.kl_mean, result.kl_p99, result.top1, result.kl_stderr) == (None, None, None, None)
+    assert result.perplexity_stderr == pytest.approx(0, abs=1e-5)  # every token has the same NLL
 
 
 def test_a_model_evaluated_against_itself_agrees_everywhere(windows):
@@ -156,9 +157,32 @@ def test_every_number_is_that_of_a_float64_loop_over_all_windows_at_once(windows
     p99 = kl[low] + (place - low) * (kl[low + 1] - kl[low])
     assert result.perplexity == pytest.approx(nll.mean().exp().item(), rel=1e-4)
     assert result.kl_mean == pytest.approx(sum(kl) / len(kl), rel=1e-4)
+    own_nll = -original.log_softmax(-1)[torch.arange(len(targets)), targets]
+    by_token = {
+        "kl": (kl_loop(original, logits), 1), "perplexity": (nll, nll.mean().exp()),
+        "ratio": (nll - own_nll, (nll.mean() - own_nll.mean()).exp()),
+    }  # fmt: skip
+    for name, (tokens, slope) in by_token.items():  # of the function of the mean that is reported, at the mean
+        means = [sum(window) / 11 for window in tokens.double().reshape(5, 11).tolist()]
+        spread = sum((mean - sum(means) / 5) ** 2 for mean in means)
+        expected = float(slope) * math.sqrt(spread / (5 * 4))
+        assert getattr(result, f"{name}_stderr") == pytest.approx(expected, rel=1e-3)
     assert result.kl_p99 == pytest.approx(p99, rel=1e-4)
     assert result.top1 == (logits.argmax(-1) == original.argmax(-1)).double().mean().item()
     assert 0 < result.top1 < 1  # or the comparison before would show nothing
+
+
+def test_the_standard_error_is_how_far_other_draws_of_windows_come_out(generator):
+    # Tokens of a window share most of what they deviate by: as single tokens the error would be four times too small.
+    draws = 0.5 * torch.randn(2000, 8, 1, generator=generator) + 0.5 * torch.randn(2000, 8, 32, generator=generator)
+    told = torch.tensor([mean_stderr([*draw]) for draw in draws])
+    assert told.square().mean().sqrt() == pytest.approx(float(draws.mean((1, 2)).std()), rel=0.05)
+
+
+def test_one_window_tells_no_standard_error(windows):
+    model = tiny_model()
+    result = evaluate_model(model, windows[:1], reference=model)
+    assert (result.perplexity_stderr, result.kl_stderr, result.ratio_stderr) == (None, None, None)
 
 
 def test_a_reference_may_be_a_function_of_the_window(windows):
@@ -215,6 +239,9 @@ def test_the_result_is_a_dict_for_json():
         "window": 512,
         "windows": 8,
         "start_token": False,
+        "perplexity_stderr": None,
+        "kl_stderr": None,
+        "ratio_stderr": None,
     }
 
 

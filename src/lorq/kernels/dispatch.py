@@ -12,6 +12,7 @@ from lorq.core.weight import LayerFormat
 from lorq.kernels import (
     cpu,
     cpu_experts,
+    cpu_gguf,  # noqa: F401  registers itself
     cpu_trellis,
     int8,
     reference_trellis,

@@ -15,6 +15,10 @@ from lorq.storage.names import MEASURED
 # What two evaluations must share for their figures to be comparable.
 PROTOCOL = ("reference", "text", "window", "windows", "start_token", "adapter", "dtype", "products")
 
+# Numbers of an evaluation, or None: of a reference, and standard errors, which one window has none of and older files
+# do not have.
+_FIGURES = ("perplexity", "kl_mean", "top1", "perplexity_stderr", "kl_stderr", "ratio_stderr")
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -57,7 +61,7 @@ def parse_measured(content: dict[str, Any], *, where: Path) -> Measured:
     tasks = [metrics for entry in evaluations for metrics in entry.get("tasks", {}).values()]
     if not all(isinstance(metrics, dict) for metrics in tasks):
         raise wrong
-    figures = [entry.get(key) for entry in evaluations for key in ("perplexity", "kl_mean", "top1")]
+    figures = [entry.get(key) for entry in evaluations for key in _FIGURES]
     numbers = [content.get("seconds", 0.0), *stages.values(), *(figure for figure in figures if figure is not None)]
     numbers += [entry["perplexity"] for entry in evaluations] + [value for one in tasks for value in one.values()]
     if not all(isinstance(number, int | float) for number in numbers):

@@ -26,7 +26,7 @@ def test_an_evaluation_replaces_the_one_by_the_same_protocol_and_no_other(tmp_pa
     "content",
     [
         {"stages": []}, {"seconds": "3"}, {"stages": {"a": "b"}}, {"evaluations": {}}, {"evaluations": [{}]},
-        {"evaluations": [ENTRY | {"kl_mean": "low"}]},
+        {"evaluations": [ENTRY | {"kl_mean": "low"}]}, {"evaluations": [ENTRY | {"kl_stderr": "0.1"}]},
     ],
     ids=str,
 )  # fmt: skip

@@ -15,8 +15,8 @@ from lorq.core.rounding.gguf_fit import Fit, begin_block, covering, halves, in_u
 from lorq.core.rounding.gptq import column_blocks, feed_back
 from lorq.core.stats import PreparedHessian
 
-# Rows in hand at once: those of a block of 256 columns and 25 trials make temporaries of 16 MB.
-_TRIALS = 1 << 22
+# Weights in hand at once: temporaries of 2.6 MB, and 67 MB for 25 trials where there is no library of kernels.
+_AT_ONCE = 1 << 19
 # How often blocks of several groups are gone through again.
 _PASSES = 2
 
@@ -54,7 +54,7 @@ def gguf(target: Float[Tensor, "out in"], hessian: PreparedHessian, grid: GgufGr
     type = grid.layout_of
     order, ordered = hessian.falling(type.block, type.group)
     parts, damped = [], damp(ordered.matrix, ordered.damping)
-    for strip in target.split(max(1, _TRIALS // (type.block * 25))):
+    for strip in target.split(max(1, _AT_ONCE // type.block)):
         columns = strip[:, order].T.contiguous()
         found = _first(columns, ordered.inverse_factor, type)
         for _ in range(_PASSES if type.packing else 0):
@@ -69,7 +69,7 @@ def gguf_nearest(target: Float[Tensor, "out in"], grid: GgufGrid) -> GgufCodes:
     type = grid.layout_of
     parts = [
         _as_codes(*_alone(strip.T.contiguous(), type), grid).tensors()
-        for strip in target.reshape(-1, type.block).split(max(1, _TRIALS // (type.block * 25)))
+        for strip in target.reshape(-1, type.block).split(max(1, _AT_ONCE // type.block))
     ]
     whole = {name: torch.cat([part[name] for part in parts]).view(len(target), -1) for name in parts[0]}
     return grid.read(whole, *target.shape)

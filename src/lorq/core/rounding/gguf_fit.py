@@ -71,39 +71,55 @@ def search(
 
     Without ``upper`` no error is passed on.
     """
-    codes, costs = _fed_back(weight.unsqueeze(2).expand(-1, -1, trials.step.shape[1], -1), trials, upper, type)
-    best = costs.argmin(1, keepdim=True)  # (groups, 1, rows)
-    fit, cost = trials.map(lambda part: part.gather(1, best)[:, 0]), costs.gather(1, best)[:, 0]
-    codes = codes.gather(2, best.unsqueeze(1).expand(-1, codes.shape[1], -1, -1))[:, :, 0]
+
+    def cheapest(trials: Fit) -> tuple[Tensor, Tensor, Tensor]:
+        return search_groups(weight, trials.step, trials.low, upper, type.bits, type.zero, list(type.levels))
+
+    codes, best, cost = cheapest(trials)
+    fit = trials.map(lambda part: part.gather(1, best.unsqueeze(1))[:, 0])
     for _ in range(_REFITS):
         other = stored(_refitted(weight, codes, upper, type))
-        again, reached = _fed_back(weight, other, upper, type)
+        again, _, reached = cheapest(other.map(lambda part: part.unsqueeze(1)))
         better = reached < cost
         cost, codes = torch.where(better, reached, cost), torch.where(better.unsqueeze(1), again, codes)
         fit = other.where(better, fit)
     return fit, codes
 
 
-def _fed_back(
-    weight: Float[Tensor, "groups size *rows"],
-    fit: Fit,
-    upper: Float[Tensor, "groups size size"] | None,
-    type: BlockType,
-) -> tuple[Float[Tensor, "groups size *rows"], Float[Tensor, "groups *rows"]]:
-    """Codes of groups, errors passed on inside them, and what they cost."""
-    if upper is None:
-        each = fit.map(lambda part: part.unsqueeze(1))
-        codes = each.encode(weight, type)
-        return codes, each.decode(codes, type).sub_(weight).square_().sum(1)
-    weight = weight.clone(memory_format=torch.contiguous_format)
-    codes, costs = torch.empty_like(weight), torch.zeros_like(weight[:, 0])
-    ones = (1,) * (weight.ndim - 2)
+def search_groups_reference(
+    weight: Tensor, step: Tensor, low: Tensor | None, upper: Tensor | None, bits: int, zero: int, levels: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Which of some fits is best for each group and row, when its codes pass their errors on inside the group.
+
+    Args:
+        weight: (groups, size, rows) float32.
+        step: (groups, trials, rows) float32.
+        low: as ``step``, or None.
+        upper: (groups, size, size) float32, each group's block of the factor of the inverse Hessian; without it no
+            error is passed on.
+        bits, zero, levels: of `BlockType`.
+
+    Returns:
+        The codes (groups, size, rows), as floats; the number (groups, rows) of the best trial, of equals the first; and
+        what it costs, ``sum_i ((t_i - q_i) / U_ii)^2``.
+    """
+    fit, type = Fit(step, low), BlockType(bits, zero, {}, (), levels=tuple(levels))
+    columns = weight.unsqueeze(2).repeat(1, 1, step.shape[1], 1)
+    codes, costs = torch.empty_like(columns), torch.zeros_like(step)
     for i in range(weight.shape[1]):
-        codes[:, i] = fit.encode(weight[:, i], type)
-        error = (weight[:, i] - fit.decode(codes[:, i], type)).div_(upper[:, i, i].view(-1, *ones))
+        codes[:, i] = fit.encode(columns[:, i], type)
+        error = columns[:, i] - fit.decode(codes[:, i], type)
+        if upper is not None:
+            error.div_(upper[:, i, i].view(-1, 1, 1))
+            columns[:, i + 1 :].addcmul_(upper[:, i, i + 1 :, None, None], error.unsqueeze(1), value=-1)
         costs.addcmul_(error, error)
-        weight[:, i + 1 :].addcmul_(upper[:, i, i + 1 :].unflatten(1, (-1, *ones)), error.unsqueeze(1), value=-1)
-    return codes, costs
+    best = costs.argmin(1, keepdim=True)
+    chosen = codes.gather(2, best.unsqueeze(1).expand(-1, codes.shape[1], -1, -1))
+    return chosen[:, :, 0].contiguous(), best[:, 0].contiguous(), costs.gather(1, best)[:, 0].contiguous()
+
+
+# The function keeps its name, as the kernels' reference.
+search_groups = torch.library.custom_op("lorq::search_groups", search_groups_reference, mutates_args=())
 
 
 def _refitted(
