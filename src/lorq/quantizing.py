@@ -94,7 +94,7 @@ def with_preset(arguments: list[str], *, to_file: bool, helps: bool) -> tuple[li
         title = f"the run of {method}"
     else:
         title = f"preset {name}" if name else "for llama.cpp"
-    flags = chosen.flags() if chosen.options or method is None and name in (None, *PRESETS) else {}
+    flags = chosen.flags() if chosen.options or (method is None and name in (None, *PRESETS)) else {}
     if flags and not helps:
         used = " ".join(f"{flag} {given(arguments, flag) or value}" for flag, value in flags.items())
         notes.print(f"{title}: {used}")

@@ -1,6 +1,5 @@
 """Tiles: low-rank factors that the experts of a layer share along the rows and columns of a grid."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -137,7 +136,9 @@ def grid_of(experts: int, rows: int = -1, columns: int = -1, *, out: int = 1, in
         sides = [(i, -(-experts // i)) for i in ([rows] if rows != -1 else range(1, experts + 1))]
     elif rows == -1:
         sides = [(-(-experts // columns), columns)]
-    rows, columns = min(sides, key=lambda side: (side[0] * in_ + side[1] * out, side[0] * side[1], abs(side[0] - side[1])))
+    rows, columns = min(
+        sides, key=lambda side: (side[0] * in_ + side[1] * out, side[0] * side[1], abs(side[0] - side[1]))
+    )
     if rows * columns < experts:
         raise ValueError(
             f"the grid needs a cell for each expert, got {rows} x {columns} = {rows * columns} cells for {experts} "
@@ -309,7 +310,10 @@ def _fill(
 
 
 def _other_side(
-    rest: Float[Tensor, "experts m n"], known: Float[Tensor, "experts n rank"], place: Int[Tensor, "experts"], count: int
+    rest: Float[Tensor, "experts m n"],
+    known: Float[Tensor, "experts n rank"],
+    place: Int[Tensor, "experts"],
+    count: int,
 ) -> Float[Tensor, "count m rank"]:
     """For each place the factor ``X`` with the least ``sum_e |rest_e - X known_e^T|^2`` over its experts."""
     rank = known.shape[2]

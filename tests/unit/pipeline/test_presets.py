@@ -48,7 +48,9 @@ def test_without_a_method_python_takes_the_default_preset(source, text_file, tmp
 def test_a_papers_method_is_run_as_in_the_paper(said, source, text_file, tmp_path, capsys):
     words = [f"--{key}={value}" for key, value in said.items()]
     run = ["--samples", "2", "--seq-len", "32", "--calibration", str(text_file), "--group-size", "32"]
-    assert main(["quantize", str(source), str(tmp_path / "out"), "--method", "lopro-paper", *run, *words, "--json"]) == 0
+    assert (
+        main(["quantize", str(source), str(tmp_path / "out"), "--method", "lopro-paper", *run, *words, "--json"]) == 0
+    )
     got = capsys.readouterr()
     told, expected = json.loads(got.out)["run"], PAPERS["lopro-paper"] | said
     assert f"--stream {expected['stream']} --token-weights plain" in got.err
