@@ -158,7 +158,7 @@ class TileQ(LoPRo):
     def _activation_metric(
         self, stats: Sequence[InputStats], bases: Sequence[Basis], weights: Float[Tensor, "experts"]
     ) -> Metric:
-        """Of experts in one basis by the activation scale of their mean, else by the mean of ``T^T diag(alpha)^2 T``."""
+        """Of experts in one basis by the scale of their mean, else by the mean of ``T^T diag(alpha)^2 T``."""
         if all(basis is bases[0] for basis in bases):
             return self._metric(bases[0], PreparedHessian(stats[0].hessian, self.damping), _mean_stats(stats))
         squares = [activation_scale(s, self.exponent).square().diag() for s in stats]
