@@ -85,15 +85,18 @@ def with_preset(arguments: list[str], *, to_file: bool, helps: bool) -> tuple[li
     """The command line with the flags that a preset stands for, printed, unless a method is given; and the
     `lorq.pipeline.presets.Preset` whose values help shows."""
     from lorq.methods import METHODS
-    from lorq.pipeline.presets import DEFAULT, INTO_FILE, PRESETS, Preset
+    from lorq.pipeline.presets import DEFAULT, INTO_FILE, PAPERS, PRESETS, Preset
 
     method, name = given(arguments, "--method"), given(arguments, "--preset") or (None if to_file else DEFAULT)
     chosen = INTO_FILE if name is None else PRESETS.get(name)
     if method is not None or chosen is None:
-        return arguments, Preset(METHODS.get(method or "flrq", METHODS["flrq"])())
-    flags = chosen.flags()
-    if not helps:
+        chosen = Preset(METHODS.get(method or "flrq", METHODS["flrq"])(), PAPERS.get(method or "", {}))
+        title = f"the run of {method}"
+    else:
+        title = f"preset {name}" if name else "for llama.cpp"
+    flags = chosen.flags() if chosen.options or (method is None and name in (None, *PRESETS)) else {}
+    if flags and not helps:
         used = " ".join(f"{flag} {given(arguments, flag) or value}" for flag, value in flags.items())
-        notes.print(f"{f'preset {name}' if name else 'for llama.cpp'}: {used}")
+        notes.print(f"{title}: {used}")
     more = [f"{flag}={value}" for flag, value in flags.items() if given(arguments, flag) is None]
     return arguments + more, chosen if helps else Preset(type(chosen.method)())

@@ -1,6 +1,5 @@
 """Tiles: low-rank factors that the experts of a layer share along the rows and columns of a grid."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -12,6 +11,8 @@ from lorq.core.low_rank import FACTOR_TYPES, LowRank, Metric, factor_bits, store
 from lorq.core.packing import Layout, stored_bits
 
 _OVERSAMPLE = 16
+# How often both sides of factors are fitted to each other, where cells are empty.
+_SWEEPS = 10
 
 
 @dataclass(frozen=True)
@@ -117,20 +118,27 @@ class TileFormat:
         return -(-self.stored_bits(out, in_) // self.experts)
 
 
-def grid_of(experts: int, rows: int = -1, columns: int = -1) -> tuple[int, int]:
-    """A grid with a cell for each expert: as square as can be where a side is -1.
+def grid_of(experts: int, rows: int = -1, columns: int = -1, *, out: int = 1, in_: int = 1) -> tuple[int, int]:
+    """A grid with a cell for each expert; where a side is -1, the one whose factors have the fewest numbers.
+
+    These are ``rows in + columns out`` for each pair of factors; of equals, the grid with the fewest cells, then the
+    squarest.
 
     Raises:
         ValueError: if the given sides have too few cells.
 
     Example:
-        >>> grid_of(60), grid_of(8, rows=4), grid_of(8, rows=2)
-        ((8, 8), (4, 2), (2, 4))
+        >>> grid_of(60), grid_of(8, out=14336, in_=4096), grid_of(8, rows=2)
+        ((6, 10), (4, 2), (2, 4))
     """
-    if rows == -1:
-        rows = math.ceil(math.sqrt(experts)) if columns == -1 else math.ceil(experts / columns)
+    sides = [(rows, columns)]
     if columns == -1:
-        columns = math.ceil(experts / rows)
+        sides = [(i, -(-experts // i)) for i in ([rows] if rows != -1 else range(1, experts + 1))]
+    elif rows == -1:
+        sides = [(-(-experts // columns), columns)]
+    rows, columns = min(
+        sides, key=lambda side: (side[0] * in_ + side[1] * out, side[0] * side[1], abs(side[0] - side[1]))
+    )
     if rows * columns < experts:
         raise ValueError(
             f"the grid needs a cell for each expert, got {rows} x {columns} = {rows * columns} cells for {experts} "
@@ -238,9 +246,10 @@ def fit_tiles(
 ) -> TileFactors:
     """One sketch of the tile matrix, its factors rounded one pair at a time, later pairs repairing the rounding.
 
-    The tile matrix has ``A_e = target_e C_i`` in block ``(j, i)`` for the expert in cell ``(i, j)``. A blocked
-    subspace iteration gives ``rank`` right vectors; for each, ``right_i = round(v_i C_i^-1)``, and the left blocks
-    are fitted to the rounded right ones over the filled cells:
+    The tile matrix has ``A_e = target_e C_i`` in block ``(j, i)`` for the expert in cell ``(i, j)``. An empty cell
+    holds what the factors of the filled ones say there, so that it weighs on nothing. A blocked subspace iteration
+    gives ``rank`` right vectors; for each, ``right_i = round(v_i C_i^-1)``, and the left blocks are fitted to the
+    rounded right ones:
 
         left_j = sum_i A_ji (right_i C_i)^T / sum_i |right_i C_i|^2
 
@@ -259,6 +268,13 @@ def fit_tiles(
     cells = cells.to(targets.device, torch.int16)
     rows, columns = cells[:, 0].long(), cells[:, 1].long()
     rest = torch.stack([metrics[int(row)].apply(target) for row, target in zip(rows, targets, strict=True)])
+    taken = {(i, j) for i, j in cells.tolist()}
+    empty = [(i, j) for i in range(grid[0]) for j in range(grid[1]) if (i, j) not in taken]
+    if empty:
+        filled = _fill(rest, rows, columns, grid, empty, rank=rank, iterations=iterations, generator=generator)
+        rest = torch.cat([rest, filled])
+        added = torch.tensor(empty, device=rest.device)
+        rows, columns = torch.cat([rows, added[:, 0]]), torch.cat([columns, added[:, 1]])
     starts = _right_vectors(rest, rows, columns, grid, rank=rank, iterations=iterations, generator=generator)
     lefts, rights = [], []  # of (grid columns, out) and (grid rows, in)
     for start in starts:
@@ -268,6 +284,45 @@ def fit_tiles(
     stored_left, left_scale = store_vectors(torch.stack(lefts, 1), factor_type)  # (columns, rank, out)
     stored_right, right_scale = store_vectors(torch.stack(rights, 1), factor_type)
     return TileFactors(stored_left.transpose(1, 2).contiguous(), stored_right, left_scale, right_scale, cells)
+
+
+def _fill(
+    rest: Float[Tensor, "experts out in"],
+    rows: Int[Tensor, "experts"],
+    columns: Int[Tensor, "experts"],
+    grid: tuple[int, int],
+    empty: list[tuple[int, int]],
+    *,
+    rank: int,
+    iterations: int,
+    generator: torch.Generator,
+) -> Float[Tensor, "empty out in"]:
+    """What stands in empty cells when factors of this rank are fitted to the filled ones alone.
+
+    Alternating least squares, each side of the factors given the other; it starts from the zeros in the empty cells.
+    """
+    starts = _right_vectors(rest, rows, columns, grid, rank=rank, iterations=iterations, generator=generator)
+    right = starts.permute(1, 2, 0).contiguous()  # (rows, in, rank)
+    for _ in range(_SWEEPS):
+        left = _other_side(rest, right[rows], columns, grid[1])
+        right = _other_side(rest.mT, left[columns], rows, grid[0])
+    return torch.stack([left[j] @ right[i].T for i, j in empty])
+
+
+def _other_side(
+    rest: Float[Tensor, "experts m n"],
+    known: Float[Tensor, "experts n rank"],
+    place: Int[Tensor, "experts"],
+    count: int,
+) -> Float[Tensor, "count m rank"]:
+    """For each place the factor ``X`` with the least ``sum_e |rest_e - X known_e^T|^2`` over its experts."""
+    rank = known.shape[2]
+    products = rest.new_zeros(count, rank, rank).index_add_(0, place, known.mT @ known)
+    sums = rest.new_zeros(count, rest.shape[1], rank).index_add_(0, place, rest @ known)
+    # A place without experts has factors of zero; directions that its experts do not tell stay small.
+    ridge = 1e-6 * products.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    products.diagonal(dim1=1, dim2=2).add_(ridge.unsqueeze(1))
+    return torch.linalg.solve(products, sums.mT).mT
 
 
 def _right_vectors(

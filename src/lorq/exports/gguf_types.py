@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+import lorq.kernels  # noqa: F401  without it the search for steps is torch's, three times slower
 from lorq.core.codes import IntCodes
 from lorq.core.codes.gguf import GgufCodes, GgufGrid
 from lorq.core.codes.gguf_blocks import TYPES

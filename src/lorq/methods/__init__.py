@@ -13,7 +13,7 @@ from lorq.methods.lopro import LoPRo, LoPRoPaper
 from lorq.methods.lords import LoRDS, LoRDSPaper
 from lorq.methods.lrq import LRQ, LRQPaper
 from lorq.methods.nearest import Nearest
-from lorq.methods.tileq import TileQ
+from lorq.methods.tileq import TileQ, TileQPaper
 
 
 @runtime_checkable
@@ -68,6 +68,7 @@ METHODS: dict[str, type[Method]] = {
     "lopro": LoPRo,
     "lopro-paper": LoPRoPaper,
     "tileq": TileQ,
+    "tileq-paper": TileQPaper,
     "lrq": LRQ,
     "lrq-paper": LRQPaper,
     "lords": LoRDS,

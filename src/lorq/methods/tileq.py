@@ -16,11 +16,13 @@ from lorq.core.problem import Problem
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
 from lorq.core.tile_factors import TileFactors, TileFormat, fit_tiles, grid_of, place_experts
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
-from lorq.methods.common import WIDTHS, activation_scale, assemble, needed
+from lorq.methods.common import WIDTHS, activation_scale, assemble, needed, preset
 from lorq.methods.lopro import LoPRo
 
 # Singular vectors by which experts are compared.
 _FEATURES = 8
+# Damping of activation scales in several bases, which are known and not estimated.
+_SMALL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,13 @@ class TileQ(LoPRo):
 
     The tile factors come from one blocked sketch, whatever ``sketch`` says, and columns are ordered by the weights.
 
+    The low rank comes first by default: what the weights of experts have in common is shared, while what codes miss of
+    one expert has nothing to do with another's (docs/results.md).
+
     Attributes:
         rank: factor pairs of a layer, and of the tile matrix of each projection of its experts.
-        grid_rows: rows of the grid; experts of a row share the factor on their inputs' side. -1 for a near-square grid.
+        grid_rows: rows of the grid; experts of a row share the factor on their inputs' side. -1 for those of the grid
+            whose factors have the fewest numbers.
         grid_columns: columns of the grid; experts of a column share the factor on their outputs' side. -1 for as many
             as are needed; cells may stay empty.
         sharing: whose inputs the factors of a grid row serve: the "row"'s experts', all of the "layer"'s, or each
@@ -39,9 +45,10 @@ class TileQ(LoPRo):
     """
 
     rank: Annotated[int, Range(1, 1 << 16)] = 32
-    grid_rows: Annotated[int, Range(1, 1 << 12, "a near-square grid")] = -1
+    grid_rows: Annotated[int, Range(1, 1 << 12, "those of the smallest factors")] = -1
     grid_columns: Annotated[int, Range(1, 1 << 12, "as many as are needed")] = -1
     sharing: Literal["row", "layer", "expert"] = "row"
+    order: Literal["codes-then-low-rank", "low-rank-then-codes"] = "low-rank-then-codes"
 
     scope: ClassVar[str] = "experts"
 
@@ -105,7 +112,7 @@ class TileQ(LoPRo):
                     if cells is None:
                         metric = self._metrics([range(len(stats))], stats, bases, hessians)[0]
                         scaled = torch.stack([metric.apply(part) for part in rest])
-                        grid = grid_of(len(stats), self.grid_rows, self.grid_columns)
+                        grid = self._grid(len(stats), *weights[0].shape)
                         cells = place_experts(scaled, *grid, rank=_FEATURES, generator=generator)
                     tiles = self._fit_tiles(rest, cells, stats, bases, hessians, generator)
                     parts = [tiles.dense(e) for e in range(len(weights))]
@@ -145,8 +152,20 @@ class TileQ(LoPRo):
                 mean = torch.stack([weight * part for weight, part in parts]).sum(0)
                 metrics.append(Metric.hessian(PreparedHessian(mean, self.damping).factor))
             else:
-                metrics.append(self._metric(bases[chosen[0]], hessians[0], _mean_stats([stats[e] for e in chosen])))
+                metrics.append(self._activation_metric([stats[e] for e in chosen], [bases[e] for e in chosen], weights))
         return metrics
+
+    def _activation_metric(
+        self, stats: Sequence[InputStats], bases: Sequence[Basis], weights: Float[Tensor, "experts"]
+    ) -> Metric:
+        """Of experts in one basis by the scale of their mean, else by the mean of ``T^T diag(alpha)^2 T``."""
+        if all(basis is bases[0] for basis in bases):
+            return self._metric(bases[0], PreparedHessian(stats[0].hessian, self.damping), _mean_stats(stats))
+        squares = [activation_scale(s, self.exponent).square().diag() for s in stats]
+        turned = [
+            weight * basis.rotate_hessian(square) for weight, basis, square in zip(weights, bases, squares, strict=True)
+        ]
+        return Metric.hessian(PreparedHessian(torch.stack(turned).sum(0), _SMALL).factor)
 
     def _fit_tiles(
         self,
@@ -157,7 +176,7 @@ class TileQ(LoPRo):
         hessians: Sequence[PreparedHessian],
         generator: torch.Generator,
     ) -> TileFactors:
-        grid = grid_of(len(stats), self.grid_rows, self.grid_columns)
+        grid = self._grid(*rest.shape)
         rank = min(self.rank, grid[0] * rest.shape[2], grid[1] * rest.shape[1])
         given = {"rank": rank, "factor_type": self.factor_type, "iterations": self.iterations}
         if self.sharing == "expert":
@@ -175,16 +194,46 @@ class TileQ(LoPRo):
         metrics = self._metrics(rows, stats, bases, hessians)
         return fit_tiles(rest, metrics, cells, grid, generator=generator, **given)  # type: ignore[arg-type]
 
+    def _grid(self, experts: int, out: int, in_: int) -> tuple[int, int]:
+        return grid_of(experts, self.grid_rows, self.grid_columns, out=out, in_=in_)
+
     def largest_experts(self, out: int, in_: int, experts: int) -> tuple[LayerFormat, TileFormat]:
         """The formats of an expert's weight and of its projection's tile factors.
 
         Raises:
             ValueError: if a block, codebook or group does not fit, or the grid is too small.
         """
-        rows, columns = grid_of(experts, self.grid_rows, self.grid_columns)
+        rows, columns = self._grid(experts, out, in_)
         rank = min(self.rank, rows * in_, columns * out)
         tile = TileFormat(rows, columns, experts, rank, self.factor_type, self.sharing == "expert")
         return replace(self.largest(out, in_), rank=0, factor_type="float16"), tile
+
+
+@preset
+class TileQPaper(TileQ):
+    """TileQ with the settings of its paper and its authors' code; see TileQ for what each one does.
+
+    The low rank first, from weights scaled by each expert's own activations; the columns by importance, all but the
+    first block rotated. ``--codebook vector`` is the paper's TileQ_v, the default its TileQ_s. What is not the paper's:
+
+    * scaled e4m3 in place of e5m2, and one blocked sketch in place of its deflation (the same factors on a full grid);
+    * experts are compared by principal angles, where its k-means takes a singular vector's sign for a difference;
+    * the smallest grid that holds the experts, where the code has 8 rows (Mixtral 4), and nothing in its empty cells,
+      where the code has zeros;
+    * an expert that sees too few tokens is scaled by all tokens of its layer (``expert_tokens``), not left unscaled,
+      and the exponent is not lowered where scales spread over more than five decades.
+    """
+
+    rotation = "partial"
+    importance = "log"
+    order = "low-rank-then-codes"
+    metric = "activation"
+    sharing = "expert"
+    sketch = "rank1"
+    iterations = 8
+    factor_type = "e4m3"
+    epochs = 0
+    shrinkage = 0.0
 
 
 def _mean_stats(stats: Sequence[InputStats]) -> InputStats:

@@ -48,6 +48,13 @@ PRESETS: dict[str, Preset] = {
     "best": Preset(FLRQ(codebook="trellis", window=14, budget=0.0, epochs=0), {"token_weights": "gradient"}),
 }
 DEFAULT = "balanced"
+# Options of the runs that papers describe, by method; what is given beside the method goes before them. Texts and
+# numbers of windows are the run's own (FLRQ, LoPRo and TileQ have 128 x 2048 of WikiText-2), unless a paper needs more.
+PAPERS: dict[str, dict[str, Any]] = {
+    "lopro-paper": {"stream": "quantized", "token_weights": "plain"},
+    "tileq-paper": {"stream": "quantized", "token_weights": "plain"},
+    "lrq-paper": {"samples": 512, "seq_len": 1024},
+}
 # What stands for a preset where the output is a file for llama.cpp, whose grids hold no trellis.
 INTO_FILE = Preset(GPTQ(grid="q4_0"), {"token_weights": "gradient"})
 

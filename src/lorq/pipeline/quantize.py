@@ -29,10 +29,10 @@ from lorq.pipeline.dial import Choice, Dial, levelled
 from lorq.pipeline.gradients import token_gradients
 from lorq.pipeline.observe import TokenGradients
 from lorq.pipeline.one_block import solve_block
-from lorq.pipeline.options import Options, read_method, read_options
+from lorq.pipeline.options import Options, method_name, read_method, read_options
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
 from lorq.pipeline.predict import predict
-from lorq.pipeline.presets import DEFAULT, PRESETS
+from lorq.pipeline.presets import DEFAULT, PAPERS, PRESETS
 from lorq.pipeline.tables import solve_tables
 from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
@@ -274,10 +274,12 @@ def calibration_windows(options: Options, model: StreamedModel, progress: Progre
 
 
 def _asked(method: str | Method | None, options: dict[str, Any]) -> tuple[Options, Method]:
-    """The options and the method of a run; those of the default preset where no method is given."""
+    """The options and the method of a run; those of the default preset where no method is given, a paper's run for its
+    method."""
     if method is None:
         method, options = PRESETS[DEFAULT].method, PRESETS[DEFAULT].options | options
-    return read_options(options), read_method(method)
+    solver = read_method(method)
+    return read_options(PAPERS.get(method_name(solver), {}) | options), solver
 
 
 def _require_memory(model: StreamedModel) -> None:

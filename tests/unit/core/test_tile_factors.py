@@ -72,22 +72,25 @@ def parts_of(tiles):
 @pytest.mark.parametrize(
     "experts, sides, expected",
     [
-        (1, {}, (1, 1)), (2, {}, (2, 1)), (4, {}, (2, 2)), (5, {}, (3, 2)), (6, {}, (3, 2)), (7, {}, (3, 3)),
-        (8, {}, (3, 3)), (60, {}, (8, 8)), (64, {}, (8, 8)), (128, {}, (12, 11)),
+        (1, {}, (1, 1)), (2, {}, (1, 2)), (4, {}, (2, 2)), (5, {}, (2, 3)), (6, {}, (2, 3)), (7, {}, (2, 4)),
+        (8, {}, (2, 4)), (60, {}, (6, 10)), (64, {}, (8, 8)), (128, {}, (10, 13)),
         (8, {"rows": 4}, (4, 2)), (8, {"columns": 4}, (2, 4)), (8, {"rows": 1}, (1, 8)), (8, {"columns": 1}, (8, 1)),
         (7, {"rows": 3}, (3, 3)), (7, {"rows": 3, "columns": 4}, (3, 4)), (4, {"rows": 9}, (9, 1)),
+        (8, {"out": 14336, "in_": 4096}, (4, 2)), (8, {"out": 4096, "in_": 14336}, (2, 4)),  # Mixtral's
+        (60, {"out": 1408, "in_": 2048}, (6, 10)), (60, {"out": 2048, "in_": 1408}, (10, 6)),  # Qwen1.5-MoE's
     ],
     ids=str,
 )  # fmt: skip
-def test_a_grid_is_near_square_and_keeps_the_sides_that_are_given(experts, sides, expected):
+def test_a_grid_has_the_smallest_factors_and_keeps_the_sides_that_are_given(experts, sides, expected):
     assert grid_of(experts, **sides) == expected
 
 
-def test_an_unasked_grid_is_the_squarest_that_is_large_enough():
-    for experts in range(1, 200):
-        rows, columns = grid_of(experts)
-        assert rows * columns >= experts > rows * (columns - 1)
-        assert 0 <= rows - columns <= 1
+def test_no_grid_that_is_large_enough_has_smaller_factors():
+    for experts in range(1, 130):
+        rows, columns = grid_of(experts, out=3, in_=2)
+        assert rows * columns >= experts
+        sizes = [2 * i + 3 * j for i in range(1, 131) for j in range(1, 131) if i * j >= experts]
+        assert 2 * rows + 3 * columns == min(sizes)
 
 
 @pytest.mark.parametrize("rows, columns, experts", [(2, 2, 5), (1, 7, 8), (8, 7, 60)])
@@ -266,20 +269,40 @@ def test_all_in_one_cell_is_the_svd_of_that_expert(generator):
     assert_close(tiles.dense(0, torch.float64), expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("experts, grid", [(7, (3, 3)), (8, (3, 3)), (13, (4, 4)), (60, (8, 8))], ids=str)
+def test_empty_cells_weigh_on_nothing(experts, grid, generator):
+    # Equal experts of rank 6 need no more than rank 6; with zeros in the empty cells 12 to 30 % would be left.
+    one = torch.randn(OUT, 6, generator=generator) @ torch.randn(6, IN, generator=generator)
+    cells, targets = row_major(grid)[:experts], one.expand(experts, -1, -1)
+    tiles = fit(targets, cells, grid, rank=6)
+    assert float((targets - parts_of(tiles)).norm() / targets.norm()) < 2e-3
+    zeros = torch.linalg.svdvals(assembled(targets, cells, grid))[6:].norm() / targets.double().norm()
+    assert float(zeros) > 0.1
+
+
 @types
-@pytest.mark.parametrize("experts, grid", [(5, (3, 2)), (7, (3, 3)), (4, (3, 3)), (3, (4, 2))], ids=str)
-def test_empty_cells_are_better_left_out_than_filled_with_zeros(type, experts, grid):
-    shares = []
-    for seed in range(4):
-        generator = seeded(seed)
-        cells = row_major(grid)[torch.randperm(grid[0] * grid[1], generator=generator)[:experts]]
-        targets = taken_apart(tile_matrix(grid, 6, 0.3, generator), cells)
-        tiles = fit(targets, cells, grid, rank=6, type=type)
-        u, s, vt = torch.linalg.svd(assembled(targets, cells, grid), full_matrices=False)
-        zeros = taken_apart(u[:, :6] * s[:6] @ vt[:6], cells).double()
-        shares.append(float((targets - parts_of(tiles)).norm() / (targets - zeros).norm()))
-    # The SVD is the best with zeros. Pairs found one by one with cells left out need not be the best together.
-    assert max(shares) < 1.025 and sum(shares) / 4 < 0.98
+@pytest.mark.parametrize("experts, grid", [(5, (3, 2)), (7, (3, 3)), (60, (8, 8))], ids=str)
+def test_filled_cells_are_fitted_as_alternating_least_squares_fits_them(type, experts, grid, generator):
+    cells = row_major(grid)[torch.randperm(grid[0] * grid[1], generator=generator)[:experts]]
+    targets = taken_apart(tile_matrix(grid, 6, 0.3, generator), cells)
+    tiles = fit(targets, cells, grid, rank=6, type=type)
+    best = alternated(targets.double(), cells.long(), grid, 6)
+    assert float((targets - parts_of(tiles)).norm()) < 1.03 * best
+
+
+def alternated(targets, cells, grid, rank):
+    """What 200 sweeps over the filled cells leave, by plain loops."""
+    left, right = torch.randn(grid[1], OUT, rank).double(), torch.randn(grid[0], IN, rank).double()
+    for _ in range(200):
+        for side, other, place, across in ((left, right, 1, 0), (right, left, 0, 1)):
+            for j in range(len(side)):
+                mine = (cells[:, place] == j).nonzero()[:, 0]
+                if len(mine):
+                    parts = targets[mine] if place else targets[mine].mT
+                    known = torch.cat(list(other[cells[mine, across]]))
+                    side[j] = torch.linalg.lstsq(known, torch.cat(list(parts), 1).T).solution.T
+    dense = torch.stack([left[j] @ right[i].T for i, j in cells.tolist()])
+    return float((targets - dense).norm())
 
 
 def test_rows_and_columns_without_experts_store_nothing(generator):

@@ -1,5 +1,8 @@
 """The C++ search for steps of GGUF's groups against the reference in torch."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -70,3 +73,9 @@ def test_the_numbers_of_threads_makes_no_difference(generator):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("module", ["lorq.exports.gguf", "lorq.pipeline.quantize"])
+def test_what_rounds_to_blocks_brings_the_fast_search_along(module):
+    code = f"import sys, {module}; print('lorq.kernels.cpu_gguf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"

@@ -142,8 +142,8 @@ def test_shared_factors_lower_the_error_of_experts_without(bits, common_input, o
     plain = [
         solve_one(LoPRo(**COMMON | given | {"rank": 0}), weight, s) for weight, s in zip(weights, stats, strict=True)
     ]
-    shared = solve(weights, stats, common_input=common_input, **given)
-    more = solve(weights, stats, common_input=common_input, **given | {"rank": 12})
+    shared = solve(weights, stats, common_input=common_input, grid_rows=3, **given)
+    more = solve(weights, stats, common_input=common_input, grid_rows=3, **given | {"rank": 12})
     without, error, less = (total_error(r, weights, stats) for r in (plain, shared, more))
     assert less < 0.9 * error < 0.8 * without
 
@@ -242,6 +242,23 @@ def test_the_activation_metric_of_a_row_is_of_its_mean_magnitudes(experts):
         assert_close(metric.undo(metric.apply(weights[0])), weights[0], rtol=1e-4, atol=1e-6)
 
 
+def test_the_activation_scales_of_experts_in_bases_of_their_own_are_turned_with_them(experts):
+    weights, stats = experts()
+    method, generator = TileQ(metric="activation", exponent=1.5), seeded(1)
+    bases = [Basis(torch.randperm(IN, generator=generator).int(), 4, 8) for _ in stats]
+    hessians = [PreparedHessian(s.hessian, 0.01) for s in stats]
+    (metric,) = method._metrics([range(EXPERTS)], stats, bases, hessians)
+    loads = torch.tensor([s.load for s in stats]).double()
+    expected = torch.zeros(IN, IN).double()
+    for basis, s, load in zip(bases, stats, loads, strict=True):
+        mean = s.mean_abs.double()
+        turn = basis.rotate(torch.eye(IN)).double()
+        expected += load / loads.sum() * turn.T @ (mean**1.5 / (mean.max() * mean.min()) ** 0.75).square().diag() @ turn
+    seen = metric.apply(torch.eye(IN)).double()
+    assert_close(seen @ seen.T, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert_close(metric.undo(metric.apply(weights[0])), weights[0], rtol=1e-3, atol=1e-5)
+
+
 def test_a_row_serves_its_own_experts_and_a_layer_all(experts):
     # Two rows with unlike inputs: factors for each row's own inputs leave less than those for the mean of all.
     weights, stats = experts()
@@ -322,7 +339,8 @@ def test_experts_of_low_rank_need_no_codes(experts):
     left, right = torch.randn(2, OUT, 4, generator=generator), torch.randn(3, 4, IN, generator=generator)
     weights = [left[e % 2] @ right[e // 2] for e in range(EXPERTS)]
     results = solve(
-        weights, stats, factor_type="float16", order="low-rank-then-codes", iterations=8, sharing="layer", epochs=0
+        weights, stats, factor_type="float16", order="low-rank-then-codes", iterations=8, sharing="layer", epochs=0,
+        grid_rows=3,
     )  # fmt: skip
     # Each in its row and column, or the tile matrix is not of rank 4.
     assert max(r.record.error_after for r in results) < 2.0**-20
@@ -353,7 +371,7 @@ def test_the_largest_formats_are_the_results(codebook, settings, experts):
 
 def test_the_defaults_of_a_real_layer_cost_what_they_should():
     layer, tile = TileQ(bits=2).largest_experts(1408, 2048, 60)
-    assert tile == TileFormat(8, 8, 60, 32, "int8") and layer.rank == 0
+    assert tile == TileFormat(6, 10, 60, 32, "int8") and layer.rank == 0
     assert layer.stored_bits(1408, 2048) / (1408 * 2048) == pytest.approx(2 + 16 / 128 + 2 / 128, rel=1e-6)
 
 

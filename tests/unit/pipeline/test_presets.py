@@ -8,7 +8,9 @@ from helpers import tiny_folder
 
 import lorq
 from lorq.cli import main
-from lorq.pipeline.presets import DEFAULT, PRESETS, preset
+from lorq.methods import METHODS
+from lorq.pipeline.options import Options, read_options
+from lorq.pipeline.presets import DEFAULT, PAPERS, PRESETS, preset
 
 RUN = {"samples": 2, "seq_len": 32}
 
@@ -40,6 +42,29 @@ def test_the_pages_have_the_line_that_a_preset_stands_for(name, page):
 def test_without_a_method_python_takes_the_default_preset(source, text_file, tmp_path):
     report = lorq.quantize(source, tmp_path / "out", calibration=text_file, **RUN)
     assert report.settings == vars(PRESETS[DEFAULT].method) and report.run["token_weights"] == "gradient"
+
+
+@pytest.mark.parametrize("said", [{}, {"stream": "original"}], ids=["as in the paper", "with a word of the user's"])
+def test_a_papers_method_is_run_as_in_the_paper(said, source, text_file, tmp_path, capsys):
+    words = [f"--{key}={value}" for key, value in said.items()]
+    run = ["--samples", "2", "--seq-len", "32", "--calibration", str(text_file), "--group-size", "32"]
+    assert (
+        main(["quantize", str(source), str(tmp_path / "out"), "--method", "lopro-paper", *run, *words, "--json"]) == 0
+    )
+    got = capsys.readouterr()
+    told, expected = json.loads(got.out)["run"], PAPERS["lopro-paper"] | said
+    assert f"--stream {expected['stream']} --token-weights plain" in got.err
+    report = lorq.quantize(
+        source, tmp_path / "python", lorq.LoPRoPaper(group_size=32), calibration=text_file, **RUN, **said
+    )
+    for key, value in expected.items():
+        assert told[key] == report.run[key] == value
+
+
+def test_every_paper_is_a_methods_and_says_options_alone():
+    assert set(PAPERS) < set(METHODS)
+    for options in PAPERS.values():
+        assert vars(read_options(dict(options))) == vars(Options()) | options
 
 
 def test_what_is_said_goes_before_the_preset():
