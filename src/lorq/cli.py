@@ -243,10 +243,10 @@ def _run(arguments: list[str]) -> None:
             from lorq.pipeline.presets import PRESETS
 
             progress(IMPORT, 1, 1)
-        arguments, shown = with_preset(arguments, to_file=names_file(arguments[1:]), helps=helps)
+        arguments, shown, typed = with_preset(arguments, to_file=names_file(arguments[1:]), helps=helps)
         settings, options = shown.as_defaults()
         del app["quantize"]
-        _command(quantize_command(settings, options, tuple(METHODS), tuple(PRESETS)), "quantize")
+        _command(quantize_command(settings, options, tuple(METHODS), tuple(PRESETS), typed=typed), "quantize")
     chosen, bound, _ = app.parse_args(arguments, exit_on_error=False, print_error=False)
     for name in ("text", "evaluation", "calibration"):
         if (text := bound.arguments.get(name)) not in (None, SELF):

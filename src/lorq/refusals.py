@@ -66,13 +66,18 @@ def check_early(arguments: list[str]) -> None:
             f"{budget} chooses each layer's bits, got --bits {bits} too; leave --bits away, or choose from --widths, "
             f"such as --widths {bits}"
         )
-    own_method = given(arguments, "--method") or given(arguments, "--preset")
-    grid = given(arguments, "--grid") or ("q4_0" if names_file(arguments) and not own_method else "integer")
+    to_file = names_file(arguments)
+    if to_file and (preset := given(arguments, "--preset")):
+        raise ValueError(
+            f"presets have trellis codes, which no .gguf file holds, got --preset {preset}; leave it away, or choose "
+            "--method and --grid"
+        )
+    grid = given(arguments, "--grid") or ("a .gguf file" if to_file else "integer")
     told = next((flag for flag in ("--bits", "--group-size") if given(arguments, flag) is not None), None)
     if told and grid not in ("integer", "normal-float"):
         raise ValueError(
-            f"a grid of GGUF has its own bits and groups, got {told} {given(arguments, told)} for {grid}; leave it "
-            "away, and choose another --grid, such as q3_k or q5_0"
+            f"a type of GGUF has its own bits and groups, got {told} {given(arguments, told)} for {grid}; leave it "
+            "away, and name a type, such as --grid q3_k or q5_0"
         )
     if (text := given(arguments, "--calibration")) not in (None, SELF):
         check_text(text, "calibration")

@@ -38,6 +38,8 @@ console = _Console(width=None if sys.stdout.isatty() else 160, markup=False, emo
 notes = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 # A log file has a line of a stage so often, not more.
 _LINE_SECONDS = 10
+# Steps of a stage that are more than so many are no number to read, but a share.
+_COUNTED = 10_000
 
 
 @contextmanager
@@ -48,7 +50,7 @@ def progress_bars() -> Iterator[Progress]:
         yield _ProgressLines()
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), _TimeLeft(),
+        TextColumn("{task.description}"), BarColumn(), _HowFar(), TimeElapsedColumn(), _TimeLeft(),
     )  # fmt: skip
     bars: dict[str, Any] = {}
     with Bars(*columns, console=notes) as shown:
@@ -59,6 +61,14 @@ def progress_bars() -> Iterator[Progress]:
             shown.update(bars[stage], completed=done, total=total)
 
         yield show
+
+
+class _HowFar(MofNCompleteColumn):
+    """Steps, or their share where they are too many to read."""
+
+    def render(self, task: Task) -> Text:
+        total = int(task.total or 0)
+        return Text(_share(int(task.completed), total)) if total > _COUNTED else super().render(task)
 
 
 class _TimeLeft(ProgressColumn):
@@ -72,6 +82,14 @@ def _left(seconds: float, done: int, total: int) -> str:
     return f"{duration(seconds / done * (total - done))} left" if 0 < done < total else ""
 
 
+def _share(done: int, total: int) -> str:
+    return f"{100 * done // total} %"
+
+
+def _steps(done: int, total: int) -> str:
+    return f"{done} of {total}" if 1 < total <= _COUNTED else ""
+
+
 class _ProgressLines:
     """A line where a stage begins and ends, and now and then between: how far it is, and what time is left."""
 
@@ -83,12 +101,14 @@ class _ProgressLines:
         now = time.monotonic()
         first = stage not in self.began
         seconds = now - self.began.setdefault(stage, now)
+        steps = _steps(done, total)
         if done >= total:
-            self._print(f"{stage}: {f'{done} of {total}, ' if total > 1 else ''}done in {duration(seconds)}", now)
+            self._print(f"{stage}: {f'{steps}, ' if steps else ''}done in {duration(seconds)}", now)
         elif done and now - self.printed >= _LINE_SECONDS:
-            self._print(f"{stage}: {done} of {total}, {100 * done // total} %, {_left(seconds, done, total)}", now)
+            far = [steps, _share(done, total), _left(seconds, done, total)]
+            self._print(f"{stage}: {', '.join(filter(None, far))}", now)
         elif first:
-            self._print(f"{stage}: {done} of {total}" if total > 1 else stage, now)
+            self._print(f"{stage}: {steps}" if steps else stage, now)
 
     def _print(self, line: str, now: float) -> None:
         notes.print(line)

@@ -608,6 +608,7 @@ MISTAKES = {
     ),
     "unknown device": ([*PLAIN, "--device", "gpu"], r"device must be .*got 'gpu'"),
     "absent device": ([*PLAIN, "--device", "cuda:99"], r"device must be .*got 'cuda:99'"),
+    "several devices": ([*PLAIN, "--device", "cpu,cpu"], r"device must be one, .*'cpu,cpu' \(several share .*executor"),
     "meta device": ([*PLAIN, "--device", "meta"], r"device must be .*got 'meta'"),
     "override without value": (
         [*PLAIN, "--override", "down_proj:bits"], r"'REGEX:key=value', got 'down_proj:bits'",

@@ -134,18 +134,38 @@ def test_one_command_makes_the_file_and_leaves_nothing_else(tmp_path, capsys):
     options = text_of(tmp_path)
     assert main(["quantize", str(dense), str(out), *options]) == 0
     printed = capsys.readouterr()
-    assert "for llama.cpp: --method gptq --grid q4_0 --token-weights gradient" in printed.err
-    assert "tensors: 14 q4_0, 6 f32" in printed.out and f"next: lorq inspect {out}\n" in printed.out
+    assert "for llama.cpp: --method gptq --token-weights gradient" in printed.err
+    why = "q4_k needs widths that are multiples of 256, which 14 of 14 layers have not, model.layers.0.self_attn.q_proj"
+    assert f"type iq4_nl: {why} has 64; --grid names another" in printed.err
+    assert "tensors: 14 iq4_nl, 6 f32" in printed.out and f"next: lorq inspect {out}\n" in printed.out
     assert f"│ file              │ {out}"[:40] in printed.out
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt", "model.gguf"}
     # The same as in two steps.
     settings = {"token_weights": "gradient", "calibration": options[1], "samples": 2, "seq_len": 32}
-    lorq.quantize(dense, tmp_path / "out", lorq.GPTQ(grid="q4_0"), **settings)
+    lorq.quantize(dense, tmp_path / "out", lorq.GPTQ(grid="iq4_nl"), **settings)
     lorq.export(tmp_path / "out", tmp_path / "again.gguf")
     ours, theirs = ({t.name: t.data for t in GGUFReader(tmp_path / n).tensors} for n in ("model.gguf", "again.gguf"))
     assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
     assert main(["quantize", str(dense), str(out), *options]) == 1
     assert f"{out} must be new, it is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq", "flrq --budget 0"])
+def test_a_method_alone_gets_the_type_that_widths_allow(method, tmp_path, capsys):
+    wide, out = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}, tmp_path / "model.gguf"
+    dense = gguf_folder(tmp_path / "dense", "llama", **wide)
+    arguments = ["quantize", str(dense), str(out), "--method", *method.split(), *text_of(tmp_path)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "type q4_k: all widths are multiples of 256; --grid names another" in printed.err
+    assert "14 q4_k" in printed.out
+    # What is said of some layers does not decide for the others, and what is said of all does.
+    assert main([*arguments, "--overwrite", "--override", "down_proj:grid=q8_0"]) == 0
+    printed = capsys.readouterr()
+    assert "12 q4_k, 6 f32, 2 q8_0" in printed.out and "type q4_k" in printed.err
+    assert main([*arguments, "--overwrite", "--grid", "q5_0"]) == 0
+    printed = capsys.readouterr()
+    assert "14 q5_0" in printed.out and "names another" not in printed.err
 
 
 def test_a_run_that_ends_early_goes_on(tmp_path, capsys, monkeypatch):
@@ -167,10 +187,15 @@ def test_a_run_that_ends_early_goes_on(tmp_path, capsys, monkeypatch):
 
 
 REFUSED = {
-    "--bits 3": "a grid of GGUF has its own bits and groups, got --bits 3 for q4_0",
+    "--bits 3": "a type of GGUF has its own bits and groups, got --bits 3 for a .gguf file; leave it away, and name",
     "--grid q5_0 --group-size 64": "got --group-size 64 for q5_0",
-    "--method flrq --bits 4": "needs one of GGUF's grids, --grid q4_0, q4_1, .*, got integer",
-    "--method lopro": "got a method without",
+    "--method flrq --bits 4": "got --bits 4 for a .gguf file",
+    "--method nearest --grid normal-float": "needs one of GGUF's grids, --grid q4_0, q4_1, .*, got normal-float",
+    "--preset fast": "presets have trellis codes, which no .gguf file holds, got --preset fast",
+    "--method lopro": "knows GGUF's types, gptq, nearest, or flrq with --budget 0, got LoPRo; take one of them, or",
+    "--method lords": "or flrq with --budget 0, got LoRDS; take",
+    "--method flrq-paper": "or flrq with --budget 0, got FLRQPaper; take",
+    "--method flrq": "has no low-rank part, got budget",
     "--method flrq --grid q4_0": "has no low-rank part, got budget",
     "--grid q4_k": "columns, which must divide the width",
 }
@@ -187,6 +212,7 @@ def test_what_the_file_cannot_hold_is_refused_before_the_work(arguments, tmp_pat
 MISTAKES = {
     "--type q9": 'Invalid value "q9" for --type',
     "--type q6_k": "blocks of q6_k must tile a row of model.layers.0.mlp.down_proj.weight, which has 128 columns",
+    "--embeddings q4_k": "a row of model.embed_tokens.weight, which has 64 columns; take another --embeddings, or say",
     "--adapter {low_rank}": "has no low-rank part; leave --adapter and --fold out",
     "--fold": "has no low-rank part; leave --adapter and --fold out",
     "--type q6_k --fallback q5_k": "has 128 columns (neither do those of --fallback q5_k); take another --type, or say",

@@ -17,7 +17,7 @@ from lorq.pipeline.check_walk import check_walk
 from lorq.pipeline.gradients import token_gradients
 from lorq.pipeline.options import Options
 from lorq.pipeline.plan import make_plan
-from lorq.progress import WEIGH, no_progress
+from lorq.progress import WEIGH, WEIGH_BACK, WEIGH_END, no_progress
 
 SMALL = {"samples": 4, "seq_len": 32}
 TOKENS = 4 * 32
@@ -84,7 +84,8 @@ def test_block_by_block_gradients_are_those_of_the_model_in_one_piece(kind, fold
             assert_close(got.outputs[name].double() * channels.mean(), channels, rtol=1e-3, atol=1e-4 * channels.max())
     assert got.outputs.keys() == {t.name for t, _ in plan.jobs() if ".experts." not in t.name and got.mean[t.name]}
     blocks = len(model.blocks)
-    assert told == [(WEIGH, done, 2 * blocks) for done in range(2 * blocks + 1)]
+    ways = {WEIGH: blocks, WEIGH_END: len(windows), WEIGH_BACK: blocks}
+    assert told == [(way, done, count) for way, count in ways.items() for done in range(count + 1)]
 
 
 def test_what_does_not_fit_in_memory_goes_to_files_that_leave_no_trace(folder_of, tmp_path):
@@ -260,7 +261,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(stream, folder_of, quantize, 
     told.clear()
     quantize(source, tmp_path / "out", method, stream=stream, resume=True, progress=lambda *step: told.append(step))
     assert folder_digests(tmp_path / "out") == folder_digests(tmp_path / "whole")
-    assert (WEIGH, 3, 3) in told  # two blocks forward, the one that is left back
+    assert (WEIGH, 2, 2) in told and (WEIGH_BACK, 1, 1) in told  # two blocks forward, the one that is left back
 
 
 def test_gradients_that_overflow_name_the_layer(folder_of, quantize, tmp_path):

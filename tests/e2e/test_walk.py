@@ -314,10 +314,11 @@ def test_streams_go_where_the_option_says(method, stream, streams, folder_of, te
     "family, method",
     [
         ("llama", GPTQ),
+        ("llama", lorq.GPTQ(grid="q4_1")),
         ("mixtral", lorq.TileQ(bits=3, group_size=32, rank=2)),
         ("llama", lorq.LRQ(bits=3, group_size=32, steps=1)),
     ],
-    ids=["layers", "experts", "block"],
+    ids=["layers", "blocks of GGUF", "experts", "block"],
 )
 def test_layers_solved_in_another_process_have_the_same_bytes(family, method, folder_of, run, tmp_path):
     lorq.quantize(folder_of(family), tmp_path / "here", method, **run)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from serving import PYTHON, _environment, completed, expected, served
 
 import lorq
-from lorq.core.codes import IntGrid, LevelFormat, TrellisGrid, VectorGrid
+from lorq.core.codes import GgufGrid, IntGrid, LevelFormat, TrellisGrid, VectorGrid
 from lorq.core.weight import LayerFormat
 from lorq.storage.config import write_format
 from lorq.storage.names import FORMAT_VERSION
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not PYTHON, reason="needs vLLM: LORQ_VLLM_PYTHON must be a python with vllm, openai and lorq"),
 ]
-ATTENTION, MLP = "model.layers.{}.self_attn.{}_proj", "model.layers.0.mlp.{}_proj"
+ATTENTION, MLP = "model.layers.{}.self_attn.{}_proj", "model.layers.{}.mlp.{}_proj"
 TURNED = {"rotation_block": 16, "permuted": True}
 # name -> shape and format; None for one that is not quantized.
 LAYERS = {
@@ -34,11 +34,30 @@ LAYERS = {
     ATTENTION.format(1, "q"): ((64, 64), LayerFormat(IntGrid(3, 16), rank=5, factor_type="int8")),
     ATTENTION.format(1, "k"): ((16, 64), LayerFormat(IntGrid(4, 64, True), output_quantization="token")),
     ATTENTION.format(1, "v"): ((16, 64), LayerFormat(LevelFormat(4, "normal-float", 64, 3))),
-    MLP.format("gate"): ((128, 64), LayerFormat(VectorGrid(2, 4, 32, 16, 16), rank=4, **TURNED)),
-    MLP.format("up"): ((128, 64), LayerFormat(IntGrid(2, 32), input_quantization="tensor")),
-    MLP.format("down"): ((64, 128), LayerFormat(IntGrid(4, 32), rank=3, **TURNED)),
+    MLP.format(0, "gate"): ((128, 64), LayerFormat(VectorGrid(2, 4, 32, 16, 16), rank=4, **TURNED)),
+    MLP.format(0, "up"): ((128, 64), LayerFormat(IntGrid(2, 32), input_quantization="tensor")),
+    MLP.format(0, "down"): ((64, 128), LayerFormat(IntGrid(4, 32), rank=3, **TURNED)),
+    MLP.format(1, "gate"): ((128, 64), LayerFormat(GgufGrid("q4_0"))),
+    MLP.format(1, "up"): ((128, 64), LayerFormat(GgufGrid("q5_1"))),
+    MLP.format(1, "down"): ((64, 128), LayerFormat(GgufGrid("iq4_nl"))),
     "model.embed_tokens": ((200, 64), LayerFormat(IntGrid(8, 32))),
 }
+
+
+# Mixtures by what their experts' gate and up projections have, and what their down projections.
+EXPERTS = {
+    "at_once": (LayerFormat(IntGrid(4, 32)), LayerFormat(IntGrid(3, 32, True))),
+    "turned": (LayerFormat(IntGrid(3, 64), rotation_block=16), LayerFormat(IntGrid(4, 32), rotation_block=32)),
+    "permuted": (LayerFormat(IntGrid(4, 32)), LayerFormat(IntGrid(4, 32), **TURNED)),
+    "streams": (LayerFormat(TrellisGrid(3, 12, 32), rotation_block=64), LayerFormat(TrellisGrid(3, 12, 64))),
+    "ranks": (LayerFormat(IntGrid(4, 32), rank=3), LayerFormat(IntGrid(4, 32))),
+    "gguf": (LayerFormat(GgufGrid("q4_0")), LayerFormat(GgufGrid("q8_0"))),
+}
+for mixture, (first, last) in EXPERTS.items():
+    for number in range(4):
+        expert = f"{mixture}.experts.{number}."
+        LAYERS |= {f"{expert}{own}_proj": ((128, 64), first) for own in ("gate", "up")}
+        LAYERS[f"{expert}down_proj"] = (64, 128), last
 
 
 @pytest.fixture(scope="module")
@@ -131,17 +150,21 @@ def test_codes_and_inputs_of_eight_bits_are_served(folders, text_file, tmp_path)
     )  # codes of inputs are rounded the other way here and there
 
 
-def test_experts_are_served(tmp_path, text_file):
+@pytest.mark.parametrize("eager", [False, True], ids=["compiled", "eager"])
+@pytest.mark.parametrize(
+    "method",
+    [lorq.GPTQ(bits=4, group_size=32), lorq.FLRQ(codebook="trellis", budget=0.5, min_gain=0.0, epochs=0)],
+    ids=["at once", "one after the other"],
+)
+def test_experts_are_served(method, eager, tmp_path, text_file):
     model = tiny_folder(tmp_path / "model", "qwen3-moe", head_dim=32, max_position_embeddings=512)
-    streams = lorq.FLRQ(codebook="trellis", budget=0.5, min_gain=0.0, epochs=0)
-    lorq.quantize(model, tmp_path / "out", streams, calibration=str(text_file), samples=4, seq_len=32)
-    with pytest.raises(RuntimeError, match="Engine core initialization failed"):  # it must be eager, the log says
-        with served(tmp_path / "out", log=tmp_path / "log"):
-            pass
-    assert "experts with lorq's codes must run with --enforce-eager" in (tmp_path / "log").read_text()
-    with served(tmp_path / "out", "--dtype", "float32", "--enforce-eager", log=tmp_path / "log") as url:
+    lorq.quantize(model, tmp_path / "out", method, calibration=str(text_file), samples=4, seq_len=32)
+    flags = ("--dtype", "float32", *(["--enforce-eager"] if eager else []))
+    with served(tmp_path / "out", *flags, log=tmp_path / "log") as url:
         answer = completed(url, str(tmp_path / "out"))
+    assert ("Enforce eager set" in (tmp_path / "log").read_text()) == eager
     assert agree(answer, expected(tmp_path / "out", answer["tokens"]), 1e-3)
+    assert len(answer["tokens"]) == 32
 
 
 def test_a_folder_that_is_no_whole_one_is_refused(folders, tmp_path):

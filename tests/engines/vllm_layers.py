@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from vllm.config import VllmConfig as Engine
 from vllm.config import set_current_vllm_config
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.distributed.parallel_state import init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -21,7 +23,7 @@ from lorq.kernels import fake_quantize
 from lorq.runtime.vllm import register
 from lorq.storage.config import read_format
 
-HIDDEN, MIDDLE, HEAD, TOKENS = 64, 128, 16, 200
+HIDDEN, MIDDLE, HEAD, TOKENS, EXPERTS, CHOSEN = 64, 128, 16, 200, 4, 2
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 PARTS = {"qkv_proj": ("q", "k", "v"), "gate_up_proj": (0, 1)}
 
@@ -38,23 +40,30 @@ def main(folder: Path, rank: int, world: int) -> None:
         config = get_quantization_config("lorq").from_config(spec)
         config.packed_modules_mapping = FUSED
         check(config, spec, tensors, rank, world)
+        check_experts(config, spec, tensors, world)
     print(f"rank {rank} of {world}: all alike")
+
+
+def dense(spec, tensors, name):
+    """A layer's weight."""
+    if name not in spec["layers"]:
+        return tensors[f"{name}.weight"]
+    own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
+    return read_format(name, spec["layers"][name]).read(own).dense()
+
+
+def close(ours, exact):
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
 
 
 def check(config, spec, tensors, rank, world):
     """Every layer's output is the dense weight's, or this rank's part of it."""
 
-    def dense(name):
-        if name not in spec["layers"]:
-            return tensors[f"{name}.weight"]
-        own = {k.removeprefix(f"{name}."): t for k, t in tensors.items() if k.startswith(f"{name}.")}
-        return read_format(name, spec["layers"][name]).read(own).dense()
-
     def product(name, x):
         own = spec["layers"].get(name, {})
         if own.get("input_quantization") == "tensor":
             x = fake_quantize(x, tensors[f"{name}.input_scale"], tensors[f"{name}.input_zero_point"])
-        y = x @ dense(name).T
+        y = x @ dense(spec, tensors, name).T
         return fake_quantize(y, None, None) if own.get("output_quantization") == "token" else y
 
     def filled(layer, prefix):
@@ -74,9 +83,6 @@ def check(config, spec, tensors, rank, world):
         layer.quant_method.process_weights_after_loading(layer)
         return layer
 
-    def close(ours, exact):
-        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
-
     rest = {"quant_config": config, "params_dtype": torch.float32}
     x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0))
     for kv, prefix in ((2, "model.layers.0.self_attn.qkv_proj"), (1, "model.layers.1.self_attn.qkv_proj")):
@@ -85,23 +91,94 @@ def check(config, spec, tensors, rank, world):
         ranks = [(rank, world)] + [(rank * min(kv, world) // world, min(kv, world))] * 2
         parts = [whole.chunk(count, -1)[place] for whole, (place, count) in zip(wholes, ranks, strict=True)]
         close(layer(x)[0], torch.cat(parts, -1))
-    prefix = "model.layers.0.mlp.gate_up_proj"
-    layer = filled(MergedColumnParallelLinear(HIDDEN, [MIDDLE] * 2, bias=False, prefix=prefix, **rest), prefix)
-    parts = [product(prefix.replace("gate_up", part), x).chunk(world, -1)[rank] for part in ("gate", "up")]
-    close(layer(x)[0], torch.cat(parts, -1))
-    for prefix, width in (("model.layers.0.self_attn.o_proj", HIDDEN), ("model.layers.0.mlp.down_proj", MIDDLE)):
+    for prefix in ("model.layers.0.mlp.gate_up_proj", "model.layers.1.mlp.gate_up_proj"):
+        layer = filled(MergedColumnParallelLinear(HIDDEN, [MIDDLE] * 2, bias=False, prefix=prefix, **rest), prefix)
+        parts = [product(prefix.replace("gate_up", part), x).chunk(world, -1)[rank] for part in ("gate", "up")]
+        close(layer(x)[0], torch.cat(parts, -1))
+        if world == 1:
+            close(torch.compile(layer, fullgraph=True)(x)[0], torch.cat(parts, -1))
+    for prefix, width in (
+        ("model.layers.0.self_attn.o_proj", HIDDEN), ("model.layers.0.mlp.down_proj", MIDDLE),
+        ("model.layers.1.mlp.down_proj", MIDDLE),
+    ):  # fmt: skip
         z = torch.randn(5, width, generator=torch.Generator().manual_seed(1))
         layer = filled(RowParallelLinear(width, HIDDEN, bias=False, prefix=prefix, **rest), prefix)
         close(layer(z.chunk(world, -1)[rank].contiguous())[0], product(prefix, z))
     table = filled(VocabParallelEmbedding(TOKENS, HIDDEN, prefix="model.embed_tokens", **rest), "model.embed_tokens")
     index = torch.tensor([0, 3, 99, 100, TOKENS - 1])
-    close(table(index), dense("model.embed_tokens")[index])
+    local = "model.embed_tokens.weight_scale"
+    tensors[local] *= 2  # another model's table of the same name
+    other = filled(VocabParallelEmbedding(TOKENS, HIDDEN, prefix="model.embed_tokens", **rest), "model.embed_tokens")
+    close(other(index), dense(spec, tensors, "model.embed_tokens")[index])
+    tensors[local] /= 2
+    close(table(index), dense(spec, tensors, "model.embed_tokens")[index])
     head = ParallelLMHead(TOKENS, HIDDEN, prefix="lm_head", **rest).tie_weights(table)
     head.quant_method.process_weights_after_loading(head)
     logits = head.quant_method.apply(head, x)
     own = table.shard_indices
     rows = slice(own.org_vocab_start_index, own.org_vocab_end_index)
-    close(logits[:, : rows.stop - rows.start], x @ dense("model.embed_tokens")[rows].T)
+    close(logits[:, : rows.stop - rows.start], x @ dense(spec, tensors, "model.embed_tokens")[rows].T)
+
+
+def check_experts(config, spec, tensors, world):
+    """Mixtures of all kinds, as they are and in a compiled program, which has the experts as one operator."""
+    numbers = torch.Generator().manual_seed(2)
+    routing = torch.rand(9, CHOSEN, generator=numbers)
+    index = torch.stack([torch.randperm(EXPERTS, generator=numbers)[:CHOSEN] for _ in range(9)]).int()
+    x = torch.randn(9, HIDDEN, generator=numbers)
+    ways = {}
+    for prefix in sorted({name.partition(".experts")[0] for name in spec["layers"] if ".experts" in name}):
+        layer = mixture(config, tensors, f"{prefix}.experts")
+        ways[prefix] = layer.lorq_routed.declines_at_once(x[:1], routing[:1])
+        for tokens in (1, 9):  # few tokens are multiplied at once, many one expert after the other
+            given = x[:tokens], routing[:tokens], index[:tokens]
+            exact = torch.zeros(tokens, HIDDEN)
+            for token, (row, weights, chosen) in enumerate(zip(*given, strict=True)):
+                for weight, number in zip(weights, chosen.tolist(), strict=True):
+                    gate, up, down = (
+                        dense(spec, tensors, f"{prefix}.experts.{number}.{own}_proj") for own in ("gate", "up", "down")
+                    )
+                    exact[token] += weight * (down @ (torch.nn.functional.silu(gate @ row) * (up @ row)))
+            close(tensor_model_parallel_all_reduce(layer.forward_modular(*given)), exact)
+            if world == 1:
+                torch._dynamo.reset()
+                close(torch.compile(layer.forward_modular, fullgraph=True)(*given), exact)
+    assert ways["at_once"] is None and ways["turned"] is None, ways
+    assert all("are multiplied one expert after the other" in ways[name] for name in ("streams", "gguf")), ways
+    assert "differ in how their inputs are turned" in ways["permuted"] and "factors of their own" in ways["ranks"], ways
+    layer = mixture(config, tensors, "at_once.experts", run=False)
+    layer.quant_method.captured = True
+    layer.to("meta")  # of which no kernels are known
+    try:
+        layer.quant_method.process_weights_after_loading(layer)
+    except ValueError as error:
+        told = (
+            "experts that vLLM captures in graphs must run in one product, those of at_once.experts do not (no kernels"
+        )
+        assert told in str(error) and "--enforce-eager" in str(error), error
+    else:
+        raise AssertionError("they are refused")
+
+
+def mixture(config, tensors, prefix, run=True):
+    """vLLM's own layer of experts with their weights."""
+    # Each a model of its own for vLLM: its names are used once.
+    with set_current_vllm_config(Engine()):
+        runner = FusedMoEFactory(
+            num_experts=EXPERTS, top_k=CHOSEN, hidden_size=HIDDEN, intermediate_size=MIDDLE, quant_config=config,
+            prefix=prefix, params_dtype=torch.float32,
+        )  # fmt: skip
+    layer = runner.routed_experts
+    for number in range(EXPERTS):
+        for shard, own in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+            stored = f"{prefix}.{number}.{own}."
+            for key in [key for key in tensors if key.startswith(stored)]:
+                local = key.removeprefix(stored)
+                parameter = getattr(layer, ("w2_" if shard == "w2" else "w13_") + local)
+                parameter.weight_loader(parameter, tensors[key], key, shard_id=shard, expert_id=number)
+    if run:
+        layer.quant_method.process_weights_after_loading(layer)
+    return layer
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from lorq.exports.plain import own_dtype
 from lorq.exports.request import Exported, ExportRequest, GgufType
 from lorq.foreign.gguf_file import write_lora
 from lorq.models.skeleton import read_config
-from lorq.progress import EXPORT
+from lorq.pipeline.presets import knows_types
+from lorq.progress import EXPORT, paced
 from lorq.storage.atomic import require_space
 from lorq.storage.folder import LorqFolder
 from lorq.storage.seal import mark
@@ -71,10 +72,16 @@ def check_file(source: Path, method: Any) -> None:
     """
     from gguf import GGUFWriter
 
-    if (grid := getattr(method, "grid", None)) not in get_args(GgufType):
+    if not knows_types(method):
+        raise ValueError(
+            "a .gguf file needs a method that knows GGUF's types, gptq, nearest, or flrq with --budget 0, got "
+            f"{type(method).__name__}; take one of them, or quantize into a folder and `lorq export OUT model.gguf "
+            "--type q8_0`, which rounds its weights again"
+        )
+    if (grid := method.grid) not in get_args(GgufType):
         raise ValueError(
             f"a .gguf file needs one of GGUF's grids, --grid {', '.join(get_args(GgufType)[len(FLOATS) :])}, got "
-            f"{grid or 'a method without'}; other codes can be exported from a folder, some of them exactly"
+            f"{grid}; other codes can be exported from a folder, some of them exactly"
         )
     if getattr(method, "budget", 0):
         raise ValueError(
@@ -122,10 +129,8 @@ def _write(plan: Plan, tensors: list[FileTensor], out: Path, request: ExportRequ
         writer.write_ti_data_to_file()
         for values in factors.values():
             writer.write_tensor_data(values.numpy())
-        for done, tensor in enumerate(tensors):
-            request.progress(EXPORT, done, len(tensors))
+        for tensor in paced(tensors, plan.measure, request.progress, EXPORT):
             writer.write_tensor_data(plan.rows(tensor).contiguous().numpy())
-        request.progress(EXPORT, len(tensors), len(tensors))
     finally:
         writer.close()
     lost = {f"window {number}" if number else "window": text for number, text in enumerate(otherwise)}

@@ -1,5 +1,6 @@
 """Which tensors a GGUF file has of a folder, in which type, and their values."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,6 +159,11 @@ class Plan:
             return None
         return None if format.has_basis or (format.rank and not self.adapter) else format.codes
 
+    def measure(self, tensor: FileTensor) -> tuple[tuple[str, str], int]:
+        """What a tensor becomes, of what, and its weights: such tensors take as long as they have weights."""
+        format = self.folder.formats.get(tensor.source.parameters[0].removesuffix(".weight"))
+        return (tensor.type, "" if format is None else format.codes.kind), math.prod(tensor.shape)
+
     def rows(self, tensor: FileTensor) -> Tensor:
         """The bytes of a tensor, in llama.cpp's order of rows."""
         parts, source = [], tensor.source
@@ -219,6 +225,7 @@ class Plan:
         if len(shape) == 1 or "ffn_gate_inp" in source.name:
             return "f32"
         asked: str | None = options.embeddings if source.name.startswith(("token_embd.", "output.")) else None
+        flag = "--type" if asked is None else "--embeddings"
         if asked is None and quantized:
             asked = options.type or (self._exact(quantized) if len(quantized) == len(layers) else None)
         type_: str = asked or self.float_type
@@ -229,7 +236,7 @@ class Plan:
         also = f" (neither do those of --fallback {options.fallback})" if options.fallback else ""
         raise ValueError(
             f"blocks of {type_} must tile a row of {source.parameters[0]}, which has {shape[-1]} columns{also}; take "
-            f"another --type, or say with --fallback {' or '.join(n for n in ('q8_0', 'f16') if fits(n, shape[-1]))} "
+            f"another {flag}, or say with --fallback {' or '.join(n for n in ('q8_0', 'f16') if fits(n, shape[-1]))} "
             "what such tensors become"
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from lorq.core.checks import check_name
-from lorq.progress import EXPORT, Progress, no_progress
+from lorq.progress import EXPORT, Progress, no_progress, paced
 
 if TYPE_CHECKING:  # torch, which help and refusals do not wait for
     from lorq.storage.folder import LorqFolder
@@ -101,11 +101,13 @@ class ExportRequest:
 
     def files(self, folder: "LorqFolder") -> "Iterator[tuple[str, Header]]":
         """The folder's weight files in order, one a block, with their headers; how far that is is told."""
-        headers = sorted(folder.reader.headers.items())
-        for done, file in enumerate(headers):
-            self.progress(EXPORT, done, len(headers))
-            yield file
-        self.progress(EXPORT, len(headers), len(headers))
+
+        def measure(file: "tuple[str, Header]") -> tuple[bool, int]:
+            """Whether there are codes in it, and its size."""
+            header = file[1]
+            return any(n.rpartition(".")[0] in folder.formats for n in header.tensors), header.file_bytes
+
+        yield from paced(sorted(folder.reader.headers.items()), measure, self.progress, EXPORT)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Gradients of a streamed model's own log-likelihood: once forward through the blocks, once back, one in memory."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from lorq.core.problem import layer_generator
 from lorq.models.blocks import Part, StreamedModel
 from lorq.models.calls import Key, Room, Stream, tensors_in
+from lorq.progress import WEIGH, WEIGH_END, Progress
 
 # So many logits are made at a time: 256 MB, and their gradients as much.
 _LOGITS = 1 << 26
@@ -43,9 +43,9 @@ class WayBack:
     @classmethod
     def begin(
         cls, model: StreamedModel, windows: Int[Tensor, "windows length"], room: Room, *, seed: int,
-        passed: Callable[[int], object],
+        progress: Progress,
     ) -> "WayBack":  # fmt: skip
-        """Behind the last block, the gradients of the loss there; ``passed`` is told how many blocks are behind.
+        """Behind the last block, the gradients of the loss there.
 
         What is kept is one tensor of hidden states for each block, and one of gradients, all in ``room``.
 
@@ -56,16 +56,19 @@ class WayBack:
         with model.resident(*model.outside):
             stream = model.embed(windows, room)
         way = cls(windows, stream, stream.hidden)
+        progress(WEIGH, 0, len(model.blocks))
         for number, block in enumerate(model.blocks, 1):
             way.entrances[block.name] = stream.hidden
             with model.resident(block):
                 way._forward(model, block)
-            passed(number)
+            progress(WEIGH, number, len(model.blocks))
         way.gradients = stream.hidden  # each window's output gives way to its gradient
         with model.resident(*model.outside):
             for window in range(len(windows)):
+                progress(WEIGH_END, window, len(windows))
                 generator = layer_generator(seed, f"next tokens of window {window}")
                 way.gradients[window] = _at_the_end(model, windows[window], way.gradients[window], stream, generator)
+        progress(WEIGH_END, len(windows), len(windows))
         return way
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from lorq.models.experts import Experts, expert_name, find_experts
 from lorq.pipeline.observe import TokenGradients
 from lorq.pipeline.plan import Plan
 from lorq.pipeline.walk import give_memory_back
-from lorq.progress import WEIGH, Progress
+from lorq.progress import WEIGH_BACK, Progress
 
 
 def token_gradients(
@@ -34,21 +34,18 @@ def token_gradients(
     first = next((i for i, part in enumerate(model.blocks) if part.name not in finished), None)
     if first is None:
         return TokenGradients()
-    total = 2 * len(model.blocks) - first
-    progress(WEIGH, 0, total)
 
-    def passed(done: int) -> None:
+    def passed(stage: str, done: int, total: int) -> None:
         give_memory_back()
-        progress(WEIGH, done, total)
+        progress(stage, done, total)
 
-    way = WayBack.begin(
-        model, windows, Room(plan.options.spill_bytes, folder), seed=plan.options.seed,
-        passed=passed,
-    )  # fmt: skip
+    room, back = Room(plan.options.spill_bytes, folder), model.blocks[first:]
+    way = WayBack.begin(model, windows, room, seed=plan.options.seed, progress=passed)
+    passed(WEIGH_BACK, 0, len(back))
     squared: dict[str, Tensor] = {}
     mean: dict[str, float] = {}
     outputs: dict[str, Tensor] = {}
-    for done, part in enumerate(reversed(model.blocks[first:]), len(model.blocks) + 1):
+    for done, part in enumerate(reversed(back), 1):
         modules = _outputs(model, plan, part)
         with model.resident(part), _watched(modules) as seen:
             for window in range(len(windows)):
@@ -65,7 +62,7 @@ def token_gradients(
                     channels = channels + of_channels
                 outputs[name] = (channels / channels.mean()).float()
         del way.entrances[part.name]
-        passed(done)
+        passed(WEIGH_BACK, done, len(back))
     return TokenGradients(squared, mean, outputs)
 
 

@@ -1,12 +1,16 @@
 """Presets: methods with their settings, and options of a run, by what they cost."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from lorq.core.checks import check_name
+from lorq.core.codes.gguf_blocks import TYPES
 from lorq.methods import FLRQ, GPTQ, Method
 from lorq.methods.common import preset as subclass
+from lorq.models.blocks import StreamedModel
 from lorq.pipeline.options import Options, method_name
+from lorq.pipeline.plan import make_plan
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,41 @@ PAPERS: dict[str, dict[str, Any]] = {
     "tileq-paper": {"stream": "quantized", "token_weights": "plain"},
     "lrq-paper": {"samples": 512, "seq_len": 1024},
 }
-# What stands for a preset where the output is a file for llama.cpp, whose grids hold no trellis.
-INTO_FILE = Preset(GPTQ(grid="q4_0"), {"token_weights": "gradient"})
+# What stands for a preset where the output is a file for llama.cpp, whose grids hold no trellis; of the type see
+# `with_type`.
+TYPE: Final = "q4_k"
+NARROW_TYPE: Final = "iq4_nl"
+INTO_FILE = Preset(GPTQ(grid=TYPE), {"token_weights": "gradient"})
+
+
+def knows_types(method: Method) -> bool:
+    """Whether a method's grids, beside its other defaults, may be GGUF's types."""
+    try:
+        replace(type(method)(), grid=NARROW_TYPE)  # type: ignore[type-var]
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def with_type(source: Path, method: Method, options: Options) -> tuple[Method, str]:
+    """The method with a GGUF type, where none is asked for, and a line that tells which and why.
+
+    It is `TYPE`, or `NARROW_TYPE`, of the same size, where a layer's width is no multiple of `TYPE`'s blocks.
+
+    Raises:
+        ValueError: as `lorq.pipeline.plan.make_plan` has it.
+    """
+    narrow, block = replace(method, grid=NARROW_TYPE), TYPES[TYPE].block  # type: ignore[type-var]
+    plan = make_plan(StreamedModel.open(source, dequantize=True), narrow, options)
+    own = [t for layers in plan.blocks.values() for t, chosen in layers.items() if chosen == narrow]
+    unfit = [target for target in own if target.in_features % block]
+    if not unfit:
+        return replace(method, grid=TYPE), f"type {TYPE}: all widths are multiples of {block}"  # type: ignore[type-var]
+    first = unfit[0]
+    return narrow, (
+        f"type {NARROW_TYPE}: {TYPE} needs widths that are multiples of {block}, which {len(unfit)} of {len(own)} "
+        f"layers have not, {first.name} has {first.in_features}"
+    )
 
 
 def preset(name: str = DEFAULT, **changes: Any) -> dict[str, Any]:

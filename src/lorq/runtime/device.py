@@ -42,8 +42,10 @@ def read_device(name: str | torch.device) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if "," in str(name):
+            reason = "several share a quantization by lorq.quantize(..., executor=...)"
         raise ValueError(
-            f"device must be auto, cpu or an accelerator of this machine, got {name!r} ({reason})"
+            f"device must be one, auto, cpu or an accelerator of this machine, got {name!r} ({reason})"
         ) from None
     return device
 

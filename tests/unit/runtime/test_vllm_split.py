@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lorq.core.codes import IntGrid, LevelFormat, TrellisGrid, VectorGrid
+from lorq.core.codes import GgufGrid, IntGrid, LevelFormat, TrellisGrid, VectorGrid
 from lorq.core.weight import LayerFormat, Tile
 from lorq.runtime.vllm.split import take_columns, take_rows
 
@@ -19,6 +19,7 @@ KINDS = {
     "vectors": VectorGrid(2, 4, 32, 16, 16),
     "trellis": TrellisGrid(3, 12, 32),
 }
+GGUF = ("q4_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q6_k")
 
 
 @pytest.fixture(params=KINDS)
@@ -61,6 +62,19 @@ def test_columns_in_the_middle_of_a_codebook_are_refused(random_weight):
     weight = random_weight(OUT, IN, LayerFormat(KINDS["vectors"]))
     with pytest.raises(ValueError, match="columns 8 to 40 must be cut between codebooks, which serve 16 columns each"):
         take_columns(weight, 8, 40)
+
+
+@pytest.mark.parametrize("type", GGUF)
+def test_blocks_of_gguf_are_cut_between_each_other(type, random_weight):
+    block = GgufGrid(type).layout_of.block
+    weight = random_weight(OUT, 4 * block, LayerFormat(GgufGrid(type)))
+    part, first = take_rows(weight, 8, 40)
+    assert first == 0 and torch.equal(part.dense(), weight.dense()[8:40])
+    part = take_columns(part, block, 3 * block)
+    assert torch.equal(part.dense(), weight.dense()[8:40, block : 3 * block])
+    assert torch.equal(part.format.read(part.tensors()).dense(), part.dense())
+    with pytest.raises(ValueError, match=f"columns 0 to 16 must be cut between blocks of {type}, which have {block}"):
+        take_columns(weight, 0, 16)
 
 
 def test_factors_that_experts_share_are_refused(random_weight, random_tiles):

@@ -1,7 +1,8 @@
 """vLLM's linear layers, table of tokens and head, by lorq's codes and operators."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
+from itertools import chain, count
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -156,6 +157,11 @@ def _alike(one: nn.Module, other: nn.Module) -> bool:
 _TABLES: WeakValueDictionary[str, Part] = WeakValueDictionary()
 
 
+def free_name(kept: Container[str], name: str) -> str:
+    """The name, with a number where a layer of another model of the process, such as a draft model, is kept by it."""
+    return next(own for own in chain([name], (f"{name}.{number}" for number in count(2))) if own not in kept)
+
+
 @torch.library.custom_op("lorq::table_rows", mutates_args=())
 def table_rows(index: Tensor, name: str, width: int, dtype: torch.dtype) -> Tensor:
     """Rows of a table, decoded: an operator, since a compiled program must not look into it, which takes any number."""
@@ -180,7 +186,7 @@ class LorqTableMethod(QuantizeMethodBase):
     """
 
     def __init__(self, name: str, format: LayerFormat | None):
-        self.name, self.collected = name, Collected({name: format} if format else {})
+        self.name, self.collected, self.key = name, Collected({name: format} if format else {}), ""
 
     def create_weights(
         self, layer: Any, input_size_per_partition: int, output_partition_sizes: list[int], input_size: int,
@@ -194,11 +200,12 @@ class LorqTableMethod(QuantizeMethodBase):
         weight, own = self.collected.weight(0), layer.shard_indices
         assert isinstance(weight, QuantizedWeight)
         rows = (own.org_vocab_start_index, own.org_vocab_end_index)
-        layer.lorq_table = _TABLES[self.name] = Part(weight, rows, (0, weight.shape[1])).to(layer.weight_packed.device)
+        self.key, device = self.key or free_name(_TABLES, self.name), next(layer.parameters()).device
+        layer.lorq_table = _TABLES[self.key] = Part(weight, rows, (0, weight.shape[1])).to(device)
         self.collected.forget()
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
-        rows = table_rows(input_.flatten(), self.name, layer.embedding_dim, layer.params_dtype)
+        rows = table_rows(input_.flatten(), self.key, layer.embedding_dim, layer.params_dtype)
         return rows.view(*input_.shape, -1)
 
     def tie_weights(self, layer: Any, embed_tokens: nn.Module) -> Any:

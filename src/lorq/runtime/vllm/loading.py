@@ -71,9 +71,9 @@ class Collected:
         """
         name, format = list(self.formats.items())[place]
         tensors = self._loaded[place]
-        wanted: Sequence[str] = ("weight",) if format is None else ("weight_packed", "weight_shape")
-        if lacking := [local for local in wanted if local not in tensors]:
-            raise ValueError(f"{name} lacks {', '.join(lacking)}: the folder is not whole, or vLLM names it otherwise")
+        wanted = "weight" if format is None else "weight_shape"
+        if wanted not in tensors:
+            raise ValueError(f"{name} lacks {wanted}: the folder is not whole, or vLLM names it otherwise")
         if format is None:
             return tensors["weight"]
         out, in_ = tensors["weight_shape"].tolist()

@@ -1,11 +1,13 @@
 """Parts of a quantized weight, for machines that share a layer: rows of it, or columns."""
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
 
 from torch import Tensor
 
-from lorq.core.codes import Codes, IntCodes, LevelCodes, LowRankScale, TrellisCodes, VectorCodes
+from lorq.core.codes import Codes, GgufCodes, IntCodes, LevelCodes, LowRankScale, TrellisCodes, VectorCodes
 from lorq.core.codes.trellis import TILE
 from lorq.core.codes.vectors import Codebook
 from lorq.core.low_rank import LowRank
@@ -62,7 +64,16 @@ def _code_rows(codes: Codes, low: int, high: int) -> Codes:
         books = slice(low // codes.format.rows, high // codes.format.rows)
         book = Codebook(codes.codebook.entries[books], codes.codebook.scale[books])
         return replace(codes, codes=codes.codes[low:high], scale=codes.scale[low:high], codebook=book)
+    if isinstance(codes, GgufCodes):
+        return _each(codes, lambda part: part[low:high])
     raise _unknown(codes)
+
+
+def _each(codes: GgufCodes, cut: Callable[[Tensor], Tensor]) -> GgufCodes:
+    """The same part of every tensor."""
+    own: dict[str, Any] = {field.name: getattr(codes, field.name) for field in fields(codes)}
+    parts: dict[str, Any] = {name: cut(t).contiguous() for name, t in own.items() if isinstance(t, Tensor)}
+    return replace(codes, **parts)
 
 
 def _left(own: object, low: int, high: int) -> LowRank | None:
@@ -104,6 +115,14 @@ def _code_columns(codes: Codes, start: int, stop: int) -> Codes:
             codes, codes=codes.codes[:, start // f.vector : stop // f.vector], codebook=book,
             scale=_groups(codes.scale, f.group_size, size, start, stop), format=replace(f, group_size=size),
         )  # fmt: skip
+    if isinstance(codes, GgufCodes):
+        block, whole = f.layout_of.block, codes.shape[1]
+        if start % block or stop % block:
+            raise ValueError(
+                f"columns {start} to {stop} must be cut between blocks of {f.type}, which have {block} columns; take a "
+                "--tensor-parallel-size whose parts of the width are multiples of that"
+            )
+        return _each(codes, lambda part: part[:, start * part.shape[1] // whole : stop * part.shape[1] // whole])
     raise _unknown(codes)
 
 
