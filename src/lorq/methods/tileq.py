@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorq.core.basis import Basis
 from lorq.core.checks import Range
+from lorq.core.codes import Codes
 from lorq.core.linalg import shrink
 from lorq.core.low_rank import Metric
 from lorq.core.problem import Problem
@@ -100,28 +101,25 @@ class TileQ(LoPRo):
         hessians: Sequence[PreparedHessian],
         generator: torch.Generator,
     ) -> list[QuantizedWeight]:
-        """Codes of every expert and one set of tile factors, fitted in turns; the best is kept."""
+        """Codes of every expert and one set of tile factors, fitted in turns; the best pair after any step is kept."""
         targets = torch.stack([basis.rotate(weight) for basis, weight in zip(bases, weights, strict=True)])
         codes_part, tile_part = torch.zeros_like(targets), torch.zeros_like(targets)
         tokens = torch.tensor([s.load for s in stats], dtype=targets.dtype, device=targets.device)
-        best, cells = None, None
-        for _ in range(1 + self.epochs):
-            for step in self.order.split("-then-"):
-                if step == "low-rank":
-                    rest = targets - codes_part
-                    if cells is None:
-                        metric = self._metrics([range(len(stats))], stats, bases, hessians)[0]
-                        scaled = torch.stack([metric.apply(part) for part in rest])
-                        grid = self._grid(len(stats), *weights[0].shape)
-                        cells = place_experts(scaled, *grid, rank=_FEATURES, generator=generator)
-                    tiles = self._fit_tiles(rest, cells, stats, bases, hessians, generator)
-                    parts = [tiles.dense(e) for e in range(len(weights))]
-                    if tiles.input_scale is not None:
-                        parts = [basis.rotate(part) for basis, part in zip(bases, parts, strict=True)]
-                    tile_part = torch.stack(parts)
-                else:
-                    rounded = [self._round(t, h) for t, h in zip(targets - tile_part, hessians, strict=True)]
-                    codes_part = torch.stack([r.decode() for r in rounded])
+        rounded: list[Codes] = []
+        best: tuple[float, list[Codes], TileFactors] | None = None
+        tiles, cells = None, None
+        for step in self._steps():
+            if step == "low-rank":
+                rest = targets - codes_part
+                if cells is None:
+                    cells = self._place(rest, stats, bases, hessians, generator)
+                tiles = self._fit_tiles(rest, cells, stats, bases, hessians, generator)
+                tile_part = _dense(tiles, bases)
+            else:
+                rounded = [self._round(t, h) for t, h in zip(targets - tile_part, hessians, strict=True)]
+                codes_part = torch.stack([r.decode() for r in rounded])
+            if tiles is None or not rounded:
+                continue
             rest = targets - codes_part - tile_part
             errors = torch.stack([output_energy(e, h.matrix) for e, h in zip(rest, hessians, strict=True)])
             error = float((errors * tokens).sum())
@@ -133,6 +131,25 @@ class TileQ(LoPRo):
             assemble(weight, rounded[e], Tile(tiles, e), stop="given", stats=stats[e], basis=self._stored(bases[e]))
             for e, weight in enumerate(weights)
         ]
+
+    def _steps(self) -> list[str]:
+        """What is fitted one after the other; factors come last, which make up for the codes, where there is a further
+        pass."""
+        steps = self.order.split("-then-") * (1 + self.epochs)
+        return [*steps, "low-rank"] if self.epochs and steps[0] == "low-rank" else steps
+
+    def _place(
+        self,
+        rest: Float[Tensor, "experts out in"],
+        stats: Sequence[InputStats],
+        bases: Sequence[Basis],
+        hessians: Sequence[PreparedHessian],
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The experts' cells, by what the factors are to hold."""
+        metric = self._metrics([range(len(stats))], stats, bases, hessians)[0]
+        scaled = torch.stack([metric.apply(part) for part in rest])
+        return place_experts(scaled, *self._grid(*rest.shape), rank=_FEATURES, generator=generator)
 
     def _metrics(
         self,
@@ -234,6 +251,14 @@ class TileQPaper(TileQ):
     factor_type = "e4m3"
     epochs = 0
     shrinkage = 0.0
+
+
+def _dense(tiles: TileFactors, bases: Sequence[Basis]) -> Float[Tensor, "experts out in"]:
+    """The low-rank parts of all experts in their bases."""
+    parts = [tiles.dense(expert) for expert in range(len(bases))]
+    if tiles.input_scale is not None:
+        parts = [basis.rotate(part) for basis, part in zip(bases, parts, strict=True)]
+    return torch.stack(parts)
 
 
 def _mean_stats(stats: Sequence[InputStats]) -> InputStats:
