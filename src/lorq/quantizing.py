@@ -46,8 +46,7 @@ def quantize_command(
         Args:
             model: a Hugging Face folder, a hub id, or a GGUF file.
             out: the new folder; or a file for llama.cpp, by a name that ends in .gguf: then the method is gptq, unless
-                one is given, and --grid, one of GGUF's types, is q4_k where all layers' widths are multiples
-                of 256, else iq4_nl.
+                one is given, and --grid is q4_k where all layers' widths are multiples of 256, else iq4_nl.
             preset: a method with its settings by what it costs, fast, balanced or best; `lorq quantize --preset NAME
                 --help` shows its values as the defaults, and they are printed when the work begins.
             method: how, with the method's own defaults in place of a preset's; `lorq quantize --method NAME --help`
@@ -59,8 +58,8 @@ def quantize_command(
         with progress_bars() as progress:
             chosen = {"progress": progress, **vars(options)}
             if is_file(out):
-                solver = settings if typed else _with_type(model, settings, options)
-                report, exported = quantize_into_file(model, out, solver, tune, **chosen)
+                own = settings if typed else _with_type(model, settings, options)
+                report, exported = quantize_into_file(model, out, own, tune, **chosen)
             elif tune is None:
                 report = lorq.quantize(model, out, settings, **chosen)
             else:

@@ -328,7 +328,7 @@ def test_one_expert_alone_is_lopros_to_rounding(metric, factor_type, order, expe
 def test_a_weight_of_no_expert_is_lopros(experts):
     weights, stats = experts(1)
     ordinary = solve_one(TileQ(**COMMON), weights[0], stats[0])
-    expected = solve_one(LoPRo(**COMMON), weights[0], stats[0])
+    expected = solve_one(LoPRo(**COMMON, order="low-rank-then-codes"), weights[0], stats[0])
     assert torch.equal(ordinary.dense(), expected.dense()) and ordinary.format == expected.format
     assert ordinary.tile is None
 
