@@ -132,9 +132,9 @@ def prepare_qat(model: nn.Module, reference: str | Path | None = None) -> None:
         ValueError: if the model is not quantized with lords, or the reference is not its original.
 
     Source:
-        LoRDS, arXiv:2601.22716, the authors' code. Deviations: there embeddings, norms and head train as well, here they
-        stay, so that a trained folder differs from its base in codes and scales alone; and there B and A train alone
-        for the first 250 steps, W with them after that, where here is one stage.
+        LoRDS, arXiv:2601.22716, the authors' code. Deviations: there embeddings, norms and head train as well, here
+        they stay, so that a trained folder differs from its base in codes and scales alone; and there B and A train
+        alone for the first 250 steps, W with them after that, where here is one stage.
     """
     layers = lords_layers(model)
     streamed = None if reference is None else _original(model, reference, layers)
