@@ -41,7 +41,9 @@ class Row:
 # A method that is not here is tried with its choices alone.
 ROWS = {
     # Stops that a matrix this small reaches only after some ranks.
-    "flrq": Row({"iterations": [0, 2], "epochs": [0, 2], "budget": [0.0, 1.0]}, {"slope_window": 2, "budget": 1.0}),
+    "flrq": Row(
+        {"iterations": [0, 2], "epochs": [0, 2], "budget": [1.0, 0.0, 2.0]}, {"slope_window": 2, "budget": 1.0}
+    ),
     "flrq-paper": Row({"exponent": [1.0, 2.5]}, {"budget": 1.0, "min_gain": 0.0}),
     "lopro": Row({"rank": [4, 0, 40], "epochs": [0, 2], "shrinkage": [0.2, 0.0, 1.0], "codebook_rows": [-1, 8]}),
     "lopro-paper": Row({"epochs": [0, 1]}),

@@ -124,8 +124,8 @@ def test_weights_too_large_for_a_type_are_refused(folder_of, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-LOW_RANK = lorq.FLRQ(
-    bits=4, group_size=16, budget=2.0, min_gain=0.0, epochs=0, rounding="nearest", factor_type="float16",
+LOW_RANK = lorq.LoPRo(
+    bits=4, group_size=16, rank=3, rotation="none", epochs=0, rounding="nearest", factor_type="float16",
 )  # fmt: skip
 SYMMETRIC = lorq.Nearest(bits=4, group_size=32, symmetric=True)
 

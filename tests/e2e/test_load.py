@@ -54,8 +54,8 @@ for attempt in range(2):
 def whole(folder_of, text_file, tmp_path_factory):
     """A quantized folder with low-rank parts, not to be changed."""
     out = tmp_path_factory.mktemp("load") / "out"
-    method = lorq.FLRQ(
-        bits=3, group_size=32, budget=0.5, min_gain=0.0, epochs=0, rounding="nearest",
+    method = lorq.LoPRo(
+        bits=3, group_size=32, rank=4, rotation="none", epochs=0, rounding="nearest",
         factor_type="float16", symmetric=False,
     )  # fmt: skip
     report = lorq.quantize(folder_of("llama"), out, method, calibration=str(text_file), samples=4, seq_len=32)

@@ -26,12 +26,16 @@ class FakeLords(torch.autograd.Function):
 
         dL/dW = G o M,    dL/dS = G o (levels[q] - (W / S) o M),    dL/dB = dL/dS A^T,    dL/dA = B^T dL/dS
 
-    with ``M`` for quotients inside the levels. Codes and scales are made again in the backward pass, so that it keeps
-    W, B and A alone.
+    with ``M`` for quotients that are rounded to a level of the grid before they are clamped to it: those inside the
+    levels, and past the outermost by less than half of its distance to the next. Codes and scales are made again in the
+    backward pass, so that it keeps W, B and A alone.
 
     Source:
-        LoRDS, arXiv:2601.22716, training; the authors' code has ``S = |B A|``. Here S keeps its sign, as in the stored
-        form: the gradients are the same, without the sign.
+        LoRDS, arXiv:2601.22716, training. The mask is that of its authors' code, ``clamp(round(W / |B A| + 8), 0, 15)``
+        through autograd. A mask that ends at the outermost levels belongs to ``round(clamp(...))`` and is another rule:
+        1.3 % of the weights lie between, and the gradients of B and A differ by 1.4 times their norm. Ours: the
+        same for NormalFloat levels, which the code does not train; and S keeps its sign, as in the stored form, where
+        the code has ``|B A|``: dL/dS has no sign of B A, and a weight whose S is negative takes the mirrored level.
     """
 
     @staticmethod
@@ -47,7 +51,8 @@ class FakeLords(torch.autograd.Function):
         scale = _away_from_zero(left @ right)
         table = levels(ctx.grid.kind, ctx.grid.bits, weight.device)
         quotient = weight / scale
-        inside = (quotient >= table[0]) & (quotient <= table[-1])
+        # As halves are rounded to even levels: -0.5 is level 0, 15.5 no level.
+        inside = (quotient >= 1.5 * table[0] - table[1] / 2) & (quotient < 1.5 * table[-1] - table[-2] / 2)
         value = ctx.grid.decode(ctx.grid.encode(weight, scale), torch.ones_like(scale))
         of_scale = value.sub_(quotient.mul_(inside)).mul_(gradients[0])
         return gradients[0] * inside, of_scale @ right.T, left.T @ of_scale, None
@@ -117,12 +122,19 @@ def _as_stored(factor: Tensor) -> Tensor:
 def prepare_qat(model: nn.Module, reference: str | Path | None = None) -> None:
     """Put trainable layers where the packed ones are; all else is frozen. `finish_qat` ends it, `cancel_qat` undoes it.
 
+    Weights and scale factors train together from the first step.
+
     Args:
         model: quantized with lords. Training starts from the scale factors in use, an adapter's or the base's.
         reference: the original, whose weights training starts from; None starts from the dequantized ones.
 
     Raises:
         ValueError: if the model is not quantized with lords, or the reference is not its original.
+
+    Source:
+        LoRDS, arXiv:2601.22716, the authors' code. Deviations: there embeddings, norms and head train as well, here
+        they stay, so that a trained folder differs from its base in codes and scales alone; and there B and A train
+        alone for the first 250 steps, W with them after that, where here is one stage.
     """
     layers = lords_layers(model)
     streamed = None if reference is None else _original(model, reference, layers)

@@ -82,9 +82,13 @@ def choose_rank(
         precision  k >= q,          q = 1 + log2(w_0 / w_r) / bits        keep r - 1
 
     where ``cost = factor_bits * r * (p + q) / (p * q)`` is in bits per weight. If none fires the
-    candidates are ``exhausted`` and all are kept. Last, if the kept rank lowers the measure by at most
-    a share ``min_gain`` it is ``useless`` and the answer is 0. ``k >= q`` is ``cost >= log2(w_0 / w_r)``,
-    whatever ``bits`` is, and is computed so.
+    candidates are ``exhausted`` and all are kept. ``k >= q`` is ``cost >= log2(w_0 / w_r)``, whatever
+    ``bits`` is, and is computed so.
+
+    The measure may stay for the first ranks and fall after them, so they are not tested (the warm-up). But a
+    rank that costs more than it saves is never kept: if the one to keep does, it is for ``precision`` the
+    last before it that does not, or 0. Last, if the kept rank lowers the measure by at most a share
+    ``min_gain`` it is ``useless`` and the answer is 0.
 
     Args:
         a: the matrix that was sketched, with whatever scaling it had then; left unchanged.
@@ -93,7 +97,7 @@ def choose_rank(
         right: their right factors.
         bits, factor_bits, budget: as in :func:`rank_cap`.
         slope_window: ranks over which the drop is measured, at least 1.
-        slope_threshold: least relative drop over the window; 0 turns the test off for a falling curve.
+        slope_threshold: least relative drop over the window; 0 turns the test off.
         min_gain: least total relative drop, else rank 0.
         warm_up: the precision test starts at rank ``warm_up + 2``.
         measure: ``"amax"`` as in the paper, or ``"group"``, which follows a grouped grid's step.
@@ -104,9 +108,11 @@ def choose_rank(
 
     Source:
         FLRQ, arXiv:2601.05684, Eq. 9 and Algorithm 1. Window, slope threshold, warm-up, minimal gain and the ranks
-        kept are those of the authors' code, which counts components from 0: at index ``i = r - 1`` it keeps ``i`` or
-        ``i - window // 2``, and tests precision only for ``i > warm_up``. Ours: the window may start at the untouched
-        matrix, and the rank over budget is known beforehand, so it is never taken off nor tested.
+        kept at "flat" and "budget" are those of the authors' code, which counts components from 0: at index
+        ``i = r - 1`` it keeps ``i - window // 2`` or ``i``, and tests precision only for ``i > warm_up``. Then it
+        keeps ``i - 1``, one less than here and in Algorithm 1: of noise ``warm_up``, which its ``min_gain`` takes away
+        again. Ours: in the warm-up, where Algorithm 1 would stop, a later rank may still pay; the window may start at
+        the untouched matrix; and the rank over budget is known beforehand, so it is never taken off nor tested.
 
     Example:
         >>> left, right = torch.full((64, 1), 2.0), torch.ones(1, 64)
@@ -133,17 +139,24 @@ def choose_rank(
     candidates = min(left.shape[1], cap)
     rest = a.clone(memory_format=torch.contiguous_format)
     curve = _deflate(rest, left[:, :0], right[:0], measure, group_size)
+
+    def pays(r: int) -> bool:
+        return curve[r] * 2.0 ** (r * bits_per_rank) < curve[0]
+
     rank, stop, seen = candidates, "budget" if candidates == cap < min(a.shape) else "exhausted", candidates
     for r in range(1, candidates + 1):
         if r == len(curve):
             more = slice(r - 1, min(r - 1 + _RANKS_PER_LOOK, candidates))
             curve += _deflate(rest, left[:, more], right[more], measure, group_size)[1:]
-        if r >= slope_window and _is_small_drop(curve[r - slope_window], curve[r], slope_threshold):
+        looks_back = slope_threshold > 0 and r >= slope_window
+        if looks_back and _is_small_drop(curve[r - slope_window], curve[r], slope_threshold):
             rank, stop, seen = max(0, r - 1 - slope_window // 2), "flat", r
             break
-        if r > warm_up + 1 and curve[r] > 0 and r * bits_per_rank >= math.log2(curve[0] / curve[r]):
+        if r > warm_up + 1 and not pays(r):
             rank, stop, seen = r - 1, "precision", r
             break
+    if (paying := next((r for r in range(rank, 0, -1) if pays(r)), 0)) < rank:
+        rank, stop = paying, "precision"
     if rank > 0 and _is_small_drop(curve[0], curve[rank], min_gain):
         rank, stop = 0, "useless"
     return RankChoice(rank, stop, tuple(curve[: seen + 1]))

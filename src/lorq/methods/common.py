@@ -37,6 +37,9 @@ SEARCHES: dict[Search, RangeSearch | None] = {
 # Widths of each kind of codes that have kernels (docs/kernels.md): what a budget chooses from, if nothing else is said.
 WIDTHS = {"scalar": (2, 3, 4, 6, 8), "vector": tuple(VECTOR_LENGTHS), "trellis": tuple(range(1, MOST_BITS + 1))}
 
+# Of the largest: what a channel's mean magnitude counts at least in the activation scale.
+_LEAST_MEAN = 1e-5
+
 M = TypeVar("M")
 
 
@@ -144,11 +147,14 @@ def activation_scale(stats: InputStats, exponent: float) -> Float[Tensor, "in"]:
         alpha = mean|x|^exponent / sqrt(max * min)
 
     Source:
-        FLRQ, eq. 10-11; LoPRo, eq. 4. The constant cancels; it keeps float32 in range. The floor of 1e-4 is the
-        authors' code's.
+        FLRQ, eq. 10-11; LoPRo, eq. 4. The constant cancels; it keeps float32 in range. The floor is ours, 1e-5 of the
+        largest mean, for channels that are never active. The authors' code clamps what it has raised to the power, at
+        1e-14 in bfloat16 models and 1e-4 in float16 ones: that would make 65 to 95 % of the channels of SmolLM2's first
+        q and o alike (plain tokens), and depends on the inputs' unit.
     """
-    alpha = stats.mean_abs.clamp(min=1e-4) ** exponent
-    return alpha / math.sqrt(float(alpha.max()) * float(alpha.min()))
+    largest = float(stats.mean_abs.max()) or 1.0
+    means = stats.mean_abs.clamp(min=_LEAST_MEAN * largest)
+    return (means / math.sqrt(float(means.max()) * float(means.min()))) ** exponent
 
 
 def assemble(

@@ -67,8 +67,8 @@ class LoPRo:
         rank: factor pairs; at most the smaller side of a matrix.
         sketch: "block" starts the pairs from one sketch, "rank1" each from a random vector (the paper).
         iterations: power iterations of the sketch; the authors' code has 8.
-        factor_type: how factors are stored: "int8" or "e4m3" with a scale per vector, or "float16". The metric
-            "activation" gives vectors that span decades, which int8 holds poorly: take "e4m3" there.
+        factor_type: how factors are stored: "int8" or "e4m3" with a scale per vector, or "float16". Which 8 bits makes
+            little difference; int8 measures as well or better, with both metrics.
         epochs: rounds of refitting both parts.
         range_search: how each group's range is found (single weights only): "none" is the full range.
         vector: weights that share a code of a vector codebook; -1 for 4 at 2 bits and 2 above.
@@ -158,7 +158,8 @@ class LoPRo:
     def _basis(self, magnitude: Float[Tensor, "in"], stats: InputStats) -> Basis:
         """T: the columns by importance, then rotated."""
         width = magnitude.shape[0]
-        # A channel that is always zero has no logarithm: the authors' code takes 1.
+        # A channel that is always zero has no logarithm: the authors' code takes 1. It also zeroes its residual, so
+        # that the channel comes first and is not rotated; here live channels have those places.
         h = stats.hessian.diagonal()
         h = torch.where(h > 0, h, torch.ones_like(h))
         scores = {
@@ -274,8 +275,22 @@ class LoPRoPaper(LoPRo):
     """LoPRo with the settings of its paper and its authors' code; see LoPRo for what each one does.
 
     The low rank first, from the activation-scaled weight; the columns by importance, all but the first block rotated.
-    What is not the paper's: token weights and sharing of the basis between layers with one input (lorq's in every
-    method), scaled e4m3 in place of e5m2, and the range search, which has fewer steps and the Hessian's norm.
+
+    Source:
+        LoPRo, arXiv:2601.19675. Deviations:
+
+        - Inputs come from the original model, as in all methods that solve layers by themselves; in the code from the
+          quantized blocks before: ``--stream quantized``.
+        - Tokens count equally, as a few huge ones decide otherwise; ``--token-weights plain`` is the paper's.
+        - One order and rotation for all layers of an input, which is then rotated once (KL 0.475, 0.481 with one each).
+        - Channels that are never active stay in the middle of the order; in the code they come first, unrotated.
+        - alpha is divided out of the right factor before that is rounded, where the paper stores alpha apart (eq. 13):
+          a vector and a product less. Left vectors are fitted to the rounded right ones, and e4m3 with a scale for each
+          vector stands in for e5m2: a bit more of mantissa (`lorq.core.low_rank.r1svd`).
+        - The range search has 10 shares and the Hessian's norm, the code's 100 and the norm 2.4.
+        - With ``--codebook vector``, the entry is chosen by the whole error that is passed on and rows have a scale;
+          the code takes the nearest entry and has none (`lorq.core.rounding.gptvq`).
+        - Its fine-tuned variant (RILQ) is left out; ``lorq tune`` trains factors of any method.
     """
 
     rotation = "partial"

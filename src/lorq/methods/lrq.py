@@ -266,7 +266,21 @@ class LRQPaper(LRQ):
     """LRQ with the settings of its paper and its authors' code; see LRQ for what each one does.
 
     One scale per row, 5000 steps; the rate is the code's for Llama-2-7B at 4 bits, where ranges are not searched.
-    What is not the paper's: the rank below 4096 columns, and that the best parameters are kept, not the last.
+
+    Source:
+        LRQ, arXiv:2407.11534. Deviations:
+
+        - The rank of layers whose smaller side is below 4096 is a quarter of that side: of 2048 x 2048 the paper's 1024
+          would learn as many numbers as the matrix has.
+        - The best parameters are kept, of six looks, not the last.
+        - All layers have low-rank divisors. The released code has FlexRound (``--scaling full``) for those with one
+          side of at most 4096 and the other above it, and for 8192 x 8192: of Llama-2-7B for gate, up and down.
+        - Scales are rounded to float16 in each step, as they are stored; the code stores floats.
+        - ``--activations`` are rounded within the steps, so that these make up for it; the code learns weights alone
+          and rounds activations when it evaluates. Its runs with 3 bits or 8-bit activations search ranges
+          before, by the norm 2.4; ``--range-search scale`` does by the Hessian.
+        - Rates are the code's per model and width, 4e-4 to 9e-4; here it is one.
+        - Texts are the run's, which a method cannot set: the paper's are ``--samples 512 --seq-len 1024`` of C4.
     """
 
     group_size = -1

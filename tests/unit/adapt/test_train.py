@@ -74,48 +74,76 @@ def logits(model):
 
 
 def drawn(kind, bits, generator, shape=(12, 20), rank=3):
-    """Weights and factors, float64: scales of both signs, and some quotients outside the levels."""
+    """Weights and factors, float64: scales of both signs, quotients inside, a little and far outside the levels."""
     left = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)
     right = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64)
     table = levels(kind, bits).double()
     scale = left @ right
-    quotient = torch.empty(shape, dtype=torch.float64).uniform_(1.3 * table[0], 1.3 * table[-1], generator=generator)
+    quotient = torch.empty(shape, dtype=torch.float64).uniform_(1.6 * table[0], 1.6 * table[-1], generator=generator)
     assert (scale < 0).any() and (scale > 0).any() and (quotient > table[-1]).any() and (quotient < table[0]).any()
     return quotient * scale, left, right
 
 
-@grids
-def test_gradients_are_those_of_the_straight_through_formula(kind, bits, generator):
-    grid, table = LevelGrid(bits, kind), levels(kind, bits).double()
-    parts = [part.requires_grad_() for part in drawn(kind, bits, generator)]
+class Straight(torch.autograd.Function):
+    """A rounding that passes gradients on unchanged, for autograd to do the rest."""
+
+    @staticmethod
+    def forward(ctx, x, rounded):
+        return rounded
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def by_autograd(function, parts, seed):
+    """The value and the gradients of the same parts, copied."""
+    copies = [part.detach().clone().requires_grad_() for part in parts]
+    value = function(*copies)
+    value.backward(seed)
+    return value.detach(), [part.grad for part in copies]
+
+
+def test_integer_gradients_are_those_of_the_authors_code(generator):
+    """W^ = (clamp(round(W / |B A| + 8), 0, 15) - 8) |B A|: the level is rounded first and clamped then."""
+    _, left, right = (part.abs() for part in drawn("integer", 4, generator))
+    w = torch.empty(12, 20, dtype=torch.float64).uniform_(-10, 9, generator=generator) * (left @ right)
     seed = torch.randn(12, 20, generator=generator, dtype=torch.float64)
-    mine = FakeLords.apply(*parts, grid)
-    mine.backward(seed)
-    found = [part.grad for part in parts]
 
-    w, left, right = copies = [part.detach().clone().requires_grad_() for part in parts]
-    scale = left @ right
-    quotient = (w / scale).clamp(table[0], table[-1])
-    nearest = table[(quotient.unsqueeze(-1) - table).abs().argmin(-1)]
-    formula = (quotient + (nearest - quotient).detach()) * scale
-    formula.backward(seed)
-    torch.testing.assert_close(mine, formula)
-    for gradient, copy_ in zip(found, copies, strict=True):
-        torch.testing.assert_close(gradient, copy_.grad)
+    def theirs(w, left, right):
+        s = (left @ right).abs().clamp(min=1e-8)
+        level = w / s + 8
+        return (Straight.apply(level, level.round()).clamp(0, 15) - 8) * s
+
+    parts = (w, left, right)
+    value, expected = by_autograd(theirs, parts, seed)
+    mine, found = by_autograd(lambda *p: FakeLords.apply(*p, LevelGrid(4, "integer")), parts, seed)
+    torch.testing.assert_close(mine, value)
+    for gradient, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
+    past = (w / (left @ right) > 7) & (w / (left @ right) < 7.5)
+    assert past.any() and torch.equal(found[0][past], seed[past])
 
 
-def test_integer_gradients_are_those_of_the_paper(generator):
-    """dS = G o ((q - 8) - (W / s) o M), dW = G o M, with M where W / s + 8 is in [0, 15]."""
-    w, left, right = drawn("integer", 4, generator)
-    s = left @ right
-    scale = s.clone().requires_grad_()
-    eye = torch.eye(20, dtype=torch.float64)
-    weight, seed = w.clone().requires_grad_(), torch.randn(12, 20, generator=generator, dtype=torch.float64)
-    FakeLords.apply(weight, scale, eye, LevelGrid(4, "integer")).backward(seed)  # S = S I: its gradient is A's
-    q = (w / s + 8).round().clamp(0, 15)
-    inside = ((w / s + 8 >= 0) & (w / s + 8 <= 15)).double()
-    torch.testing.assert_close(weight.grad, seed * inside)
-    torch.testing.assert_close(scale.grad, seed * ((q - 8) - (w / s) * inside))
+@grids
+def test_gradients_are_those_of_the_levels_and_one_more_on_each_side_clamped(kind, bits, generator):
+    """As for integers, whose next level is a step away: the nearest of these first, then back to the outermost."""
+    table = levels(kind, bits).double()
+    more = torch.cat([2 * table[:1] - table[1:2], table, 2 * table[-1:] - table[-2:-1]])
+    parts = drawn(kind, bits, generator)
+    seed = torch.randn(12, 20, generator=generator, dtype=torch.float64)
+
+    def formula(w, left, right):
+        scale = left @ right
+        quotient = w / scale
+        nearest = more[(quotient.detach().unsqueeze(-1) - more).abs().argmin(-1)]
+        return Straight.apply(quotient, nearest).clamp(table[0], table[-1]) * scale
+
+    value, expected = by_autograd(formula, parts, seed)
+    mine, found = by_autograd(lambda *p: FakeLords.apply(*p, LevelGrid(bits, kind)), parts, seed)
+    torch.testing.assert_close(mine, value)
+    for gradient, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, other)
 
 
 @grids
@@ -123,7 +151,7 @@ def test_the_scales_slope_outside_the_levels_is_the_finite_difference(kind, bits
     """There the outermost level stays the nearest, and nothing is straight through: the function is that smooth."""
     grid, table = LevelGrid(bits, kind), levels(kind, bits).double()
     _, left, right = drawn(kind, bits, generator)
-    side = torch.where(torch.rand(12, 20, generator=generator) < 0.5, table[0] * 1.5, table[-1] * 1.5)
+    side = torch.where(torch.rand(12, 20, generator=generator) < 0.5, table[0] * 1.6, table[-1] * 1.6)
     w = (left @ right) * side
     parts = [w.requires_grad_(), left.requires_grad_(), right.requires_grad_()]
     seed = torch.randn(12, 20, generator=generator, dtype=torch.float64)

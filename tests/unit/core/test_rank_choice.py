@@ -75,9 +75,8 @@ def test_curve_is_the_measure_of_every_residual(measure, generator):
     before = a.clone()
     left, right = sketch(a, rank=20, generator=generator)
     group = 64 if measure == "group" else None
-    options = {"measure": measure, "group_size": group, "budget": 9.0, "slope_threshold": -1.0}
-    choice = choose(a, left, right, **options, warm_up=99, min_gain=-1.0)
-    assert (choice.rank, choice.stop) == (20, "exhausted")
+    options = {"measure": measure, "group_size": group, "budget": 9.0, "slope_threshold": 0.0}
+    choice = choose(a, left, right, **options, warm_up=99)
     for r, value in enumerate(choice.curve):
         rest = a.double() - left[:, :r].double() @ right[:r].double()
         if measure == "amax":
@@ -93,7 +92,7 @@ def test_white_noise_is_not_worth_a_rank(generator):
     a = torch.randn(512, 512, generator=generator)
     left, right = sketch(a, rank=32, generator=generator)
     choice = choose(a, left, right)
-    assert choice.rank == 0 and choice.stop == "useless"
+    assert choice.rank == 0 and choice.stop == "precision"
     assert len(choice.curve) < 33  # the rule stopped; the rest was not looked at
 
 
@@ -152,12 +151,45 @@ def test_precision_stops_where_a_rank_costs_more_than_it_saves():
     assert at[0] == 13
 
 
-@pytest.mark.parametrize("warm_up, expected", [(0, 1), (2, 3), (5, 6)])
-def test_precision_is_not_tested_during_warm_up(warm_up, expected):
-    # Falls by 2^-0.1 per rank against a cost of 2^-0.125: a loss from the first rank on.
-    a, left, right = steps(*[2**0.1] * 20)
-    choice = choose(a, left, right, budget=9.0, warm_up=warm_up, min_gain=0.0)
+@pytest.mark.parametrize("warm_up, expected", [(0, 0), (2, 0), (5, 12)])
+def test_a_loss_during_warm_up_stops_nothing(warm_up, expected):
+    # An eighth of a bit per rank. Five ranks save nothing, the sixth a bit and a half; 12 / 8 = 1.5 + 0, 13 / 8 > 1.5.
+    a, left, right = steps(*[2**0.001] * 5, 2**1.5, *[2**0.001] * 10)
+    choice = choose(a, left, right, budget=9.0, warm_up=warm_up, min_gain=0.0, slope_threshold=0.0)
     assert (choice.rank, choice.stop) == (expected, "precision")
+
+
+@pytest.mark.parametrize("warm_up", [0, 2, 5])
+@pytest.mark.parametrize("candidates", [2, 20])
+def test_no_rank_is_kept_that_costs_more_than_it_saves(warm_up, candidates):
+    # Falls by 2^-0.1 per rank against a cost of 2^-0.125: a loss from the first rank on, so Algorithm 1 keeps none.
+    a, left, right = steps(*[2**0.1] * candidates)
+    choice = choose(a, left, right, budget=9.0, warm_up=warm_up, min_gain=0.0)
+    assert (choice.rank, choice.stop) == (0, "precision")
+
+
+def test_of_the_ranks_in_the_warm_up_the_last_that_pays_is_kept():
+    a, left, right = steps(2.0, *[1.0] * 12)
+    for factor_bits, rank in ((16, 7), (64, 1)):  # an eighth of a bit per rank; half a bit
+        choice = choose(a, left, right, budget=99.0, factor_bits=factor_bits, warm_up=20, slope_threshold=0.0)
+        assert (choice.rank, choice.stop) == (rank, "precision")
+
+
+@pytest.mark.parametrize("measure, group", [("amax", None), ("group", 64)])
+@pytest.mark.parametrize("budget", [0.05, 0.2, 1.0])
+def test_white_noise_has_no_rank_without_the_other_tests(budget, measure, group, generator):
+    a = torch.randn(192, 576, generator=generator)
+    left, right = sketch(a, rank=24, generator=generator)
+    options = {"measure": measure, "group_size": group, "budget": budget, "min_gain": 0.0, "slope_threshold": 0.0}
+    assert choose(a, left, right, bits=3, factor_bits=8, **options).rank == 0
+
+
+def test_a_slope_test_that_is_off_stops_on_no_plateau():
+    # Four bits at once, nothing for a dozen ranks, then a bit each: all 20 are worth an eighth of a bit.
+    a, left, right = steps(16.0, *[1.0] * 12, *[2.0] * 7)
+    assert choose(a, left, right, budget=9.0).stop == "flat"
+    choice = choose(a, left, right, budget=9.0, slope_threshold=0.0)
+    assert (choice.rank, choice.stop) == (20, "exhausted")
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -167,9 +199,9 @@ def test_precision_test_does_not_depend_on_bits(bits):
 
 
 def test_a_small_total_gain_is_useless():
-    a, left, right = steps(*[1.02] * 4)
-    assert choose(a, left, right, budget=9.0, warm_up=99).stop == "useless"
-    kept = choose(a, left, right, budget=9.0, warm_up=99, min_gain=0.05)
+    a, left, right = steps(*[1.02] * 4)  # 0.029 bits a rank, for 0.008
+    assert choose(a, left, right, budget=9.0, factor_bits=1).stop == "useless"
+    kept = choose(a, left, right, budget=9.0, factor_bits=1, min_gain=0.05)
     assert (kept.rank, kept.stop) == (4, "exhausted")
 
 

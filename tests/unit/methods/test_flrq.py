@@ -29,7 +29,7 @@ def seeded():
 
 @pytest.fixture
 def layer(correlated, generator):
-    """A weight with decaying directions over noise, and statistics of its inputs."""
+    """A weight with decaying directions over noise and loud rows, so that ranks pay; and statistics of its inputs."""
 
     def make(out=64, in_=96):
         sums = StatsAccumulator(in_)
@@ -37,6 +37,7 @@ def layer(correlated, generator):
         rank = 12
         strong = torch.randn(out, rank, generator=generator) * 0.7 ** torch.arange(rank)
         weight = strong @ torch.randn(rank, in_, generator=generator) + torch.randn(out, in_, generator=generator)
+        weight[:3] *= torch.tensor([[64.0], [24.0], [8.0]])
         return 0.02 * weight, sums.finish()
 
     return make
