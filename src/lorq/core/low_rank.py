@@ -195,7 +195,7 @@ def r1svd(
     exponent = torch.frexp(rest.abs().amax()).exponent // 2 * 2
     metric, rest = metric.scaled(exponent), torch.ldexp(rest, -exponent)
     # The rank-1 form asks this only to check the other options.
-    sketched = rank if form == "block" else 0
+    sketched = 0 if form == "rank1" else rank
     _, starts = sketch(rest, rank=sketched, form=form, iterations=iterations, generator=generator)
     if rank == 0:
         return None

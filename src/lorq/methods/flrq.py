@@ -64,7 +64,8 @@ class FLRQ:
         metric: what the low-rank part serves: "activation" scales columns by a power of their mean
             magnitude (the paper), "hessian" whitens with the Cholesky factor of the Hessian.
         exponent: of the activation scale: 2.5 in the paper, 2.4 in the code, 1 is LQER's.
-        sketch: "block" sketches all candidates at once, "rank1" one after the other (the paper).
+        sketch: "block" sketches all candidates at once, "rank1" one after the other (the paper); "svd" is exact and
+            slow, to compare with.
         iterations: power iterations of the sketch.
         budget: of a layer's factors: how much they may add to the size of its codes, as a share (x in the paper); 0.03
             at most where bits_per_weight or size, the budgets of the whole model, choose it.

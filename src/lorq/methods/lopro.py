@@ -65,7 +65,8 @@ class LoPRo:
             "activation" scales columns by a power of their mean magnitude (the paper).
         exponent: of the activation scale.
         rank: factor pairs; at most the smaller side of a matrix.
-        sketch: "block" starts the pairs from one sketch, "rank1" each from a random vector (the paper).
+        sketch: "block" starts the pairs from one sketch, "rank1" each from a random vector (the paper); "svd" from the
+            exact decomposition, slow, to compare with.
         iterations: power iterations of the sketch; the authors' code has 8.
         factor_type: how factors are stored: "int8" or "e4m3" with a scale per vector, or "float16". Which 8 bits makes
             little difference; int8 measures as well or better, with both metrics.

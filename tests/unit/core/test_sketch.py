@@ -100,7 +100,7 @@ def test_residual_is_within_six_percent_of_truncated_svd(form, spectrum, generat
     assert ratios.min() > 1 - 1e-5
     assert ratios[16] < 1.06
     # A single test vector can be unlucky: 11 % over the optimum at rank 1 has been seen.
-    assert ratios.max() < {"block": 1.06, "rank1": 1.15}[form]
+    assert ratios.max() < {"block": 1.06, "rank1": 1.15, "svd": 1 + 1e-5}[form]
 
 
 @decaying
@@ -217,7 +217,7 @@ def test_same_seed_same_bits_and_input_unchanged(form):
     before = a.clone()
     first, again, other = (sketch(a, rank=6, form=form, generator=torch.Generator().manual_seed(s)) for s in (5, 5, 6))
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
-    assert not torch.equal(first[0], other[0])
+    assert torch.equal(first[0], other[0]) == (form == "svd")
     assert torch.equal(a, before)
 
 
@@ -244,8 +244,8 @@ def test_options_out_of_range_are_refused(generator):
         sketch(a, rank=5, generator=generator)
     with pytest.raises(ValueError, match=r"got -1"):
         sketch(a, rank=-1, generator=generator)
-    with pytest.raises(ValueError, match=r"form must be one of \['block', 'rank1'\], got 'svd'"):
-        sketch(a, rank=0, form="svd", generator=generator)
+    with pytest.raises(ValueError, match=r"form must be one of \['block', 'rank1', 'svd'\], got 'qr'"):
+        sketch(a, rank=0, form="qr", generator=generator)
     with pytest.raises(ValueError, match=r"iterations must be at least 0, got -2"):
         rank1_sketch(a, iterations=-2, generator=generator)
     with pytest.raises(ValueError, match=r"oversample must be at least 0, got -3"):
