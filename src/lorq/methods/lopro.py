@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.basis import Basis, check_block, largest_block
+from lorq.core.basis import WHOLE, Basis, check_block, largest_block
 from lorq.core.checks import Range, check_settings
 from lorq.core.codes import Codes, CodesFormat, TrellisGrid, VectorGrid
 from lorq.core.codes.vectors import VECTOR_LENGTHS
@@ -54,12 +54,13 @@ class LoPRo:
             values computed from the last bits of a stream (QTIP), with which bits may be 1 to 6.
         rounding: "gptq" passes errors on (with vector codebooks that is GPTVQ), "clip" and "nearest" do not;
             "clip" is for single weights.
-        rotation: which columns are rotated: "full" all, "partial" all but the first (the paper), "none".
+        rotation: which columns are rotated: "full" all, in blocks; "partial" all but the first, in blocks (the paper);
+            "whole" all by one random Hadamard matrix (the paper's "full", for comparison: no kernel does it); "none".
         block: columns of a Walsh-Hadamard block, a power of two; -1 for the largest that fits, up to 256.
         skip: columns that "partial" leaves alone; -1 for one block.
         importance: what the columns are ordered by, the first being the most important: "log" is
             mean|R| / (log2 H - min log2 H + 1) (the code), "ratio" is mean|R| / H (the paper), "hessian" is H,
-            "residual" is mean|R|, "none" keeps the model's order.
+            "residual" is mean|R|, "none" keeps the model's order. Columns that are always zero come first (the code).
         order: which part is fitted first in each pass; the paper's takes the low rank out of the weight.
         metric: what the low-rank part serves: "hessian" whitens with the Cholesky factor of the Hessian,
             "activation" scales columns by a power of their mean magnitude (the paper).
@@ -67,8 +68,7 @@ class LoPRo:
         rank: factor pairs; at most the smaller side of a matrix.
         sketch: "block" starts the pairs from one sketch, "rank1" each from a random vector (the paper).
         iterations: power iterations of the sketch; the authors' code has 8.
-        factor_type: how factors are stored: "int8" or "e4m3" with a scale per vector, or "float16". The metric
-            "activation" gives vectors that span decades, which int8 holds poorly: take "e4m3" there.
+        factor_type: how factors are stored: "int8" or "e4m3" with a scale per vector, or "float16".
         epochs: rounds of refitting both parts.
         range_search: how each group's range is found (single weights only): "none" is the full range.
         vector: weights that share a code of a vector codebook; -1 for 4 at 2 bits and 2 above.
@@ -86,7 +86,7 @@ class LoPRo:
     symmetric: bool = False
     codebook: Literal["scalar", "vector", "trellis"] = "scalar"
     rounding: Literal["gptq", "clip", "nearest"] = "gptq"
-    rotation: Literal["full", "partial", "none"] = "full"
+    rotation: Literal["full", "partial", "whole", "none"] = "full"
     block: Annotated[int, Range(1, 1 << 16, "the largest that fits, up to 256")] = -1
     skip: Annotated[int, Range(0, 1 << 20, "one block")] = -1
     importance: Literal["log", "ratio", "hessian", "residual", "none"] = "none"
@@ -158,22 +158,28 @@ class LoPRo:
     def _basis(self, magnitude: Float[Tensor, "in"], stats: InputStats) -> Basis:
         """T: the columns by importance, then rotated."""
         width = magnitude.shape[0]
-        # A channel that is always zero has no logarithm: the authors' code takes 1.
+        # A channel that is always zero has no logarithm: the authors' code takes 1, and 0 for its residual.
         h = stats.hessian.diagonal()
-        h = torch.where(h > 0, h, torch.ones_like(h))
+        dead = h <= 0
+        h = torch.where(dead, torch.ones_like(h), h)
         scores = {
             "log": magnitude / (h.log2() - h.log2().min() + 1),
             "ratio": magnitude / h,
             "hessian": -h,
             "residual": magnitude,
         }
-        permutation = None if self.importance == "none" else scores[self.importance].argsort(stable=True)
-        return Basis(permutation, *self._rotation(width))
+        if self.importance == "none":
+            return Basis(None, *self._rotation(width))
+        order = scores[self.importance].masked_fill(dead, -math.inf).argsort(stable=True)
+        return Basis(order, *self._rotation(width))
 
     def _rotation(self, width: int) -> tuple[int, int]:
-        """Size of the blocks and the columns before them."""
+        """Size of the blocks, or `WHOLE`, and the columns before them."""
         if self.rotation == "none":
             return 0, 0
+        if self.rotation == "whole":
+            check_block(width, WHOLE, 0)
+            return WHOLE, 0
         skip, block = 0 if self.rotation == "full" else self.skip, self.block
         if block == -1:
             block = largest_block(width - max(skip, 0))
@@ -274,8 +280,12 @@ class LoPRoPaper(LoPRo):
     """LoPRo with the settings of its paper and its authors' code; see LoPRo for what each one does.
 
     The low rank first, from the activation-scaled weight; the columns by importance, all but the first block rotated.
-    What is not the paper's: token weights and sharing of the basis between layers with one input (lorq's in every
-    method), scaled e4m3 in place of e5m2, and the range search, which has fewer steps and the Hessian's norm.
+    What is the run's: the paper's statistics are plain, and its blocks see what the quantized blocks before them make
+    (``--token-weights plain --stream quantized``). What is not the paper's: layers that read one input share a basis;
+    the activation scale is divided out of the right factor before that is rounded, where the paper stores it apart
+    (eq. 13): a product less for each input, and what the factors miss grows by 0.6 % (docs/log.md); scaled e4m3 in
+    place of e5m2; the range search, which has fewer steps and the Hessian's norm; and vector codebooks, which weigh
+    errors by the Hessian and have a scale for each row, where the code does neither.
     """
 
     rotation = "partial"
