@@ -246,7 +246,7 @@ def neither_call_nor_company_changes_it(result, method):
 def test_the_cases_reach_every_kind_of_what_is_stored():
     formats = [result_of(name, **settings).format for name, settings in CASES]
     assert {f.factor_type for f in formats if f.rank} == set(FACTOR_TYPES) and any(not f.rank for f in formats)
-    kinds = [(f.permuted, f.rotation_block > 0, f.rotation_skip > 0, f.codes.kind == "vectors") for f in formats]
+    kinds = [(f.permuted, f.rotation_block != 0, f.rotation_skip > 0, f.codes.kind == "vectors") for f in formats]
     for one, two in itertools.combinations(range(4), 2):
         # Columns are left alone only where blocks are rotated.
         assert len({(kind[one], kind[two]) for kind in kinds}) == (3 if (one, two) == (1, 2) else 4)

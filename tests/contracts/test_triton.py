@@ -255,6 +255,7 @@ def test_every_format_of_these_tests_is_covered_and_recognised(out, in_, format,
     "block, device, dtype, why",
     [
         (8192, CUDA, torch.float16, "blocks of 8192 are not between 2 and 4096"),
+        (-1, CUDA, torch.float16, "blocks of the whole width are not between 2 and 4096"),
         (64, CUDA, torch.float64, "inputs are torch.float64"),
         (64, torch.device("cpu"), torch.float16, "the device is cpu"),
     ],

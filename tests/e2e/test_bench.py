@@ -69,6 +69,8 @@ def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys
     command = ["bench", "decode", "64x128", "--bits", "2", "--bits", "4", "--kinds", "integer", "--kinds", "lords"]
     options = [
         "--kinds",
+        "rotated",
+        "--kinds",
         "vector",
         "--ranks",
         "0",
@@ -84,9 +86,11 @@ def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys
     assert main([*command, *options, "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["kind"], row["bits"]) for row in rows[::2]] == [
-        ("integer", 2), ("integer", 4), ("lords", 2), ("lords", 4), ("vector", 2), ("vector", 4),
+        ("integer", 2), ("integer", 4), ("lords", 2), ("lords", 4), ("rotated", 2), ("rotated", 4),
+        ("vector", 2), ("vector", 4),
     ]  # fmt: skip
-    assert [row["rank"] for row in rows] == [0, 4] * 6
+    assert [row["rank"] for row in rows] == [0, 4] * 8
+    assert all(row["sqnr_db"] > 40 for row in rows)
     for row in rows:
         assert row["of_plain_read"] == pytest.approx(row["gigabytes_a_second"] / row["plain_read"])
         dense, int4 = row["times_dense"] * row["milliseconds"], row["times_int4"] * row["milliseconds"]
@@ -101,7 +105,7 @@ def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys
     "options, why",
     [
         ({"shapes": ["4096"]}, "out x in such as 4096x4096, got '4096'"),
-        ({"kinds": ["float"]}, "among integer, lords, vector, trellis, got float"),
+        ({"kinds": ["float"]}, "among integer, rotated, lords, vector, trellis, got float"),
         ({"tokens": 0}, "at least 1, got 9 and 0"),
         (
             {"shapes": ["100x96"]},
@@ -109,6 +113,7 @@ def test_the_decode_bench_times_every_kind_against_the_same_dense_product(capsys
         ),
         ({"group_size": 0, "kinds": ["lords"]}, "one group per row, got group_size 0 and shape 4096x4096"),
         ({"shapes": ["64x510"], "kinds": ["vector"]}, "vectors of 4 and shape 64x510"),
+        ({"shapes": ["64x510"], "kinds": ["rotated"], "group_size": 2}, "for width 510 less 2"),
         ({"dtype": "auto"}, "dtype must be float32, bfloat16, float16, got 'auto'"),
         ({"bits": [4, 9]}, "between 2 and 8, got 9"),
         ({"ranks": [5000]}, "between 0 and 4096 for shape 4096x4096, got 5000"),
@@ -138,6 +143,7 @@ def test_the_decode_bench_takes_widths_that_no_int4_operator_does():
         ({"rows": 0}, "a grid of 0 x 8"),
         ({"tokens": [1, 0]}, r"at least 1, got 5 and \[1, 0\]"),
         ({"repeats": 0}, "at least 1, got 0"),
+        ({"shapes": ["64x510"], "kinds": ["rotated"], "group_size": 2}, "for width 510 less 2"),
         ({"dtype": "auto"}, "dtype must be float32, bfloat16, float16, got 'auto'"),
     ],
     ids=lambda value: "",

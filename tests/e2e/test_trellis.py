@@ -15,6 +15,7 @@ METHODS = {
     "flrq, 3 bits": lorq.FLRQ(bits=3, codebook="trellis", budget=1.0, epochs=0),
     "flrq, 1 bit": lorq.FLRQ(bits=1, codebook="trellis", budget=0.0),
     "lopro, 6 bits": lorq.LoPRo(bits=6, codebook="trellis", window=16, rank=2, rotation="partial", importance="log"),
+    "lopro, whole width": lorq.LoPRo(bits=3, codebook="trellis", window=10, rank=2, rotation="whole"),
 }
 
 

@@ -171,9 +171,9 @@ def bench_decode(
     Args:
         shapes: of the weights, such as 4096x4096, out x in; the usual four if left out.
         bits: widths of the codes; give the flag once for each.
-        kinds: integer, codes with group scales and zero points; lords, NormalFloat levels under a scale of low rank
-            as large as the group scales; vector, codebooks for 4 weights (2 bits) or 2 (3 and 4); trellis, windows
-            of 12 bits. Once for each.
+        kinds: integer, codes with group scales and zero points; rotated, such codes of inputs reordered and rotated in
+            blocks (lopro-paper); lords, NormalFloat levels under a scale of low rank as large as the group scales;
+            vector, codebooks for 4 weights (2 bits) or 2 (3 and 4); trellis, windows of 12 bits. Once for each.
         group_size: columns that share a scale; -1 for one scale per row.
         ranks: of the low-rank part, 8-bit factors, once for each; 0 for none.
         products: how inputs meet integer codes on a CPU, once for each: exact, or bytes, which rounds them to 8 bits on

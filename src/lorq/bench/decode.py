@@ -16,10 +16,11 @@ from lorq.core.codes.vectors import VECTOR_LENGTHS
 from lorq.core.scale_factors import parity_rank
 from lorq.core.weight import LayerFormat
 from lorq.kernels import cpu
+from lorq.methods import LoPRoPaper
 from lorq.runtime.linear import QuantLinear
 
 SHAPES = ("4096x4096", "11008x4096", "4096x11008", "14336x4096")
-KINDS = ("integer", "lords", "vector", "trellis")
+KINDS = ("integer", "rotated", "lords", "vector", "trellis")
 _WINDOW = 12  # of trellis codes
 # Weights of one kind in rotation are larger than any cache, but for very small ones.
 _ROTATION_BYTES = 128 << 20
@@ -43,7 +44,7 @@ def check_fit(
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {', '.join(unknown)}")
     own = in_ if group_size == -1 else group_size
-    if own < 1 or ("integer" in kinds and in_ % own):
+    if own < 1 or (not {"integer", "rotated"}.isdisjoint(kinds) and in_ % own):
         raise ValueError(
             f"group_size must divide the width, or be -1 for one group per row, got group_size {group_size} and shape "
             f"{out}x{in_}"
@@ -55,12 +56,16 @@ def check_fit(
         raise ValueError(f"bits must be between 2 and 8, got {wrong[0]}")
     if wrong := [rank for rank in ranks if not 0 <= rank <= min(out, in_)]:
         raise ValueError(f"ranks must be between 0 and {min(out, in_)} for shape {out}x{in_}, got {wrong[0]}")
+    if "rotated" in kinds:
+        format_of("rotated", 2, 0, out, in_, own)  # refuses widths that no blocks fit
 
 
 def format_of(kind: str, bits: int, rank: int, out: int, in_: int, group_size: int) -> LayerFormat | None:
     """The layer's format; None where a kind has none of that width."""
     if kind == "integer":
         return LayerFormat(IntGrid(bits, group_size), rank, "int8")
+    if kind == "rotated":
+        return LoPRoPaper(bits=bits, group_size=group_size, rank=rank, factor_type="int8").largest(out, in_)
     if kind == "lords":
         return LayerFormat(LevelFormat(bits, "normal-float", in_, parity_rank(out, in_, group_size)), rank, "int8")
     if kind == "trellis":
@@ -80,6 +85,8 @@ def random_layers(out: int, in_: int, format: LayerFormat, x: Tensor, generator:
         for name, tensor in layer.stored().items():
             if name == "weight_shape":
                 tensor.copy_(torch.tensor([out, in_]))
+            elif name == "permutation":
+                tensor.copy_(torch.randperm(in_, generator=generator, device=x.device))
             elif tensor.dtype in (torch.int16, torch.int32):
                 range_of = torch.iinfo(tensor.dtype)
                 tensor.random_(range_of.min, range_of.max, generator=generator)

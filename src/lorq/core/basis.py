@@ -1,6 +1,5 @@
-"""Basis: permute the input channels, then mix the less important ones by block Walsh-Hadamard transforms."""
+"""Basis: permute the input channels, then mix the less important ones by Walsh-Hadamard transforms, or all of them."""
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -8,33 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lorq.core.hadamard import hadamard, mix_whole, whole_sizes
+
 # Blocks that are worth a transform; a smaller one hardly spreads an outlier.
 SMALLEST_BLOCK = 4
 # Largest block that is chosen unasked; the paper's size.
 _USUAL_BLOCK = 256
-
-
-@functools.cache
-@torch.inference_mode(False)  # kept: made while measuring, it must serve training too
-def hadamard(size: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
-    """Sylvester's Hadamard matrix over ``sqrt(size)``: symmetric, orthogonal, its own inverse.
-
-    Made once and kept, since every forward needs it: not to be changed.
-
-    Raises:
-        ValueError: if the size is not a power of two.
-
-    Example:
-        >>> hadamard(2, dtype=torch.float64) * 2**0.5
-        tensor([[ 1.,  1.],
-                [ 1., -1.]], dtype=torch.float64)
-    """
-    if size < 1 or size & (size - 1):
-        raise ValueError(f"the size of a Walsh-Hadamard block must be a power of two, got {size}")
-    matrix = torch.ones(1, 1, dtype=torch.float64, device=device)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix / math.sqrt(size)).to(dtype)
+# In place of a block: signs, then one Hadamard matrix over the whole width, a power of two or not.
+WHOLE = -1
 
 
 def largest_block(width: int) -> int:
@@ -48,11 +28,14 @@ def largest_block(width: int) -> int:
 
 
 def check_block(width: int, block: int, skip: int) -> None:
-    """Refuse blocks that do not tile the columns after the first ``skip``.
+    """Refuse blocks that do not tile the columns after the first ``skip``, and a width that `WHOLE` has no matrix for.
 
     Raises:
         ValueError: naming the width and the blocks that fit it.
     """
+    if block == WHOLE and skip == 0:
+        whole_sizes(width)
+        return
     fits = [size for size in (2**k for k in range(2, 14)) if size <= width - skip and (width - skip) % size == 0]
     if block & (block - 1) or block < SMALLEST_BLOCK or skip < 0 or skip >= width or (width - skip) % block:
         raise ValueError(
@@ -67,13 +50,15 @@ class Basis:
     """An orthogonal change of the input channels, ``T = P Q``.
 
     ``P`` puts channel ``permutation[j]`` at place ``j``, if there is one. ``Q`` leaves the first ``skip`` places alone
-    and multiplies each following run of ``block`` places by `hadamard`. Block 0: no ``Q``.
+    and multiplies each following run of ``block`` places by `hadamard`. Block 0: no ``Q``. Block `WHOLE`: ``Q = D H``,
+    signs and one Hadamard matrix over the whole width (`lorq.core.hadamard.mix_whole`); no kernel does that.
 
     A weight in this basis is ``W T``, an input ``x T`` (rows), a Hessian ``T^T H T``; ``W x^T`` is the same in both.
 
     Source:
         LoPRo, eq. 5-6. The paper's P is the inverse of what its text wants and its code does. Its Walsh blocks are
-        ordered by sequency, these by Sylvester's rule: that only reorders columns within a block.
+        ordered by sequency, these by Sylvester's rule: that only reorders columns within a block. `WHOLE` is the "full"
+        of its table 5, QuaRot's random Hadamard matrix, but with one draw of signs for all layers of a width.
     """
 
     permutation: Int[Tensor, "in"] | None
@@ -86,7 +71,7 @@ class Basis:
 
     def unrotate(self, z: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows in"]:
         """``z T^T``, the inverse of `rotate`."""
-        mixed = self._mix(z)
+        mixed = self._mix(z, inverse=True)
         return mixed if self.permutation is None else mixed.index_select(-1, self.permutation.long().argsort())
 
     def rotate_hessian(self, hessian: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
@@ -96,9 +81,11 @@ class Basis:
         turned = self.rotate(self.rotate(hessian).T)
         return (turned + turned.T) / 2
 
-    def _mix(self, x: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows in"]:
+    def _mix(self, x: Float[Tensor, "*rows in"], *, inverse: bool = False) -> Float[Tensor, "*rows in"]:
         if not self.block:
             return x
+        if self.block == WHOLE:
+            return mix_whole(x, inverse=inverse)
         matrix = hadamard(self.block, dtype=x.dtype, device=x.device)
         mixed = x[..., self.skip :].unflatten(-1, (-1, self.block)) @ matrix
         return torch.cat([x[..., : self.skip], mixed.flatten(-2)], -1)

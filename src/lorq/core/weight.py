@@ -25,7 +25,7 @@ class LayerFormat:
         rank: columns of ``left``; 0 when there is no low-rank part of the layer's own.
         factor_type: of the low-rank factors, "float16", "int8" or "e4m3".
         permuted: the channels of the weight's basis (`lorq.core.basis.Basis`) are in an order of its own.
-        rotation_block: size of the basis' Walsh-Hadamard blocks; 0 for none.
+        rotation_block: size of the basis' Walsh-Hadamard blocks; 0 for none, `lorq.core.basis.WHOLE` for all columns.
         rotation_skip: columns before the first block.
         input_quantization: of the layer's inputs (`lorq.core.activations.Activations`).
         output_quantization: of its outputs.
@@ -48,7 +48,7 @@ class LayerFormat:
     @property
     def has_basis(self) -> bool:
         """Whether inputs must be taken into another basis."""
-        return self.permuted or self.rotation_block > 0
+        return self.permuted or self.rotation_block != 0
 
     def check(self, out: int, in_: int) -> None:
         """Refuse a shape that codes or basis do not fit.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorq.core.basis import WHOLE
 from lorq.core.codes import IntCodes, IntGrid
 from lorq.core.low_rank import LowRank
 from lorq.core.weight import LayerFormat, QuantizedWeight
@@ -43,8 +44,9 @@ def integer_layers(folder: LorqFolder, names: PlainNames, target: str) -> dict[s
         if names.is_transposed(name):
             raise refusal(target, f"holds linear layers, {name} is a Conv1D", "dense")
         if format.rotation_block:
+            by = "over its whole width" if format.rotation_block == WHOLE else f"by {format.rotation_block}"
             raise refusal(
-                target, f"holds weights in the model's own channels, {name} is rotated by {format.rotation_block}",
+                target, f"holds weights in the model's own channels, {name} is rotated {by}",
                 "dense; or quantize with --rotation none",
             )  # fmt: skip
         if format.permuted and _groups(folder, name, format) > 1:

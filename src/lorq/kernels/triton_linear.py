@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lorq.core.basis import WHOLE
 from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.rounding.trellis import encode_trellis, encode_trellis_reference
 from lorq.core.weight import LayerFormat
@@ -308,8 +309,9 @@ def turn(x: Tensor, permutation: Tensor | None, block: int, skip: int, inverse: 
 
 def declines_basis(block: int, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel does not take inputs into a basis; None where it does. Arguments as those of `declines`."""
-    fits = block != 1 and block <= _LARGEST_BLOCK
-    why = None if fits else f"blocks of {block} are not between 2 and {_LARGEST_BLOCK}"
+    fits = block == 0 or 2 <= block <= _LARGEST_BLOCK
+    of = "the whole width" if block == WHOLE else str(block)
+    why = None if fits else f"blocks of {of} are not between 2 and {_LARGEST_BLOCK}"
     return declines_input("cuda", device, dtype) or why or declines_device(device)
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorq.core.basis import Basis, check_block, largest_block
+from lorq.core.basis import WHOLE, Basis, check_block, largest_block
 from lorq.core.checks import Range, check_settings
 from lorq.core.codes import Codes, CodesFormat, TrellisGrid, VectorGrid
 from lorq.core.codes.vectors import VECTOR_LENGTHS
@@ -54,12 +54,13 @@ class LoPRo:
             values computed from the last bits of a stream (QTIP), with which bits may be 1 to 6.
         rounding: "gptq" passes errors on (with vector codebooks that is GPTVQ), "clip" and "nearest" do not;
             "clip" is for single weights.
-        rotation: which columns are rotated: "full" all, "partial" all but the first (the paper), "none".
+        rotation: which columns are rotated: "full" all, in blocks; "partial" all but the first, in blocks (the paper);
+            "whole" all by one random Hadamard matrix (the paper's "full", for comparison: no kernel does it); "none".
         block: columns of a Walsh-Hadamard block, a power of two; -1 for the largest that fits, up to 256.
         skip: columns that "partial" leaves alone; -1 for one block.
         importance: what the columns are ordered by, the first being the most important: "log" is
             mean|R| / (log2 H - min log2 H + 1) (the code), "ratio" is mean|R| / H (the paper), "hessian" is H,
-            "residual" is mean|R|, "none" keeps the model's order.
+            "residual" is mean|R|, "none" keeps the model's order. Columns that are always zero come first (the code).
         order: which part is fitted first in each pass; the paper's takes the low rank out of the weight.
         metric: what the low-rank part serves: "hessian" whitens with the Cholesky factor of the Hessian,
             "activation" scales columns by a power of their mean magnitude (the paper).
@@ -68,8 +69,7 @@ class LoPRo:
         sketch: "block" starts the pairs from one sketch, "rank1" each from a random vector (the paper); "svd" from the
             exact decomposition, slow, to compare with.
         iterations: power iterations of the sketch; the authors' code has 8.
-        factor_type: how factors are stored: "int8" or "e4m3" with a scale per vector, or "float16". Which 8 bits makes
-            little difference; int8 measures as well or better, with both metrics.
+        factor_type: how factors are stored: "int8" or "e4m3" with a scale per vector, or "float16".
         epochs: rounds of refitting both parts.
         range_search: how each group's range is found (single weights only): "none" is the full range.
         vector: weights that share a code of a vector codebook; -1 for 4 at 2 bits and 2 above.
@@ -87,7 +87,7 @@ class LoPRo:
     symmetric: bool = False
     codebook: Literal["scalar", "vector", "trellis"] = "scalar"
     rounding: Literal["gptq", "clip", "nearest"] = "gptq"
-    rotation: Literal["full", "partial", "none"] = "full"
+    rotation: Literal["full", "partial", "whole", "none"] = "full"
     block: Annotated[int, Range(1, 1 << 16, "the largest that fits, up to 256")] = -1
     skip: Annotated[int, Range(0, 1 << 20, "one block")] = -1
     importance: Literal["log", "ratio", "hessian", "residual", "none"] = "none"
@@ -159,23 +159,28 @@ class LoPRo:
     def _basis(self, magnitude: Float[Tensor, "in"], stats: InputStats) -> Basis:
         """T: the columns by importance, then rotated."""
         width = magnitude.shape[0]
-        # A channel that is always zero has no logarithm: the authors' code takes 1. It also zeroes its residual, so
-        # that the channel comes first and is not rotated; here live channels have those places.
+        # A channel that is always zero has no logarithm: the authors' code takes 1, and 0 for its residual.
         h = stats.hessian.diagonal()
-        h = torch.where(h > 0, h, torch.ones_like(h))
+        dead = h <= 0
+        h = torch.where(dead, torch.ones_like(h), h)
         scores = {
             "log": magnitude / (h.log2() - h.log2().min() + 1),
             "ratio": magnitude / h,
             "hessian": -h,
             "residual": magnitude,
         }
-        permutation = None if self.importance == "none" else scores[self.importance].argsort(stable=True)
-        return Basis(permutation, *self._rotation(width))
+        if self.importance == "none":
+            return Basis(None, *self._rotation(width))
+        order = scores[self.importance].masked_fill(dead, -math.inf).argsort(stable=True)
+        return Basis(order, *self._rotation(width))
 
     def _rotation(self, width: int) -> tuple[int, int]:
-        """Size of the blocks and the columns before them."""
+        """Size of the blocks, or `WHOLE`, and the columns before them."""
         if self.rotation == "none":
             return 0, 0
+        if self.rotation == "whole":
+            check_block(width, WHOLE, 0)
+            return WHOLE, 0
         skip, block = 0 if self.rotation == "full" else self.skip, self.block
         if block == -1:
             block = largest_block(width - max(skip, 0))
@@ -277,17 +282,16 @@ class LoPRoPaper(LoPRo):
 
     The low rank first, from the activation-scaled weight; the columns by importance, all but the first block rotated.
 
+    The run has plain token weights and the quantized stream, as the paper's (`lorq.pipeline.presets.PAPERS`).
+
     Source:
         LoPRo, arXiv:2601.19675. Deviations:
 
-        - Inputs come from the original model, as in all methods that solve layers by themselves; in the code from the
-          quantized blocks before: ``--stream quantized``.
-        - Tokens count equally, as a few huge ones decide otherwise; ``--token-weights plain`` is the paper's.
         - One order and rotation for all layers of an input, which is then rotated once (KL 0.475, 0.481 with one each).
-        - Channels that are never active stay in the middle of the order; in the code they come first, unrotated.
         - alpha is divided out of the right factor before that is rounded, where the paper stores alpha apart (eq. 13):
-          a vector and a product less. Left vectors are fitted to the rounded right ones, and e4m3 with a scale for each
-          vector stands in for e5m2: a bit more of mantissa (`lorq.core.low_rank.r1svd`).
+          a vector and a product less; what the factors miss grows by 0.6 % (docs/log.md). Left vectors are fitted to
+          the rounded right ones, and e4m3 with a scale for each vector stands in for e5m2: a bit more of mantissa
+          (`lorq.core.low_rank.r1svd`).
         - The range search has 10 shares and the Hessian's norm, the code's 100 and the norm 2.4.
         - With ``--codebook vector``, the entry is chosen by the whole error that is passed on and rows have a scale;
           the code takes the nearest entry and has none (`lorq.core.rounding.gptvq`).

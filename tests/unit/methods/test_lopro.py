@@ -10,7 +10,7 @@ import torch
 from helpers import prepared, same_codes, solve_one
 from torch.testing import assert_close
 
-from lorq.core.basis import Basis
+from lorq.core.basis import WHOLE, Basis
 from lorq.core.codes import IntGrid, VectorGrid
 from lorq.core.linalg import damp, shrink
 from lorq.core.low_rank import Metric, r1svd
@@ -102,15 +102,15 @@ def test_vectors_without_error_passing_are_those_of_a_diagonal_hessian(layer):
     assert int((codes != exact.codes).sum()) <= 0.01 * codes.numel()  # the same in other words
 
 
-@pytest.mark.parametrize("rotation, skip", [("full", 0), ("partial", 32)])
-def test_at_rank_zero_it_is_gptq_in_the_basis(rotation, skip, layer):
+@pytest.mark.parametrize("rotation, block, skip", [("full", 32, 0), ("partial", 32, 32), ("whole", WHOLE, 0)])
+def test_at_rank_zero_it_is_gptq_in_the_basis(rotation, block, skip, layer):
     weight, stats = layer()
     result = solve(weight, stats, bits=3, group_size=32, rank=0, rotation=rotation, importance="hessian")
-    basis = Basis(stats.hessian.diagonal().argsort(descending=True), 32, skip)
+    basis = Basis(stats.hessian.diagonal().argsort(descending=True), block, skip)
     hessian = basis.rotate_hessian(shrink(stats.hessian, 0.2))
     expected = gptq(basis.rotate(weight), prepared(hessian), IntGrid(3, 32), SEARCHES["scale"])
     assert torch.equal(result.basis.permutation, basis.permutation)
-    assert (result.basis.block, result.basis.skip) == (32, skip)
+    assert (result.basis.block, result.basis.skip) == (block, skip)
     assert same_codes(result.codes, expected)
     assert torch.equal(result.dense(), basis.unrotate(expected.decode()))
 
@@ -159,7 +159,7 @@ def test_the_papers_settings_are_lopros_with_other_defaults(layer):
 
 
 @pytest.mark.parametrize("metric", ["hessian", "activation"])
-@pytest.mark.parametrize("rotation", ["full", "partial", "none"])
+@pytest.mark.parametrize("rotation", ["full", "partial", "whole", "none"])
 def test_a_matrix_of_low_rank_needs_no_codes(metric, rotation, layer, generator):
     _, stats = layer()
     weight = torch.randn(64, 3, generator=generator) @ torch.randn(3, 96, generator=generator)
@@ -259,14 +259,34 @@ def test_the_paper_orders_by_what_the_low_rank_part_leaves(importance, layer):
     assert same == (importance == "hessian")
 
 
-def test_a_dead_channel_counts_as_one_of_unit_size():
-    squares, magnitudes = (0.0, 0.5, 8.0, 4.0), (0.3, 1.0, 1.0, 2.4)
+def test_dead_channels_come_first_as_the_authors_code_has_it():
+    squares, magnitudes = (8.0, 0.5, 0.0, 4.0, 0.0), (1.0, 1.0, 0.3, 2.4, 7.0)
     weight = torch.tensor([magnitudes]) * torch.tensor([[1.0], [-1.0]])
     stats = InputStats(torch.tensor(squares).diag(), torch.tensor(squares).sqrt(), 10)
-    # By hand. log: m / (log2 h + 2) = 0.15, 1, 0.2, 0.6; ratio: m / h = 0.3, 2, 0.125, 0.6.
-    for importance, order in (("log", [0, 2, 3, 1]), ("ratio", [2, 0, 3, 1]), ("hessian", [2, 3, 0, 1])):
-        result = solve(weight, stats, bits=4, group_size=4, rank=0, importance=importance, rotation="none")
-        assert result.basis.permutation.tolist() == order
+    # By hand, of the others. log: m / (log2 h + 2) = 0.2, 1, 0.6; ratio: m / h = 0.125, 2, 0.6; hessian: -8, -0.5, -4.
+    for importance, order in (
+        ("log", [0, 3, 1]),
+        ("ratio", [0, 3, 1]),
+        ("hessian", [0, 3, 1]),
+        ("residual", [0, 1, 3]),
+    ):
+        result = solve(weight, stats, bits=4, group_size=5, rank=0, importance=importance, rotation="none")
+        assert result.basis.permutation.tolist() == [2, 4, *order]
+
+
+def test_the_order_of_the_paper_is_that_of_the_authors_key(layer):
+    weight, stats = layer()
+    dead = torch.tensor([3, 40, 41])
+    hessian = stats.hessian.clone()
+    hessian[dead], hessian[:, dead] = 0.0, 0.0
+    stats = InputStats(hessian, stats.mean_abs.index_fill(0, dead, 0.0), 10)
+    result = solve_one(LoPRoPaper(bits=3, group_size=32, rank=0), weight, stats)
+    # gptq_utils_lora.py: a dead channel's Hessian is 1 and its column of the residual 0.
+    h, residual = hessian.diagonal().clone(), weight.index_fill(1, dead, 0.0)
+    h[dead] = 1.0
+    key = residual.abs().mean(0) / (h.log2() - h.log2().min() + 1)
+    expected = key.argsort(stable=True)
+    assert torch.equal(result.basis.permutation, expected) and result.basis.permutation[:3].tolist() == [3, 40, 41]
 
 
 @pytest.mark.parametrize("sketch", ["block", "rank1"])
@@ -281,7 +301,7 @@ def test_the_columns_are_ordered_by_the_factors_that_are_stored(sketch, layer):
     assert (magnitude.diff() >= -1e-3 * magnitude.max()).all()
 
 
-@pytest.mark.parametrize("rotation", ["full", "partial", "none"])
+@pytest.mark.parametrize("rotation", ["full", "partial", "whole", "none"])
 def test_the_activation_metric_is_that_of_the_models_own_channels(rotation, layer):
     weight, stats = layer()
     result = solve(
@@ -334,7 +354,7 @@ def test_channels_that_are_always_zero_do_not_break_a_layer(codebook, importance
 def test_the_largest_format_is_the_results(out, in_, layer):
     weight, stats = layer(out, in_)
     for codebook, rotation, importance, rank in itertools.product(
-        ("scalar", "vector"), ("full", "partial", "none"), ("log", "none"), (0, 100)
+        ("scalar", "vector"), ("full", "partial", "whole", "none"), ("log", "none"), (0, 100)
     ):
         if in_ == 4 and rotation == "partial":
             continue  # no room for two blocks
@@ -361,6 +381,8 @@ def test_the_largest_format_is_the_results(out, in_, layer):
         ({"rotation": "partial", "skip": 0}, 96, (32, 0)),
         ({"rotation": "full", "skip": 48}, 96, (32, 0)),
         ({"rotation": "none", "block": 16}, 96, (0, 0)),
+        ({"rotation": "whole"}, 576, (-1, 0)),
+        ({"rotation": "whole"}, 4096, (-1, 0)),
     ],
     ids=str,
 )
@@ -395,6 +417,7 @@ def test_codebooks_have_gptvqs_sizes(bits, out, in_, expected, cost):
         ({"rotation": "partial", "block": 32, "skip": 80}, (40, 96), "width 96 less 80; blocks that fit: 4, 8, 16"),
         ({"rotation": "partial", "skip": 96}, (40, 96), "for width 96 less 96; blocks that fit: none"),
         ({}, (40, 98), "for width 98 less 0; blocks that fit: none"),
+        ({"rotation": "whole"}, (40, 98), "got width 98; rotate in blocks instead"),
         ({"group_size": 36}, (40, 96), "got group_size 36 and width 96"),
         ({"codebook": "vector", "codebook_columns": 36}, (40, 96), "36 columns must divide a weight of shape (40, 96)"),
         ({"codebook": "vector", "codebook_rows": 16}, (40, 96), "16 rows and 96 columns must divide a weight of shape"),

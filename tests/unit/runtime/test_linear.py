@@ -26,6 +26,8 @@ FORMATS = {
     "vectors of 2": layer_format(3, 48, True, 4, "int8", vector=2, codebook_rows=1, codebook_columns=48),
     "permuted": layer_format(4, 16, True, permuted=True),
     "rotated": layer_format(3, 16, False, rotation_block=16),
+    "rotated over the whole width": layer_format(3, 16, False, 2, "int8", rotation_block=-1),
+    "permuted, rotated over the whole width": layer_format(3, 16, False, permuted=True, rotation_block=-1),
     "all": layer_format(2, 48, True, 3, "e4m3", 4, 1, 16, permuted=True, rotation_block=8, rotation_skip=24),
     "normal floats": layer_format(4, 16, True, grid="normal-float"),
     "a scale for each": layer_format(3, 48, True, 2, "int8", scale_rank=3),

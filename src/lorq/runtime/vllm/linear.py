@@ -47,7 +47,7 @@ class Part(nn.Module):
 
     @property
     def has_basis(self) -> bool:
-        return self.permutation is not None or self.rotation[0] > 0
+        return self.permutation is not None or self.rotation[0] != 0
 
     def has_basis_of(self, other: "Part") -> bool:
         """Whether an input in the basis of one is one of the other."""
