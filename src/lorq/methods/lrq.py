@@ -280,7 +280,7 @@ class LRQPaper(LRQ):
           and rounds activations when it evaluates. Its runs with 3 bits or 8-bit activations search ranges
           before, by the norm 2.4; ``--range-search scale`` does by the Hessian.
         - Rates are the code's per model and width, 4e-4 to 9e-4; here it is one.
-        - 512 windows of 1024 tokens are set by the run (`lorq.pipeline.presets.PAPERS`); the text is yours, the paper's C4.
+        - 512 windows of 1024 tokens are set by the run (`lorq.pipeline.presets.PAPERS`), the text is not: C4 there.
     """
 
     group_size = -1
