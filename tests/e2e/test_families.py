@@ -26,7 +26,7 @@ LINEARS = {  # of both blocks; three for each expert
 }  # fmt: skip
 METHODS = {
     "nearest": lorq.Nearest(bits=8, group_size=32),
-    "flrq": lorq.FLRQ(bits=3, group_size=32, budget=0.5, min_gain=0.0, epochs=0),
+    "lopro": lorq.LoPRo(bits=3, group_size=32, rank=3, rotation="none", epochs=0),
 }
 families = pytest.mark.parametrize("family", list(FAMILIES | MOE))
 methods = pytest.mark.parametrize("method", list(METHODS))
@@ -184,13 +184,13 @@ def test_every_linear_layer_of_every_block_is_quantized_and_nothing_else(family,
     loaded = dict(model.named_parameters())
     assert set(kept) == set(loaded)
     assert all(torch.equal(kept[name], loaded[name]) for name in kept)
-    if method == "flrq":
-        assert sum(layer.rank > 0 for layer in report.layers) > LINEARS[family] / 2
+    if method == "lopro":
+        assert all(layer.rank == 3 for layer in report.layers)
 
 
 @families
 def test_the_report_counts_the_bytes_that_are_in_the_files(family, quantized):
-    out, report = quantized(family, "flrq")
+    out, report = quantized(family, "lopro")
     stored = 0
     for file in out.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -201,8 +201,8 @@ def test_the_report_counts_the_bytes_that_are_in_the_files(family, quantized):
 
 @families
 def test_tied_embeddings_stay_tied_and_are_stored_once(family, packed, quantized):
-    out, _ = quantized(family, "flrq")
-    model = packed(family, "flrq")
+    out, _ = quantized(family, "lopro")
+    model = packed(family, "lopro")
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     assert (embedding.data_ptr() == head.data_ptr()) == (family in TIED)
     weight_map = json.loads((out / "lorq.safetensors.index.json").read_bytes())["weight_map"]
@@ -215,7 +215,7 @@ def test_tied_embeddings_stay_tied_and_are_stored_once(family, packed, quantized
 
 @families
 def test_generating_with_a_cache_gives_the_text_that_recomputing_gives(family, packed, windows):
-    model = packed(family, "flrq")
+    model = packed(family, "lopro")
     options = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
     prompt = {"input_ids": windows[:1, :12], "attention_mask": torch.ones(1, 12, dtype=torch.int64)}
     cached = model.generate(**prompt, use_cache=True, **options)
@@ -226,7 +226,7 @@ def test_generating_with_a_cache_gives_the_text_that_recomputing_gives(family, p
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @families
 def test_half_precision_runs_and_keeps_the_stored_tensors_as_they_are(family, dtype, packed, quantized, windows):
-    half, full = load(quantized(family, "flrq")[0], dtype), packed(family, "flrq")
+    half, full = load(quantized(family, "lopro")[0], dtype), packed(family, "lopro")
     logits = logits_of(half, windows)
     assert logits.dtype == dtype
     # A rounding of 2^-9 (bfloat16) or 2^-12 at some thirty places; a token that it routes to another expert is off.

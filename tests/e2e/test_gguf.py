@@ -281,8 +281,11 @@ def test_how_far_a_file_is_is_told_tensor_by_tensor(quantized, tmp_path):
     told = []
     lorq.export(quantized("llama"), tmp_path / "model.gguf", progress=lambda *step: told.append(step))
     stages = {stage: [done for own, done, total in told if own == stage] for stage, _, _ in told}
-    assert stages == {"load torch": [0, 1], "choose types": [*range(21)], "export": [*range(21)]}
-    assert {total for stage, _, total in told if stage == "export"} == {20}
+    steps = stages.pop("export")  # in microseconds of this machine's work, done and guessed
+    assert stages == {"load torch": [0, 1], "choose types": [*range(21)]}
+    assert 10 < len(steps) <= 21 and steps == sorted(steps) and steps[0] == 0
+    _, done, total = next(step for step in reversed(told) if step[0] == "export")
+    assert done == total
 
 
 def test_activations_in_eight_bits_are_told_to_be_lost(quantized, tmp_path):
