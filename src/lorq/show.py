@@ -179,7 +179,8 @@ def print_summary(report: Report, out: Path | None) -> None:
         table.add_row("with a note", f"{len(report.notes)}, see lorq inspect" if out else str(len(report.notes)))
     if report.seconds:
         parts = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.stages.items())
-        table.add_row("seconds", f"{report.seconds:.1f}" + (f" ({parts})" if parts else ""))
+        title = "seconds" if out else "seconds of this dry run"
+        table.add_row(title, f"{report.seconds:.1f}" + (f" ({parts})" if parts else ""))
     console.print(table)
 
 
