@@ -40,7 +40,7 @@ from lorq.show import (
     print_next,
     print_pieces,
     print_pushed,
-    print_regrouped,
+    print_rows,
     print_summary,
     print_tuned,
     print_written,
@@ -49,6 +49,7 @@ from lorq.show import (
 )
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
+from lorq.storage.report import Report
 
 app = cyclopts.App(
     name="lorq",
@@ -194,8 +195,17 @@ def _regroup(model: str, adapter: Path | None, out: Path, settings: Groups) -> N
         run = lorq.adapt.to_groups
         progress(IMPORT, 1, 1)
         report = run(model, out, adapter=adapter, settings=settings, progress=progress)
-    print_regrouped(report, out)
+    _print_regrouped(report, out)
     print_next(("evaluate", out, "--reference", "ORIGINAL"))
+
+
+def _print_regrouped(report: Report, out: Path) -> None:
+    """What rounding anew adds to each layer's error, and how large the folder is."""
+    told = report.run["regrouped"]
+    rows = [{"layer": name, "added error": f"{added:.4f}"} for name, added in told["added"].items()]
+    print_rows([*rows, {"layer": "all of them", "added error": f"{told['whole']:.4f}"}], False)
+    console.print("added error: squared difference from the weights before, over their squares")
+    console.print(f"wrote {out}, {report.bits_in_words} bits per weight, {report.bytes / 1e6:.1f} MB", soft_wrap=True)
 
 
 _command(merge, "merge")

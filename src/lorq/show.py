@@ -251,15 +251,6 @@ def print_tuned(report: Report, as_json: bool) -> None:
     )
 
 
-def print_regrouped(report: Report, out: Path) -> None:
-    """What rounding anew adds to each layer's error, and how large the folder is."""
-    told = report.run["regrouped"]
-    rows = [{"layer": name, "added error": f"{added:.4f}"} for name, added in told["added"].items()]
-    print_rows([*rows, {"layer": "all of them", "added error": f"{told['whole']:.4f}"}], False)
-    console.print("added error: squared difference from the weights before, over their squares")
-    console.print(f"wrote {out}, {report.bits_in_words} bits per weight, {report.bytes / 1e6:.1f} MB", soft_wrap=True)
-
-
 def print_written(paths: Iterable[Path]) -> None:
     """The files that a command has made."""
     for path in paths:
