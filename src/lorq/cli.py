@@ -19,7 +19,8 @@ from cyclopts import Parameter
 
 import lorq
 from lorq.adapt.folder import check_trainable, read_adapter_config
-from lorq.adapt.settings import Settings
+from lorq.adapt.settings import Groups, Settings
+from lorq.bars import Notes, console, download_bars, progress_bars, quiet
 from lorq.bench.commands import bench_app
 from lorq.compensation import compensate
 from lorq.inspection import inspect
@@ -30,24 +31,21 @@ from lorq.progress import IMPORT, READ, no_progress
 from lorq.quantizing import quantize_command, with_preset
 from lorq.refusals import check_early, check_place, explained, is_unexpected, missing, names_file
 from lorq.show import (
-    Notes,
     command,
-    console,
-    download_bars,
     print_evaluation,
     print_exported,
     print_families,
     print_next,
     print_pieces,
     print_pushed,
+    print_rows,
     print_summary,
     print_tuned,
     print_written,
-    progress_bars,
-    quiet,
 )
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
+from lorq.storage.report import Report
 
 app = cyclopts.App(
     name="lorq",
@@ -149,23 +147,64 @@ def _new_folder(out: Path) -> Path:
     return out
 
 
-@app.command
-def merge(model: str, adapter: Path, out: Path) -> None:
-    """Make an adapter MODEL's own: OUT is an ordinary lorq folder.
+def merge(
+    model: str,
+    adapter: Path,
+    out: Path | None = None,
+    *,
+    to: Literal["factors", "groups"] = "factors",
+    settings: Annotated[Groups, Parameter(name="*")] = Groups(),  # noqa: B008  # frozen
+) -> None:
+    """Make an adapter MODEL's own, or its scales those of groups: OUT is an ordinary lorq folder.
+
+    Scales of low rank are slow when the model runs. `lorq merge MODEL OUT --to groups` rounds the weights anew to codes
+    with fast kernels, trained or not, with an adapter or without, and tells what that costs.
 
     Args:
-        model: the lorq folder that the adapter was trained on.
-        adapter: a folder that `lorq adapt` wrote.
+        model: a folder quantized with lords, the one that the adapter was trained on.
+        adapter: a folder that `lorq adapt` wrote; may be left out with --to groups.
         out: the new folder.
+        to: factors (the model stays as it is, with the adapter's scales), or groups (the three settings below).
     """
-    out = _new_folder(out)
-    read_adapter_config(adapter)
+    alone = out is None
+    if alone and to == "factors":
+        raise ValueError("OUT is missing; usage: lorq merge MODEL ADAPTER OUT, or lorq merge MODEL OUT --to groups")
+    if to == "factors" and settings != Groups():
+        raise ValueError(f"grid, bits and group_size serve --to groups, got {settings} without; add --to groups")
+    out = _new_folder(adapter if out is None else out)
+    if not alone:
+        read_adapter_config(adapter)
     check_trainable(model)
+    if to == "groups":
+        _regroup(model, None if alone else adapter, out, settings)
+        return
     loaded = lorq.load(model, device="cpu")
     lorq.adapt.load_adapter(loaded, adapter)
     lorq.adapt.merge(loaded)
     lorq.adapt.save(loaded, out, base=model, note=f"merged with {adapter.name}")
-    console.print(f"wrote {out}")
+    console.print(f"wrote {out}", soft_wrap=True)
+
+
+def _regroup(model: str, adapter: Path | None, out: Path, settings: Groups) -> None:
+    with progress_bars() as progress:
+        progress(IMPORT, 0, 1)
+        run = lorq.adapt.to_groups
+        progress(IMPORT, 1, 1)
+        report = run(model, out, adapter=adapter, settings=settings, progress=progress)
+    _print_regrouped(report, out)
+    print_next(("evaluate", out, "--reference", "ORIGINAL"))
+
+
+def _print_regrouped(report: Report, out: Path) -> None:
+    """What rounding anew adds to each layer's error, and how large the folder is."""
+    told = report.run["regrouped"]
+    rows = [{"layer": name, "added error": f"{added:.4f}"} for name, added in told["added"].items()]
+    print_rows([*rows, {"layer": "all of them", "added error": f"{told['whole']:.4f}"}], False)
+    console.print("added error: squared difference from the weights before, over their squares")
+    console.print(f"wrote {out}, {report.bits_in_words} bits per weight, {report.bytes / 1e6:.1f} MB", soft_wrap=True)
+
+
+_command(merge, "merge")
 
 
 @app.command

@@ -8,11 +8,11 @@ from cyclopts import Parameter
 from rich.table import Table
 
 import lorq
+from lorq.bars import console, progress_bars
 from lorq.foreign.settings import Form, Settings, check_new
 from lorq.models.locate import full_path
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT
-from lorq.show import console, progress_bars
 from lorq.storage.report import Report
 
 

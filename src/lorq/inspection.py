@@ -9,10 +9,11 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
+from lorq.bars import console, notes
 from lorq.cards import command_of
 from lorq.exports.made import Made, is_for_others
 from lorq.models.locate import full_path
-from lorq.show import console, figures_line, metrics_line, notes, print_summary, smaller
+from lorq.show import figures_line, metrics_line, print_summary, smaller
 from lorq.storage.report import Report, read_report
 
 _KINDS = {"gguf": "a file for llama.cpp", "gguf adapter": "a LoRA file for llama.cpp", "adapter": "an adapter of PEFT"}

@@ -51,8 +51,9 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "adapt": {
         "Basics": "model out text mode steps reference device json",
-        "Training": f"rank {_TRAINING} scale-rate warmup gradient-checkpointing seed",
+        "Training": f"rank {_TRAINING} scale-rate scale-steps warmup gradient-checkpointing seed",
     },
+    "merge": {"Basics": "model adapter out to", "Codes with --to groups": "grid bits group-size"},
 }
 
 

@@ -8,10 +8,11 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 import lorq
+from lorq.bars import notes, progress_bars
 from lorq.exporting import quantize_into_file
 from lorq.models.locate import full_path, resolve_model
 from lorq.refusals import given
-from lorq.show import notes, print_exported, print_next, print_summary, progress_bars
+from lorq.show import print_exported, print_next, print_summary
 from lorq.tuning import quantize_and_tune
 
 

@@ -86,7 +86,7 @@ MISTAKES = {
     "families nothing-like-it": "no model type or class of transformers has 'nothing-like-it' in its name",
     "families nothing-like-it --json": "has 'nothing-like-it' in its name",
     "quantize": "MODEL and OUT are missing; usage: lorq quantize MODEL OUT [OPTIONS]",
-    "merge {model}": "ADAPTER and OUT are missing; usage: lorq merge MODEL ADAPTER OUT",
+    "merge {model}": "ADAPTER is missing; usage: lorq merge MODEL ADAPTER",
     "bench adapt": "MODEL is missing; usage: lorq bench adapt MODEL",
     "adapt {model} {out}": 'Command "adapt" parameter --text requires',
     "evaluate {model} --text {empty}": "text must be a file, {empty} is a folder",

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import lorq
 from lorq.adapt.adapters import ADAPTER_CONFIG
+from lorq.bars import _left, _ProgressLines
 from lorq.cli import main
 from lorq.evaluation import _flattering
 from lorq.pipeline.presets import DEFAULT, PRESETS
-from lorq.show import _left, _ProgressLines, smaller
+from lorq.show import smaller
 from lorq.storage import writer
 from lorq.storage.report import Report
 
@@ -261,7 +262,7 @@ def assert_stages(printed, stages, quick):
 
 def test_a_slow_stage_has_a_line_every_ten_seconds_with_the_time_that_is_left(monkeypatch, capsys):
     now = [100.0]
-    monkeypatch.setattr("lorq.show.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lorq.bars.time.monotonic", lambda: now[0])
     show = _ProgressLines()
     for done in (*range(7), 39, 40):
         show("quantize", done, 40)

@@ -1,7 +1,7 @@
 """Adapters: other scale factors for the codes of a LoRDS model; attached, swapped, kept in a folder."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from lorq.runtime.device import own_defaults
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.atomic import rename_synced, write_synced
 from lorq.storage.json_files import damaged, json_bytes, some_of
-from lorq.storage.safetensors_file import read_header, read_tensor
+from lorq.storage.safetensors_file import Header, read_header, read_tensor
 
 ADAPTER_TENSORS = "lorq_adapter.safetensors"
 # The model's own factors.
@@ -185,13 +185,23 @@ def half_factors(layer: nn.Module) -> LowRankScale:
 
 
 def base_hash(model: nn.Module) -> str:
-    """sha256 (hex) of the codes that adapters belong to: names, shapes, grids and packed words, not their scales."""
+    """`codes_hash` of a model's layers."""
+    return codes_hash(
+        (name, (layer.out_features, layer.in_features), lords_format(layer), layer.weight_packed)
+        for name, layer in sorted(lords_layers(model).items())
+    )
+
+
+def codes_hash(layers: Iterable[tuple[str, tuple[int, int], LevelFormat, Tensor]]) -> str:
+    """sha256 (hex) of the codes that adapters belong to: names, shapes, grids and packed words, not their scales.
+
+    ``layers`` come in the order of their names.
+    """
     digest = hashlib.sha256()
-    for name, layer in sorted(lords_layers(model).items()):
-        codes, words = lords_format(layer), layer.weight_packed.cpu().contiguous()
-        head = f"{name} {layer.out_features} {layer.in_features} {codes.bits} {codes.levels} "
+    for name, (out, in_), codes, words in layers:
+        head = f"{name} {out} {in_} {codes.bits} {codes.levels} "
         digest.update(head.encode() + len(head).to_bytes(8, "little"))
-        digest.update(words.numpy().tobytes())
+        digest.update(words.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -252,12 +262,9 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None, 
         ValueError: if it belongs to another base, is damaged or of a newer version, or the name is taken.
     """
     folder = full_path(folder)
-    config = read_adapter_config(folder)
-    if (expected := base_hash(model)) != config.get("base"):
-        raise ValueError(
-            f"{folder} is an adapter for the base {str(config.get('base'))[:12]}, this model is {expected[:12]}; "
-            "load the lorq folder that it was trained on"
-        )
+    layers = lords_layers(model)
+    shapes = {layer: (own.out_features, own.in_features) for layer, own in layers.items()}
+    factors = read_factors(folder, base_hash(model), shapes)
     state = adapters_of(model)
     name = folder.resolve().name if name is None else name
     if name in state.known:
@@ -265,34 +272,55 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str | None = None, 
             f"an adapter's name must be new, got {name!r}, known are {', '.join(state.known)}; give it another, or "
             "rename its folder"
         )
-    state.known[name] = _read_factors(folder, config.get("ranks"), lords_layers(model))
+    state.known[name] = {layer: (_frozen(left), _frozen(right)) for layer, (left, right) in factors.items()}
     use_adapter(model, name, trainable=trainable)
     return name
 
 
-def _read_factors(folder: Path, ranks: Any, layers: Mapping[str, QuantLinear]) -> dict[str, Factors]:
-    path = folder / ADAPTER_TENSORS
+def _frozen(factor: Tensor) -> nn.Parameter:
+    return nn.Parameter(factor.float(), requires_grad=False)
+
+
+def read_factors(folder: Path, base: str, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Factors]:
+    """An adapter's factors as they are stored, in float16, by layer.
+
+    Args:
+        base: what `codes_hash` says of the codes that they are for.
+        shapes: of the base's layers.
+
+    Raises:
+        FileNotFoundError: if the folder has no adapter.
+        ValueError: if it belongs to another base, is damaged or of a newer version.
+    """
+    config = read_adapter_config(folder)
+    if base != config.get("base"):
+        raise ValueError(
+            f"{folder} is an adapter for the base {str(config.get('base'))[:12]}, this model is {base[:12]}; "
+            "load the lorq folder that it was trained on"
+        )
+    path, ranks = folder / ADAPTER_TENSORS, config.get("ranks")
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {ADAPTER_TENSORS}; copy the adapter again")
-    if not isinstance(ranks, dict) or set(ranks) != set(layers):
-        raise damaged(folder / ADAPTER_CONFIG, f"ranks must name the base's {len(layers)} layers")
+    if not isinstance(ranks, dict) or set(ranks) != set(shapes):
+        raise damaged(folder / ADAPTER_CONFIG, f"ranks must name the base's {len(shapes)} layers")
     header = read_header(path)
-    wanted = {f"{name}.{part}" for name in layers for part in ("scale_left", "scale_right")}
+    wanted = {f"{name}.{part}" for name in shapes for part in ("scale_left", "scale_right")}
     if more := set(header.tensors) - wanted:
         raise damaged(path, f"it must hold the {len(wanted)} factors of the base's layers alone, got {some_of(more)}")
-    found: dict[str, Factors] = {}
-    for name, layer in layers.items():
-        if not isinstance(ranks[name], int) or not 1 <= ranks[name] <= min(layer.out_features, layer.in_features):
-            raise damaged(folder / ADAPTER_CONFIG, f"the rank of {name} must fit its layer, got {ranks[name]!r}")
-        shapes = {"scale_left": (layer.out_features, ranks[name]), "scale_right": (ranks[name], layer.in_features)}
-        parts = []
-        for part, shape in shapes.items():
-            entry = header.tensors.get(f"{name}.{part}")
-            if entry is None or entry.shape != shape or entry.dtype != torch.float16:
-                raise damaged(path, f"{name}.{part} must be float16 of shape {shape}")
-            tensor = read_tensor(path, header, f"{name}.{part}")
-            if not bool(torch.isfinite(tensor).all()):
-                raise damaged(path, f"{name}.{part} must be finite")
-            parts.append(nn.Parameter(tensor.float(), requires_grad=False))
-        found[name] = (parts[0], parts[1])
-    return found
+    return {name: _read_pair(path, header, name, ranks[name], shape) for name, shape in shapes.items()}
+
+
+def _read_pair(path: Path, header: Header, name: str, rank: Any, shape: tuple[int, int]) -> Factors:
+    out, in_ = shape
+    if not isinstance(rank, int) or not 1 <= rank <= min(shape):
+        raise damaged(path.parent / ADAPTER_CONFIG, f"the rank of {name} must fit its layer, got {rank!r}")
+    parts = []
+    for part, own in (("scale_left", (out, rank)), ("scale_right", (rank, in_))):
+        entry = header.tensors.get(f"{name}.{part}")
+        if entry is None or entry.shape != own or entry.dtype != torch.float16:
+            raise damaged(path, f"{name}.{part} must be float16 of shape {own}")
+        tensor = read_tensor(path, header, f"{name}.{part}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise damaged(path, f"{name}.{part} must be finite")
+        parts.append(tensor)
+    return parts[0], parts[1]

@@ -1,7 +1,7 @@
 """How a model is trained, and how it is tuned."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from lorq.core.checks import Range, check_settings
 from lorq.models.texts import StartToken
@@ -19,6 +19,7 @@ class Settings:
         learning_rate: of AdamW after the warm-up, falling to a tenth along half a cosine; 0 takes 5e-4 for "peft" and
             5e-5 for "qat".
         scale_rate: the scale factors' learning rate over the weights', with "qat".
+        scale_steps: steps at the beginning in which the scale factors train alone, with "qat"; the weights join after.
         warmup: share of the steps in which the rate rises.
         rank: of the adapter, the same in every layer; -1 keeps each layer's own ("peft" only).
         gradient_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.
@@ -31,6 +32,7 @@ class Settings:
     start_token: StartToken = "auto"
     learning_rate: Annotated[float, Range(0, 1)] = 0.0
     scale_rate: Annotated[float, Range(0, 1000)] = 4.0
+    scale_steps: Annotated[int, Range(0)] = 0
     warmup: Annotated[float, Range(0, 1)] = 0.05
     rank: Annotated[int, Range(1, minus_one="each layer's own")] = -1
     gradient_checkpointing: bool = False
@@ -38,6 +40,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if self.scale_steps >= self.steps:
+            raise ValueError(f"scale_steps must be fewer than the {self.steps} steps, got {self.scale_steps}; lower it")
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,22 @@ class Tuning:
         check_settings(self)
         if not self.steps + self.block_steps:
             raise ValueError("steps or block_steps must be at least 1, got 0 for both; give one of them")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The codes that stand in place of those under scales of low rank.
+
+    Attributes:
+        grid: "integer", which has the fastest kernels; or "levels", the model's own, which at as many bits lose about
+            half as much and run slower.
+        bits: width of a code, 2 to 8; -1 keeps each layer's own. One more than the model's loses a quarter as much.
+        group_size: input columns that share a scale; must divide each layer's width.
+    """
+
+    grid: Literal["integer", "levels"] = "integer"
+    bits: Annotated[int, Range(2, 8, "each layer's own")] = -1
+    group_size: Annotated[int, Range(1)] = 64
+
+    def __post_init__(self) -> None:
+        check_settings(self)

@@ -86,7 +86,7 @@ def train(
         scales = [p for n, p in learning.items() if n.endswith(("scale_left", "scale_right"))]
         weights = [p for n, p in learning.items() if n.endswith(".weight")]
         groups = [{"params": scales, "lr": rate * (chosen.scale_rate if mode == "qat" else 1.0)}]
-        groups += [{"params": weights, "lr": rate}] if weights else []
+        groups += [{"params": weights, "lr": rate, "begins": chosen.scale_steps}] if weights else []
         losses = descend(model, examples, groups, chosen, progress)
     count = sum(p.numel() for p in learning.values())
     return Trained(tuple(losses), count, time.monotonic() - began)
@@ -100,6 +100,8 @@ def _check_together(mode: str, name: str, reference: Any, chosen: Settings) -> N
         raise ValueError(f"a reference serves mode qat, got {str(reference)!r} with mode peft; leave it out")
     if chosen.rank != -1 and mode == "qat":
         raise ValueError(f"rank serves mode peft, got {chosen.rank} with mode qat; quantize with that rank instead")
+    if chosen.scale_steps and mode == "peft":
+        raise ValueError(f"scale_steps serves mode qat, got {chosen.scale_steps} with mode peft; leave it out")
     if name != "default" and mode == "qat":
         raise ValueError(f"an adapter's name serves mode peft, got {name!r} with mode qat; leave it out")
 
@@ -155,7 +157,8 @@ def descend(
 ) -> list[float]:
     """The loop: AdamW without weight decay over shuffled batches, gradients clipped to a norm of 1; each step's loss.
 
-    ``groups`` are of the model's parameters, each with its ``lr`` after the warm-up.
+    ``groups`` are of the model's parameters, each with its ``lr`` after the warm-up, and the step that it ``begins`` at
+    if that is not the first: until then its parameters are frozen.
 
     Raises:
         ArithmeticError: if a loss or the norm of its gradient is not finite; that step is not taken.
@@ -175,6 +178,9 @@ def descend(
         progress(TRAIN, 0, chosen.steps)
     with _training(model, chosen):
         for step in range(chosen.steps):
+            for group in groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(step >= group.get("begins", 0))
             batch = _collate([examples[next(order)] for _ in range(min(chosen.batch, len(examples)))], model.device)
             loss = model(**batch, use_cache=False).loss
             losses.append(float(loss.detach()))

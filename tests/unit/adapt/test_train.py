@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -327,6 +328,18 @@ def test_losses_fall_and_only_what_trains_changes(lords, windows, mode, rate):
         assert torch.equal(logits(lords), before)
 
 
+def test_weights_join_after_the_steps_of_the_scales(lords, windows):
+    seen = []
+
+    def watch(stage, done, total):
+        layer = lords.model.layers[0].mlp.down_proj
+        seen.append([part.detach().clone() for part in (layer.weight, layer.scale_left, layer.scale_right)])
+
+    train(lords, windows, "qat", steps=5, scale_steps=3, batch=3, learning_rate=1e-2, progress=watch)
+    moved = [[not torch.equal(a, b) for a, b in zip(*pair, strict=True)] for pair in pairwise(seen)]
+    assert moved == [[False, True, True]] * 3 + [[True, True, True]] * 2
+
+
 @pytest.mark.parametrize("mode", ["peft", "qat"])
 def test_the_first_loss_is_the_quantized_models_own(lords, windows, mode):
     with torch.no_grad():
@@ -563,6 +576,8 @@ MISTAKES = {
     "rate": (("peft", {"learning_rate": -1.0}), ValueError, "learning_rate must be between 0 and 1, got -1.0"),
     "rate nan": (("peft", {"learning_rate": float("nan")}), ValueError, "learning_rate must be .*, got nan"),
     "scale rate": (("qat", {"scale_rate": 2000.0}), ValueError, "scale_rate must be between 0 and 1000, got 2000"),
+    "scale steps": (("qat", {"steps": 5, "scale_steps": 5}), ValueError, "fewer than the 5 steps, got 5"),
+    "scale steps of peft": (("peft", {"scale_steps": 2}), ValueError, "scale_steps serves mode qat, got 2"),
     "warmup": (("qat", {"warmup": 1.5}), ValueError, "warmup must be between 0 and 1, got 1.5"),
     "seed": (("qat", {"seed": 2**63}), ValueError, "seed must be between 0 and .*807, got 9223372036854775808"),
     "negative seed": (("qat", {"seed": -1}), ValueError, "seed must be between 0 and .*807, got -1"),
