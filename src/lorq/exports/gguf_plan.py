@@ -14,6 +14,7 @@ from lorq.core.low_rank import LowRank
 from lorq.core.weight import QuantizedWeight
 from lorq.exports.gguf_model import Architecture, Source, find_sources, language_names
 from lorq.exports.gguf_types import Encoded, encode, exact_type, fits, row_bytes, without_factors
+from lorq.exports.plain import too_large
 from lorq.exports.request import GgufOptions, refusal
 from lorq.progress import CHOOSE, Progress, no_progress
 from lorq.storage.folder import LorqFolder
@@ -177,10 +178,18 @@ class Plan:
                 weight = weight.float() + source.offset
             if isinstance(weight, Tensor) and weight.ndim == 1:
                 weight = weight.unsqueeze(1)  # a number a row
-            parts.append(encode(weight, tensor.type))
+            parts.append(self._encoded(parameter, weight, tensor.type))
         self.losses.add(source.name, parts)
         rows = [source.rows(part.rows) for part in parts]
         return torch.stack(rows) if source.is_stacked else rows[0]
+
+    def _encoded(self, parameter: str, weight: QuantizedWeight | Tensor, type_: str) -> Encoded:
+        part = encode(weight, type_)
+        if not math.isfinite(part.changed):  # it or its scales are past what float16 holds
+            values = weight if isinstance(weight, Tensor) else weight.dense()
+            wider = "name a wider type: --dtype bfloat16, or bf16 or f32 for --type, --embeddings or --fallback"
+            raise too_large(parameter, values, type_, wider)
+        return part
 
     def factors(self, source: Source) -> tuple[Tensor, Tensor] | None:
         """Left and right of a tensor's low-rank part, experts' stacked; None where it has none.
