@@ -186,6 +186,60 @@ def test_a_run_that_ends_early_goes_on(tmp_path, capsys, monkeypatch):
     assert "14 iq4_nl" in capsys.readouterr().out
 
 
+def test_a_run_that_ended_when_it_had_its_file_goes_on_too(tmp_path, monkeypatch, capsys):
+    dense, out = gguf_folder(tmp_path / "dense", "qwen2"), tmp_path / "model.gguf"
+    arguments = ["quantize", str(dense), str(out), "--method", "nearest", "--grid", "q8_0"]
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorq.storage.writer.remove_made", fails)
+        assert main(arguments) == 130
+    before = out.read_bytes()
+    assert (tmp_path / "model.gguf.unfinished").is_dir()
+    assert main([*arguments[:-1], "q4_0", "--resume"]) == 1  # another run's
+    assert "was made differently" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert "14 q8_0" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "model.gguf"} and out.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["itself", "by a link", "in the folder that is removed"])
+def test_a_file_is_not_made_over_its_own_source(how, quantized, tmp_path, capsys):
+    source = tmp_path / "model.gguf"
+    out = {"itself": source, "by a link": tmp_path / "link.gguf"}.get(how, tmp_path / "own.gguf")
+    if how == "by a link":
+        out.symlink_to(source)
+    if how.startswith("in"):
+        (tmp_path / "own.gguf.unfinished").mkdir()
+        source = tmp_path / "own.gguf.unfinished" / "model.gguf"
+    lorq.export(quantized("qwen2"), source)
+    before = source.read_bytes()
+    for flag in ("--overwrite", "--resume"):
+        assert main(["quantize", str(source), str(out), "--method", "nearest", "--grid", "q4_0", flag]) == 1
+        assert "must not be the model's own, the run would replace or remove" in capsys.readouterr().err
+        assert main(["export", str(source), str(out), "--overwrite"]) == 1
+    assert source.read_bytes() == before
+
+
+def test_what_is_not_lorqs_beside_the_file_stays(tmp_path, capsys, caplog):
+    dense, out = gguf_folder(tmp_path / "dense", "qwen2"), tmp_path / "model.gguf"
+    plain, store = tmp_path / "model.gguf.unfinished", tmp_path / "store"
+    arguments = ["quantize", str(dense), str(out), "--method", "nearest", "--grid", "q8_0"]
+    store.mkdir()
+    plain.symlink_to(store)
+    assert main(arguments) == 1
+    assert f"{plain} must be no link, the run works there" in capsys.readouterr().err
+    assert plain.is_symlink() and not list(store.iterdir())
+    plain.unlink()
+    lorq.quantize(dense, plain, lorq.Nearest(grid="q8_0"))
+    (plain / "mine.txt").write_text("mine")
+    assert main([*arguments, "--overwrite"]) == 0
+    assert f"{plain} stays, it has mine.txt, which lorq did not write" in caplog.text
+    assert [path.name for path in plain.iterdir()] == ["mine.txt"] and out.is_file()
+
+
 REFUSED = {
     "--bits 3": "a type of GGUF has its own bits and groups, got --bits 3 for a .gguf file; leave it away, and name",
     "--grid q5_0 --group-size 64": "got --group-size 64 for q5_0",
