@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorq.storage.atomic import TEMPORARY, is_full, sha256_of, sync_file, sync_folder
-from lorq.storage.json_files import json_bytes, read_json, some_of
+from lorq.storage.json_files import damaged, json_bytes, name_below, read_json, some_of
 from lorq.storage.lock import LOCK, owned, refuse_busy
 from lorq.storage.names import EXPORTED
 from lorq.storage.out_folder import linked
@@ -95,6 +95,24 @@ def _check_folder(out: Path) -> None:
         raise FileExistsError(
             f"{out} must be as lorq exported it to be replaced, {some_of(changed)} changed since; choose another name, "
             "or delete it yourself"
+        )
+
+
+def check_exported(folder: Path) -> None:
+    """Refuse an exported folder whose files are not all as they were written; a model card may be another.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    own = read_json(folder / EXPORTED).get("files")
+    if not isinstance(own, dict):
+        raise damaged(folder / EXPORTED, f"files must be an object, got {own!r}")
+    names = [name_below(name, where=folder / EXPORTED) for name in own if name != "README.md"]
+    places = {name: Path(os.path.realpath(folder / name)) for name in names}  # the hub's cache has links
+    if other := [name for name, place in places.items() if not place.is_file() or _content(place) != own[name]]:
+        raise ValueError(
+            f"{folder} must be as lorq exported it, what {EXPORTED} says is not so for {some_of(other)}: missing, changed "
+            "since, or damaged; copy or export it again"
         )
 
 
