@@ -204,6 +204,9 @@ def test_a_low_rank_part_needs_a_place_and_a_rank_that_servers_take(with_ranks, 
             lorq.export(with_ranks, tmp_path / "out", to=target)
         with pytest.raises(ValueError, match=r"--adapter is for a low-rank part, the layers of .* have none"):
             lorq.export(quantized("llama"), tmp_path / "out", to=target, adapter=tmp_path / "lora")
+    for adapter in (None, tmp_path / "lora"):
+        with pytest.raises(ValueError, match=r"the layers of .* have none: it is a base for PEFT as it is"):
+            lorq.export(quantized("llama"), tmp_path / "out", to="peft", adapter=adapter)
     with pytest.raises(ValueError, match="--to peft writes the low-rank part by itself, say where: --adapter DIR"):
         lorq.export(with_ranks, tmp_path / "out", to="peft")
     monkeypatch.setattr("lorq.exports.parts.SERVED_RANKS", (1,))

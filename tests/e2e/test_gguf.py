@@ -306,6 +306,26 @@ def test_a_file_of_which_transformers_leaves_out_a_part_is_no_source(name, quant
     assert not (tmp_path / "out").exists()
 
 
+UNLIKE = {
+    "types": (
+        {"override": (r"experts\.0\.down_proj:grid=q4_1",)},
+        r"experts\.0\.down_proj is q4_1, .* is q4_0; name the",
+    ),
+    "excluded": ({"exclude": (r"experts\.1\.",)}, r"experts\.0\.\w+ is q4_0, .*experts\.1\.\w+ is not quantized; name"),
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_experts_of_several_types_are_not_rounded_unasked(kind, tmp_path):
+    options, words = UNLIKE[kind]
+    lorq.quantize(gguf_folder(tmp_path / "m", "mixtral"), tmp_path / "q", lorq.Nearest(grid="q4_0"), **options)
+    with pytest.raises(ValueError, match=words):
+        lorq.export(tmp_path / "q", tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+    done = lorq.export(tmp_path / "q", tmp_path / "model.gguf", gguf=GgufOptions(type="q8_0"))
+    assert "q4_0" not in done.lines[0] and "rounding" in done.lost
+
+
 def test_only_a_gguf_file_is_replaced(quantized, tmp_path):
     for name in ("notes.txt", "model.gguf"):
         (tmp_path / name).write_text("mine")

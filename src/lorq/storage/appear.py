@@ -111,8 +111,8 @@ def check_exported(folder: Path) -> None:
     places = {name: Path(os.path.realpath(folder / name)) for name in names}  # the hub's cache has links
     if other := [name for name, place in places.items() if not place.is_file() or _content(place) != own[name]]:
         raise ValueError(
-            f"{folder} must be as lorq exported it, what {EXPORTED} says is not so for {some_of(other)}: missing, changed "
-            "since, or damaged; copy or export it again"
+            f"{folder} must be as lorq exported it, what {EXPORTED} says is not so for {some_of(other)}: missing, "
+            "changed since, or damaged; copy or export it again"
         )
 
 
