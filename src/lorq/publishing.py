@@ -37,7 +37,7 @@ def push(
 ) -> Pushed:  # fmt: skip
     """Upload OUT to the Hugging Face hub, with a model card: how it was made, what was measured, how to load it.
 
-    Files are compared with their checksums first. A card that came with the original stands below the
+    A lorq folder's files are compared with their checksums first. A card that came with the original stands below the
     new one, and its licence and languages go into the new one's head.
 
     Args:
@@ -46,7 +46,7 @@ def push(
         base_model: the original's name on the hub, for the card; of an adapter the model's that it is for, which must
             be there.
         private: make the repository private, if it is made.
-        dry_run: compare and print the card, upload nothing.
+        dry_run: print the card, upload nothing.
 
     Returns:
         The card, and the repository's address.
