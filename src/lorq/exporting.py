@@ -129,7 +129,8 @@ def quantize_into_file(
     plain = out.with_name(f"{out.name}.unfinished")
     refuse_source(full_path(model), out, plain)
     refuse_link(plain)
-    if chosen.resume and (done := _exported_before(plain, out)) and is_made(plain, solver, vars(chosen)):
+    goes_on = chosen.resume and not chosen.dry_run
+    if goes_on and (done := _exported_before(plain, out)) and is_made(plain, solver, vars(chosen)):
         report = read_report(plain)
         remove_made(plain)
         return report, done
