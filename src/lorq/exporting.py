@@ -1,7 +1,6 @@
 """A lorq folder as what other programs read."""
 
 import os
-import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
@@ -16,7 +15,10 @@ from lorq.models.locate import full_path, resolve_model
 from lorq.progress import IMPORT, Progress, no_progress
 from lorq.storage.appear import appearing, refuse_used
 from lorq.storage.measured import read_measured
+from lorq.storage.names import REPORT_NAME
+from lorq.storage.out_folder import refuse_link, refuse_source
 from lorq.storage.report import Report, read_report
+from lorq.storage.seal import is_sealed
 from lorq.tuning import is_made, quantize_and_tune
 from lorq.version import __version__
 
@@ -64,8 +66,7 @@ def export(
     if name != "gguf" and gguf != GgufOptions():
         raise ValueError(f"type, embeddings, fallback, fold and tokenizer_pre are for --to gguf, got them for {name}")
     outputs = [out] if place is None else [out, place]
-    for output in outputs:
-        refuse_used(output, overwrite=overwrite)
+    seen = [refuse_used(output, overwrite=overwrite) for output in outputs]
     source = full_path(model)
     if source.exists():
         read_report(source)  # refuses other folders before torch is there
@@ -82,7 +83,9 @@ def export(
     with own_defaults(), ExitStack() as stack:
         folder = LorqFolder.open(resolve_model(model))
         told = list(read_measured(folder.path).evaluations)  # refuses a damaged file before the work
-        made = [stack.enter_context(appearing(output, mark)) for output in outputs]
+        made = [
+            stack.enter_context(appearing(output, mark, there)) for output, there in zip(outputs, seen, strict=True)
+        ]
         request = ExportRequest(out, dtype, place, made[1] if place else None, gguf, progress)
         done: Exported = import_module(TARGETS[name]).export(folder, made[0], request)
         mark |= {"lost": dict(done.lost), "command": request.command(name), "evaluations": told}
@@ -102,7 +105,7 @@ def quantize_into_file(
     """Quantize, and export as a file for llama.cpp.
 
     The folder that is quantized is beside ``out``, with ``.unfinished`` at the end of its name, and is removed in the
-    end; ``resume`` goes on with it.
+    end, but for files that lorq did not write; ``resume`` goes on with it.
 
     Args:
         model, method, progress, options: as of `lorq.quantize`.
@@ -114,16 +117,25 @@ def quantize_into_file(
 
     Raises:
         ValueError: for a model, a tokenizer or a method whose file llama.cpp would not read, before the long work.
+        FileExistsError: if a place that is written to or removed is used, the model's own, or a link.
     """
     from lorq.exports.gguf import check_file
     from lorq.pipeline.options import Options, read_method, read_options
     from lorq.pipeline.quantize import quantize
+    from lorq.storage.writer import remove_made
 
     chosen: Options = read_options(dict(options))
     solver, out = read_method(method), full_path(out)
+    plain = out.with_name(f"{out.name}.unfinished")
+    refuse_source(full_path(model), out, plain)
+    refuse_link(plain)
+    goes_on = chosen.resume and not chosen.dry_run
+    if goes_on and (done := _exported_before(plain, out)) and is_made(plain, solver, vars(chosen)):
+        report = read_report(plain)
+        remove_made(plain)
+        return report, done
     refuse_used(out, overwrite=chosen.overwrite)
     check_file(resolve_model(model), solver)
-    plain = out.with_name(f"{out.name}.unfinished")
     begun = chosen.resume and plain.exists()
     if chosen.dry_run:
         return quantize(model, plain, solver, progress=progress, **options), None
@@ -136,8 +148,20 @@ def quantize_into_file(
         else:
             report = quantize_and_tune(model, plain, solver, steps, progress=progress, **options)
     exported = export(plain, out, overwrite=chosen.overwrite, progress=progress)
-    shutil.rmtree(plain)
+    remove_made(plain)
     return report, exported
+
+
+def _exported_before(plain: Path, out: Path) -> Exported | None:
+    """What a run wrote that was stopped when it had its file; None where that is not there, or not of the folder."""
+    from lorq.exports.gguf_told import read_file
+
+    if not ((plain / REPORT_NAME).is_file() and out.is_file() and is_sealed(out)):
+        return None
+    made = read_file(out)
+    if made.report is None or made.report.as_dict() != replace(read_report(plain), checksums={}).as_dict():
+        return None
+    return Exported(out.stat().st_size, (f"tensors: {made.types()}",), made.lost, out)
 
 
 def _by_name(out: Path) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +12,8 @@ from lorq.models.locate import full_path, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT, Progress, no_progress
 from lorq.storage.journal import differences
-from lorq.storage.names import JOURNAL
-from lorq.storage.out_folder import check_out
+from lorq.storage.names import JOURNAL, REPORT_NAME
+from lorq.storage.out_folder import check_out, refuse_link, refuse_source
 from lorq.storage.report import Report, read_report
 
 Products = Literal["auto", "float32", "bfloat16"]
@@ -106,6 +105,7 @@ def quantize_and_tune(
     from lorq.methods import Method
     from lorq.pipeline.options import Options, read_method, read_options
     from lorq.pipeline.quantize import quantize
+    from lorq.storage.writer import remove_made
 
     chosen: Options = read_options(dict(options))
     solver: Method = read_method(method)
@@ -120,8 +120,13 @@ def quantize_and_tune(
     read_windows(resolve_model(model), text if text == SELF else check_text(text, "calibration"), settings)
     if chosen.dry_run:
         return quantize(model, out, solver, progress=progress, **options)
-    check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
     plain = out.with_name(f"{out.name}.untuned")
+    refuse_source(full_path(model), plain)
+    refuse_link(plain)
+    if chosen.resume and _is_tuned(out) and plain.exists() and is_made(plain, solver, vars(chosen)):
+        remove_made(plain)  # the run was stopped when all else was done
+        return read_report(out)
+    check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
     begun = chosen.resume and plain.exists()
     if not (begun and is_made(plain, solver, vars(chosen))):
         options |= {"resume": begun, "overwrite": chosen.overwrite and plain.exists()}
@@ -130,8 +135,14 @@ def quantize_and_tune(
         plain, out, reference=model, text=text, settings=settings, device=chosen.device,
         resume=chosen.resume and out.exists(), overwrite=chosen.overwrite, progress=progress,
     )  # fmt: skip
-    shutil.rmtree(plain)
+    remove_made(plain)
     return report
+
+
+def _is_tuned(folder: Path) -> bool:
+    """Whether a folder is finished, and by `tune`."""
+    finished = (folder / REPORT_NAME).is_file() and not (folder / JOURNAL).exists()
+    return finished and "tuning" in read_report(folder).run
 
 
 def is_made(folder: Path, method: Any, options: dict[str, Any]) -> bool:

@@ -113,15 +113,58 @@ def test_targets_say_what_they_refuse(quantized, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_too_large_for_a_type_are_refused(folder_of, tmp_path):
-    from helpers import save_folder, tiny_model
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Models with a number past float16's largest, 65504: in a norm, a bias, the table of tokens, or the head."""
+    from gguf_models import gguf_folder
 
-    model = tiny_model()
-    model.model.norm.weight.data[0] = 1e5
-    lorq.quantize(save_folder(model, tmp_path / "model"), tmp_path / "q", lorq.Nearest(bits=4, group_size=8))
-    with pytest.raises(ArithmeticError, match=r"model\.norm\.weight must fit float16, its largest value is 1e\+05"):
-        lorq.export(tmp_path / "q", tmp_path / "out", to="dense", dtype="float16")
-    assert not (tmp_path / "out").exists()
+    place, made = tmp_path_factory.mktemp("large"), {}
+
+    def of(name):
+        if name not in made:
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf_folder(place / f"{name}-m", "qwen2"), dtype=torch.bfloat16
+            )
+            parameter = model.get_parameter(name)
+            parameter.data.view(-1)[:32] = 1e5
+            model.save_pretrained(place / f"{name}-m")
+            method = lorq.Nearest(bits=8, group_size=32, symmetric=True)
+            lorq.quantize(place / f"{name}-m", place / name, method, head=8 if "lm_head" in name else 0)
+            made[name] = place / name
+        return made[name]
+
+    return of
+
+
+@pytest.mark.parametrize("target", ["dense", "compressed-tensors", "gptq", "gguf"])
+@pytest.mark.parametrize(
+    "name", ["model.norm.weight", "model.layers.0.self_attn.q_proj.bias", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_numbers_too_large_for_a_type_are_refused(name, target, large, tmp_path):
+    folder = large(name)
+    if target == "gguf" and not name.endswith(("tokens.weight", "head.weight")):
+        lorq.export(folder, tmp_path / "out", to=target, dtype="float16")  # norms and biases are float32 there
+        return
+    options = {"dtype": "float16"} if target != "gguf" else {"gguf": lorq.GgufOptions(embeddings="f16")}
+    with pytest.raises(ArithmeticError, match=rf"{name} must fit f(loat)?16, its largest value is .*; (take|name)"):
+        lorq.export(folder, tmp_path / "out", to=target, **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"gguf": lorq.GgufOptions(type="f16", embeddings="f16")}])
+def test_numbers_too_large_for_a_file_are_refused(options, large, tmp_path):
+    with pytest.raises(ArithmeticError, match=r"model\.embed_tokens\.weight must fit f16, .*; name a wider type"):
+        lorq.export(large("model.embed_tokens.weight"), tmp_path / "m.gguf", **options)
+
+
+def test_factors_too_large_for_an_adapter_are_refused(with_ranks, tmp_path, monkeypatch):
+    from lorq.core.low_rank import LowRank
+
+    whole = LowRank.factors
+    monkeypatch.setattr(LowRank, "factors", lambda self, *dtype: (whole(self, *dtype)[0] * 1e8, self.right.float()))
+    with pytest.raises(ArithmeticError, match=r"_proj\.left must fit float16, its largest .*; take --to dense"):
+        lorq.export(with_ranks, tmp_path / "out", to="peft", adapter=tmp_path / "lora")
+    assert list(tmp_path.iterdir()) == []
 
 
 LOW_RANK = lorq.LoPRo(
@@ -161,6 +204,9 @@ def test_a_low_rank_part_needs_a_place_and_a_rank_that_servers_take(with_ranks, 
             lorq.export(with_ranks, tmp_path / "out", to=target)
         with pytest.raises(ValueError, match=r"--adapter is for a low-rank part, the layers of .* have none"):
             lorq.export(quantized("llama"), tmp_path / "out", to=target, adapter=tmp_path / "lora")
+    for adapter in (None, tmp_path / "lora"):
+        with pytest.raises(ValueError, match=r"the layers of .* have none: it is a base for PEFT as it is"):
+            lorq.export(quantized("llama"), tmp_path / "out", to="peft", adapter=adapter)
     with pytest.raises(ValueError, match="--to peft writes the low-rank part by itself, say where: --adapter DIR"):
         lorq.export(with_ranks, tmp_path / "out", to="peft")
     monkeypatch.setattr("lorq.exports.parts.SERVED_RANKS", (1,))

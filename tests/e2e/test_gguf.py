@@ -186,6 +186,60 @@ def test_a_run_that_ends_early_goes_on(tmp_path, capsys, monkeypatch):
     assert "14 iq4_nl" in capsys.readouterr().out
 
 
+def test_a_run_that_ended_when_it_had_its_file_goes_on_too(tmp_path, monkeypatch, capsys):
+    dense, out = gguf_folder(tmp_path / "dense", "qwen2"), tmp_path / "model.gguf"
+    arguments = ["quantize", str(dense), str(out), "--method", "nearest", "--grid", "q8_0"]
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorq.storage.writer.remove_made", fails)
+        assert main(arguments) == 130
+    before = out.read_bytes()
+    assert (tmp_path / "model.gguf.unfinished").is_dir()
+    assert main([*arguments[:-1], "q4_0", "--resume"]) == 1  # another run's
+    assert "was made differently" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    assert "14 q8_0" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "model.gguf"} and out.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["itself", "by a link", "in the folder that is removed"])
+def test_a_file_is_not_made_over_its_own_source(how, quantized, tmp_path, capsys):
+    source = tmp_path / "model.gguf"
+    out = {"itself": source, "by a link": tmp_path / "link.gguf"}.get(how, tmp_path / "own.gguf")
+    if how == "by a link":
+        out.symlink_to(source)
+    if how.startswith("in"):
+        (tmp_path / "own.gguf.unfinished").mkdir()
+        source = tmp_path / "own.gguf.unfinished" / "model.gguf"
+    lorq.export(quantized("qwen2"), source)
+    before = source.read_bytes()
+    for flag in ("--overwrite", "--resume"):
+        assert main(["quantize", str(source), str(out), "--method", "nearest", "--grid", "q4_0", flag]) == 1
+        assert "must not be the model's own, the run would replace or remove" in capsys.readouterr().err
+        assert main(["export", str(source), str(out), "--overwrite"]) == 1
+    assert source.read_bytes() == before
+
+
+def test_what_is_not_lorqs_beside_the_file_stays(tmp_path, capsys, caplog):
+    dense, out = gguf_folder(tmp_path / "dense", "qwen2"), tmp_path / "model.gguf"
+    plain, store = tmp_path / "model.gguf.unfinished", tmp_path / "store"
+    arguments = ["quantize", str(dense), str(out), "--method", "nearest", "--grid", "q8_0"]
+    store.mkdir()
+    plain.symlink_to(store)
+    assert main(arguments) == 1
+    assert f"{plain} must be no link, the run works there" in capsys.readouterr().err
+    assert plain.is_symlink() and not list(store.iterdir())
+    plain.unlink()
+    lorq.quantize(dense, plain, lorq.Nearest(grid="q8_0"))
+    (plain / "mine.txt").write_text("mine")
+    assert main([*arguments, "--overwrite"]) == 0
+    assert f"{plain} stays, it has mine.txt, which lorq did not write" in caplog.text
+    assert [path.name for path in plain.iterdir()] == ["mine.txt"] and out.is_file()
+
+
 REFUSED = {
     "--bits 3": "a type of GGUF has its own bits and groups, got --bits 3 for a .gguf file; leave it away, and name",
     "--grid q5_0 --group-size 64": "got --group-size 64 for q5_0",
@@ -250,6 +304,26 @@ def test_a_file_of_which_transformers_leaves_out_a_part_is_no_source(name, quant
     with pytest.raises(ValueError, match=READ_IN_PART[name]):
         lorq.quantize(tmp_path / "model.gguf", tmp_path / "out", lorq.Nearest(bits=4, group_size=32))
     assert not (tmp_path / "out").exists()
+
+
+UNLIKE = {
+    "types": (
+        {"override": (r"experts\.0\.down_proj:grid=q4_1",)},
+        r"experts\.0\.down_proj is q4_1, .* is q4_0; name the",
+    ),
+    "excluded": ({"exclude": (r"experts\.1\.",)}, r"experts\.0\.\w+ is q4_0, .*experts\.1\.\w+ is not quantized; name"),
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_experts_of_several_types_are_not_rounded_unasked(kind, tmp_path):
+    options, words = UNLIKE[kind]
+    lorq.quantize(gguf_folder(tmp_path / "m", "mixtral"), tmp_path / "q", lorq.Nearest(grid="q4_0"), **options)
+    with pytest.raises(ValueError, match=words):
+        lorq.export(tmp_path / "q", tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
+    done = lorq.export(tmp_path / "q", tmp_path / "model.gguf", gguf=GgufOptions(type="q8_0"))
+    assert "q4_0" not in done.lines[0] and "rounding" in done.lost
 
 
 def test_only_a_gguf_file_is_replaced(quantized, tmp_path):

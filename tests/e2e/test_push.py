@@ -180,6 +180,41 @@ def test_a_files_card_says_what_is_in_it_and_other_files_are_refused(folder_of, 
             lorq.push(tmp_path / f"{name}.gguf", "org/x", dry_run=True)
 
 
+@pytest.mark.parametrize("what", ["weights", "a tensor", "the checksum", "the mark", "an adapter", "a folder"])
+def test_damaged_files_are_refused_by_a_dry_run_too(what, folder_of, text_file, tmp_path, hub, capsys):
+    q, out, words = tmp_path / "q", tmp_path / "out", []
+    if what == "an adapter":
+        lorq.quantize(folder_of("llama"), q, lorq.FLRQ(bits=4, group_size=16, budget=2.0, min_gain=0.0, epochs=0),
+                      calibration=str(text_file), samples=2, seq_len=32)  # fmt: skip
+        lorq.export(q, tmp_path / "base", to="peft", adapter=out)
+        words = ["--base-model", "org/m"]
+    else:
+        lorq.quantize(gguf_folder(tmp_path / "m", "llama"), q, lorq.Nearest(grid="q4_0"))
+    if what in ("a tensor", "the checksum"):
+        out = tmp_path / "out.gguf"
+        lorq.export(q, out)
+        content = out.read_bytes()
+        at = len(content) - 1 if what == "a tensor" else content.index(b"lorq.sha256") + 30
+    elif what == "a folder":
+        out = q
+    elif what != "an adapter":
+        lorq.export(q, out, to="dense")
+    push = ["push", str(out), "org/x", "--dry-run", *words]
+    assert main(push) == 0
+    if out.is_dir():
+        (out / "README.md").write_text("# Mine\n")  # which is no damage
+        assert main(push) == 0
+        out = next(out.glob("*.safetensors")) if what != "the mark" else out / "lorq_export.json"
+        content = out.read_bytes()
+        at = len(content) - 1 if what != "the mark" else content.index(b"sha256 ") + 9
+    out.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    capsys.readouterr()
+    assert main(push) == 1
+    printed = capsys.readouterr()
+    assert re.search(r"(copy|export|download).* again", printed.err) and printed.err.count("\n") == 1
+    assert hub.calls == []
+
+
 def test_adapters_are_pushed_for_the_model_that_they_are_for(folder_of, text_file, tmp_path, hub):
     ranks = lorq.FLRQ(bits=4, group_size=16, budget=2.0, min_gain=0.0, epochs=0, rounding="nearest", symmetric=True)
     options = {"calibration": str(text_file), "samples": 2, "seq_len": 32}

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorq.exports.plain import DTYPES, PlainFolder, PlainNames, own_dtype
+from lorq.exports.plain import DTYPES, PlainFolder, PlainNames, in_dtype, own_dtype
 from lorq.exports.request import Exported, ExportRequest, refusal
 from lorq.storage.folder import LorqFolder
 
@@ -61,12 +61,7 @@ class _RoundingError:
     def rounded(self, name: str, tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
-        result = tensor.to(self.dtype)
-        if not bool(result.isfinite().all()):
-            raise ArithmeticError(
-                f"{name} must fit {str(self.dtype).removeprefix('torch.')}, its largest value is "
-                f"{float(tensor.float().abs().max()):.3g}; take --dtype bfloat16 or float32"
-            )
+        result = in_dtype(name, tensor, self.dtype)
         self.changed += float((result.double() - tensor.double()).square().sum())
         self.whole += float(tensor.double().square().sum())
         return result

@@ -14,6 +14,7 @@ from lorq.core.low_rank import LowRank
 from lorq.core.weight import QuantizedWeight
 from lorq.exports.gguf_model import Architecture, Source, find_sources, language_names
 from lorq.exports.gguf_types import Encoded, encode, exact_type, fits, row_bytes, without_factors
+from lorq.exports.plain import too_large
 from lorq.exports.request import GgufOptions, refusal
 from lorq.progress import CHOOSE, Progress, no_progress
 from lorq.storage.folder import LorqFolder
@@ -177,10 +178,18 @@ class Plan:
                 weight = weight.float() + source.offset
             if isinstance(weight, Tensor) and weight.ndim == 1:
                 weight = weight.unsqueeze(1)  # a number a row
-            parts.append(encode(weight, tensor.type))
+            parts.append(self._encoded(parameter, weight, tensor.type))
         self.losses.add(source.name, parts)
         rows = [source.rows(part.rows) for part in parts]
         return torch.stack(rows) if source.is_stacked else rows[0]
+
+    def _encoded(self, parameter: str, weight: QuantizedWeight | Tensor, type_: str) -> Encoded:
+        part = encode(weight, type_)
+        if not math.isfinite(part.changed):  # it or its scales are past what float16 holds
+            values = weight if isinstance(weight, Tensor) else weight.dense()
+            wider = "name a wider type: --dtype bfloat16, or bf16 or f32 for --type, --embeddings or --fallback"
+            raise too_large(parameter, values, type_, wider)
+        return part
 
     def factors(self, source: Source) -> tuple[Tensor, Tensor] | None:
         """Left and right of a tensor's low-rank part, experts' stacked; None where it has none.
@@ -227,7 +236,10 @@ class Plan:
         asked: str | None = options.embeddings if source.name.startswith(("token_embd.", "output.")) else None
         flag = "--type" if asked is None else "--embeddings"
         if asked is None and quantized:
-            asked = options.type or (self._exact(quantized) if len(quantized) == len(layers) else None)
+            asked = options.type or self._exact(quantized)
+            if options.type is None and len(quantized) < len(layers):
+                other = next(name for name in layers if name not in quantized)
+                raise self._unlike(f"{quantized[0]} is {asked}, {other} is not quantized")
         type_: str = asked or self.float_type
         if fits(type_, shape[-1]):
             return type_
@@ -246,10 +258,12 @@ class Plan:
         Raises:
             ValueError: if there is none.
         """
-        found = set()
+        found: dict[str, str] = {}
+        exact = True
         for layer in layers:
             if (stored := self._stored(f"{layer}.weight")) is not None:
-                found.add(stored.type)
+                found.setdefault(stored.type, layer)
+                exact = False  # in no other type
                 continue
             weight = self.weight(f"{layer}.weight")
             assert isinstance(weight, QuantizedWeight)
@@ -261,10 +275,19 @@ class Plan:
                     "A file that loses less for its size: `lorq quantize MODEL model.gguf`",
                     "dense",
                 )
-            found.add(own)
+            found.setdefault(own, layer)
         if len(found) == 1:
-            return found.pop()
-        return "q5_0" if found <= {"q4_0", "q4_1", "q5_0"} else "q8_0"
+            return next(iter(found))
+        if not exact:
+            raise self._unlike(", ".join(f"{layer} is {type_}" for type_, layer in found.items()))
+        return "q5_0" if found.keys() <= {"q4_0", "q4_1", "q5_0"} else "q8_0"
+
+    def _unlike(self, what: str) -> ValueError:
+        """The error for experts of one projection that no type holds as they are."""
+        return ValueError(
+            f"--to gguf holds the experts of a layer in one tensor of one type, {what}; name the type to round all to: "
+            f"lorq export {self.folder.path} FILE.gguf --type q8_0, or f16"
+        )
 
 
 def _kind(weight: QuantizedWeight) -> str:

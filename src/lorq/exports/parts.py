@@ -13,7 +13,7 @@ from lorq.core.basis import WHOLE
 from lorq.core.codes import IntCodes, IntGrid
 from lorq.core.low_rank import LowRank
 from lorq.core.weight import LayerFormat, QuantizedWeight
-from lorq.exports.plain import DTYPES, PlainFolder, PlainNames, own_dtype
+from lorq.exports.plain import DTYPES, PlainFolder, PlainNames, in_dtype, own_dtype
 from lorq.exports.request import Exported, ExportRequest, refusal
 from lorq.foreign.peft_form import write_lora
 from lorq.models.experts import expert_name
@@ -124,7 +124,7 @@ def write_adapter(folder: LorqFolder, names: PlainNames, request: ExportRequest)
     changed = whole = 0.0
     for name, part in _low_ranks(folder):
         left, right = part
-        halves = left.to(torch.float16), right.to(torch.float16)
+        halves = _half(f"{name}.left", left), _half(f"{name}.right", right)
         exact, rounded = left.double() @ right.double(), halves[0].double() @ halves[1].double()
         changed += float((exact - rounded).square().sum())
         whole += float(exact.square().sum())
@@ -134,6 +134,10 @@ def write_adapter(folder: LorqFolder, names: PlainNames, request: ExportRequest)
     transposed = {names.is_transposed(name) for name in factors}
     size = write_lora(request.adapter_place, factors, str(request.out), transposed=transposed == {True})
     return size, (changed / max(whole, 1e-300)) ** 0.5
+
+
+def _half(name: str, factor: Tensor) -> Tensor:
+    return in_dtype(name, factor, torch.float16, remedy="take --to dense, which has the low-rank part in its weights")
 
 
 def _low_ranks(folder: LorqFolder) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
@@ -182,15 +186,15 @@ def write_codes(
         for name in header.tensors:
             layer, _, local = name.rpartition(".")
             if layer in layers and local == "bias":
-                written.add({f"{stored[layer]}.bias": folder.reader.tensor(name).to(DTYPES[dtype])})
+                written.add({f"{stored[layer]}.bias": in_dtype(name, folder.reader.tensor(name), DTYPES[dtype])})
             elif layer not in folder.formats or local == "bias":
-                tensor = folder.reader.tensor(name)
-                plain[name] = tensor.to(DTYPES[dtype]) if tensor.is_floating_point() else tensor
+                plain[name] = in_dtype(name, folder.reader.tensor(name), DTYPES[dtype])
             elif local == "weight_shape" and layer in layers:
                 own = tensors(folder.weight(layer)).items()
                 written.add({f"{stored[layer]}.{key}": tensor for key, tensor in own})
             elif local == "weight_shape":
-                plain[f"{layer}.weight"] = folder.weight(layer).dense(torch.float32).to(DTYPES[dtype])
+                weight = folder.weight(layer).dense(torch.float32)
+                plain[f"{layer}.weight"] = in_dtype(f"{layer}.weight", weight, DTYPES[dtype])
         written.add(names.of(plain))
     written.finish(folder, {"dtype": dtype, "quantization_config": config})
     dense = [name for name in folder.formats if name not in layers]

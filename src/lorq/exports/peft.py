@@ -26,6 +26,11 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     if folder.tiles:
         first = next(iter(folder.tiles))
         raise refusal(_TARGET, f"has an adapter for each layer, {first} has factors that experts share", "dense")
+    if not any(format.rank for format in folder.formats.values()):
+        raise ValueError(
+            f"--to peft takes the low-rank part out of a folder, the layers of {folder.path} have none: it is a base "
+            "for PEFT as it is, without an export"
+        )
     if request.adapter is None:
         raise ValueError("--to peft writes the low-rank part by itself, say where: --adapter DIR")
     names = PlainNames(folder)

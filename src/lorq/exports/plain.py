@@ -21,6 +21,7 @@ from lorq.storage.reader import WeightFiles
 
 # A file is begun anew past this; one block is in memory besides.
 _MOST_BYTES = 2 << 30
+_WIDER = "take --dtype bfloat16 or float32"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -152,6 +153,29 @@ def own_dtype(folder: LorqFolder, asked: str) -> str:
     config = folder.config
     told = [c.get(key) for c in (config, config.get("text_config", {})) for key in ("dtype", "torch_dtype")]
     return asked if asked != "auto" else next((str(t) for t in told if t in DTYPES), "bfloat16")
+
+
+def in_dtype(name: str, tensor: Tensor, dtype: torch.dtype, *, remedy: str = _WIDER) -> Tensor:
+    """A tensor's numbers in another type; whole numbers stay as they are.
+
+    Args:
+        remedy: what to do where it does not.
+
+    Raises:
+        ArithmeticError: if the type does not reach as far.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    result = tensor.to(dtype)
+    if not bool(result.isfinite().all()):
+        raise too_large(name, tensor, str(dtype).removeprefix("torch."), remedy)
+    return result
+
+
+def too_large(name: str, tensor: Tensor, type_: str, remedy: str) -> ArithmeticError:
+    """The error for numbers that a type would make infinite."""
+    largest = float(tensor.float().abs().max())
+    return ArithmeticError(f"{name} must fit {type_}, its largest value is {largest:.3g}; {remedy}")
 
 
 def save(tensors: dict[str, Tensor], file: Path) -> None:

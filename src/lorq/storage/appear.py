@@ -3,36 +3,66 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lorq.storage.atomic import TEMPORARY, is_full, sha256_of, sync_file, sync_folder
-from lorq.storage.json_files import json_bytes, read_json, some_of
+from lorq.storage.json_files import damaged, json_bytes, name_below, read_json, some_of
 from lorq.storage.lock import LOCK, owned, refuse_busy
 from lorq.storage.names import EXPORTED
 from lorq.storage.out_folder import linked
 from lorq.storage.seal import is_gguf, is_marked, is_sealed, seal
 
+Seen = Mapping[str, tuple[int, ...]]
+"""A place's files as no change leaves them: number in the file system, size, and time of the last change."""
 
-def refuse_used(out: Path, *, overwrite: bool = False) -> None:
+
+def refuse_used(out: Path, *, overwrite: bool = False) -> Seen:
     """Refuse an output that exists; with ``overwrite`` only what lorq has not exported, and what was changed since.
 
     A link to where nothing is leads to what will be made. What a link leads to is not replaced.
+
+    Returns:
+        What is there, for `appearing`.
 
     Raises:
         FileExistsError: saying what to do.
     """
     given, out = out, Path(os.path.realpath(out))
     refuse_busy(_work(out))
-    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
-        return
+    if not (seen := _seen(out)):
+        return seen
     if not overwrite:
         raise FileExistsError(f"{given} must be new, it is there; choose another name, or replace it with --overwrite")
     if given.is_symlink():
         raise FileExistsError(linked(given))
     _check_file(out) if out.is_file() else _check_folder(out)
+    return seen
+
+
+def _seen(out: Path) -> Seen:
+    """Everything at and below a path but folders that have something in them; nothing where an empty folder is."""
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
+        return {}
+    places = [out] if not out.is_dir() else [p for p in out.rglob("*") if p.is_symlink() or not _is_full(p)]
+    stats = {path.relative_to(out).as_posix(): path.lstat() for path in places}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def _is_full(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
+
+
+def _refuse_late(out: Path, seen: Seen, kept: str) -> None:
+    """Refuse to replace what has come to ``out``, or was changed there, since it was ``seen``."""
+    if (now := _seen(out)) != seen:
+        others = [out.name if name == "." else name for name in {*now, *seen} if now.get(name) != seen.get(name)]
+        raise FileExistsError(
+            f"{out} must stay as it was when the work began, {some_of(others)} came there or was changed since and is "
+            f"kept; {kept}"
+        )
 
 
 def _check_file(out: Path) -> None:
@@ -68,6 +98,24 @@ def _check_folder(out: Path) -> None:
         )
 
 
+def check_exported(folder: Path) -> None:
+    """Refuse an exported folder whose files are not all as they were written; a model card may be another.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    own = read_json(folder / EXPORTED).get("files")
+    if not isinstance(own, dict):
+        raise damaged(folder / EXPORTED, f"files must be an object, got {own!r}")
+    names = [name_below(name, where=folder / EXPORTED) for name in own if name != "README.md"]
+    places = {name: Path(os.path.realpath(folder / name)) for name in names}  # the hub's cache has links
+    if other := [name for name, place in places.items() if not place.is_file() or _content(place) != own[name]]:
+        raise ValueError(
+            f"{folder} must be as lorq exported it, what {EXPORTED} says is not so for {some_of(other)}: missing, "
+            "changed since, or damaged; copy or export it again"
+        )
+
+
 def _files(folder: Path) -> Iterator[Path]:
     """Everything in and below a folder but folders; links are not followed."""
     return (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
@@ -79,7 +127,7 @@ def _content(path: Path) -> str:
 
 
 @contextmanager
-def appearing(out: Path, mark: dict[str, Any]) -> Iterator[Path]:
+def appearing(out: Path, mark: dict[str, Any], seen: Seen | None = None) -> Iterator[Path]:
     """A path to write a file or folder to, which is on the disk and has the name ``out`` in the end, all at once.
 
     What lies there before is replaced then, so check it first. A GGUF file of lorq's gets its checksum. After an error
@@ -88,9 +136,15 @@ def appearing(out: Path, mark: dict[str, Any]) -> Iterator[Path]:
 
     Args:
         mark: what a folder's `EXPORTED` says, beside the contents of its files; empty when the block begins is fine.
+        seen: what `refuse_used` found there; left out, what is there when the block begins.
+
+    Raises:
+        FileExistsError: if something else is there in the end; what was made is kept in the folder beside it.
     """
     out = Path(os.path.realpath(out))  # a link stays, and leads to what is made
-    work = _work(out)
+    work, kept = _work(out), False
+    seen = _seen(out) if seen is None else seen
+    _refuse_late(out, seen, "choose another name, or begin again")
     out.parent.mkdir(parents=True, exist_ok=True)
     with _gone(work), owned(work):
         try:
@@ -106,6 +160,9 @@ def appearing(out: Path, mark: dict[str, Any]) -> Iterator[Path]:
                 seal(place)
             for path in [place, *place.rglob("*")]:
                 sync_folder(path) if path.is_dir() else sync_file(path)
+            kept = True
+            _refuse_late(out, seen, f"the finished work is in {place}: move it to another name")
+            kept = False
             if os.path.lexists(out) and out.is_dir():
                 os.replace(out, work / "before")
             os.replace(place, out)
@@ -120,7 +177,7 @@ def appearing(out: Path, mark: dict[str, Any]) -> Iterator[Path]:
             ) from error
         finally:
             for path in work.iterdir():
-                if path.name != LOCK:
+                if path.name != LOCK and not (kept and path == place):
                     _remove(path)
 
 

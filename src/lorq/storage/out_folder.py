@@ -43,6 +43,32 @@ def check_content(folder: Path, *, overwrite: bool = False, resume: bool = False
         raise FileExistsError(linked(folder))
 
 
+def refuse_source(model: Path, *places: Path) -> None:
+    """Refuse to replace or remove a place that the model is, or is in; links are followed.
+
+    Raises:
+        FileExistsError: saying what to do.
+    """
+    for place in places:
+        if model.exists() and Path(os.path.realpath(model)).is_relative_to(os.path.realpath(place)):
+            raise FileExistsError(
+                f"{place} must not be the model's own, the run would replace or remove {model}; choose another name"
+            )
+
+
+def refuse_link(folder: Path) -> None:
+    """Refuse a link where a run makes a folder that it removes in the end.
+
+    Raises:
+        FileExistsError: saying what to do.
+    """
+    if folder.is_symlink():
+        raise FileExistsError(
+            f"{folder} must be no link, the run works there and removes it in the end, it leads to "
+            f"{os.path.realpath(folder)}; remove the link, or choose another name for the output"
+        )
+
+
 def linked(out: Path) -> str:
     """Why what a link leads to is not replaced."""
     place = os.path.realpath(out)

@@ -47,6 +47,24 @@ def is_sealed(file: Path) -> bool:
         return opened.read(len(_EMPTY)) == found[1]
 
 
+def check_seal(file: Path) -> None:
+    """Refuse a file that has a checksum and is not as it was when it got that.
+
+    Raises:
+        ValueError: saying what to do.
+    """
+    if (found := _checksum(file)) is None:
+        return
+    with file.open("rb") as opened:
+        opened.seek(found[0])
+        told = opened.read(len(_EMPTY))
+    if told not in (_EMPTY, found[1]):
+        raise ValueError(
+            f"{file} must be as lorq wrote it, its sha256 is {found[1][:12].decode()}, its key {GGUF_SEAL} says "
+            f"{told[:12].decode(errors='replace')}: it was changed since, or damaged; copy or export it again"
+        )
+
+
 def _begin(file: Path) -> bytes:
     with file.open("rb") as opened:
         return opened.read(_BEGIN)

@@ -10,6 +10,7 @@ that this shard is made again. ``finish`` writes ``config.json`` last and then r
 
 import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,9 +28,11 @@ from lorq.storage.atomic import TEMPORARY, rename_synced, room_for, sha256_of, s
 from lorq.storage.journal import FinishedShard, append_line, differences, read_journal, write_journal
 from lorq.storage.json_files import json_bytes, name_below, plain_name, read_json, some_of
 from lorq.storage.lock import LOCK
-from lorq.storage.names import INDEX, JOURNAL, MEASURED, TUNED_BLOCKS, TUNING
+from lorq.storage.names import INDEX, JOURNAL, MEASURED, REPORT_NAME, TUNED_BLOCKS, TUNING
 from lorq.storage.out_folder import check_content, quant_method
 from lorq.storage.safetensors_file import read_header
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
@@ -203,6 +206,17 @@ def _resume(folder: Path, identity: dict[str, Any]) -> list[FinishedShard]:
     return whole
 
 
+def remove_made(folder: Path) -> None:
+    """Remove a folder of lorq's that is needed no more; files of others stay, and a warning says so."""
+    _remove_own_files(folder)
+    for leftover in folder.glob(f"*{TEMPORARY}"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if left := [path.name for path in folder.iterdir()]:
+        _log.warning("%s stays, it has %s, which lorq did not write", folder, some_of(left))
+    else:
+        folder.rmdir()
+
+
 def _remove_own_files(folder: Path) -> None:
     """Remove what lorq wrote; what marks the folder as lorq's goes last, so that a crash leaves the mark."""
     if (folder / JOURNAL).is_file():
@@ -214,8 +228,9 @@ def _remove_own_files(folder: Path) -> None:
             metadata = read_json(index).get("metadata")
             listed = metadata.get("lorq_files") if isinstance(metadata, dict) else None
             if isinstance(listed, list):
-                own += [*(name_below(name, where=index) for name in listed), index.name]
-        own += [MEASURED, "config.json"]
+                names = (name_below(name, where=index) for name in listed)
+                own += [*(name for name in names if name != REPORT_NAME), index.name]
+        own += [MEASURED, REPORT_NAME, "config.json"]
     _remove(folder, own)
     sync_folder(folder)
 

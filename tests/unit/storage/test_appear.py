@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,3 +250,45 @@ def test_a_file_that_cannot_be_written_is_named_and_what_was_there_stays(tmp_pat
     with pytest.raises(OSError, match=r"page\.html could not be written \(No space left on device\); choose another"):
         write_whole(tmp_path / "page.html", b"two")
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"one"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "late"])
+def test_what_comes_to_the_output_meanwhile_is_kept_and_so_is_the_work(kind, tmp_path):
+    out = tmp_path / "out"
+    seen = refuse_used(out)
+    if kind == "late":  # before the work has begun
+        out.write_text("mine")
+        with pytest.raises(
+            FileExistsError, match=r"out must stay as it was .*, out came there .*; choose another name"
+        ):
+            with appearing(out, {}, seen):
+                pytest.fail("the work begins")
+        assert {path.name for path in tmp_path.iterdir()} == {"out"}
+        return
+    place = tmp_path / "out.lorq.tmp" / "out"
+    with pytest.raises(FileExistsError, match=rf"came there .* is kept; the finished work is in {place}: move it"):
+        with appearing(out, {}, seen) as work:
+            work.write_text("work")
+            if kind == "folder":
+                out.mkdir()
+                (out / "thesis.txt").write_text("mine")
+            else:
+                out.write_text("mine")
+    assert (out / "thesis.txt" if kind == "folder" else out).read_text() == "mine"
+    assert place.read_text() == "work" and [path.name for path in place.parent.iterdir()] == ["out"]
+    write(tmp_path / "other")
+    shutil.move(out, tmp_path / "mine")
+    write(out, "again")  # and the next run is not in the way of what was kept
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "mine", "other"}
+
+
+@pytest.mark.parametrize("name", ["new.txt", "below/a.txt", "empty"])
+def test_what_is_put_into_a_folder_that_is_being_replaced_is_kept(name, tmp_path):
+    out = tmp_path / "out"
+    write(out)
+    seen = refuse_used(out, overwrite=True)
+    with pytest.raises(FileExistsError, match=rf"{name} came there or was changed since and is kept"):
+        with appearing(out, {}, seen) as work:
+            work.mkdir()
+            (out / name).mkdir() if name == "empty" else (out / name).write_text("two")
+    assert (out / name).is_dir() if name == "empty" else (out / name).read_text() == "two"
