@@ -24,7 +24,7 @@ from rich.text import Text
 
 from lorq.progress import Progress, duration
 from lorq.storage.measured import read_measured
-from lorq.storage.report import Report
+from lorq.storage.report import Report, ranks_in_words
 
 
 class _Console(Console):
@@ -163,11 +163,9 @@ def print_summary(report: Report, out: Path | None) -> None:
         table.add_row("chosen", ", ".join(f"{bits} bits: {count} layers" for bits, count in sorted(widths.items())))
     table.add_row("weights on disk", size + ("" if out else " at most") + smaller(report, report.bytes))
     if any(ranks):  # of a low-rank part; methods without one have nothing to tell
-        table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")
+        table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {ranks_in_words(ranks)}")
     if out:
-        before = sum(layer.error_before for layer in report.layers) / len(report.layers)
-        after = sum(layer.error_after for layer in report.layers) / len(report.layers)
-        table.add_row("mean output error", f"{after:.4f} (rounding to nearest: {before:.4f})")
+        table.add_row("mean output error", report.errors_in_words)
         table.add_row("file" if out.is_file() else "folder", str(out))
     if tuned := report.run.get("tuning"):
         table.add_row("KL on held-out text", f"{tuned['kl_after']:.4f} (before tuning: {tuned['kl_before']:.4f})")
