@@ -56,7 +56,7 @@ def print_compensation(report: Report, form: str, out: Path | None) -> None:
     table = Table(show_header=False)
     table.add_row("form", form)
     table.add_row("layers", f"{sum(map(bool, ranks))} with factors, of {len(ranks)}")
-    table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {ranks_in_words(ranks)}")
+    table.add_row("rank", ranks_in_words(ranks, mean=True))
     table.add_row("bits per weight", f"{report.bits_per_weight:.3f}, factors included")
     table.add_row("weights on disk", f"{report.bytes / 1e6:.1f} MB" + ("" if out else " at most"))
     if out:

@@ -190,8 +190,9 @@ def _table(told: Report) -> str:
     """All layers in numbers, folded away; what was left out, and why."""
     rows = [
         _row((
-            escape(layer.name), f"{layer.shape[0]} x {layer.shape[1]}", layer.bits, layer.rank, escape(told.stop_in_words(layer)),
-            f"{layer.error_before:.4f}", f"{layer.error_after:.4f}", f"{layer.bytes:,}", escape(layer.note),
+            escape(layer.name), f"{layer.shape[0]} x {layer.shape[1]}", layer.bits, layer.rank,
+            escape(told.stop_in_words(layer)), f"{layer.error_before:.4f}", f"{layer.error_after:.4f}",
+            f"{layer.bytes:,}", escape(layer.note),
         ))
         for layer in told.layers
     ]  # fmt: skip

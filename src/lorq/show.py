@@ -152,7 +152,6 @@ def download_bars(what: str) -> Iterator[None]:
 
 def print_summary(report: Report, out: Path | None) -> None:
     ranks = [layer.rank for layer in report.layers]
-    size = f"{report.bytes / 1e6:.1f} MB"
     table = Table(show_header=False)
     table.add_row("method", report.method)
     table.add_row("layers", str(len(report.layers)))
@@ -161,9 +160,11 @@ def print_summary(report: Report, out: Path | None) -> None:
         table.add_row("predicted divergence", f"{told['harm']:.4g} nats a token")
         widths = Counter(layer.bits for layer in report.layers)
         table.add_row("chosen", ", ".join(f"{bits} bits: {count} layers" for bits, count in sorted(widths.items())))
-    table.add_row("weights on disk", size + ("" if out else " at most") + smaller(report, report.bytes))
+    table.add_row(
+        "weights on disk", f"{report.bytes / 1e6:.1f} MB{'' if out else ' at most'}{smaller(report, report.bytes)}"
+    )
     if any(ranks):  # of a low-rank part; methods without one have nothing to tell
-        table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {ranks_in_words(ranks)}")
+        table.add_row("rank", ranks_in_words(ranks, mean=True))
     if out:
         table.add_row("mean output error", report.errors_in_words)
         table.add_row("file" if out.is_file() else "folder", str(out))

@@ -104,7 +104,8 @@ class Report:
     def notes(self) -> dict[str, str]:
         """The layers' notes by module, once for layers of one module with the same note, as those of an expert.
 
-        And that the original had been quantized, where the low-rank part is, and why files that lie beside its weights do not lie beside these.
+        And that the original had been quantized, where the low-rank part is, and why files that lie beside its weights
+        do not lie beside these.
         """
         modules: dict[tuple[str, str], list[str]] = {}
         for layer in self.layers:
@@ -136,15 +137,17 @@ class Report:
         return json_bytes(self.as_dict())
 
 
-def ranks_in_words(ranks: Sequence[int]) -> str:
-    """From the least to the largest.
+def ranks_in_words(ranks: Sequence[int], mean: bool = False) -> str:
+    """From the least to the largest, and their mean where that is asked for and they differ.
 
     Example:
-        >>> ranks_in_words([3, 16, 0]), ranks_in_words([16, 16])
-        ('0 to 16', '16')
+        >>> ranks_in_words([3, 16, 2]), ranks_in_words([3, 16, 2], mean=True), ranks_in_words([16, 16], mean=True)
+        ('2 to 16', 'mean 7.0, 2 to 16', '16')
     """
     least, most = min(ranks), max(ranks)
-    return str(most) if least == most else f"{least} to {most}"
+    if least == most:
+        return str(most)
+    return (f"mean {sum(ranks) / len(ranks):.1f}, " if mean else "") + f"{least} to {most}"
 
 
 def _bits_per_weight(layers: Sequence[LayerReport]) -> float:
