@@ -175,7 +175,7 @@ def _summary(folders: Sequence[Folder]) -> str:
             escape(protocol_in_words(last)) if last else "",
         )  # fmt: skip
         rows.append(_row(cells))
-    return f"<div class=wide><table>{_row(heads, 'th')}{''.join(rows)}</table></div>"
+    return f"<div class='wide summary'><table>{_row(heads, 'th')}{''.join(rows)}</table></div>"
 
 
 def _number(found: Mapping[str, Any], name: str, error: str, digits: int) -> str:
