@@ -1,27 +1,27 @@
 """Model cards: how something was made, what was measured, and how to load it, by what it is."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any, get_args
 
 from lorq.exports.made import Made, is_for_others
 from lorq.exports.request import GgufType
+from lorq.exports.served import GPTQ_SERVED, SYMMETRIC_INPUTS, lora_flags, width_lines
 from lorq.show import figures_line, metrics_line, smaller
 from lorq.storage.json_files import read_json
 from lorq.storage.measured import read_measured
 from lorq.storage.names import EXPORTED
-from lorq.storage.report import Report, read_report
+from lorq.storage.report import Report, ranks_in_words, read_report
 from lorq.version import __version__
 
 CARD = "README.md"
 # Of a card's head, what holds for the quantized model too.
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model")
-_ELSEWHERE = "The low-rank part of the quantized model is not in it: it is an adapter of its own."
-_BEFORE = (
-    "Of the lorq folder OUT that this was made of, before what is said to be lost above. This itself was not measured."
-)
+_BEFORE = "Of the lorq folder OUT that {made}, before what is said to be lost above. This itself was not measured."
+
+_LISTED = "vLLM, which lists both together as the model low-rank:"
 
 
 def _installed(extra: str = "") -> str:
@@ -47,13 +47,15 @@ def card_of(place: Path, repo: str, base_model: str) -> str:
 
         made = read_made(place)
         library = {"gguf": "", "gguf adapter": "", "adapter": "peft"}.get(made.kind, "transformers")
-        tags = ["gguf"] if made.kind.startswith("gguf") else [made.kind] if not made.is_adapter else ["lora"]
+        tags = [{"gguf adapter": "gguf"}.get(made.kind, made.kind)] if made.kind != "adapter" else []
+        tags += ["lora"] if made.is_adapter else []
         return _written(head, below, repo, base_model, library, tags, _of_made(made, repo, base_model))
     report = read_report(place)
     mark = read_json(place / EXPORTED) if (place / EXPORTED).is_file() else {}  # of `--to peft`
     tags = ["low-rank"] if any(layer.rank for layer in report.layers) else []
-    lines = [_sizes(report), "", *([_ELSEWHERE, ""] if mark else []), *_commands(report, str(mark.get("command", "")))]
-    lines += [*_measured(report, read_measured(place).evaluations), *_loading(repo, report)]
+    lines = [_sizes(report), "", *(_elsewhere(repo) if mark else []), *_commands(report, str(mark.get("command", "")))]
+    lines += _measured(report, read_measured(place).evaluations, "this and its adapter were made of" if mark else "")
+    lines += _loading(repo, report, "ADAPTER" if mark else "")
     return _written(head, below, repo, base_model, "transformers", tags, lines)
 
 
@@ -78,13 +80,20 @@ def _written(
 
     given: dict[str, Any] = dict(head) | ({"base_model": base_model} if base_model else {})
     if "base_model" in given:
-        given["base_model_relation"] = "adapter" if library == "peft" else "quantized"
+        given["base_model_relation"] = "adapter" if "lora" in tags else "quantized"
     data = ModelCardData(
         **given, library_name=library or None, pipeline_tag="text-generation", tags=["lorq", "quantized", *tags]
     )
     title = f"# {repo.partition('/')[2]}"
     original = ["", "---", "", "The card of the original:", "", below] if below else []
     return "\n".join(["---", data.to_yaml(), "---", "", title, "", *lines, *original]).rstrip() + "\n"
+
+
+def _elsewhere(repo: str, adapter: str = "ADAPTER") -> list[str]:
+    return [
+        f"The low-rank part of the quantized model is not in it: it is an adapter of its own, {adapter} below, as it "
+        f"lies on the disk, or as it was pushed (`lorq push {adapter} ORG/NAME --base-model {repo}`).", "",
+    ]  # fmt: skip
 
 
 # ---- how it was made, and how good it is ------------------------------------------------------------------
@@ -100,10 +109,22 @@ def _sizes(report: Report) -> str:
 
 
 def _commands(report: Report, *more: str) -> list[str]:
-    commands = [command_of(report)]
-    if tuned := report.run.get("tuning"):
-        commands.append(f"lorq tune OUT TUNED --reference MODEL --steps {tuned.get('steps', 0)}")
-    return ["## How it was made", "", *(f"    {command}" for command in (*commands, *filter(None, more))), ""]
+    return ["## How it was made", "", *(f"    {command}" for command in commands_of(report, *more)), ""]
+
+
+def commands_of(report: Report, *more: str) -> list[str]:
+    """The commands that make such a folder, one after the other, and ``more``, as far as there are any."""
+    commands = []
+    if base := report.run.get("quantized_by"):
+        tuned = "tuning" in base["run"]
+        names = {"MODEL": "ORIGINAL", "QUANTIZED": "BEFORE", "OUT": "UNTUNED" if tuned else "QUANTIZED"}
+        names |= {"TUNED": "QUANTIZED"}
+        own = commands_of(Report(base["method"], base["settings"], (), 0, {}, base["run"], {}))
+        commands = [shlex.join(names.get(word, word) for word in shlex.split(command)) for command in own]
+    commands.append(command_of(report))
+    if told := report.run.get("tuning"):
+        commands.append(f"lorq tune OUT TUNED --reference MODEL --steps {told.get('steps', 0)}")
+    return [*commands, *filter(None, more)]
 
 
 def command_of(report: Report) -> str:
@@ -145,15 +166,21 @@ def _flags(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _measured(report: Report, evaluations: tuple[dict[str, Any], ...], of: str = "") -> list[str]:
-    """A section with what is known of OUT, the lorq folder: its layers' errors, and what `lorq evaluate` has found."""
-    count = max(len(report.layers), 1)
-    after, before = (
-        sum(getattr(layer, f"error_{when}") for layer in report.layers) / count for when in ("after", "before")
-    )
-    lines = ["## What was measured", "", *([of, ""] if of else [])]
+def _measured(
+    report: Report, evaluations: tuple[dict[str, Any], ...], made: str = "", *, apart: bool = False
+) -> list[str]:
+    """A section with what is known of OUT, the lorq folder: its layers' errors, and what `lorq evaluate` has found.
+
+    Args:
+        made: how the card's own is made of OUT, in words, where it is not OUT.
+        apart: its adapter is not in it, or it is one.
+    """
+    beside = ", with its adapter" if apart or "low_rank_part" in report.run else ""
+    than = report.before_in_words if report.method == "compensate" else f"with {report.before_in_words}"
+    lines = ["## What was measured", "", *([_BEFORE.format(made=made), ""] if made else [])]
     lines += [
-        f"The layers' outputs are off by {after:.4f} of their squared norm; rounded to nearest by {before:.4f}.",
+        f"The layers' outputs are off by {report.mean_error():.4f} of their squared norm{beside}; "
+        f"by {report.mean_error('before'):.4f} {than}.",
         "",
     ]
     if not evaluations:
@@ -168,8 +195,10 @@ def _measured(report: Report, evaluations: tuple[dict[str, Any], ...], of: str =
 # ---- how to load it ---------------------------------------------------------------------------------------
 
 
-def _loading(repo: str, report: Report) -> list[str]:
+def _loading(repo: str, report: Report, adapter: str = "") -> list[str]:
     """How to load a lorq folder."""
+    if adapter:
+        return ["## How to load it", "", f"PEFT, {_installed()}:", "", *_python(f'"{repo}"', adapter=adapter)]
     name = repo.partition("/")[2]
     plain, vllm, gguf = map(_installed, ("", "vllm", "gguf"))
     return [
@@ -190,11 +219,13 @@ def _gguf_flags(report: Report) -> str:
     return (" --fold" if ranked else "") + ("" if whole and plain and not ranked else " --type q8_0")
 
 
-def _python(arguments: str, *imports: str) -> list[str]:
-    """Lines that load a model with transformers."""
+def _python(arguments: str, *imports: str, adapter: str = "") -> list[str]:
+    """Lines that load a model with transformers, and an adapter on it with PEFT."""
     names = ", ".join(("AutoModelForCausalLM", *imports))
-    call = f"model = AutoModelForCausalLM.from_pretrained({arguments})"
-    return ["```python", f"from transformers import {names}", "", call, "```"]
+    first = ["from peft import PeftModel"] if adapter else []
+    calls = [f"model = AutoModelForCausalLM.from_pretrained({arguments})"]
+    calls += [f'model = PeftModel.from_pretrained(model, "{adapter}")'] if adapter else []
+    return ["```python", *first, f"from transformers import {names}", "", *calls, "```"]
 
 
 def _of_made(made: Made, repo: str, base: str) -> list[str]:
@@ -209,7 +240,7 @@ def _of_made(made: Made, repo: str, base: str) -> list[str]:
     method = f" from a model quantized by `{report.method}`" if report and report.method != "compensate" else ""
     size = f"{made.bytes / 1e6:.1f} MB of tensors ({made.types()})"
     if made.is_adapter:
-        ranks = f"rank {min(made.ranks)} to {max(made.ranks)} in {len(made.ranks)} layers, {size}"
+        ranks = f"rank {ranks_in_words(made.ranks)} in {len(made.ranks)} layers, {size}"
         lines = [f"{told} for {base}, made with lorq {made.version}{method}: {ranks}."]
     else:
         bits = f"{made.bits_per_weight():.3f} bits per weight where there are codes, " if _coded(made) else ""
@@ -218,9 +249,12 @@ def _of_made(made: Made, repo: str, base: str) -> list[str]:
     lost = [f"* lost, {name}: {how}" for name, how in made.lost.items()]
     lines += ["", *([*lost, ""] if lost else [])]
     if made.has_adapter:
-        lines += [_ELSEWHERE, ""]
+        lines += _elsewhere(repo, "ADAPTER.gguf" if kind == "gguf" else "ADAPTER")
     if report is not None:
-        lines += [*_commands(report, made.command), *_measured(report, made.evaluations, _BEFORE)]
+        whence = "this and its adapter were made of" if made.has_adapter else "this was made of"
+        whence = whence if made.command else ""  # an adapter of `lorq compensate` is OUT itself
+        lines += _commands(report, made.command)
+        lines += _measured(report, made.evaluations, whence, apart=made.has_adapter or made.is_adapter)
     return [*lines, "## How to load it", "", *_READERS[kind](made, repo, base), ""]
 
 
@@ -229,7 +263,8 @@ def _coded(made: Made) -> bool:
 
 
 def _load_gguf(made: Made, repo: str, base: str) -> list[str]:
-    return ["llama.cpp:", "", f"    llama-cli -hf {repo} -hff {shlex.quote(made.place.name)}"]
+    adapter = " --lora ADAPTER.gguf" if made.has_adapter else ""
+    return ["llama.cpp:", "", f"    llama-cli -hf {repo} -hff {shlex.quote(made.place.name)}{adapter}"]
 
 
 def _load_gguf_adapter(made: Made, repo: str, base: str) -> list[str]:
@@ -241,21 +276,13 @@ def _load_gguf_adapter(made: Made, repo: str, base: str) -> list[str]:
 
 
 def _load_adapter(made: Made, repo: str, base: str) -> list[str]:
-    from lorq.exports.parts import SERVED_RANKS
-
     dense, lines = _is_for(made, "compressed-tensors"), []
     if dense:
-        slot = next((rank for rank in SERVED_RANKS if rank >= max(made.ranks)), max(made.ranks))
-        flags = f"--enable-lora --max-lora-rank {slot} --lora-modules low-rank={repo}"
-        lines = ["vLLM, which lists it as the model low-rank then:", ""]
-        lines += [f"    vllm serve {base} --dtype float16 {flags}", ""]
+        lines = [_LISTED, "", f"    vllm serve {base} --dtype float16 {lora_flags(made.ranks, repo)}", ""]
+        lines += _in_vllm(width_lines(layer.bits for layer in made.report.layers) if made.report else [])
     need = _installed() if _is_for(made, "peft") else "on the model that it is for"
     config = ", quantization_config=CompressedTensorsConfig(dequantize=True)" if dense else ""
-    code = _python(f'"{base}"{config}', *(["CompressedTensorsConfig"] if dense else []))
-    code[1:1], code[-1:] = (
-        ["from peft import PeftModel"],
-        [f'model = PeftModel.from_pretrained(model, "{repo}")', "```"],
-    )
+    code = _python(f'"{base}"{config}', *(["CompressedTensorsConfig"] if dense else []), adapter=repo)
     return [*lines, f"PEFT, {need}:", "", *code]
 
 
@@ -264,23 +291,46 @@ def _is_for(made: Made, target: str) -> bool:
     return f"--to {target} " in f"{made.command} "
 
 
+def _vllm(made: Made, repo: str, *needs: str) -> list[str]:
+    """How vLLM serves it, with its adapter where the low-rank part is one, and what that needs."""
+    command, adapter = f"    vllm serve {repo} --dtype float16", _adapter_of(made)
+    if not adapter or made.report is None:
+        return ["vLLM:", "", command, "", *_in_vllm(needs)]
+    ranks = [layer.rank for layer in made.report.layers if layer.rank]
+    return [_LISTED, "", f"{command} {lora_flags(ranks, adapter)}", "", *_in_vllm(needs)]
+
+
+def _in_vllm(needs: Iterable[str]) -> list[str]:
+    return [line for need in needs for line in (f"{need}.", "")]
+
+
+def _adapter_of(made: Made) -> str:
+    """What stands for its adapter, where the low-rank part is one."""
+    return "ADAPTER" if made.has_adapter else ""
+
+
 def _load_compressed(made: Made, repo: str, base: str) -> list[str]:
     config = read_json(made.place / "config.json")["quantization_config"]
-    groups = [group["weights"] for group in config["config_groups"].values() if group["format"] == "pack-quantized"]
-    lines = ["vLLM:", "", f"    vllm serve {repo} --dtype float16", ""]
+    kinds = list(config["config_groups"].values())
+    needs = width_lines(kind["weights"]["num_bits"] for kind in kinds)
+    if any(kind["input_activations"] and not kind["weights"]["symmetric"] for kind in kinds):
+        needs.append(SYMMETRIC_INPUTS)
+    groups = [kind["weights"] for kind in kinds if kind["format"] == "pack-quantized"]
+    lines, adapter = _vllm(made, repo, *needs), _adapter_of(made)
     lines += ["transformers, with `pip install compressed-tensors`:", ""]
     if all(group["symmetric"] for group in groups):
-        return [*lines, *_python(f'"{repo}"')]
+        return [*lines, *_python(f'"{repo}"', adapter=adapter)]
     dense = "quantization_config=CompressedTensorsConfig(dequantize=True)"
-    return [*lines, *_python(f'"{repo}", {dense}', "CompressedTensorsConfig")]
+    return [*lines, *_python(f'"{repo}", {dense}', "CompressedTensorsConfig", adapter=adapter)]
 
 
 def _load_gptq(made: Made, repo: str, base: str) -> list[str]:
     config = read_json(made.place / "config.json")["quantization_config"]
     kinds = [config, *filter(None, config.get("dynamic", {}).values())]
     served = config["checkpoint_format"] == "gptq" and all(kind["sym"] and kind["bits"] in (4, 8) for kind in kinds)
-    lines = ["vLLM:", "", f"    vllm serve {repo} --dtype float16", ""] if served else []
-    return [*lines, "transformers, with `pip install optimum gptqmodel`:", "", *_python(f'"{repo}"')]
+    lines = _vllm(made, repo) if served else _in_vllm([GPTQ_SERVED])
+    code = _python(f'"{repo}"', adapter=_adapter_of(made))
+    return [*lines, "transformers, with `pip install optimum gptqmodel`:", "", *code]
 
 
 def _load_dense(made: Made, repo: str, base: str) -> list[str]:

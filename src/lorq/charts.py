@@ -74,18 +74,21 @@ def charts_of(folder: Folder) -> list[Chart]:
     bits = _heat(report, labels, "bits", lambda layer: layer.bits, "Mean bits of a code.")
     ranks = _heat(report, labels, "rank", lambda layer: layer.rank, "Mean rank of the low-rank part.")
     errors = _heat(report, labels, "error", lambda layer: layer.error_after, "Relative error of the output.", log=True)
+    note = f"Mean over a block's layers: {report.before_in_words}, and this folder"
+    note += ", with its adapter. " if "low_rank_part" in report.run else ". "
+    note += "The band is from the least to the largest."
     drawn = [Chart("bits", "Bits of the codes", "By depth and projection.", bits)]
     if any(layer.rank for layer in report.layers):
         drawn.append(Chart("rank", "Rank of the low-rank part", "By depth and projection.", ranks))
     drawn += [
         Chart("error", "Output error of each layer", "By depth and projection, on a logarithmic scale.", errors),
-        Chart("error-by-depth", "Output error, before and after", _ERRORS, _errors(report)),
+        Chart("error-by-depth", "Output error, before and after", note, _errors(report)),
     ]
     if told := report.run.get("budget"):
         drawn.append(_dial(told, report.bits_per_weight))
     drawn.append(Chart("bytes", "Where the bytes are", f"{report.bytes / 1e6:.1f} MB of tensors.", _bytes(folder)))
     if any(layer.rank for layer in report.layers):
-        stops = Counter(layer.stop for layer in report.layers)
+        stops = Counter(report.stop_in_words(layer) for layer in report.layers)
         drawn.append(Chart("stops", "Why ranks are not larger", "Layers by their stop reason.", _counts(stops)))
     if folder.measured.stages:
         drawn.append(_times(folder.measured))
@@ -104,7 +107,7 @@ def comparison(folders: Sequence[Folder]) -> Chart:
         )
         note += " Bars are one standard error." if any(errors.values()) else ""
         return _points(folders, values, errors, "KL, nats a token", note)
-    values = {folder.name: mean_error(folder.report) for folder in folders}
+    values = {folder.name: folder.report.mean_error() for folder in folders}
     note = "Mean relative error of the layers' outputs. `lorq evaluate OUT --reference MODEL`, of each, puts KL here."
     return _points(folders, values, {}, "mean output error", note)
 
@@ -124,14 +127,6 @@ def protocol_in_words(entry: Mapping[str, Any]) -> str:
     """How an evaluation was made."""
     words = f"{entry['windows']} windows of {entry['window']} tokens of {entry['text']}"
     return words + (f", against {entry['reference']}" if entry["reference"] else "")
-
-
-def mean_error(report: Report) -> float:
-    """Of the layers' outputs."""
-    return sum(layer.error_after for layer in report.layers) / max(len(report.layers), 1)
-
-
-_ERRORS = "Mean over a block's layers: rounding to nearest, and this folder. The band is from the least to the largest."
 
 
 def _labels(names: Iterable[str]) -> dict[str, str]:
@@ -186,13 +181,13 @@ def _errors(report: Report) -> dict[str, Any]:
         {"depth": depth, "error": max(error, _LEAST), "of": of}
         for layer in report.layers
         if (depth := place_of(layer.name)[0]) is not None
-        for of, error in (("rounding to nearest", layer.error_before), ("this folder", layer.error_after))
+        for of, error in ((report.before_in_words, layer.error_before), ("this folder", layer.error_after))
     ]
     x = {"field": "depth", "type": "quantitative", "axis": {"title": "depth", "tickMinStep": 1, "grid": False}}
     scale, axis = {"type": "log"}, {"title": "relative output error", "tickCount": 5}
     colour = {
         "field": "of", "type": "nominal", "legend": {"title": None, "orient": "top", "symbolOpacity": 1},
-        "scale": {"domain": ["rounding to nearest", "this folder"], "range": ["#9a9a9a", "#3b82f6"]},
+        "scale": {"domain": [report.before_in_words, "this folder"], "range": ["#9a9a9a", "#3b82f6"]},
     }  # fmt: skip
 
     def y(operation: str) -> dict[str, Any]:

@@ -75,7 +75,7 @@ app.command(generate, name="generate")
 _command(command(lorq.tune, print_tuned, json="print the report as one JSON object."), "tune")
 _command(command(lorq.export, print_exported), "export")
 app.command(command(lorq.push, print_pushed), name="push")
-app.command(command(lorq.report, print_written), name="report")
+app.command(command(lorq.report, print_written), name="report", usage="Usage: lorq report [OPTIONS] FOLDERS...")
 _command(compensate, "compensate")
 app.command(inspect)
 
@@ -207,7 +207,7 @@ def _print_regrouped(report: Report, out: Path) -> None:
 _command(merge, "merge")
 
 
-@app.command
+@app.command(usage="Usage: lorq demo [OPTIONS] [FOLDER]")
 def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, windows: int = 8) -> None:
     """A real model from nothing: quantize SmolLM2-135M to 3 bits, its table of tokens to 5, measure it, let it talk.
 
@@ -241,7 +241,7 @@ def demo(folder: Path = Path("lorq-demo"), *, bits: int = 3, samples: int = 16, 
     print_next(("generate", folder, "your question"), ("inspect", folder))
 
 
-@app.command
+@app.command(usage="Usage: lorq families [OPTIONS] [PATTERN]")
 def families(pattern: str = "", *, json_: Annotated[bool, Parameter(name="--json", negative="")] = False) -> None:
     """The model types of transformers, and whether lorq works with them: each was built small, quantized, loaded,
     compared with its dense weights, and generated. What is refused is refused with that reason before any work.

@@ -13,7 +13,7 @@ from lorq.foreign.settings import Form, Settings, check_new
 from lorq.models.locate import full_path
 from lorq.models.texts import SELF, check_text
 from lorq.progress import IMPORT
-from lorq.storage.report import Report
+from lorq.storage.report import Report, ranks_in_words
 
 
 def compensate(
@@ -56,14 +56,11 @@ def print_compensation(report: Report, form: str, out: Path | None) -> None:
     table = Table(show_header=False)
     table.add_row("form", form)
     table.add_row("layers", f"{sum(map(bool, ranks))} with factors, of {len(ranks)}")
-    table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")
+    table.add_row("rank", ranks_in_words(ranks, mean=True))
     table.add_row("bits per weight", f"{report.bits_per_weight:.3f}, factors included")
     table.add_row("weights on disk", f"{report.bytes / 1e6:.1f} MB" + ("" if out else " at most"))
     if out:
-        before, after = (
-            sum(getattr(layer, f"error_{when}") for layer in report.layers) / len(ranks) for when in ("before", "after")
-        )
-        table.add_row("mean output error", f"{after:.4f} (without factors: {before:.4f})")
+        table.add_row("mean output error", report.errors_in_words)
         table.add_row("folder", str(out))
     if report.seconds:
         table.add_row("seconds", f"{report.seconds:.1f}")

@@ -10,11 +10,11 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from lorq.bars import console, notes
-from lorq.cards import command_of
+from lorq.cards import commands_of
 from lorq.exports.made import Made, is_for_others
 from lorq.models.locate import full_path
 from lorq.show import figures_line, metrics_line, print_summary, smaller
-from lorq.storage.report import Report, read_report
+from lorq.storage.report import Report, ranks_in_words, read_report
 
 _KINDS = {"gguf": "a file for llama.cpp", "gguf adapter": "a LoRA file for llama.cpp", "adapter": "an adapter of PEFT"}
 
@@ -60,8 +60,8 @@ def _inspect_folder(out: Path, report: Report, *, as_json: bool, verify: bool) -
         return
     rows = [
         (
-            layer.name, f"{layer.shape[0]}x{layer.shape[1]}", str(layer.bits), str(layer.rank), layer.stop,
-            f"{layer.error_before:.4f}", f"{layer.error_after:.4f}", f"{layer.bytes:,}",
+            layer.name, f"{layer.shape[0]}x{layer.shape[1]}", str(layer.bits), str(layer.rank),
+            report.stop_in_words(layer), f"{layer.error_before:.4f}", f"{layer.error_after:.4f}", f"{layer.bytes:,}",
         )
         for layer in report.layers
     ]  # fmt: skip
@@ -111,7 +111,7 @@ def _summary(made: Made) -> Iterable[tuple[str, str]]:
     yield "what", what + (f" ({made.architecture})" if made.architecture else "")
     yield "written by", f"lorq {made.version}" if made.version else "another program than lorq"
     if made.ranks:
-        yield "rank", f"mean {sum(made.ranks) / len(made.ranks):.1f}, {min(made.ranks)} to {max(made.ranks)}"
+        yield "rank", ranks_in_words(made.ranks, mean=True)
         yield "layers", str(len(made.ranks))
     if made.base:
         yield "for the model", made.base
@@ -128,13 +128,10 @@ def _summary(made: Made) -> Iterable[tuple[str, str]]:
 def _made_from(made: Made) -> Iterable[tuple[str, str]]:
     """What is known of the folder that it was made of, and what was lost on the way."""
     if (report := made.report) is not None:
-        yield "made by", command_of(report)
-        if made.command:
-            yield "", made.command
-        after = sum(layer.error_after for layer in report.layers) / max(len(report.layers), 1)
-        before = sum(layer.error_before for layer in report.layers) / max(len(report.layers), 1)
-        whose = "of the folder OUT" + (", whose low-rank part is in the adapter" if made.has_adapter else "")
-        yield "mean output error", f"{after:.4f} (rounding to nearest: {before:.4f}), {whose}"
+        for number, command in enumerate(commands_of(report, made.command)):
+            yield "" if number else "made by", command
+        whose = ", of the folder OUT" + (", whose low-rank part is in the adapter" if made.has_adapter else "")
+        yield "mean output error", f"{report.errors_in_words}{whose if made.command else ', with it'}"
     for found in made.evaluations:
         yield f"on {found['text']}", f"{figures_line(found)}, of the folder OUT"
         for task, metrics in found.get("tasks", {}).items():

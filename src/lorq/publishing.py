@@ -43,8 +43,8 @@ def push(
     Args:
         out: a lorq folder, a folder or GGUF file that `lorq export` wrote, or an adapter.
         repo: where to, org/name; made if it is not there.
-        base_model: the original's name on the hub, for the card; of an adapter the model's that it is for, which must
-            be there.
+        base_model: the original's name on the hub, for the card; of an adapter that of the pushed codes that it is for,
+            which must be there.
         private: make the repository private, if it is made.
         dry_run: print the card, upload nothing.
 
@@ -91,7 +91,8 @@ def _check_made(place: Path, base_model: str) -> None:
         )
     if made.is_adapter and not base_model:
         raise ValueError(
-            f"{place} is an adapter, of use on one model alone; name that one on the hub: --base-model ORG/NAME"
+            f"{place} is an adapter, of use on one model alone; name that one on the hub, which is the pushed codes "
+            "and not the original: --base-model ORG/NAME"
         )
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lorq.charts import Chart, Folder, charts_of, comparison, mean_error, protocol_in_words
+from lorq.charts import Chart, Folder, charts_of, comparison, protocol_in_words
 from lorq.models.locate import full_path
 from lorq.show import with_error
 from lorq.storage.atomic import write_whole
@@ -170,12 +170,12 @@ def _summary(folders: Sequence[Folder]) -> str:
         cells = (
             name, escape(told.method), f"{told.bits_per_weight:.3f}", f"{told.bytes / 1e6:.1f}",
             f"{before / told.bytes:.1f} times" if before else "", f"{sum(ranks) / max(len(ranks), 1):.1f}",
-            f"{mean_error(told):.4f}", _number(last, "kl_mean", "kl_stderr", 4),
+            f"{told.mean_error():.4f}", _number(last, "kl_mean", "kl_stderr", 4),
             _number(last, "perplexity", "perplexity_stderr", 2),
             escape(protocol_in_words(last)) if last else "",
         )  # fmt: skip
         rows.append(_row(cells))
-    return f"<div class=wide><table>{_row(heads, 'th')}{''.join(rows)}</table></div>"
+    return f"<div class='wide summary'><table>{_row(heads, 'th')}{''.join(rows)}</table></div>"
 
 
 def _number(found: Mapping[str, Any], name: str, error: str, digits: int) -> str:
@@ -190,8 +190,9 @@ def _table(told: Report) -> str:
     """All layers in numbers, folded away; what was left out, and why."""
     rows = [
         _row((
-            escape(layer.name), f"{layer.shape[0]} x {layer.shape[1]}", layer.bits, layer.rank, escape(layer.stop),
-            f"{layer.error_before:.4f}", f"{layer.error_after:.4f}", f"{layer.bytes:,}", escape(layer.note),
+            escape(layer.name), f"{layer.shape[0]} x {layer.shape[1]}", layer.bits, layer.rank,
+            escape(told.stop_in_words(layer)), f"{layer.error_before:.4f}", f"{layer.error_after:.4f}",
+            f"{layer.bytes:,}", escape(layer.note),
         ))
         for layer in told.layers
     ]  # fmt: skip

@@ -17,12 +17,11 @@ from rich.table import Table
 
 from lorq.bars import console, notes, progress_bars
 from lorq.storage.measured import read_measured
-from lorq.storage.report import Report
+from lorq.storage.report import Report, ranks_in_words
 
 
 def print_summary(report: Report, out: Path | None) -> None:
     ranks = [layer.rank for layer in report.layers]
-    size = f"{report.bytes / 1e6:.1f} MB"
     table = Table(show_header=False)
     table.add_row("method", report.method)
     table.add_row("layers", str(len(report.layers)))
@@ -31,13 +30,13 @@ def print_summary(report: Report, out: Path | None) -> None:
         table.add_row("predicted divergence", f"{told['harm']:.4g} nats a token")
         widths = Counter(layer.bits for layer in report.layers)
         table.add_row("chosen", ", ".join(f"{bits} bits: {count} layers" for bits, count in sorted(widths.items())))
-    table.add_row("weights on disk", size + ("" if out else " at most") + smaller(report, report.bytes))
+    table.add_row(
+        "weights on disk", f"{report.bytes / 1e6:.1f} MB{'' if out else ' at most'}{smaller(report, report.bytes)}"
+    )
     if any(ranks):  # of a low-rank part; methods without one have nothing to tell
-        table.add_row("rank", f"mean {sum(ranks) / len(ranks):.1f}, {min(ranks)} to {max(ranks)}")
+        table.add_row("rank", ranks_in_words(ranks, mean=True))
     if out:
-        before = sum(layer.error_before for layer in report.layers) / len(report.layers)
-        after = sum(layer.error_after for layer in report.layers) / len(report.layers)
-        table.add_row("mean output error", f"{after:.4f} (rounding to nearest: {before:.4f})")
+        table.add_row("mean output error", report.errors_in_words)
         table.add_row("file" if out.is_file() else "folder", str(out))
     if tuned := report.run.get("tuning"):
         table.add_row("KL on held-out text", f"{tuned['kl_after']:.4f} (before tuning: {tuned['kl_before']:.4f})")

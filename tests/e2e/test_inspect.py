@@ -84,9 +84,9 @@ def test_an_adapter_of_compensate_says_so(made, tmp_path, capsys, text_file):
     assert set(told["ranks"]) == {2}
     same = "--rank 2 --calibration text.txt --samples 2 --seq-len 32"
     assert command_of(lorq.read_report(tmp_path / "lora")) == f"lorq compensate ORIGINAL QUANTIZED OUT {same}"
-    assert any(line.startswith("made by │ lorq compensate ORIGINAL") for line in lines) and "--rank 2" in " ".join(
-        lines
-    )
+    text = "\n".join(lines)
+    assert "made by │ lorq quantize ORIGINAL QUANTIZED --method gptq --grid q4_0 " in text
+    assert "\nlorq compensate ORIGINAL QUANTIZED OUT --rank 2 " in text and "(without factors: " in text
     assert str(text_file) not in json.dumps(told)
     more = options | {"rank": 0, "budget": "9%", "exclude": ["o_proj", "0.mlp"], "seed": 1}
     report = lorq.compensate(made / "model", made / "q4_0", tmp_path / "other", form="peft", **more)

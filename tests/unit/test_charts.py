@@ -1,6 +1,7 @@
 """Charts hold the numbers of the report, cell by cell."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -107,3 +108,26 @@ def test_folders_without_a_common_evaluation_are_compared_by_their_output_error(
     chart = comparison([folder(layer("h.0.a", after=a), name=str(a)) for a in (0.25, 0.5)])
     assert [row["mean output error"] for row in values(chart)] == [0.25, 0.5]
     assert values(chart)[0]["bits per weight"] == pytest.approx(8 * 100 / (8 * 16))
+
+
+def test_errors_are_compared_with_what_they_were_measured_against():
+    fitted = layer("h.0.a", rank=16)
+    for method, settings, run, words in (
+        ("flrq", {}, {}, "0.0100 (rounding to nearest: 0.5000)"),
+        ("nearest", {"grid": "q4_0"}, {}, "0.0100 (rounding to integers of as many bits: 0.5000)"),
+        ("compensate", {}, {}, "0.0100 (without factors: 0.5000)"),
+        ("compensate", {}, {"low_rank_part": "there"}, "0.0100 (without factors: 0.5000), with its adapter"),
+    ):
+        report = Report(method, settings, (fitted,), 1000, {}, run, {})
+        assert report.errors_in_words == words
+        drawn = named(Folder("out", report, Measured(0.0, {}, ()), {}))["error-by-depth"]
+        assert {row["of"] for row in values(drawn)} == {report.before_in_words, "this folder"}
+        assert f"layers: {report.before_in_words}, and this folder" in drawn.note
+        assert drawn.spec["layer"][0]["encoding"]["color"]["scale"]["domain"][0] == report.before_in_words
+
+
+def test_a_rank_that_was_asked_for_is_no_stop_reason_in_our_own_words():
+    for settings, words in (({"rank": 16}, "asked for"), ({"rank": 0, "max_rank": 16}, "max rank")):
+        report = Report("compensate", settings, (replace(layer("h.0.a", rank=16), stop="candidates"),), 1, {}, {}, {})
+        drawn = named(Folder("out", report, Measured(0.0, {}, ()), {}))
+        assert values(drawn["stops"]) == [{"reason": words, "layers": 1}]

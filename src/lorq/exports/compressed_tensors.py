@@ -17,6 +17,7 @@ from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.exports.parts import adapter_lines, check_ranks, integer_layers, plain_codes, row_layers, write_codes
 from lorq.exports.plain import PlainNames
 from lorq.exports.request import Exported, ExportRequest
+from lorq.exports.served import SYMMETRIC_INPUTS, width_lines
 from lorq.storage.folder import LorqFolder
 
 _TARGET = "compressed-tensors"
@@ -32,10 +33,10 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     """
     names = PlainNames(folder)
     layers = integer_layers(folder, names, _TARGET)
-    rank = check_ranks(folder, names, _TARGET, request)
+    check_ranks(folder, names, _TARGET, request)
     config = quantization_config(layers, names)
     done = write_codes(folder, out, request, layers, names, layer_tensors, config)
-    return adapter_lines(folder, names, request, rank, done, _lines(request, layers))
+    return adapter_lines(folder, names, request, done, _lines(request, layers))
 
 
 def layer_tensors(weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -105,11 +106,7 @@ def _lines(request: ExportRequest, layers: Mapping[str, LayerFormat]) -> list[st
     """How it is served, and what of it is not."""
     lines = [f"vllm serve {shlex.quote(str(request.out))} --dtype float16"]
     lines.append("scales are float16: in bfloat16 an engine rounds them to 8 bits")
-    widths = sorted({format.bits for format in layers.values()} - {4, 8})
-    if widths:
-        lines.append(
-            f"vLLM runs {', '.join(map(str, widths))} bits on CUDA devices with the package humming-kernels alone"
-        )
+    lines += width_lines(format.bits for format in layers.values())
     if any(_packs_zero_points(format) for format in layers.values()):
         lines.append(
             "plain transformers (5.23, compressed-tensors 0.20) loads codes with zero points only as dense weights: "
@@ -118,5 +115,5 @@ def _lines(request: ExportRequest, layers: Mapping[str, LayerFormat]) -> list[st
         )
     grids = {format.codes for format in layers.values() if format.input_quantization != "none"}
     if any(isinstance(grid, IntGrid) and not grid.symmetric for grid in grids):
-        lines.append("vLLM multiplies quantized inputs by symmetric codes alone; quantize with --symmetric for it")
+        lines.append(SYMMETRIC_INPUTS)
     return lines

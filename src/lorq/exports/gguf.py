@@ -13,7 +13,7 @@ from lorq.exports.dense import activations_lost
 from lorq.exports.gguf_model import architecture_of, rope_tensors, write_metadata
 from lorq.exports.gguf_plan import FileTensor, Plan
 from lorq.exports.gguf_tokenizer import write_tokenizer
-from lorq.exports.gguf_told import add_told, tell_lost
+from lorq.exports.gguf_told import add_told, tell_lost, told_of
 from lorq.exports.gguf_types import FLOATS, type_number
 from lorq.exports.plain import own_dtype
 from lorq.exports.request import Exported, ExportRequest, GgufType
@@ -50,7 +50,7 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     size, adapter = out.stat().st_size, ""
     if request.adapter_place is not None:
         factors = {t.source.name: found for t in tensors if (found := plan.factors(t.source)) is not None}
-        write_lora(request.adapter_place, architecture.name, factors)
+        write_lora(request.adapter_place, architecture.name, factors, told_of(folder, request.command("gguf")))
         size, adapter = size + request.adapter_place.stat().st_size, f" --lora {shlex.quote(str(request.adapter))}"
     types = Counter(tensor.type for tensor in tensors)
     lines: tuple[str, ...] = (

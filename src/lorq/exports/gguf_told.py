@@ -21,12 +21,18 @@ _LOST_BYTES = 4096  # kept free for it; it is known when the tensors are written
 _FLOATS = ("f64", "f32", "f16", "bf16")
 
 
+def told_of(folder: LorqFolder, command: str) -> dict[str, str]:
+    """The keys that are known before anything is written."""
+    report = json.dumps(replace(folder.report, checksums={}).as_dict(), sort_keys=True)
+    found = read_measured(folder.path).evaluations
+    measured = {"lorq.evaluations": json.dumps(found, sort_keys=True)} if found else {}
+    return {"lorq.command": command, "lorq.report": report} | measured
+
+
 def add_told(writer: Any, folder: LorqFolder, command: str) -> None:
     """Add the keys, the last of which `tell_lost` fills."""
-    writer.add_string("lorq.command", command)
-    writer.add_string("lorq.report", json.dumps(replace(folder.report, checksums={}).as_dict(), sort_keys=True))
-    if found := read_measured(folder.path).evaluations:
-        writer.add_string("lorq.evaluations", json.dumps(found, sort_keys=True))
+    for key, text in told_of(folder, command).items():
+        writer.add_string(key, text)
     writer.add_string("lorq.lost", " " * _LOST_BYTES)
 
 

@@ -20,6 +20,7 @@ from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.exports.parts import adapter_lines, check_ranks, integer_layers, plain_codes, row_layers, write_codes
 from lorq.exports.plain import PlainNames
 from lorq.exports.request import Exported, ExportRequest, refusal
+from lorq.exports.served import GPTQ_SERVED
 from lorq.storage.folder import LorqFolder
 from lorq.storage.json_files import json_bytes
 
@@ -35,7 +36,7 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     names = PlainNames(folder)
     layers = integer_layers(folder, names, _TARGET)
     _check(folder, layers)
-    rank = check_ranks(folder, names, _TARGET, request)
+    check_ranks(folder, names, _TARGET, request)
     offset = 1 if all(_grid(format).symmetric for format in layers.values()) else 0
     config = quantization_config(layers, names, offset)
 
@@ -44,13 +45,13 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
 
     done = write_codes(folder, out, request, layers, names, tensors, config)
     (out / "quantize_config.json").write_bytes(json_bytes(config))
-    lines = [f"vllm serve {shlex.quote(str(request.out))} --dtype float16"]
-    widths = sorted({format.bits for format in layers.values()})
-    if offset == 0 or not set(widths) <= {4, 8}:
-        lines = [
-            "vLLM's reader of gptq takes symmetric codes of 4 and 8 bits alone; --to compressed-tensors serves these"
-        ]
-    return adapter_lines(folder, names, request, rank, done, lines)
+    if offset and {format.bits for format in layers.values()} <= {4, 8}:
+        lines = [f"vllm serve {shlex.quote(str(request.out))} --dtype float16"]
+    else:
+        codes = f"AutoModelForCausalLM.from_pretrained({str(request.out)!r})"
+        both = f"peft.PeftModel.from_pretrained({codes}, {str(request.adapter)!r})"
+        lines = [*([both] if request.adapter else []), GPTQ_SERVED]
+    return adapter_lines(folder, names, request, done, lines)
 
 
 def _grid(format: LayerFormat) -> IntGrid:

@@ -15,12 +15,11 @@ from lorq.core.low_rank import LowRank
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.exports.plain import DTYPES, PlainFolder, PlainNames, in_dtype, own_dtype
 from lorq.exports.request import Exported, ExportRequest, refusal
+from lorq.exports.served import SERVED_RANKS, lora_flags, served_rank
 from lorq.foreign.peft_form import write_lora
 from lorq.models.experts import expert_name
 from lorq.storage.folder import LorqFolder
-
-# vLLM's --max-lora-rank is one of these.
-SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+from lorq.storage.report import ranks_in_words
 
 
 def integer_layers(folder: LorqFolder, names: PlainNames, target: str) -> dict[str, LayerFormat]:
@@ -82,8 +81,8 @@ def row_layers(layers: Mapping[str, LayerFormat], names: PlainNames) -> set[str]
     return {name for name, size in sizes.items() if size == widths[name] and size not in shared}
 
 
-def check_ranks(folder: LorqFolder, names: PlainNames, target: str, request: ExportRequest) -> int:
-    """The adapter's largest rank, 0 where there is none.
+def check_ranks(folder: LorqFolder, names: PlainNames, target: str, request: ExportRequest) -> None:
+    """Refuse what no adapter can be.
 
     Raises:
         ValueError: if there are factors and no place for them was given, or an adapter is to be without factors, or no
@@ -96,7 +95,7 @@ def check_ranks(folder: LorqFolder, names: PlainNames, target: str, request: Exp
                 f"--to {target} holds codes, {len(ranks)} layers have a low-rank part besides: give it a folder, "
                 "--adapter DIR; or take --to dense, which has it in the weights"
             )
-        return 0
+        return
     if not ranks:
         raise ValueError(
             f"--adapter is for a low-rank part, the layers of {folder.path} have none; leave it out: it is a base "
@@ -111,7 +110,6 @@ def check_ranks(folder: LorqFolder, names: PlainNames, target: str, request: Exp
             f"--adapter needs ranks up to {SERVED_RANKS[-1]}, the most that servers take, {name} has {most}; take "
             "--to dense, or quantize with a smaller --budget"
         )
-    return most
 
 
 def write_adapter(folder: LorqFolder, names: PlainNames, request: ExportRequest) -> tuple[int, float]:
@@ -152,21 +150,25 @@ def _low_ranks(folder: LorqFolder) -> Iterator[tuple[str, tuple[Tensor, Tensor]]
 
 
 def adapter_lines(
-    folder: LorqFolder, names: PlainNames, request: ExportRequest, rank: int, done: Exported, lines: list[str]
+    folder: LorqFolder, names: PlainNames, request: ExportRequest, done: Exported, lines: list[str]
 ) -> Exported:
-    """Write the adapter, where one is asked for, and say how vLLM serves both, and what its slots are padded to."""
+    """Write the adapter, where one is asked for, and say how both are loaded.
+
+    Args:
+        lines: to print; where the first is vLLM's command, the adapter is added to it.
+    """
     if request.adapter is None:
         return replace(done, lines=(*lines, *done.lines))
     size, rounding = write_adapter(folder, names, request)
-    slot = next(served for served in SERVED_RANKS if served >= rank)
-    flags = f"--enable-lora --max-lora-rank {slot} --lora-modules low-rank={shlex.quote(str(request.adapter))}"
     ranks = [format.rank for format in folder.formats.values() if format.rank]
-    own = [
-        f"{lines[0]} {flags}" if lines[0].startswith("vllm serve") else lines[0],
-        f"ask vLLM for the model low-rank; its slots take rank {slot}, the layers have {min(ranks)} to {rank}",
-    ]
+    if lines[0].startswith("vllm serve"):
+        told = f"its slots take rank {served_rank(ranks)}, the layers have {ranks_in_words(ranks)}"
+        lines = [
+            f"{lines[0]} {lora_flags(ranks, shlex.quote(str(request.adapter)))}",
+            f"ask vLLM for the model low-rank; {told}", *lines[1:],
+        ]  # fmt: skip
     lost = {"low-rank part": f"float16 changes it by {rounding:.2g} of its norm"} if rounding else {}
-    return Exported(done.bytes + size, (*own, *lines[1:], *done.lines), {**done.lost, **lost})
+    return Exported(done.bytes + size, (*lines, *done.lines), {**done.lost, **lost})
 
 
 def write_codes(

@@ -14,7 +14,7 @@ from lorq.storage.names import REPORT_NAME
 from lorq.storage.writer import CheckpointWriter
 
 _TARGET = "peft"
-_NOTE = "its low-rank part is an adapter, with which the errors are"
+_NOTE = "the low-rank part is an adapter beside this folder, and the errors are those with it"
 
 
 def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
@@ -34,7 +34,7 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
     if request.adapter is None:
         raise ValueError("--to peft writes the low-rank part by itself, say where: --adapter DIR")
     names = PlainNames(folder)
-    rank = check_ranks(folder, names, _TARGET, request)
+    check_ranks(folder, names, _TARGET, request)
     config, report = folder.config, folder.report
     formats, layers = config["quantization_config"]["layers"], {layer.name: layer for layer in report.layers}
     writer = CheckpointWriter.create(out, {"exported_from": folder.reader.fingerprint()})
@@ -45,12 +45,13 @@ def export(folder: LorqFolder, out: Path, request: ExportRequest) -> Exported:
             tensors = {k: t for k, t in tensors.items() if k.rpartition(".")[0] != name or k.endswith(".bias")}
             tensors |= {f"{name}.{local}": tensor for local, tensor in bare.tensors().items()}
             formats[name] = write_format(bare.format)
-            before = layers[name]
-            note = "; ".join(filter(None, (before.note, _NOTE)))
-            layers[name] = replace(before, rank=0, bytes=layer_bytes(bare.stored_bits()), note=note)
+            layers[name] = replace(layers[name], rank=0, bytes=layer_bytes(bare.stored_bits()))
         writer.write_shard(file, tensors, {"bytes": sum(tensor.nbytes for tensor in tensors.values())})
     size = sum(record["bytes"] for record in writer.completed.values())
-    new = replace(report, layers=tuple(layers.values()), bytes=size, checksums=writer.shard_checksums())
+    new = replace(
+        report, layers=tuple(layers.values()), bytes=size, checksums=writer.shard_checksums(),
+        run=report.run | {"low_rank_part": _NOTE},
+    )  # fmt: skip
     writer.finish(config=config, files=find_companions(folder.path)[0] | {REPORT_NAME: new.to_bytes()})
     lines = [f"peft.PeftModel.from_pretrained(lorq.load({str(request.out)!r}), {str(request.adapter)!r})"]
-    return adapter_lines(folder, names, request, rank, Exported(size), lines)
+    return adapter_lines(folder, names, request, Exported(size), lines)

@@ -71,7 +71,9 @@ def row_order(stored: Float[Tensor, "out in"], weight: Float[Tensor, "out in"]) 
     return torch.tensor(found)
 
 
-def write_lora(file: Path, architecture: str, factors: Mapping[str, tuple[Tensor, Tensor]]) -> int:
+def write_lora(
+    file: Path, architecture: str, factors: Mapping[str, tuple[Tensor, Tensor]], told: Mapping[str, str] | None = None
+) -> int:
     """Write an adapter for llama.cpp; the bytes of its tensors.
 
     llama.cpp multiplies by ``alpha / rank``, the rank of each tensor, and not at all where ``adapter.lora.alpha`` is 0,
@@ -79,6 +81,7 @@ def write_lora(file: Path, architecture: str, factors: Mapping[str, tuple[Tensor
 
     Args:
         factors: left and right by the GGUF file's names of tensors, with its order of rows; of experts stacked.
+        told: texts for keys of lorq's own.
     """
     from gguf import GGUFWriter
 
@@ -87,6 +90,8 @@ def write_lora(file: Path, architecture: str, factors: Mapping[str, tuple[Tensor
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)
+    for key, text in (told or {}).items():
+        writer.add_string(key, text)
     size = 0
     for name, (left, right) in factors.items():
         for suffix, factor in (("lora_a", right), ("lora_b", left)):

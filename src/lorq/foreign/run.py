@@ -22,6 +22,7 @@ from lorq.foreign.settings import Form, Settings, check_new
 from lorq.models.locate import full_path, refuse_adapter, resolve_model
 from lorq.models.texts import SELF, check_text
 from lorq.models.windows import Windows
+from lorq.pipeline.options import Options
 from lorq.pipeline.quantize import calibration_windows
 from lorq.progress import OPEN, Progress, no_progress
 from lorq.runtime.device import own_defaults, read_device
@@ -30,7 +31,7 @@ from lorq.storage.journal import differences, read_journal
 from lorq.storage.json_files import json_bytes
 from lorq.storage.lock import owned
 from lorq.storage.names import JOURNAL, REPORT_NAME
-from lorq.storage.report import LayerReport, Report
+from lorq.storage.report import LayerReport, Report, read_report
 from lorq.storage.writer import CheckpointWriter
 from lorq.version import __version__
 
@@ -103,10 +104,20 @@ def compensate(
         fit(couple, plan, windows.tokens, chosen, writer, progress)
         done = Compensated.choose(couple, work, writer.completed, chosen)
         told = _without(_HOW, chosen) | {"calibration": windows.source}  # whose folder is nobody's business
-        layers, run = tuple(map(done.report, done.layers)), run | {"form": form}
+        layers, run = tuple(map(done.report, done.layers)), run | {"form": form} | _made_by(folders[1])
         report = Report("compensate", told, layers, 0, dict(couple.kept), run, {})
         report = _write(done, form, str(quantized), report, work, out)
     return replace(report, seconds=time.monotonic() - started)
+
+
+def _made_by(quantized: Path) -> dict[str, Any]:
+    """How lorq made the quantized model, as far as a command tells it; nothing where another program did."""
+    if not (quantized / REPORT_NAME).is_file():
+        return {}
+    told = read_report(quantized)
+    kept = (*(field.name for field in fields(Options)), "tuning", "form", "quantized_by")
+    own = {key: value for key, value in told.run.items() if key in kept}
+    return {"quantized_by": {"method": told.method, "settings": told.settings, "run": own}}
 
 
 def _write(done: Compensated, form: Form, base: str, report: Report, work: Path, out: Path) -> Report:

@@ -75,19 +75,45 @@ class Report:
         each = ", ".join(f"{_bits_per_weight([layer]):.3f} in {layer.name}" for layer in tables)
         return f"{self.bits_per_weight:.3f} ({blocks:.3f} in the blocks, {each})"
 
+    def mean_error(self, when: str = "after") -> float:
+        """Of the layers' outputs, "after" or "before"."""
+        return sum(getattr(layer, f"error_{when}") for layer in self.layers) / max(len(self.layers), 1)
+
+    @property
+    def before_in_words(self) -> str:
+        """What the errors before are those of."""
+        if self.method == "compensate":
+            return "without factors"
+        if self.settings.get("grid", "integer") in ("integer", "normal-float"):
+            return "rounding to nearest"
+        return "rounding to integers of as many bits"  # what blocks of GGUF are measured against
+
+    @property
+    def errors_in_words(self) -> str:
+        """The mean error of the layers' outputs, what to compare it with, and what it holds with."""
+        words = f"{self.mean_error():.4f} ({self.before_in_words}: {self.mean_error('before'):.4f})"
+        return words + (", with its adapter" if "low_rank_part" in self.run else "")
+
+    def stop_in_words(self, layer: LayerReport) -> str:
+        """Why a layer's rank is not larger."""
+        if layer.stop != "candidates":
+            return layer.stop
+        return "asked for" if self.settings.get("rank") else "max rank"
+
     @property
     def notes(self) -> dict[str, str]:
         """The layers' notes by module, once for layers of one module with the same note, as those of an expert.
 
-        And that the original had been quantized, and why files that lie beside its weights do not lie beside these.
+        And that the original had been quantized, where the low-rank part is, and why files that lie beside its weights
+        do not lie beside these.
         """
         modules: dict[tuple[str, str], list[str]] = {}
         for layer in self.layers:
             if layer.note:
                 modules.setdefault((layer.name.rpartition(".")[0], layer.note), []).append(layer.name)
         notes = {module if len(names) > 1 else names[0]: note for (module, note), names in modules.items()}
-        if "dequantized" in self.run:
-            notes["all layers"] = self.run["dequantized"]
+        if whole := [self.run[key] for key in ("dequantized", "low_rank_part") if key in self.run]:
+            notes["all layers"] = "; ".join(whole)
         return notes | {name: f"not copied, {why}" for name, why in self.run.get("not_copied", {}).items()}
 
     def as_dict(self) -> dict[str, Any]:
@@ -109,6 +135,19 @@ class Report:
     def to_bytes(self) -> bytes:
         """The file's content; the same for the same run."""
         return json_bytes(self.as_dict())
+
+
+def ranks_in_words(ranks: Sequence[int], mean: bool = False) -> str:
+    """From the least to the largest, and their mean where that is asked for and they differ.
+
+    Example:
+        >>> ranks_in_words([3, 16, 2]), ranks_in_words([3, 16, 2], mean=True), ranks_in_words([16, 16], mean=True)
+        ('2 to 16', 'mean 7.0, 2 to 16', '16')
+    """
+    least, most = min(ranks), max(ranks)
+    if least == most:
+        return str(most)
+    return (f"mean {sum(ranks) / len(ranks):.1f}, " if mean else "") + f"{least} to {most}"
 
 
 def _bits_per_weight(layers: Sequence[LayerReport]) -> float:
