@@ -224,6 +224,14 @@ def _float8(files: WeightFiles, config: Mapping[str, Any]) -> Found:
             yield module, Packed((out, in_), parts, make)
 
 
+def _modelopt(files: WeightFiles, config: Mapping[str, Any]) -> Found:
+    if (kind := config.get("quant_algo")) != "FP8":
+        raise ValueError(
+            f"{files.folder} must have ModelOpt's quant_algo FP8, got {kind}; give a folder of its dequantized weights"
+        )
+    return _float8(files, {})
+
+
 def _bitsandbytes(files: WeightFiles, config: Mapping[str, Any]) -> Found:
     names: dict[str, dict[str, str]] = {}
     for name in files.names:
@@ -248,4 +256,5 @@ FORMATS: dict[str, Callable[[WeightFiles, Mapping[str, Any]], Found]] = {
     "compressed-tensors": _compressed_tensors,
     "bitsandbytes": _bitsandbytes,
     "fp8": _float8,
+    "modelopt": _modelopt,
 }
