@@ -95,3 +95,52 @@ def test_float8_with_scales_that_nobody_tells_of_is_refused(scale, tmp_path):
     (source / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
     with pytest.raises(ValueError, match=r"must have ModelOpt's quant_algo FP8, got NVFP4; give a folder"):
         lorq.quantize(source, tmp_path / "out", METHOD)
+
+
+def test_integers_in_blocks_are_read_by_what_the_config_says(tmp_path):
+    source = tiny_folder(tmp_path / "source", "llama", tie_word_embeddings=False)
+    tensors, values = load_file(source / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        blocks = tensors[name].unflatten(0, (-1, 8)).unflatten(2, (-1, 8))
+        scale = blocks.abs().amax((1, 3)) / 127
+        spread = scale.repeat_interleave(8, 0).repeat_interleave(8, 1)
+        tensors[name.replace("weight", "weight_scale")] = scale
+        tensors[name] = (tensors[name] / spread).round().to(torch.int8)
+        values[name] = tensors[name] * spread
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 8, "type": "int", "strategy": "block", "block_structure": [8, 8]}
+    group = {"targets": ["Linear"], "weights": weights}
+    told = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group": group}}
+    tell(source, quantization_config=told)
+    files = read_dense(source, torch.float32)
+    for name, value in values.items():
+        torch.testing.assert_close(files.tensor(name), value)
+    weights["block_structure"] = None
+    tell(source, quantization_config=told)
+    with pytest.raises(ValueError, match=r"proj must have a block_structure of two numbers, got \(\)"):
+        read_dense(source, torch.float32)
+    weights |= {"strategy": "group", "group_size": 32}
+    tell(source, quantization_config=told)
+    with pytest.raises(ValueError, match=r"must have scales for 4 groups of 128 columns, .* it has them for 16"):
+        read_dense(source, torch.float32)
+
+
+def test_codes_are_symmetric_where_compressed_tensors_config_does_not_say(tmp_path):
+    """As compressed-tensors itself has it: `QuantizationArgs.symmetric` is True by default.
+
+    A file that has lost its zero points, and the word of them, can then not be told from a symmetric one.
+    """
+    plain = tiny_folder(tmp_path / "plain", "llama", tie_word_embeddings=False)
+    lorq.quantize(plain, tmp_path / "q", lorq.Nearest(bits=4, group_size=16, symmetric=False))
+    lorq.export(tmp_path / "q", tmp_path / "source", to="compressed-tensors")
+    told = json.loads((tmp_path / "source/config.json").read_text())["quantization_config"]
+    weights = told["config_groups"]["group_0"]["weights"]
+    assert not weights.pop("symmetric")
+    tell(tmp_path / "source", quantization_config=told)
+    words = r"no zero points, since symmetric is true where the config does not say, its weight_zero_point has some"
+    with pytest.raises(ValueError, match=words):
+        read_dense(tmp_path / "source", torch.float32)
+    weights["strategy"] = "block"
+    tell(tmp_path / "source", quantization_config=told)
+    with pytest.raises(ValueError, match=r"packed codes with scales of rows or groups, \S+ has the strategy block"):
+        read_dense(tmp_path / "source", torch.float32)

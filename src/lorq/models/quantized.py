@@ -141,9 +141,9 @@ def open_dense(folder: Path) -> WeightFiles:
         beside = [n for n in files.by_module[name.rpartition(".")[0]] if n != name and "scale" in n.rpartition(".")[2]]
         if files.dtype(name) in FLOAT8 and beside:
             raise ValueError(
-                f"{folder} must say in config.json (quantization_config) how its weights are quantized, it says nothing "
-                f"of {name} ({files.dtype(name)}) and its {beside[0]}; add what belongs there, or give a folder of its "
-                "dequantized weights"
+                f"{folder} must say in config.json (quantization_config) how its weights are quantized, it says "
+                f"nothing of {name} ({files.dtype(name)}) and its {beside[0]}; add what belongs there, or give a "
+                "folder of its dequantized weights"
             )
     return files
 
