@@ -47,19 +47,42 @@ def is_sealed(file: Path) -> bool:
         return opened.read(len(_EMPTY)) == found[1]
 
 
+def check_seal(file: Path) -> bool:
+    """Whether a file has a checksum of lorq's, which is held against its content.
+
+    Raises:
+        ValueError: if it differs.
+    """
+    if _checksum_place(file) is None:
+        return False
+    if not is_sealed(file):
+        raise ValueError(
+            f"{file} must be as lorq wrote it, its content is not what its checksum ({GGUF_SEAL}) says: it was changed "
+            "since, or cut short; copy or export it again, or, if it was changed on purpose, take the checksum out "
+            f"(gguf-new-metadata --remove-metadata {GGUF_SEAL})"
+        )
+    return True
+
+
 def _begin(file: Path) -> bytes:
     with file.open("rb") as opened:
         return opened.read(_BEGIN)
 
 
-def _checksum(file: Path) -> tuple[int, bytes] | None:
-    """Where a file's checksum is, and what it has to be, sha256 in hex; None where there is no place for one."""
+def _checksum_place(file: Path) -> int | None:
+    """Where a file's checksum is; None where there is no place for one."""
     begin = _begin(file)
     key = begin.find(_KEY)
-    place, end = key + len(_KEY), key + len(_KEY) + len(_EMPTY)
-    if key < 0 or end > len(begin):
+    place = key + len(_KEY)
+    return None if key < 0 or place + len(_EMPTY) > len(begin) else place
+
+
+def _checksum(file: Path) -> tuple[int, bytes] | None:
+    """Where a file's checksum is, and what it has to be, sha256 in hex; None where there is no place for one."""
+    if (place := _checksum_place(file)) is None:
         return None
-    digest = hashlib.sha256(begin[:place] + _EMPTY + begin[end:])
+    begin = _begin(file)
+    digest = hashlib.sha256(begin[:place] + _EMPTY + begin[place + len(_EMPTY) :])
     with file.open("rb") as opened:
         opened.seek(len(begin))
         hashlib.file_digest(opened, lambda: digest)
