@@ -1,10 +1,10 @@
 """A GGUF file -> a Hugging Face folder of what its codes stand for, by transformers' reader and what that leaves."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lorq.models.locate import make_room
 from lorq.storage.json_files import some_of
 from lorq.storage.names import DECODED_FROM
 from lorq.storage.seal import check_seal
@@ -18,8 +18,10 @@ _WIDTHS = {
 }  # fmt: skip
 
 
-def decode_gguf(path: Path, folder: Path) -> None:
+def decode_gguf(path: Path, folder: Path, make_room: Callable[[Path, int], None]) -> None:
     """Decode a file into an empty folder: in float16, or in float32 where a weight is too large for that.
+
+    ``make_room`` is asked for so many bytes in the folder first.
 
     Raises:
         ValueError: if transformers cannot read all of it, or lorq wrote it and it was changed since.

@@ -137,7 +137,7 @@ def _decoded_gguf(path: Path) -> Path:
     from lorq.models.gguf_source import decode_gguf
 
     name = f"gguf/{path.stem}-{_content_of(path)[:16]}-{_DECODING}"
-    return cached_folder(name, lambda work: decode_gguf(path, work))
+    return cached_folder(name, lambda work: decode_gguf(path, work, make_room))
 
 
 def _content_of(path: Path) -> str:
