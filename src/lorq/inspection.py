@@ -15,6 +15,7 @@ from lorq.exports.made import Made, is_for_others
 from lorq.models.locate import full_path
 from lorq.show import figures_line, metrics_line, print_summary, smaller
 from lorq.storage.report import Report, ranks_in_words, read_report
+from lorq.storage.seal import check_seal
 
 _KINDS = {"gguf": "a file for llama.cpp", "gguf adapter": "a LoRA file for llama.cpp", "adapter": "an adapter of PEFT"}
 
@@ -31,18 +32,27 @@ def inspect(
     Args:
         out: a folder that `lorq quantize`, `lorq export` or `lorq compensate` wrote, or a GGUF file.
         json_: print one JSON object.
-        verify: compare every weight file of a lorq folder with its checksum first.
+        verify: compare every weight file of a lorq folder, or a GGUF file of lorq's, with its checksum first.
     """
     out = full_path(out)
     if is_for_others(out):
         if verify:
-            raise ValueError(f"--verify is for lorq folders, whose reports have checksums, {out} is none; leave it out")
+            _verify_file(out)
         from lorq.exports.read_back import read_made
 
         made = read_made(out)
         print(json.dumps(_as_dict(made))) if json_ else _show_made(made)
         return
     _inspect_folder(out, read_report(out), as_json=json_, verify=verify)  # refuses other folders before torch is there
+
+
+def _verify_file(out: Path) -> None:
+    if not (out.is_file() and check_seal(out)):
+        raise ValueError(
+            f"--verify is for lorq folders, whose reports have checksums, and GGUF files of lorq's with one, {out} is "
+            "none; leave it out"
+        )
+    notes.print(f"{out} matches its checksum")
 
 
 def _inspect_folder(out: Path, report: Report, *, as_json: bool, verify: bool) -> None:

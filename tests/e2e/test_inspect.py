@@ -113,5 +113,8 @@ def test_what_another_program_wrote_is_told_and_what_is_damaged_refused(made, tm
         (tmp_path / name).write_bytes(content)
         assert main(["inspect", str(tmp_path / name)]) == 1
         assert words in (shown := capsys.readouterr().err) and shown.count("\n") == 1
-    assert main(["inspect", str(made / "model.gguf"), "--verify"]) == 1
-    assert "--verify is for lorq folders, whose reports have checksums" in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "other.gguf"), "--verify"]) == 1
+    assert (
+        "--verify is for lorq folders, whose reports have checksums, and GGUF files of lorq's"
+        in capsys.readouterr().err
+    )

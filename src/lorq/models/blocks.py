@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorq.models.calls import Answer, Entered, Key, Recorder, Room, Stream
-from lorq.models.quantized import read_dense
+from lorq.models.quantized import open_dense, read_dense
 from lorq.models.skeleton import (
     find_blocks,
     find_tied,
@@ -105,7 +105,7 @@ class StreamedModel:
         """
         config = read_config(folder, quantized=dequantize)
         stored = read_dense(folder, config.get_text_config().dtype or torch.float32) if dequantize else None
-        return cls(skeleton(config), stored or WeightFiles.open(folder), **where)
+        return cls(skeleton(config), stored or open_dense(folder), **where)
 
     @property
     def blocks(self) -> tuple[Part, ...]:

@@ -20,6 +20,7 @@ from lorq.models.stated import (
     check_order,
     check_symmetry,
     has_order,
+    is_symmetric,
     settle,
     stated_by_gptq,
     stated_by_groups,
@@ -156,14 +157,17 @@ def _packed(files: WeightFiles, module: str, parts: dict[str, str], stated: Mapp
     folder, bits = files.folder, stated.get("num_bits")
     out, in_ = files.aside().tensor(parts["weight_shape"]).tolist()
     check_bits(folder, module, bits, words=_matrix(files, parts["weight_packed"])[1], columns=in_)
-    groups = files.shape(parts["weight_scale"])[-1]
-    if stated.get("strategy") in ("group", "channel"):
-        check_groups(folder, module, stated.get("group_size") or -1, groups=groups, columns=in_)
+    if stated.get("strategy") == "block":
+        raise ValueError(
+            f"{folder} must have packed codes with scales of rows or groups, {module} has the strategy block; give a "
+            "folder of its dequantized weights instead"
+        )
+    _check_scales(files, module, parts, stated, in_)
     _check_parts(files, module, parts, stated)
     if "weight_g_idx" in parts and "actorder" in stated and not has_order(stated):
-        group = files.aside().tensor(parts["weight_g_idx"])
+        group, groups = files.aside().tensor(parts["weight_g_idx"]), files.shape(parts["weight_scale"])[-1]
         check_order(folder, module, group, groups, said="actorder", stated=stated["actorder"])
-    return Packed((out, in_), parts, partial(read_packed, bits=bits, symmetric=stated.get("symmetric", False)))
+    return Packed((out, in_), parts, partial(read_packed, bits=bits, symmetric=bool(is_symmetric(stated))))
 
 
 def _unpacked(
@@ -180,7 +184,22 @@ def _unpacked(
             "beside a scale; save it with save_compressed=True"
         )
     _check_parts(files, module, parts, stated)
-    return Packed(shape, parts, read_plain)
+    block = tuple(stated.get("block_structure") or ()) if stated.get("strategy") == "block" else None
+    if block is None:
+        _check_scales(files, module, parts, stated, shape[1])
+    elif len(block) != 2:
+        raise damaged(files.folder / "config.json", f"{module} must have a block_structure of two numbers, got {block}")
+    return Packed(shape, parts, partial(read_plain, block=block))
+
+
+def _check_scales(
+    files: WeightFiles, module: str, parts: dict[str, str], stated: Mapping[str, Any], columns: int
+) -> None:
+    """Hold the number of a row's scales against the stated groups."""
+    if stated.get("strategy") in ("group", "channel"):
+        shape = files.shape(parts["weight_scale"])
+        groups = shape[-1] if len(shape) == 2 else 1
+        check_groups(files.folder, module, stated.get("group_size") or -1, groups=groups, columns=columns)
 
 
 def _check_parts(files: WeightFiles, module: str, parts: dict[str, str], stated: Mapping[str, Any]) -> None:
@@ -192,12 +211,13 @@ def _check_parts(files: WeightFiles, module: str, parts: dict[str, str], stated:
             files.folder / "config.json",
             f"{module} must have a weight_g_idx, since its actorder is {stated['actorder']!r}, it has none",
         )
-    symmetric, own = stated.get("symmetric"), parts.get("weight_zero_point")
+    symmetric, own = is_symmetric(stated), parts.get("weight_zero_point")
+    by_default = "" if "symmetric" in stated else " where the config does not say"
     # Programs wrote zeros there once.
     if symmetric and own and bool(files.aside().tensor(own).any()):
         raise inconsistent(
             files.folder / "config.json",
-            f"{module} must have no zero points, since symmetric is true, its weight_zero_point has some",
+            f"{module} must have no zero points, since symmetric is true{by_default}, its weight_zero_point has some",
         )
     if symmetric is False and not own:
         raise inconsistent(
@@ -224,6 +244,14 @@ def _float8(files: WeightFiles, config: Mapping[str, Any]) -> Found:
             yield module, Packed((out, in_), parts, make)
 
 
+def _modelopt(files: WeightFiles, config: Mapping[str, Any]) -> Found:
+    if (kind := config.get("quant_algo")) != "FP8":
+        raise ValueError(
+            f"{files.folder} must have ModelOpt's quant_algo FP8, got {kind}; give a folder of its dequantized weights"
+        )
+    return _float8(files, {})
+
+
 def _bitsandbytes(files: WeightFiles, config: Mapping[str, Any]) -> Found:
     names: dict[str, dict[str, str]] = {}
     for name in files.names:
@@ -248,4 +276,5 @@ FORMATS: dict[str, Callable[[WeightFiles, Mapping[str, Any]], Found]] = {
     "compressed-tensors": _compressed_tensors,
     "bitsandbytes": _bitsandbytes,
     "fp8": _float8,
+    "modelopt": _modelopt,
 }

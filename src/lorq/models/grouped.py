@@ -141,7 +141,7 @@ def read_packed(tensors: Mapping[str, Tensor], *, bits: int | None = None, symme
         ValueError: if the words are not the dense ones of version 0.18 and later.
     """
     out, columns = tensors["weight_shape"].tolist()
-    words, scale = tensors["weight_packed"], tensors["weight_scale"].view(out, -1)
+    words, scale = tensors["weight_packed"], _of_rows(tensors["weight_scale"], out)
     fitting = [b for b in ([bits] if bits else range(1, 9)) if -(-columns * b // 32) == words.shape[1]]
     if len(fitting) > 1:
         raise ValueError(
@@ -165,12 +165,36 @@ def read_packed(tensors: Mapping[str, Tensor], *, bits: int | None = None, symme
     return _grouped(unpack(words, bits, columns), bits, scale, zero, group)
 
 
-def read_plain(tensors: Mapping[str, Tensor]) -> GroupedCodes:
-    """compressed-tensors' "int-quantized": ``weight`` int8, ``weight_scale`` and maybe ``weight_zero_point``."""
-    weight = tensors["weight"]
-    scale = tensors["weight_scale"].expand(len(weight), 1) if tensors["weight_scale"].numel() == 1 else None
-    scale = tensors["weight_scale"].view(len(weight), -1) if scale is None else scale
+def read_plain(tensors: Mapping[str, Tensor], *, block: tuple[int, int] | None = None) -> GroupedCodes:
+    """compressed-tensors' "int-quantized": ``weight`` int8, ``weight_scale`` and maybe ``weight_zero_point``.
+
+    Args:
+        block: the rows and columns that share a scale; None for scales of rows and groups, or one for all.
+
+    Raises:
+        ValueError: if there are other numbers of scales.
+    """
+    weight, scale = tensors["weight"], tensors["weight_scale"]
     zero = tensors.get("weight_zero_point")
     zero = torch.zeros(scale.shape, dtype=torch.int32) if zero is None else zero.expand(scale.shape).to(torch.int32)
+    out, columns = weight.shape
+    if block is not None:
+        expected = (-(-out // block[0]), -(-columns // block[1]))
+        if tuple(scale.shape) != expected:
+            raise ValueError(f"weight_scale must be {expected}, one for each block {block}, got {tuple(scale.shape)}")
+        scale, zero = (tensor.repeat_interleave(block[0], 0)[:out] for tensor in (scale, zero))
+        group = torch.arange(columns) // block[1]
+    else:
+        scale, zero = (_of_rows(tensor, out) for tensor in (scale, zero))
+        group = _in_order(columns, scale.shape[1])
     codes = (weight.to(torch.int16) + 128).to(torch.uint8)
-    return _grouped(codes, 8, scale, zero + 128, _in_order(weight.shape[1], scale.shape[1]))
+    return _grouped(codes, 8, scale, zero + 128, group)
+
+
+def _of_rows(scale: Tensor, out: int) -> Tensor:
+    """Scales of rows and groups as a matrix; a ValueError for those of anything else."""
+    if scale.numel() == 1:
+        return scale.reshape(1, 1).expand(out, 1)
+    if scale.ndim not in (1, 2) or len(scale) != out:
+        raise ValueError(f"weight_scale must be one number, or a row for each of {out}, got {tuple(scale.shape)}")
+    return scale.view(out, -1)

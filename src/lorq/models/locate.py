@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from lorq.storage.atomic import rename_synced, require_space, sha256_of, write_synced
 from lorq.storage.companions import WEIGHTS
-from lorq.storage.json_files import some_of
-from lorq.storage.names import DECODED_FROM, JOURNAL
+from lorq.storage.names import JOURNAL
 
 if TYPE_CHECKING:  # a wrong path is refused before torch is there
     import torch
 logger = logging.getLogger(__name__)
+# Raised where the same file decodes to something else than before, which the cache may hold still.
+_DECODING = 2
 
 
 def cache_dir() -> Path:
@@ -64,8 +65,9 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
     """A local folder with the config and weights of ``model``.
 
     Args:
-        model: a local Hugging Face folder; a ``.gguf`` file, which is decoded in float16 into a folder in the cache
-            (`cache_dir`), once; or a hub id such as ``org/name``, which huggingface_hub downloads into its own cache.
+        model: a local Hugging Face folder; a ``.gguf`` file, which is decoded into a folder in the cache (`cache_dir`),
+            once, in float16, or in float32 where that does not hold it; or a hub id such as ``org/name``, which
+            huggingface_hub downloads into its own cache.
 
     Raises:
         FileNotFoundError: if it is none of the three.
@@ -132,7 +134,10 @@ def _downloaded(model_id: str) -> Path:
 
 def _decoded_gguf(path: Path) -> Path:
     """The folder that a GGUF file decodes to; decoded once, then taken from the cache."""
-    return cached_folder(f"gguf/{path.stem}-{_content_of(path)[:16]}", lambda work: _decode_gguf(path, work))
+    from lorq.models.gguf_source import decode_gguf
+
+    name = f"gguf/{path.stem}-{_content_of(path)[:16]}-{_DECODING}"
+    return cached_folder(name, lambda work: decode_gguf(path, work, make_room))
 
 
 def _content_of(path: Path) -> str:
@@ -171,77 +176,6 @@ def cached_folder(name: str, make: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
-
-
-def _decode_gguf(path: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ImportError("reading a GGUF file needs the gguf package: pip install 'lorq[gguf]'") from error
-    name, parent = path.name, str(path.parent)
-    make_room(folder, _decoded_bytes(path))
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            parent, gguf_file=name, dtype="float16", quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )  # fmt: skip
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise ValueError(f"{path} could not be read as a GGUF language model: {error}") from error
-    model, told = loaded
-    if lacking := [*told["missing_keys"], *told["mismatched_keys"]]:
-        raise ValueError(
-            f"{path} must have every weight of a {type(model).__name__}, as transformers reads it, it lacks "
-            f"{some_of(map(str, lacking))}; take the model's Hugging Face folder"
-        )
-    _check_read(path, model)
-    model.save_pretrained(folder)
-    if kinds := _quantized_kinds(path):
-        note = f"the model's weights were quantized before (GGUF: {', '.join(kinds)}), and dequantized"
-        (folder / DECODED_FROM).write_text(note, encoding="utf-8")
-    AutoTokenizer.from_pretrained(parent, gguf_file=name).save_pretrained(folder)
-
-
-def _check_read(path: Path, model: Any) -> None:
-    """Refuse, with a ValueError, a file of which transformers has left out something that changes what comes out."""
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    names = [tensor.name for tensor in reader.tensors]
-    scaled = "rope_freqs.weight" in names
-    for name, field in reader.fields.items():
-        scaled |= name.endswith(".rope.scaling.type") and str(field.contents()) not in ("none", "")
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    left_out = []
-    if scaled and rope.get("rope_type", "default") == "default":
-        left_out.append("the scaling of its positions (rope)")
-    biases = sum(name.endswith(".bias") for name in names)
-    if biases > sum(name.endswith("bias") for name in model.state_dict()):
-        left_out.append("biases")
-    if left_out:
-        raise ValueError(
-            f"{path} has {' and '.join(left_out)}, which transformers does not read of such files: the model would be "
-            "another one; take its Hugging Face folder"
-        )
-
-
-def _quantized_kinds(path: Path) -> list[str]:
-    """GGUF's names for the types of a file's tensors, those of plain numbers left out."""
-    from gguf import GGUFReader
-
-    kinds = {tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
-    return sorted(kinds - {"F64", "F32", "F16", "BF16"})
-
-
-def _decoded_bytes(path: Path) -> int:
-    """Of a GGUF file's tensors in float16."""
-    from gguf import GGUFReader
-
-    try:
-        return sum(2 * int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
-    except (ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path} could not be read as a GGUF file: {error}") from error
 
 
 def load_dense(folder: Path, dtype: "torch.dtype") -> Any:

@@ -13,10 +13,14 @@ from torch import Tensor
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.models.decoded import FLOAT8
 from lorq.models.formats import FORMATS, Packed, Weight
+from lorq.models.skeleton import QUANTIZATION_KEYS
 from lorq.storage.folder import LorqFolder
-from lorq.storage.json_files import damaged, read_json, some_of
+from lorq.storage.json_files import damaged, inconsistent, read_json, some_of
 from lorq.storage.names import DECODED_FROM
 from lorq.storage.reader import WeightFiles
+
+# Where ModelOpt tells of its quantization, in newer folders beside the config, which tells the same.
+MODELOPT = "hf_quant_config.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class QuantizedFiles(WeightFiles):
             ValueError: for a quantization that is not read here, or tensors that do not belong together.
         """
         if config is None:
-            files = WeightFiles.open(folder)
+            files = open_dense(folder)
             return cls(files.folder, files.headers, files.files)
         method = str(config.get("quant_method"))
         if method == "lorq":
@@ -120,15 +124,39 @@ def read_dense(folder: Path, dtype: torch.dtype) -> WeightFiles:
     """
     told = read_quantization(folder)
     if told is None:
-        return WeightFiles.open(folder)
+        return open_dense(folder)
     if told.get("quant_method") == "lorq":
         raise ValueError(f"{folder} is already quantized (lorq); give the original model")
     return replace(QuantizedFiles.of(folder, told), decoded=dtype)
 
 
+def open_dense(folder: Path) -> WeightFiles:
+    """The weights of a folder that nothing calls quantized.
+
+    Raises:
+        ValueError: for 8-bit floating point weights with scales, which would be read without them.
+    """
+    files = WeightFiles.open(folder)
+    for name in files.names:
+        beside = [n for n in files.by_module[name.rpartition(".")[0]] if n != name and "scale" in n.rpartition(".")[2]]
+        if files.dtype(name) in FLOAT8 and beside:
+            raise ValueError(
+                f"{folder} must say in config.json (quantization_config) how its weights are quantized, it says "
+                f"nothing of {name} ({files.dtype(name)}) and its {beside[0]}; add what belongs there, or give a "
+                "folder of its dequantized weights"
+            )
+    return files
+
+
 def is_foreign(folder: Path) -> bool:
-    """Whether a folder's weights were quantized by others, in a way that `read_dense` reads."""
+    """Whether a folder's weights were quantized by others, in a way that `read_dense` reads.
+
+    Raises:
+        ValueError: as `open_dense`.
+    """
     told = read_quantization(folder)
+    if told is None and any(folder.glob("*.safetensors")):
+        open_dense(folder)
     return told is not None and told.get("quant_method") in FORMATS
 
 
@@ -141,10 +169,25 @@ def source_note(files: WeightFiles) -> str:
 
 
 def read_quantization(folder: Path) -> dict[str, Any] | None:
-    """What a folder's config says of how its weights are quantized; None for dense ones."""
-    found = read_json(folder / "config.json").get("quantization_config")
-    if found is not None and not isinstance(found, dict):
-        raise damaged(folder / "config.json", f"quantization_config must be an object, got {found!r}")
+    """What is told of how a folder's weights are quantized: in its config, or ModelOpt's; None for dense ones.
+
+    Raises:
+        ValueError: if it is told twice, and not the same.
+    """
+    file, found = folder / "config.json", None
+    config = read_json(file)
+    text = config.get("text_config")
+    for where, own in (("", config), ("text_config.", text if isinstance(text, dict) else {})):
+        for key in QUANTIZATION_KEYS:
+            told = own.get(key)
+            if told is not None and not isinstance(told, dict):
+                raise damaged(file, f"{where}{key} must be an object, got {told!r}")
+            if found and told and found != told:
+                raise inconsistent(file, f"{where}{key} must be as what is told before it, it differs")
+            found = told if found is None else found
+    if found is None and (own_file := folder / MODELOPT).is_file():
+        stated = read_json(own_file).get("quantization")
+        found = {"quant_method": "modelopt"} | (stated if isinstance(stated, dict) else {})
     return found
 
 

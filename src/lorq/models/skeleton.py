@@ -10,6 +10,9 @@ from torch.nn.functional import linear
 
 from lorq.models.experts import find_experts, split_experts
 
+# A config's names for how the weights are quantized, the second that of older compressed-tensors.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
 
 def read_config(folder: Path, *, quantized: bool = False) -> Any:
     """The folder's transformers config; a ValueError if it is unreadable, needs remote code, or is quantized.
@@ -23,12 +26,16 @@ def read_config(folder: Path, *, quantized: bool = False) -> Any:
     except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"the config of {folder} could not be read: {first}") from error
-    existing = getattr(config, "quantization_config", None)
-    if existing is not None and quantized:
-        del config.quantization_config
-    elif existing is not None:
-        method = existing.get("quant_method") if isinstance(existing, dict) else existing
-        raise ValueError(f"{folder} is already quantized ({method}); give the original model")
+    for own in {id(one): one for one in (config, config.get_text_config())}.values():
+        for key in QUANTIZATION_KEYS:
+            existing = getattr(own, key, None)
+            if existing is None:
+                continue
+            if quantized:
+                delattr(own, key)
+                continue
+            method = existing.get("quant_method") if isinstance(existing, dict) else existing
+            raise ValueError(f"{folder} is already quantized ({method}); give the original model")
     return config
 
 

@@ -119,6 +119,11 @@ def has_order(stated: Mapping[str, Any]) -> bool:
     return stated.get("actorder") in (True, "group", "dynamic")
 
 
+def is_symmetric(stated: Mapping[str, Any]) -> bool | None:
+    """Whether compressed-tensors' codes have no zero points, as where it says nothing of that; None for no config."""
+    return bool(stated.get("symmetric", True)) if stated else None
+
+
 def check_bits(folder: Path, module: str, stated: Any, *, words: int, columns: int) -> None:
     """Refuse, with a ValueError, words that are not those of so many codes of the stated bits; None states nothing."""
     if stated is None:

@@ -21,7 +21,10 @@ _MOST_FILES = 100  # of a folder below
 _LONGEST_NAME = 255 - len(TEMPORARY)  # which is appended while it is written
 _LINK = "a link to a folder"
 # Written anew for every folder; and what other programs' quantized models tell of their codes.
-_OWN = ("config.json", REPORT_NAME, MEASURED, JOURNAL, EXPORTED, "quantize_config.json", "quant_config.json")
+_OWN = (
+    "config.json", REPORT_NAME, MEASURED, JOURNAL, EXPORTED, "quantize_config.json", "quant_config.json",
+    "hf_quant_config.json",
+)  # fmt: skip
 
 
 def find_companions(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:

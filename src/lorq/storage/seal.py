@@ -47,22 +47,26 @@ def is_sealed(file: Path) -> bool:
         return opened.read(len(_EMPTY)) == found[1]
 
 
-def check_seal(file: Path) -> None:
-    """Refuse a file that has a checksum and is not as it was when it got that.
+def check_seal(file: Path) -> bool:
+    """Whether a file has a checksum of lorq's, which is held against its content.
 
     Raises:
-        ValueError: saying what to do.
+        ValueError: if it differs.
     """
     if (found := _checksum(file)) is None:
-        return
+        return False
     with file.open("rb") as opened:
         opened.seek(found[0])
         told = opened.read(len(_EMPTY))
-    if told not in (_EMPTY, found[1]):
+    if told == _EMPTY:
+        return False
+    if told != found[1]:
         raise ValueError(
             f"{file} must be as lorq wrote it, its sha256 is {found[1][:12].decode()}, its key {GGUF_SEAL} says "
-            f"{told[:12].decode(errors='replace')}: it was changed since, or damaged; copy or export it again"
+            f"{told[:12].decode(errors='replace')}: it was changed since, or damaged; copy or export it again, or, if it "
+            f"was changed on purpose, take the checksum out (gguf-new-metadata --remove-metadata {GGUF_SEAL})"
         )
+    return True
 
 
 def _begin(file: Path) -> bytes:
@@ -70,14 +74,20 @@ def _begin(file: Path) -> bytes:
         return opened.read(_BEGIN)
 
 
-def _checksum(file: Path) -> tuple[int, bytes] | None:
-    """Where a file's checksum is, and what it has to be, sha256 in hex; None where there is no place for one."""
+def _checksum_place(file: Path) -> int | None:
+    """Where a file's checksum is; None where there is no place for one."""
     begin = _begin(file)
     key = begin.find(_KEY)
-    place, end = key + len(_KEY), key + len(_KEY) + len(_EMPTY)
-    if key < 0 or end > len(begin):
+    place = key + len(_KEY)
+    return None if key < 0 or place + len(_EMPTY) > len(begin) else place
+
+
+def _checksum(file: Path) -> tuple[int, bytes] | None:
+    """Where a file's checksum is, and what it has to be, sha256 in hex; None where there is no place for one."""
+    if (place := _checksum_place(file)) is None:
         return None
-    digest = hashlib.sha256(begin[:place] + _EMPTY + begin[end:])
+    begin = _begin(file)
+    digest = hashlib.sha256(begin[:place] + _EMPTY + begin[place + len(_EMPTY) :])
     with file.open("rb") as opened:
         opened.seek(len(begin))
         hashlib.file_digest(opened, lambda: digest)

@@ -155,6 +155,29 @@ def test_scales_of_blocks_are_not_taken_for_those_of_rows():
     assert torch.equal(read_float8(rows, block=None).decode(), torch.arange(4.0)[:, None].expand(4, 64))
 
 
+def test_integers_with_a_scale_for_each_block(generator):
+    weight = torch.randint(-128, 128, (64, 40), generator=generator).to(torch.int8)
+    scale = torch.rand(8, 5, generator=generator)
+    expected = torch.stack(
+        [torch.stack([float(weight[i, j]) * scale[i // 8, j // 8] for j in range(40)]) for i in range(64)]
+    )
+    tensors = {"weight": weight, "weight_scale": scale}
+    assert torch.equal(read_plain(tensors, block=(8, 8)).decode(), expected)
+    zero = torch.randint(-5, 5, (8, 5), generator=generator).to(torch.int8)
+    shifted = read_plain(tensors | {"weight_zero_point": zero}, block=(8, 8)).decode()
+    spread = (zero * scale).repeat_interleave(8, 0).repeat_interleave(8, 1)
+    torch.testing.assert_close(shifted, expected - spread, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"must be \(4, 5\), one for each block \(16, 8\), got \(8, 5\)"):
+        read_plain(tensors, block=(16, 8))
+    # Eight times eight are as many as there are rows, and a row of scales as many as a square has columns.
+    for wrong in (torch.ones(8, 8), torch.ones(1, 64)):
+        with pytest.raises(ValueError, match=rf"one number, or a row for each of 64, got \({len(wrong)}, "):
+            read_plain({"weight": torch.zeros(64, 64, dtype=torch.int8), "weight_scale": wrong})
+        packed = {"weight_packed": pack(torch.zeros(64, 64, dtype=torch.uint8), 4), "weight_scale": wrong}
+        with pytest.raises(ValueError, match=rf"one number, or a row for each of 64, got \({len(wrong)}, "):
+            read_packed(packed | {"weight_shape": torch.tensor([64, 64])})
+
+
 def test_states_of_bitsandbytes_that_tell_no_shape_are_refused():
     def state(text):
         return torch.tensor(list(text.encode()), dtype=torch.uint8)
