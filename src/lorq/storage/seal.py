@@ -63,8 +63,8 @@ def check_seal(file: Path) -> bool:
     if told != found[1]:
         raise ValueError(
             f"{file} must be as lorq wrote it, its sha256 is {found[1][:12].decode()}, its key {GGUF_SEAL} says "
-            f"{told[:12].decode(errors='replace')}: it was changed since, or damaged; copy or export it again, or, if it "
-            f"was changed on purpose, take the checksum out (gguf-new-metadata --remove-metadata {GGUF_SEAL})"
+            f"{told[:12].decode(errors='replace')}: it was changed since, or damaged; copy or export it again, or, if "
+            f"it was changed on purpose, take the checksum out (gguf-new-metadata --remove-metadata {GGUF_SEAL})"
         )
     return True
 
