@@ -6,6 +6,7 @@ python vllm_layers.py FOLDER RANK WORLD     # FOLDER has layers.json and layers.
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,9 +19,14 @@ from vllm.model_executor.layers.fused_moe import FusedMoEFactory
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.parameter import permute_param_layout_
 
+from lorq.core.problem import Problem
+from lorq.core.stats import InputStats
 from lorq.kernels import fake_quantize
-from lorq.runtime.vllm import register
+from lorq.methods import LoPRo
+from lorq.runtime.vllm import mixed, register
+from lorq.runtime.vllm.linear import Part
 from lorq.storage.config import read_format
 
 HIDDEN, MIDDLE, HEAD, TOKENS, EXPERTS, CHOSEN = 64, 128, 16, 200, 4, 2
@@ -41,7 +47,50 @@ def main(folder: Path, rank: int, world: int) -> None:
         config.packed_modules_mapping = FUSED
         check(config, spec, tensors, rank, world)
         check_experts(config, spec, tensors, world)
+        check_mixed()
     print(f"rank {rank} of {world}: all alike")
+
+
+def check_mixed():
+    """Integer codes by vLLM's own kernel for CPUs, whose tensors, names and layouts are those of the ones for CUDA."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(n, 128, generator=generator) for n in (96, 7))
+    mixed.DEVICES.add("cpu")
+    for symmetric in (True, False):
+        for group in (32, 128):
+            for rank in (0, 3):
+                method = LoPRo(
+                    bits=4, group_size=group, symmetric=symmetric, rank=rank, rounding="nearest", rotation="none"
+                )
+                solved = method.solve(
+                    Problem({"w": weight}, {"w": InputStats(torch.eye(128), torch.ones(128), 128)}, 0)
+                )["w"]
+                part = Part(solved, (0, 96), (0, 128), torch.device("cpu"), torch.float16)
+                assert isinstance(part.linear, mixed.MixedLinear) and (part.linear.left is not None) == bool(rank)
+                exact = x.half().float() @ solved.dense().T
+                torch.testing.assert_close(part(part.image(x.half())).float(), exact, rtol=1e-2, atol=2e-2)
+                # Scales in float16 are exact there, and are not in bfloat16.
+                own = Part(solved, (0, 96), (0, 128), torch.device("cpu"), torch.bfloat16)
+                assert not isinstance(own.linear, mixed.MixedLinear)
+    for other in (LoPRo(bits=3, group_size=32, rank=0, rotation="none"), LoPRo(bits=4, codebook="trellis", rank=0)):
+        solved = other.solve(Problem({"w": weight}, {"w": InputStats(torch.eye(128), torch.ones(128), 128)}, 0))["w"]
+        assert mixed.mixed_linear(replace(solved, basis=None), torch.float16, torch.device("cpu")) is None
+    mixed.DEVICES.remove("cpu")
+
+    class AsMarlin:
+        """What `MarlinLinearKernel.process_weights_after_loading` does first to each tensor."""
+
+        def process_weights_after_loading(self, layer):
+            for name, packed in (("weight_packed", 0), ("weight_scale", None), ("weight_zero_point", 1)):
+                places = {"input_dim": 0, "output_dim": 1} | ({} if packed is None else {"packed_dim": packed})
+                permute_param_layout_(getattr(layer, name), **places)
+
+    solved = LoPRo(bits=4, group_size=32, rank=0, rotation="none").solve(
+        Problem({"w": weight}, {"w": InputStats(torch.eye(128), torch.ones(128), 128)}, 0)
+    )["w"]
+    layer = mixed.MixedLinear(solved, AsMarlin(), torch.float16, torch.device("cpu"))
+    shapes = [tuple(getattr(layer, f"weight_{name}").shape) for name in ("packed", "scale", "zero_point")]
+    assert shapes == [(128 * 4 // 32, 96), (128 // 32, 96), (128 // 32, 96 * 4 // 32)]
 
 
 def dense(spec, tensors, name):

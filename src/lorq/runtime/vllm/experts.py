@@ -137,7 +137,7 @@ class LorqExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             assert isinstance(weight, QuantizedWeight)
             out, in_ = weight.shape
             down = place % len(PROJECTIONS) == 2
-            parts.append(Part(weight, (0, out) if down else own, own if down else (0, in_)).to(device))
+            parts.append(Part(weight, (0, out) if down else own, own if down else (0, in_), device))
         routed = Routed(parts, _BETWEEN[_activation(layer)])
         self._check_captured(layer, routed, device)
         self.key = self.key or free_name(_ROUTED, self.name)

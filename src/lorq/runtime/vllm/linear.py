@@ -17,11 +17,15 @@ from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.kernels import fake_quantize, turn
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.vllm.loading import Collected
+from lorq.runtime.vllm.mixed import mixed_linear
 from lorq.runtime.vllm.split import take_columns, take_rows
 
 
 class Part(nn.Module):
     """One layer of the model as this device has it: some rows, or some columns of what is stored.
+
+    Args:
+        dtype: of the inputs, where vLLM's own kernels may multiply the codes.
 
     Attributes:
         linear: without the basis.
@@ -31,7 +35,10 @@ class Part(nn.Module):
 
     permutation: Tensor | None
 
-    def __init__(self, weight: QuantizedWeight, rows: tuple[int, int], columns: tuple[int, int]):
+    def __init__(
+        self, weight: QuantizedWeight, rows: tuple[int, int], columns: tuple[int, int], device: torch.device,
+        dtype: torch.dtype | None = None,
+    ):  # fmt: skip
         super().__init__()
         whole, basis = weight.shape, weight.basis
         if columns[1] - columns[0] < whole[1]:
@@ -39,11 +46,15 @@ class Part(nn.Module):
         self.first, self.rows = 0, rows[1] - rows[0]
         if self.rows < whole[0]:
             weight, self.first = take_rows(weight, *rows)
-        self.linear = QuantLinear.from_weight(replace(weight, basis=None))
+        own, taken = replace(weight, basis=None), None
+        if dtype is not None:
+            taken = mixed_linear(own, dtype, device)
+        self.linear = (taken or QuantLinear.from_weight(own)).to(device)
         self.cut = self.rows < self.linear.out_features
         self.columns = columns if columns[1] - columns[0] < whole[1] else None
         self.rotation = (0, 0) if basis is None else (basis.block, basis.skip)
-        self.register_buffer("permutation", None if basis is None else basis.permutation)
+        order = None if basis is None else basis.permutation
+        self.register_buffer("permutation", None if order is None else order.to(device))
 
     @property
     def has_basis(self) -> bool:
@@ -107,7 +118,7 @@ class LorqLinearMethod(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         device = next(layer.parameters()).device
-        parts = [self._part(layer, place).to(device) for place in range(len(self._sizes))]
+        parts = [self._part(layer, place, device) for place in range(len(self._sizes))]
         layer.lorq_parts = nn.ModuleList(parts)
         self.collected.forget()
         # Of each part, which one's image of the input serves it.
@@ -115,7 +126,7 @@ class LorqLinearMethod(LinearMethodBase):
             next(j for j, other in enumerate(parts) if j == i or _alike(part, other)) for i, part in enumerate(parts)
         ]
 
-    def _part(self, layer: Any, place: int) -> nn.Module:
+    def _part(self, layer: Any, place: int, device: torch.device) -> nn.Module:
         weight, size = self.collected.weight(place), self._sizes[place]
         # Of few heads of keys and values several devices have the same.
         rank = layer.tp_rank // (getattr(layer, "num_kv_head_replicas", 1) if place else 1)
@@ -129,10 +140,10 @@ class LorqLinearMethod(LinearMethodBase):
                 f"is {out} x {in_}; the folder is of another model"
             )
         if isinstance(weight, QuantizedWeight):
-            return Part(weight, rows, columns)
+            return Part(weight, rows, columns, device, layer.params_dtype)
         dense = nn.Linear(1, 1, bias=False, device="meta")
         own = weight[rows[0] : rows[1], columns[0] : columns[1]].to(layer.params_dtype).clone()
-        dense.weight = nn.Parameter(own, requires_grad=False)
+        dense.weight = nn.Parameter(own.to(device), requires_grad=False)
         return dense
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -201,7 +212,7 @@ class LorqTableMethod(QuantizeMethodBase):
         assert isinstance(weight, QuantizedWeight)
         rows = (own.org_vocab_start_index, own.org_vocab_end_index)
         self.key, device = self.key or free_name(_TABLES, self.name), next(layer.parameters()).device
-        layer.lorq_table = _TABLES[self.key] = Part(weight, rows, (0, weight.shape[1])).to(device)
+        layer.lorq_table = _TABLES[self.key] = Part(weight, rows, (0, weight.shape[1]), device)
         self.collected.forget()
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
