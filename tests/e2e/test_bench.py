@@ -143,7 +143,6 @@ def test_the_decode_bench_takes_widths_that_no_int4_operator_does():
         ({"rows": 0}, "a grid of 0 x 8"),
         ({"tokens": [1, 0]}, r"at least 1, got 5 and \[1, 0\]"),
         ({"repeats": 0}, "at least 1, got 0"),
-        ({"shapes": ["64x510"], "kinds": ["rotated"], "group_size": 2}, "for width 510 less 2"),
         ({"dtype": "auto"}, "dtype must be float32, bfloat16, float16, got 'auto'"),
     ],
     ids=lambda value: "",
