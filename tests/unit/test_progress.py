@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorq import progress, show
+from lorq import bars, progress
 from lorq.progress import EXPORT, paced
 
 
@@ -52,9 +52,9 @@ def test_work_of_no_pieces_and_of_no_time_ends(clock):
 
 def test_many_steps_are_shown_as_a_share(clock, monkeypatch):
     lines, now = [], [0.0]
-    monkeypatch.setattr(show.notes, "print", lines.append)
-    monkeypatch.setattr(show.time, "monotonic", lambda: now[0])
-    shown = show._ProgressLines()
+    monkeypatch.setattr(bars.notes, "print", lines.append)
+    monkeypatch.setattr(bars.time, "monotonic", lambda: now[0])
+    shown = bars._ProgressLines()
     for seconds, done, total in ((0, 0, 1), (20, 20_000_000, 80_000_000), (80, 80_000_000, 80_000_000)):
         now[0] = float(seconds)
         shown(EXPORT, done, total)
