@@ -34,6 +34,7 @@ class Part(nn.Module):
     """
 
     permutation: Tensor | None
+    linear: Any
 
     def __init__(
         self, weight: QuantizedWeight, rows: tuple[int, int], columns: tuple[int, int], device: torch.device,

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes.compress
 from vllm.model_executor.parameter import GroupQuantScaleParameter, PackedvLLMParameter
 
 from lorq.core.codes import IntGrid
+from lorq.core.low_rank import LowRank
 from lorq.core.weight import QuantizedWeight
 
 # Types of devices where vLLM's kernels are taken; a CPU has lorq's.
@@ -28,6 +29,9 @@ class MixedLinear(nn.Module):
         kernel: made for codes of this format and shape; it reads the layer's tensors by compressed-tensors' names,
             whose layout is lorq's own.
     """
+
+    left: Tensor | None
+    right: Tensor | None
 
     def __init__(self, weight: QuantizedWeight, kernel: Any, dtype: torch.dtype, device: torch.device):
         super().__init__()
@@ -45,14 +49,14 @@ class MixedLinear(nn.Module):
                 data=tensors["weight_zero_point"], input_dim=1, output_dim=0, packed_dim=0, **packed
             )
         kernel.process_weights_after_loading(self)
-        factors = (None, None) if weight.low_rank is None else weight.low_rank.factors(dtype)
+        factors = weight.low_rank.factors(dtype) if isinstance(weight.low_rank, LowRank) else (None, None)
         for name, factor in zip(("left", "right"), factors, strict=True):
             self.register_buffer(name, None if factor is None else factor.to(device).contiguous())
 
     def product(self, x: Tensor) -> Tensor:
         """For an input in the weight's basis, without a bias."""
         y = self.kernel.apply_weights(self, x.contiguous(), None)
-        if self.left is None:
+        if self.left is None or self.right is None:
             return y
         return y + nn.functional.linear(nn.functional.linear(x, self.right), self.left)
 
