@@ -11,7 +11,7 @@ from torch import Tensor
 from lorq.core.basis import Basis
 from lorq.core.checks import Range
 from lorq.core.codes import Codes
-from lorq.core.linalg import shrink
+from lorq.core.linalg import cholesky, damp, shrink
 from lorq.core.low_rank import Metric
 from lorq.core.problem import Problem
 from lorq.core.stats import InputStats, PreparedHessian, output_energy
@@ -175,14 +175,18 @@ class TileQ(LoPRo):
     def _activation_metric(
         self, stats: Sequence[InputStats], bases: Sequence[Basis], weights: Float[Tensor, "experts"]
     ) -> Metric:
-        """Of experts in one basis by the scale of their mean, else by the mean of ``T^T diag(alpha)^2 T``."""
-        if all(basis is bases[0] for basis in bases):
+        """Of experts in one basis by the scale of their mean, else by the mean of ``T^T diag(alpha)^2 T``.
+
+        The mean has the squares of scales that spread over decades: float64 holds their factor, and channels below a
+        thousandth of the others count as much as those.
+        """
+        if all(basis is bases[0] or basis.permutation is bases[0].permutation is None for basis in bases):
             return self._metric(bases[0], PreparedHessian(stats[0].hessian, self.damping), _mean_stats(stats))
-        squares = [activation_scale(s, self.exponent).square().diag() for s in stats]
-        turned = [
-            weight * basis.rotate_hessian(square) for weight, basis, square in zip(weights, bases, squares, strict=True)
-        ]
-        return Metric.hessian(PreparedHessian(torch.stack(turned).sum(0), _SMALL).factor)
+        mean = torch.zeros_like(stats[0].hessian, dtype=torch.float64)
+        for weight, basis, own in zip(weights.tolist(), bases, stats, strict=True):
+            square = activation_scale(own, self.exponent).double().square().diag()
+            mean += weight * basis.rotate_hessian(square)
+        return Metric.hessian(cholesky(damp(mean, _SMALL)).to(stats[0].hessian.dtype))
 
     def _fit_tiles(
         self,

@@ -259,6 +259,17 @@ def test_the_activation_scales_of_experts_in_bases_of_their_own_are_turned_with_
     assert_close(metric.undo(metric.apply(weights[0])), weights[0], rtol=1e-3, atol=1e-5)
 
 
+def test_activation_scales_over_many_decades_have_a_metric_in_bases_of_their_own():
+    # A real layer's: in float32 the mean of their squares has no Cholesky factor.
+    width, generator = 1024, seeded(2)
+    decades = [10 ** (4 * torch.rand(width, generator=generator) - 2) for _ in range(3)]
+    stats = [InputStats(torch.eye(width), mean_abs, 100) for mean_abs in decades]
+    bases = [Basis(torch.randperm(width, generator=generator).int(), 256, 0) for _ in stats]
+    metric = TileQ(metric="activation")._activation_metric(stats, bases, torch.full((3,), 1 / 3))
+    rows = torch.randn(4, width, generator=generator)
+    assert_close(metric.undo(metric.apply(rows)), rows, rtol=0, atol=1e-3)
+
+
 def test_a_row_serves_its_own_experts_and_a_layer_all(experts):
     # Two rows with unlike inputs: factors for each row's own inputs leave less than those for the mean of all.
     weights, stats = experts()
