@@ -122,7 +122,7 @@ def _as_stored(factor: Tensor) -> Tensor:
 def prepare_qat(model: nn.Module, reference: str | Path | None = None) -> None:
     """Put trainable layers where the packed ones are; all else is frozen. `finish_qat` ends it, `cancel_qat` undoes it.
 
-    Weights and scale factors train together from the first step.
+    Weights and scale factors train together from the first step, if the training has no ``scale_steps``.
 
     Args:
         model: quantized with lords. Training starts from the scale factors in use, an adapter's or the base's.
@@ -134,7 +134,7 @@ def prepare_qat(model: nn.Module, reference: str | Path | None = None) -> None:
     Source:
         LoRDS, arXiv:2601.22716, the authors' code. Deviations: there embeddings, norms and head train as well, here
         they stay, so that a trained folder differs from its base in codes and scales alone; and there B and A train
-        alone for the first 250 steps, W with them after that, where here is one stage.
+        alone for the first 250 steps, W with them after that, which is ``scale_steps`` of the training here.
     """
     layers = lords_layers(model)
     streamed = None if reference is None else _original(model, reference, layers)
