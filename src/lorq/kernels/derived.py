@@ -65,10 +65,11 @@ class Derived(Generic[T]):
         me = weakref.ref(self)
 
         def forget(gone: weakref.ref[Tensor]) -> None:
-            # Another tensor may have the id by now, and this be gone.
+            # Another tensor may have the id by now, and this be gone; and so may what was kept, where tensors of one
+            # entry go in two threads.
             own = me()
             if own is not None and (kept := own._kept.get(key)) and any(ref is gone for ref in kept[3]):
-                del own._kept[key]
+                own._kept.pop(key, None)
 
         return forget
 

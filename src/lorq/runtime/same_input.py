@@ -38,8 +38,10 @@ class _Once:
         self._kept: dict[int, tuple[weakref.ref[Tensor], tuple[Any, ...], Any, tuple[int, ...]]] = {}
 
     def _forget(self, gone: weakref.ref[Tensor]) -> None:
-        for thread, kept in list(self._kept.items()):
-            if kept[0] is gone:
+        # Pairs would be made while the table is read, and what they set off may come here again and change it.
+        for thread in list(self._kept):
+            kept = self._kept.get(thread)
+            if kept is not None and kept[0] is gone:
                 self._kept.pop(thread, None)
 
     def take(self, place: int, x: Tensor, make: Callable[[], Any]) -> Any:

@@ -104,3 +104,20 @@ def test_tensors_that_count_no_changes_are_not_relied_upon(sums):
     with torch.inference_mode():
         a = torch.ones(3)
         assert derived.of([a]) == 3 and derived.of([a.add_(1)]) == 6 and len(made) == 2
+
+
+def test_two_tensors_of_one_entry_may_go_in_two_threads():
+    class Raced(dict):
+        """Whose entry another thread takes out right after it was looked at."""
+
+        def get(self, key):
+            found = super().get(key)
+            self.pop(key, None)
+            return found
+
+    derived, x = Derived(lambda tensors: 2 * tensors[0], copies=True), torch.ones(1)
+    derived.of([x])
+    ((key, kept),) = derived._kept.items()
+    derived._kept = Raced(derived._kept)
+    derived._forgetter(key)(kept[3][0])
+    assert not derived._kept
