@@ -133,11 +133,12 @@ def over_groups(curves: dict[str, Curve], place: int) -> dict[str, float]:
         other = at(sorted(beside.get(way, []) + curves[way]), bits, mixed=way == "trellis")
         if other is not None:
             found[way] = other / error
-    return found
+    return found if len(found) > 2 else {}
 
 
 def spread(ratios: list[float]) -> str:
-    return f"{statistics.mean(ratios):.2f} ± {(max(ratios) - min(ratios)) / 2:.2f}" if ratios else ""
+    half = f" ± {(max(ratios) - min(ratios)) / 2:.2f}" if len(ratios) > 1 else ""
+    return f"{statistics.mean(ratios):.2f}{half}" if ratios else ""
 
 
 def main() -> None:
