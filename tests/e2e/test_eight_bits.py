@@ -1,5 +1,8 @@
 """Activations in 8 bits, blocks fitted as a whole, and mixed widths, through whole runs."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import folder_digests
@@ -20,9 +23,13 @@ def quantize(text_file):
 
 
 def logits(folder):
+    return logits_of(lorq.load(folder))
+
+
+def logits_of(model):
     tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        return lorq.load(folder)(tokens).logits
+        return model(tokens).logits
 
 
 def sqnr_db(expected, found):
@@ -49,7 +56,9 @@ def test_rounded_activations_are_in_the_folder_and_cost_a_little(method, options
             assert layer.format.output_quantization == ("token" if cached else "none")
             assert (layer.input_scale is None) == (options["activations"] == "token")
     if "smoothing" in options:
-        assert any("not smoothed" in note for note in report.notes.values())  # o_proj and down_proj follow no norm
+        # Its values serve two heads each; down_proj's input has its range moved into up_proj's rows.
+        told = {name.rpartition(".")[2] for name, note in report.notes.items() if "not smoothed" in note}
+        assert told == {"o_proj"}
     original = logits(source)
     plain, rounded = (sqnr_db(original, logits(tmp_path / name)) for name in ("plain", "out"))
     assert rounded > 10 and rounded < plain + 3  # coarser, but the same model
@@ -61,6 +70,36 @@ def test_smoothing_alone_changes_nothing_but_the_rounding(family, folder_of, qua
     for smoothing in (0.0, 0.5):
         quantize(source, tmp_path / str(smoothing), EIGHT, activations="token", smoothing=smoothing)
     assert sqnr_db(logits(tmp_path / "0.0"), logits(tmp_path / "0.5")) > 25
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_rows_and_columns_scaled_against_each_other_leave_the_model_as_it_was(family, folder_of, quantize, tmp_path):
+    source = folder_of(family)
+    report = quantize(source, tmp_path / "out", EIGHT, activations="tensor", smoothing=0.5)
+    assert not any("not smoothed" in note for name, note in report.notes.items() if name.endswith(("down_proj", "fc2")))
+    model = lorq.load(tmp_path / "out")
+    for layer in model.modules():
+        if hasattr(layer, "weight_packed"):
+            layer.format = replace(layer.format, input_quantization="none")
+    assert sqnr_db(logits(source), logits_of(model)) > 25  # 8-bit weights cost as much
+
+
+def test_a_fixed_range_serves_a_model_with_a_huge_channel_before_down_proj_once_it_is_smoothed(
+    folder_of, quantize, tmp_path
+):
+    source = shutil.copytree(folder_of("llama"), tmp_path / "source")
+    model = lorq.load(source)
+    for name, layer in model.named_modules():
+        if name.endswith("up_proj"):
+            layer.weight.data[3] *= 1000.0
+        if name.endswith("down_proj"):
+            layer.weight.data[:, 3] /= 1000.0
+    model.save_pretrained(source)
+    found = {}
+    for smoothing in (0.0, 0.8):
+        quantize(source, tmp_path / str(smoothing), EIGHT, activations="tensor", smoothing=smoothing)
+        found[smoothing] = sqnr_db(logits(source), logits(tmp_path / str(smoothing)))
+    assert found[0.8] > found[0.0] + 10
 
 
 def test_layers_that_stay_as_they_are_keep_their_norm_from_being_smoothed(folder_of, quantize, tmp_path):

@@ -80,6 +80,13 @@ class InputStats:
             correction=None if self.correction is None else self.correction * (scale / scale[:, None]),
         )
 
+    def outputs_divided(self, scale: Float[Tensor, "out"]) -> "InputStats":
+        """Of the same inputs to a layer whose outputs are divided by ``scale``, and then count so much more."""
+        if self.output_weights is None:
+            return self
+        weights = self.output_weights * scale.square()
+        return replace(self, output_weights=weights / weights.mean())
+
     def corrected(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The weight that makes up for what layers before have done to its inputs, or itself where nobody looked."""
         return weight if self.correction is None else weight + weight @ self.correction

@@ -1,6 +1,6 @@
 """Activations in 8 bits, in a block whose weights are still dense: their grids, smoothing, and the rounding itself."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from lorq.pipeline.observe import seen_inputs
 
 # Layers whose outputs a key-value cache keeps, by the end of their names.
 KEYS_AND_VALUES = ("k_proj", "v_proj")
-# A block must compute the same before and after smoothing up to float32's rounding: energy of the difference.
+# A block must compute the same before and after smoothing up to float32's rounding: energy of each token's difference.
 _SAME = 1e-6
 # Channels that are hardly ever on would get a scale of zero.
 _LEAST = 1e-5
@@ -62,7 +62,7 @@ def quantized_activations(model: nn.Module, layers: Mapping[str, tuple[Activatio
 
 @dataclass
 class Smoothed:
-    """What smoothing changed in a block: norms' parameters as they are to be stored, by name.
+    """What smoothing changed in a block: norms' parameters and layers' biases as they are to be stored, by name.
 
     ``notes`` say, by layer, why it was left alone.
     """
@@ -93,47 +93,91 @@ def smooth_block(
     *,
     prefix: str,
     exponent: float,
+    made: Collection[str] = (),
 ) -> Smoothed:
     """Divide the channels of inputs that come straight from a norm, in the norm, and multiply the weights' columns.
 
     What a norm's output goes into is found by looking. That nothing else reads it is checked by running the block:
-    where its output changes, the norm and its layers are left as they were.
+    where its output changes, the norm and its layers are left as they were. The same for inputs that another layer
+    makes channel by channel, in that layer's rows: of the gated product that down_proj reads, up_proj's; of values that
+    every head has for itself, v_proj's. Which layer that is, is found by trying.
 
     Args:
         block: resident, called ``prefix``; its norms and layers are changed.
         layers: those to be quantized, by name, their weights (out, in) or transposed.
         run: runs the block.
-        stats: by layer; those of smoothed inputs are replaced.
+        stats: by layer; those of smoothed inputs are replaced, and of scaled outputs.
         exponent: ``a``, how much of the inputs' range moves into the weights, 0 to 1.
+        made: the layers between which rows and columns may be scaled.
     """
     smoothed, expected = Smoothed(), run()
     readers = _readers(block, layers, run)
-    for name in layers:
-        if not any(name in group for group in readers.values()):
-            smoothed.notes[name] = "not smoothed: its input does not come straight from a norm"
     for path, names in readers.items():
         norm = block.get_submodule(path)
-        weights = {name: _out_in(layers[name]) for name in names}
-        wanted = smoothing_scale(list(weights.values()), stats[names[0]], exponent)
-        before = {key: p.detach().clone() for key, p in norm.named_parameters()}
-        originals = {name: weight.clone() for name, weight in weights.items()}
-        for offset in (0.0, 1.0):  # Gemma's norms multiply by 1 + weight
-            scale = _fold(norm, before, wanted, offset)
-            for name in names:
-                weights[name].copy_(originals[name] * scale)
-            delta = run() - expected
-            if bool(delta.square().sum() <= _SAME * expected.square().sum()):
-                smoothed.tensors |= {f"{prefix}.{path}.{key}": p.detach() for key, p in norm.named_parameters()}
-                changed = {id(stats[name]): stats[name].smoothed(scale) for name in names}
-                stats |= {name: changed[id(stats[name])] for name in names}
-                break
-            for name in names:
-                weights[name].copy_(originals[name])
-            for key, parameter in norm.named_parameters():
-                parameter.data.copy_(before[key])
+        if _norm_scaled(norm, {name: _out_in(layers[name]) for name in names}, stats, exponent, run, expected):
+            smoothed.tensors |= {f"{prefix}.{path}.{key}": p.detach() for key, p in norm.named_parameters()}
         else:
             smoothed.notes |= dict.fromkeys(names, f"not smoothed: {path} also serves what is not quantized")
+    for name in [name for name in layers if not any(name in group for group in readers.values())]:
+        if name not in made:
+            smoothed.notes[name] = "not smoothed: its input does not come straight from a norm"
+            continue
+        scale = smoothing_scale([_out_in(layers[name])], stats[name], exponent)
+        makers = (m for m in made if m != name and _scaled(layers[m], layers[name], scale, run, expected))
+        if (maker := next(makers, None)) is None:
+            smoothed.notes[name] = "not smoothed: its input comes from no norm, and channel by channel from no layer"
+            continue
+        stats |= {name: stats[name].smoothed(scale), maker: stats[maker].outputs_divided(scale)}
+        if isinstance(bias := layers[maker].bias, Tensor):
+            smoothed.tensors[f"{maker}.bias"] = bias.detach()
     return smoothed
+
+
+def _norm_scaled(
+    norm: nn.Module, weights: Mapping[str, Tensor], stats: dict[str, InputStats], exponent: float,
+    run: Callable[[], Tensor], expected: Tensor,
+) -> bool:  # fmt: skip
+    """Divide a norm's outputs and multiply its readers' columns, if that changes nothing of the block's output."""
+    wanted = smoothing_scale(list(weights.values()), stats[next(iter(weights))], exponent)
+    before = {key: p.detach().clone() for key, p in norm.named_parameters()}
+    originals = {name: weight.clone() for name, weight in weights.items()}
+    for offset in (0.0, 1.0):  # Gemma's norms multiply by 1 + weight
+        scale = _fold(norm, before, wanted, offset)
+        for name, weight in weights.items():
+            weight.copy_(originals[name] * scale)
+        if _same(run(), expected):
+            changed = {id(stats[name]): stats[name].smoothed(scale) for name in weights}
+            stats |= {name: changed[id(stats[name])] for name in weights}
+            return True
+        for name, weight in weights.items():
+            weight.copy_(originals[name])
+        for key, parameter in norm.named_parameters():
+            parameter.data.copy_(before[key])
+    return False
+
+
+def _same(found: Tensor, expected: Tensor) -> bool:
+    """Whether a block's outputs differ by no more than rounding, token by token: attention sinks are no yardstick."""
+    errors, energies = (found - expected).square().sum(-1), expected.square().sum(-1)
+    return bool((errors <= _SAME * energies).all())
+
+
+def _scaled(maker: nn.Module, reader: nn.Module, scale: Tensor, run: Callable[[], Tensor], expected: Tensor) -> bool:
+    """Divide the outputs of one layer and multiply another's columns, if that changes nothing of the block's output."""
+    made, read = _out_in(maker), _out_in(reader)
+    if made.shape[0] != read.shape[1]:
+        return False
+    parts = [(made, scale[:, None].reciprocal()), (read, scale)]
+    if isinstance(maker.bias, Tensor):
+        parts.append((maker.bias.data, scale.reciprocal()))
+    originals = [tensor.clone() for tensor, _ in parts]
+    for tensor, factor in parts:
+        tensor.mul_(factor)
+    if _same(run(), expected):
+        return True
+    for (tensor, _), original in zip(parts, originals, strict=True):
+        tensor.copy_(original)
+    return False
 
 
 def _out_in(layer: nn.Module) -> Tensor:

@@ -41,6 +41,8 @@ def solve_block(model: StreamedModel, plan: Plan, visit: Visit, probe: Probe, ex
     experts = find_experts(model.model, part.name)
     smoothed = Smoothed()
     if plan.options.smoothing:
+        # On each token's own range no token spoils the others', and scaled columns would cost the weights' codes.
+        fixed = plan.options.activations == "tensor"
         smoothed = smooth_block(
             model.model.get_submodule(part.name),
             {target.name: model.model.get_submodule(target.name) for target in layers},
@@ -48,6 +50,7 @@ def solve_block(model: StreamedModel, plan: Plan, visit: Visit, probe: Probe, ex
             found.stats,
             prefix=part.name,
             exponent=plan.options.smoothing,
+            made=[t.name for t in layers if fixed and expert_name(t.name, experts) is None],
         )
     activations = {
         t.name: layer_activations(

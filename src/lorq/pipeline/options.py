@@ -41,7 +41,8 @@ class Options:
             original's.
         activations: inputs of the quantized layers in 8 bits: "token", on each token's own range, or "tensor", on one
             range from calibration.
-        smoothing: how much of the inputs' range is moved into the weights where inputs come from a norm, 0 to 1
+        smoothing: how much of the inputs' range is moved into the weights where inputs come from a norm and, with
+            activations "tensor", from another layer channel by channel (down_proj's from up_proj), 0 to 1
             (SmoothQuant's alpha); for activations in 8 bits.
         kv_cache: "token" rounds keys and values to 8 bits, on each token's own range.
         exclude: regular expressions; layers whose name one of them matches stay as they are.

@@ -222,3 +222,18 @@ def test_output_energy_is_the_mean_squared_change_of_the_output(correlated, gene
     changed = torch.stack([(delta @ token).square().sum() for token in x]).mean()
     assert_close(output_energy(delta, x.T @ x / 300), changed, rtol=1e-12, atol=0)
     assert float(output_energy(torch.zeros(9, 16), torch.eye(16))) == 0
+
+
+def test_outputs_that_are_divided_count_by_their_own_gradients(generator):
+    gradients = torch.randn(30, 6, generator=generator)
+    scale = torch.rand(6, generator=generator) * 4 + 0.1
+
+    def weights(g):
+        squares = g.square().mean(0)
+        return squares / squares.mean()
+
+    stats = gather(torch.randn(30, 4, generator=generator), token_weights="equal")
+    assert stats.outputs_divided(scale) is stats
+    found = dataclasses.replace(stats, output_weights=weights(gradients)).outputs_divided(scale)
+    assert_close(found.output_weights, weights(gradients * scale))  # y / s has the gradient g s
+    assert found.hessian is stats.hessian

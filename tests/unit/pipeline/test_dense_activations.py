@@ -224,6 +224,113 @@ def test_a_block_without_layers_to_quantize_is_left_alone(setting):
     assert (found.tensors, found.notes) == ({}, {})
 
 
+# ---- inputs that another layer makes ----------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """Values are mixed over the tokens and read by o; what down reads is up's output times a gate."""
+
+    def __init__(self, generator, bias=False):
+        super().__init__()
+        self.norm = Norm(generator)
+        for name in ("gate", "v", "o", "up", "down"):
+            layer = nn.Linear(WIDTH, WIDTH, bias=bias).requires_grad_(False)
+            for parameter in layer.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 3)
+            self.add_module(name, layer)
+        self.mix = torch.rand(20, 20, generator=generator).tril()
+
+    def forward(self, x):
+        normed = self.norm(x)
+        x = x + self.o(self.mix @ self.v(normed))
+        return x + self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
+
+
+GATED = ("gate", "v", "o", "up", "down")
+
+
+def gated(generator, bias=False, sink=1.0):
+    """The block, what runs it, and the statistics of its layers; one token is ``sink`` times as large."""
+    block, x = Gated(generator, bias), torch.randn(20, WIDTH, generator=generator)
+    x[0] *= sink
+    stats = {}
+    for name in GATED:
+        accumulator = StatsAccumulator(WIDTH)
+        accumulator.add(inputs_of(block, lambda: block(x), name))
+        stats[f"b.{name}"] = accumulator.finish()
+    return block, lambda: block(x), stats
+
+
+def smooth_gated(block, run, stats, exponent=0.5, layers=GATED, made=GATED):
+    named = {f"b.{name}": getattr(block, name) for name in layers}
+    made = [f"b.{name}" for name in made]
+    return smooth_block(block, named, run, stats, prefix="b", exponent=exponent, made=made)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_a_layer_makes_channel_by_channel_is_divided_in_its_rows(bias, generator):
+    block, run, stats = gated(generator, bias)
+    expected, before = run(), dict(stats)
+    old = {name: getattr(block, name).weight.clone() for name in GATED}
+    old_bias = {name: getattr(block, name).bias.clone() for name in GATED} if bias else {}
+    seen = {name: inputs_of(block, run, name).clone() for name in ("o", "down")}
+    found = smooth_gated(block, run, stats)
+    assert_close(run(), expected, rtol=1e-4, atol=1e-5)
+    assert not found.notes
+    for maker, reader in (("v", "o"), ("up", "down")):
+        wanted = smoothing_scale([old[reader]], before[f"b.{reader}"], 0.5)
+        assert_close(getattr(block, reader).weight, old[reader] * wanted, rtol=1e-6, atol=0)
+        assert_close(inputs_of(block, run, reader), seen[reader] / wanted, rtol=1e-4, atol=1e-6)
+        assert_close(stats[f"b.{reader}"].high, inputs_of(block, run, reader).amax(0), rtol=1e-4, atol=1e-6)
+        rows = getattr(block, maker).weight * wanted[:, None] / old[maker]
+        assert_close(rows, rows[:1].expand_as(rows), rtol=1e-4, atol=0)  # the norm's scale alone
+        if bias:
+            assert_close(getattr(block, maker).bias, old_bias[maker] / wanted, rtol=1e-6, atol=0)
+            assert torch.equal(found.tensors[f"b.{maker}.bias"], getattr(block, maker).bias)
+    assert found.tensors.keys() == {"b.norm.weight", *(["b.v.bias", "b.up.bias"] if bias else [])}
+
+
+def test_a_token_far_above_the_others_hides_no_wrong_pair(generator):
+    block, run, stats = gated(generator, sink=1e4)
+    expected, old_gate = run(), block.gate.weight.clone()
+    assert not smooth_gated(block, run, stats).notes
+    turned = block.gate.weight / old_gate
+    assert_close(turned, turned[:1].expand_as(turned), rtol=1e-4, atol=0)  # no row has a scale of its own
+    assert bool(((run() - expected).norm(dim=-1) < 1e-4 * expected.norm(dim=-1)).all())
+
+
+@pytest.mark.parametrize("left", ["layers", "made"])
+def test_rows_of_a_layer_that_stays_are_not_scaled(left, generator):
+    block, run, stats = gated(generator)
+    expected, old = run(), block.down.weight.clone()
+    others = tuple(name for name in GATED if name != "up")
+    found = smooth_gated(block, run, stats, made=others) if left == "made" else None
+    if left == "layers":
+        found = smooth_gated(block, run, stats, layers=others, made=others)
+    assert found.notes["b.down"] == ("not smoothed: its input comes from no norm, and channel by channel from no layer")
+    assert torch.equal(block.down.weight, old)
+    assert_close(run(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_channel_of_one_huge_token_no_longer_decides_the_range(generator):
+    block, run, stats = gated(generator)
+    block.up.weight[3] *= 1000.0
+    block.down.weight[:, 3] /= 1000.0
+    accumulator = StatsAccumulator(WIDTH)
+    accumulator.add(inputs_of(block, run, "down"))
+    stats["b.down"] = accumulator.finish()
+
+    def lost():
+        """Of down's output, when its input is rounded on one range."""
+        x, w = inputs_of(block, run, "down"), block.down.weight
+        found = layer_activations("b.down", stats["b.down"], inputs="tensor", cache="none")
+        return float(((rounded(x, found.scale, found.zero_point) - x) @ w.T).norm() / (x @ w.T).norm())
+
+    before = lost()
+    smooth_gated(block, run, stats, exponent=0.8)
+    assert lost() < before / 20
+
+
 # ---- activations of a block -------------------------------------------------------------------------------
 
 
