@@ -63,7 +63,7 @@ def test_codes_are_the_files_bytes(name, quantized, tmp_path):
     assert torch.equal(halves, weight)
 
 
-@pytest.mark.parametrize("type_", ["q4_0", "q4_k"])
+@pytest.mark.parametrize("type_", ["q4_0", "q4_k", "tq1_0"])
 def test_codes_of_a_type_are_copied(type_, tmp_path):
     dense = gguf_folder(tmp_path / "dense", "llama", hidden_size=256, intermediate_size=256, head_dim=64)
     lorq.quantize(dense, tmp_path / "out", lorq.Nearest(grid=type_), embeddings="q6_k")

@@ -63,7 +63,7 @@ for _name, (_result, *_arguments) in _FUNCTIONS.items():
 BLOCKS = {
     "q4_0": (2, 32, 18), "q4_1": (3, 32, 20), "q5_0": (6, 32, 22), "q5_1": (7, 32, 24), "q8_0": (8, 32, 34),
     "iq4_nl": (20, 32, 18), "q2_k": (10, 256, 84), "q3_k": (11, 256, 110), "q4_k": (12, 256, 144),
-    "q5_k": (13, 256, 176), "q6_k": (14, 256, 210),
+    "q5_k": (13, 256, 176), "q6_k": (14, 256, 210), "tq1_0": (34, 256, 54), "tq2_0": (35, 256, 66),
 }  # fmt: skip
 LIB.ggml_quantize_chunk.restype = ctypes.c_size_t
 LIB.ggml_quantize_chunk.argtypes = (ctypes.c_int, P, P, *(ctypes.c_int64,) * 3, P)

@@ -15,8 +15,9 @@ if TYPE_CHECKING:  # torch, which help and refusals do not wait for
 
 
 GgufType = Literal[
-    "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"
-]
+    "f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
+    "tq1_0", "tq2_0",
+]  # fmt: skip
 
 
 # llama.cpp's names of how byte-level tokenizers split text, as of 2026-10; it opens no file with another.

@@ -21,7 +21,7 @@ def search_groups(
     found = [codes, best, torch.empty(groups, rows)]
     addresses = [0 if part is None else part.data_ptr() for part in (*given, *found)]
     sizes = groups, weight.shape[1], trials, rows
-    module.search_groups(*addresses, *sizes, zero, 2**bits - 1, torch.get_num_threads())
+    module.search_groups(*addresses, *sizes, zero, len(levels) - 1 if levels else 2**bits - 1, torch.get_num_threads())
     codes, best, costs = found
     return codes, best, costs
 

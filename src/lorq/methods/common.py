@@ -26,7 +26,7 @@ Damping = Annotated[float, Range(0, 10)]
 Window = Annotated[int, Range(8, LARGEST_WINDOW)]
 Search = Literal["none", "saturate", "scale"]
 GgufType = Literal[
-    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "tq1_0", "tq2_0"
 ]  # fmt: skip
 SEARCHES: dict[Search, RangeSearch | None] = {
     "none": None,

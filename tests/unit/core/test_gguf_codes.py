@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorq.core.codes import GgufGrid
+from lorq.core.codes import GgufCodes, GgufGrid
 from lorq.core.codes.gguf_blocks import TYPES
 from lorq.core.linalg import damp
 from lorq.core.problem import Problem
@@ -19,7 +19,8 @@ from lorq.methods import FLRQ, GPTQ, Nearest
 
 types = pytest.mark.parametrize("type", TYPES)
 several = pytest.mark.parametrize("type", [name for name, type in TYPES.items() if type.packing])
-KNOWN = [type for type in TYPES if type in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")]  # that the package quantizes
+# That the package quantizes.
+KNOWN = [type for type in TYPES if type in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "tq1_0", "tq2_0")]
 
 
 def dequantized(blocks, type):
@@ -61,7 +62,19 @@ def test_any_bytes_decode_as_in_the_gguf_package_and_are_kept(type, generator):
     blocks = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
     codes = grid.read({"weight_blocks": blocks}, 5, width)
     assert np.array_equal(codes.decode().numpy(), dequantized(blocks, type).numpy(), equal_nan=True)
-    assert torch.equal(codes.tensors()["weight_blocks"], blocks)
+    kept = codes.tensors()["weight_blocks"]
+    if TYPES[type].digits:  # some bytes have the same digits as another, which is the one that is written
+        assert np.array_equal(dequantized(kept, type).numpy(), dequantized(blocks, type).numpy(), equal_nan=True)
+    else:
+        assert torch.equal(kept, blocks)
+
+
+@pytest.mark.parametrize("type", ["tq1_0", "tq2_0"])
+def test_three_levels_are_in_the_bytes_that_the_package_writes(type, generator):
+    levels = torch.randint(-1, 2, (5, 512), generator=generator)
+    theirs = package.quants.quantize((levels / 16).numpy(), package.GGMLQuantizationType[type.upper()])
+    codes = GgufCodes((levels + 1).to(torch.uint8), torch.full((5, 2), 1 / 16).half(), None, None, None, GgufGrid(type))
+    assert np.array_equal(codes.tensors()["weight_blocks"].numpy(), theirs)
 
 
 @types
@@ -104,7 +117,9 @@ def test_feedback_lowers_the_output_error_and_white_inputs_leave_nothing_to_feed
     grid = GgufGrid(type)
     nearest = gguf_nearest(weight, grid).decode()
     fed = gguf(weight, hessian, grid).decode()
-    assert energy(fed - weight, hessian.matrix) < 0.6 * energy(nearest - weight, hessian.matrix)
+    # Three levels clip much of what is passed on: 0.62.
+    share = 0.65 if TYPES[type].top == 2 else 0.6
+    assert energy(fed - weight, hessian.matrix) < share * energy(nearest - weight, hessian.matrix)
     # Sums in another order may choose another of two steps that are equally good; blocks of several groups are gone
     # through again.
     white = gguf(weight, PreparedHessian(torch.eye(512), 0.0), grid).decode()

@@ -19,7 +19,7 @@ KINDS = {
     "vectors": VectorGrid(2, 4, 32, 16, 16),
     "trellis": TrellisGrid(3, 12, 32),
 }
-GGUF = ("q4_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q6_k")
+GGUF = ("q4_0", "q5_1", "q8_0", "iq4_nl", "q2_k", "q3_k", "q4_k", "q6_k", "tq1_0")
 
 
 @pytest.fixture(params=KINDS)

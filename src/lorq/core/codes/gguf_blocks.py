@@ -40,6 +40,19 @@ class Plane:
 
 
 @dataclass(frozen=True)
+class Digits:
+    """Codes of base 3, several in a byte.
+
+    Byte ``j`` of a field of ``width`` bytes has the codes ``s width + j``, for ``s < count``, of those that follow the
+    codes of the field before. As digits after the point of base 3, the first one the highest, they make a number below
+    1, of which the byte is the smallest number of 256ths that is not below it.
+    """
+
+    field: str
+    count: int
+
+
+@dataclass(frozen=True)
 class BlockType:
     """How the weights of a block are stored.
 
@@ -55,6 +68,7 @@ class BlockType:
         zero: the code of level 0.
         fields: bytes of each field, in their order.
         planes: where the codes' bits are.
+        digits: where the codes are, if they have no planes.
         group: weights that share ``s`` and ``m``; the block where there are none.
         scales: lowest and highest ``s``.
         minima: highest ``m``; 0 where groups have none.
@@ -71,6 +85,7 @@ class BlockType:
     minima: int = 0
     packing: str = ""
     levels: tuple[int, ...] = ()
+    digits: tuple[Digits, ...] = ()
 
     @property
     def size(self) -> int:
@@ -80,7 +95,7 @@ class BlockType:
     @property
     def top(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1
+        return len(self.levels) - 1 if self.levels else 2**self.bits - 1
 
     @property
     def affine(self) -> bool:
@@ -116,6 +131,11 @@ TYPES: dict[str, BlockType] = {
         6, 32, {"ql": 128, "qh": 64, "scales": 16, "d": 2}, (Plane("ql", 4, 64), Plane("qh", 2, 32, 4)),
         block=256, group=16, scales=(-128, 127), packing="bytes",
     ),
+    "tq1_0": BlockType(
+        2, 1, {"qs": 32, "last": 16, "qh": 4, "d": 2}, (),
+        block=256, group=256, levels=(-1, 0, 1), digits=(Digits("qs", 5), Digits("last", 5), Digits("qh", 4)),
+    ),
+    "tq2_0": BlockType(2, 1, {"qs": 64, "d": 2}, (Plane("qs", 2, 32),), block=256, group=256),
 }  # fmt: skip
 
 
@@ -146,7 +166,7 @@ def unpack_blocks(data: UInt8[Tensor, "blocks size"], type: BlockType) -> Blocks
         ([1.0], [8, 8, 9, 9])
     """
     fields = dict(zip(type.fields, data.split(list(type.fields.values()), 1), strict=True))
-    codes = data.new_zeros(len(data), type.block)
+    codes = _read_digits(fields, type) if type.digits else data.new_zeros(len(data), type.block)
     for plane in type.planes:
         shifts = torch.arange(0, 8, plane.bits, dtype=torch.uint8, device=data.device).unsqueeze(1)
         bytes_ = fields[plane.field].bitwise_xor(plane.flipped).unflatten(1, (-1, 1, plane.width))
@@ -160,7 +180,7 @@ def unpack_blocks(data: UInt8[Tensor, "blocks size"], type: BlockType) -> Blocks
 
 def pack_blocks(blocks: Blocks, type: BlockType) -> UInt8[Tensor, "blocks size"]:
     """The bytes of blocks; the inverse of `unpack_blocks`."""
-    fields: dict[str, Tensor] = {}
+    fields: dict[str, Tensor] = _write_digits(blocks.codes, type)
     for plane in type.planes:
         parts = ((blocks.codes >> plane.place) & (2**plane.bits - 1)).unflatten(1, (-1, 8 // plane.bits, plane.width))
         bytes_ = torch.zeros_like(parts[:, :, 0])
@@ -174,6 +194,27 @@ def pack_blocks(blocks: Blocks, type: BlockType) -> UInt8[Tensor, "blocks size"]
     if type.packing:
         fields["scales"] = PACKINGS[type.packing][1](blocks.scales, blocks.minima)
     return torch.cat([fields[name] for name in type.fields], 1)
+
+
+def _read_digits(fields: Mapping[str, Tensor], type: BlockType) -> UInt8[Tensor, "blocks weights"]:
+    """Codes of base 3: what stands after the point is a byte's remainder, which the product of bytes leaves."""
+    codes = []
+    for digits in type.digits:
+        for place in range(digits.count):
+            codes.append(((fields[digits.field] * 3**place).short() * 3 >> 8).to(torch.uint8))
+    return torch.cat(codes, 1)
+
+
+def _write_digits(codes: UInt8[Tensor, "blocks weights"], type: BlockType) -> dict[str, Tensor]:
+    """The bytes of such fields; of other types there are none."""
+    fields: dict[str, Tensor] = {}
+    sizes = [type.fields[digits.field] * digits.count for digits in type.digits]
+    for digits, own in zip(type.digits, codes.split(sizes, 1) if sizes else (), strict=True):
+        number = torch.zeros_like(codes[:, : type.fields[digits.field]], dtype=torch.int32)
+        for place, part in enumerate(own.unflatten(1, (digits.count, -1)).unbind(1)):
+            number += part.int() * 3 ** (4 - place)
+        fields[digits.field] = ((number * 256 + 242) // 243).to(torch.uint8)
+    return fields
 
 
 # ---- the groups' whole numbers --------------------------------------------------------------------------

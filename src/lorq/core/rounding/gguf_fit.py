@@ -1,5 +1,6 @@
 """Steps of GGUF's groups and blocks: what is tried, what is refitted to its codes, what can be stored."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -176,7 +177,8 @@ def in_units(fit: Fit, unit: Fit, type: BlockType) -> Fit:
 def covering(weight: Float[Tensor, "groups size rows"], type: BlockType) -> Fit:
     """Trials (groups, trials, rows): shares of the range from a group's smallest to its largest weight."""
     count = _ENDS if type.affine else _SYMMETRIC
-    shares = torch.linspace(1 - 1.2 / type.bits, _WIDEST, count, dtype=weight.dtype, device=weight.device)[:, None]
+    narrowest = 1 - 1.2 / math.log2(type.top + 1)
+    shares = torch.linspace(narrowest, _WIDEST, count, dtype=weight.dtype, device=weight.device)[:, None]
     low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
     if type.affine:
         low = low.clamp(max=0) if type.packing else low
