@@ -91,20 +91,21 @@ def adapt(
     settings: Annotated[Settings, Parameter(name="*")] = Settings(),  # noqa: B008  # frozen
     json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
-    """Train MODEL, which was quantized with lords, on a text.
+    """Train MODEL, which was quantized with lords, or for qat in groups, on a text.
 
     Args:
         model: a lorq folder.
         out: the new folder: an adapter's with peft, a model's with qat.
         text: to train on: python-docs (or its halves, python-docs-even and python-docs-odd), wikitext2, c4, or a text
             or JSONL file.
-        mode: peft trains the scale factors and leaves the codes; qat trains both and writes a new model.
+        mode: peft trains the scale factors of lords and leaves the codes; qat trains both, of lords or of integer codes
+            in groups (gptq, nearest, lrq), and writes a new model.
         reference: the original, whose weights qat starts from; left out, the dequantized ones.
         device: auto, cpu, cuda and so on.
         json_: print one JSON object.
     """
     out = _new_folder(out)
-    check_trainable(model)
+    check_trainable(model, mode)
     check_text(text)
     with progress_bars() as progress:
         progress(IMPORT, 0, 1)

@@ -23,6 +23,7 @@ from lorq.evaluation import _flattering
 from lorq.pipeline.presets import DEFAULT, PRESETS
 from lorq.show import smaller
 from lorq.storage import writer
+from lorq.storage.folder import LorqFolder
 from lorq.storage.report import Report
 
 SMALL = ["--samples", "4", "--seq-len", "32"]
@@ -874,6 +875,30 @@ def test_adapt_through_the_rounding_writes_a_model(lorq_command, lords_folder, s
     lorq_command("inspect", tmp_path / "out", "--verify")
 
 
+def test_integers_in_groups_train_through_the_rounding(lorq_command, folder_of, source, text_file, tmp_path):
+    """The folder is as before but for codes and scales; both learn, the scales alone at first."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    lorq.quantize(
+        folder_of("llama"), base, lorq.GPTQ(bits=3, group_size=32), calibration=str(text_file), samples=4, seq_len=32
+    )
+    run = ["adapt", base, out, "--text", text_file, "--mode=qat", "--reference", source, *TRAIN, "--scale-steps=1"]
+    figures = json.loads(lorq_command(*run, "--json"))
+    lorq_command("inspect", out, "--verify")
+    before, after = (LorqFolder.open(path) for path in (base, out))
+    assert before.formats == after.formats and before.config == after.config
+    assert "trained for 3 steps" in after.report.layers[0].note
+    for name, weight in before.layers():
+        old, new = weight.tensors(), after.weight(name).tensors()
+        assert {key for key in old if not torch.equal(old[key], new[key])} == {"weight_packed", "weight_scale"}
+    model = lorq.load(base)
+    windows = {"steps": 3, "batch": 2, "seq_len": 16, "learning_rate": 5e-3, "scale_steps": 1}
+    done = lorq.adapt.train(model, str(text_file), "qat", reference=source, **windows)
+    assert figures["first_loss"] == done.losses[0]
+    loaded = lorq.load(out)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(torch.arange(9)[None]).logits, model(torch.arange(9)[None]).logits)
+
+
 def test_a_merged_model_evaluates_and_talks_as_the_model_with_the_adapter(
     lorq_command, lords_folder, adapter, source, text_file, tmp_path
 ):
@@ -940,6 +965,10 @@ TRAINING_MISTAKES = {
     "not quantized": (["adapt", "{model}", *ADAPT[2:]], r"only models quantized with lords .* no packed layers"),
     "quantized otherwise": (
         ["adapt", "{flrq}", *ADAPT[2:]], r"only models quantized with lords .* 14 packed layers, none of them with",
+    ),
+    "factors beside codes": (
+        ["adapt", "{flrq}", *ADAPT[2:], "--mode=qat"],
+        r"nothing beside them, .* has low-rank factors of rank \d+ \(.*\); quantize it with gptq",
     ),
     "no such model": (["adapt", "{tmp}/missing", *ADAPT[2:]], r"no such model: .*missing"),
     "adapter into a model": (

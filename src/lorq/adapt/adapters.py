@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorq.adapt.folder import ADAPTER_CONFIG, ADAPTER_VERSION, read_adapter_config, untrainable
-from lorq.core.codes import LevelFormat, LowRankScale
+from lorq.adapt.folder import ADAPTER_CONFIG, ADAPTER_VERSION, check_formats, read_adapter_config, untrainable
+from lorq.core.codes import CodesFormat, LevelFormat, LowRankScale
 from lorq.models.locate import full_path
 from lorq.runtime.device import own_defaults
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.atomic import rename_synced, write_synced
+from lorq.storage.config import write_format
 from lorq.storage.json_files import damaged, json_bytes, some_of
 from lorq.storage.safetensors_file import Header, read_header, read_tensor
 
@@ -48,11 +49,27 @@ def lords_format(layer: QuantLinear) -> LevelFormat:
 
 def lords_layers(model: nn.Module) -> dict[str, QuantLinear]:
     """The layers whose scale is a product, by name; a ValueError if there are none."""
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    packed = _packed_layers(model)
     found = {name: layer for name, layer in packed.items() if has_product_scale(layer)}
     if not found:
         raise untrainable("this one", len(packed))
     return found
+
+
+def _packed_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def trainable_layers(model: nn.Module) -> dict[str, QuantLinear]:
+    """The layers that train through the rounding, by name: `lords_layers`, or in a model without them all packed ones.
+
+    Raises:
+        ValueError: if there are none, or they are not codes alone.
+    """
+    packed = _packed_layers(model)
+    formats = {name: write_format(layer.format) for name, layer in packed.items()}
+    check_formats("this one", "qat", formats, any(layer.shared for layer in packed.values()))
+    return {name: layer for name, layer in packed.items() if has_product_scale(layer)} or packed
 
 
 def adapters_of(model: nn.Module) -> Adapters:
@@ -187,19 +204,20 @@ def half_factors(layer: nn.Module) -> LowRankScale:
 def base_hash(model: nn.Module) -> str:
     """`codes_hash` of a model's layers."""
     return codes_hash(
-        (name, (layer.out_features, layer.in_features), lords_format(layer), layer.weight_packed)
-        for name, layer in sorted(lords_layers(model).items())
+        (name, (layer.out_features, layer.in_features), layer.format.codes, layer.weight_packed)
+        for name, layer in sorted(trainable_layers(model).items())
     )
 
 
-def codes_hash(layers: Iterable[tuple[str, tuple[int, int], LevelFormat, Tensor]]) -> str:
+def codes_hash(layers: Iterable[tuple[str, tuple[int, int], CodesFormat, Tensor]]) -> str:
     """sha256 (hex) of the codes that adapters belong to: names, shapes, grids and packed words, not their scales.
 
     ``layers`` come in the order of their names.
     """
     digest = hashlib.sha256()
     for name, (out, in_), codes, words in layers:
-        head = f"{name} {out} {in_} {codes.bits} {codes.levels} "
+        kind = codes.levels if isinstance(codes, LevelFormat) else codes.kind
+        head = f"{name} {out} {in_} {codes.bits} {kind} "
         digest.update(head.encode() + len(head).to_bytes(8, "little"))
         digest.update(words.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

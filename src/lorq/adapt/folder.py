@@ -1,5 +1,6 @@
 """What is known of adapters and of what takes them from small files alone, before torch is there."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +31,56 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def check_trainable(model: str | Path) -> None:
-    """Refuse a folder whose config says that its layers have no scale factors, with a ValueError.
+def check_trainable(model: str | Path, mode: str = "peft") -> None:
+    """Refuse a folder whose config says that its layers cannot train in this mode, with a ValueError.
 
     Anything but a folder is not looked at.
     """
     path = full_path(model) / "config.json"
     if path.is_file():
         quantization = read_json(path).get("quantization_config")
-        layers = quantization.get("layers") if isinstance(quantization, dict) else None
-        formats = layers.values() if isinstance(layers, dict) else ()
-        if not any(isinstance(format, dict) and format.get("scale_rank") for format in formats):
-            raise untrainable(str(model), len(formats))
+        quantization = quantization if isinstance(quantization, dict) else {}
+        layers = quantization.get("layers")
+        check_formats(str(model), mode, layers if isinstance(layers, dict) else {}, bool(quantization.get("tiles")))
+
+
+def check_formats(model: str, mode: str, formats: Mapping[str, Any], shares: bool) -> None:
+    """Refuse layers that cannot train in this mode, with a ValueError.
+
+    Args:
+        model: how the error calls it.
+        formats: what its config says of each layer (`lorq.storage.config.write_format`).
+        shares: whether experts share factors.
+    """
+    if any(isinstance(format, dict) and format.get("scale_rank") for format in formats.values()):
+        return
+    if mode != "qat" or not formats:
+        raise untrainable(model, len(formats))
+    beside = {name: _beside(format) for name, format in formats.items()}
+    if shares or any(beside.values()):
+        name, what = next((pair for pair in beside.items() if pair[1]), ("its experts", "factors that they share"))
+        raise ValueError(
+            f"mode qat trains weights, and scales of groups or of low rank, and nothing beside them, {model} has "
+            f"{what} ({name}); quantize it with gptq, nearest, lrq or lords"
+        )
+
+
+def _beside(format: Any) -> str:
+    """What a layer has that does not train through the rounding; nothing if it is integers or levels alone."""
+    own: dict[str, Any] = format if isinstance(format, dict) else {"codes": {"kind": "unknown"}}
+    if "codes" in own:
+        return f"codes of kind {own['codes'].get('kind')}"
+    if own.get("vector", 1) > 1:
+        return "codes of vectors"
+    if own.get("rank"):
+        return f"low-rank factors of rank {own['rank']}"
+    return "weights in another basis" if own.get("permuted") or own.get("rotation_block") else ""
 
 
 def untrainable(model: str, packed: int) -> ValueError:
     """The error for a model of so many packed layers, none of them with scale factors."""
     what = f"{packed} packed layers, none of them with scale factors" if packed else "no packed layers"
     return ValueError(
-        f"only models quantized with lords take adapters and training, {model} has {what}; quantize it with lords"
+        f"only models quantized with lords take adapters, {model} has {what}; quantize it with lords"
+        + (" (integer codes in groups train with mode qat)" if packed else "")
     )

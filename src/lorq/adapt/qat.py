@@ -1,4 +1,4 @@
-"""Quantization-aware training of LoRDS layers: weights and scale factors learn through the rounding."""
+"""Quantization-aware training: weights and their scales, of low rank or of groups, learn through the rounding."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,84 +9,51 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorq.adapt.adapters import adapters_of, half_factors, let_train, lords_format, lords_layers, use_adapter
-from lorq.core.codes import LevelCodes, LevelFormat, LevelGrid, levels
+from lorq.adapt.adapters import adapters_of, has_product_scale, let_train, trainable_layers, use_adapter
+from lorq.adapt.rounded import FakeQuantized, Rounding
+from lorq.core.codes import IntCodes, LevelCodes
 from lorq.kernels import fake_quantize
 from lorq.models.blocks import StreamedModel
 from lorq.models.locate import resolve_model
 from lorq.runtime.device import own_defaults
 from lorq.runtime.linear import QuantLinear
 
-# Scales this small stand for zero: nothing is divided by less.
-_SMALLEST = 1e-8
-
-
-class FakeLords(torch.autograd.Function):
-    """``W^ = levels[q] o S``, ``q`` the nearest level to ``W / S``, ``S = B A``; the rounding is straight through.
-
-        dL/dW = G o M,    dL/dS = G o (levels[q] - (W / S) o M),    dL/dB = dL/dS A^T,    dL/dA = B^T dL/dS
-
-    with ``M`` for quotients that are rounded to a level of the grid before they are clamped to it: those inside the
-    levels, and past the outermost by less than half of its distance to the next. Codes and scales are made again in the
-    backward pass, so that it keeps W, B and A alone.
-
-    Source:
-        LoRDS, arXiv:2601.22716, training. The mask is that of its authors' code, ``clamp(round(W / |B A| + 8), 0, 15)``
-        through autograd. A mask that ends at the outermost levels belongs to ``round(clamp(...))`` and is another rule:
-        1.3 % of the weights lie between, and the gradients of B and A differ by 1.4 times their norm. Ours: the
-        same for NormalFloat levels, which the code does not train; and S keeps its sign, as in the stored form, where
-        the code has ``|B A|``: dL/dS has no sign of B A, and a weight whose S is negative takes the mirrored level.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor, grid: LevelGrid) -> Tensor:
-        ctx.grid = grid
-        ctx.save_for_backward(weight, left, right)
-        scale = left @ right
-        return grid.decode(grid.encode(weight, _away_from_zero(scale)), scale)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weight, left, right = ctx.saved_tensors
-        scale = _away_from_zero(left @ right)
-        table = levels(ctx.grid.kind, ctx.grid.bits, weight.device)
-        quotient = weight / scale
-        # As halves are rounded to even levels: -0.5 is level 0, 15.5 no level.
-        inside = (quotient >= 1.5 * table[0] - table[1] / 2) & (quotient < 1.5 * table[-1] - table[-2] / 2)
-        value = ctx.grid.decode(ctx.grid.encode(weight, scale), torch.ones_like(scale))
-        of_scale = value.sub_(quotient.mul_(inside)).mul_(gradients[0])
-        return gradients[0] * inside, of_scale @ right.T, left.T @ of_scale, None
-
-
-def _away_from_zero(scale: Tensor) -> Tensor:
-    return torch.where(scale.abs() < _SMALLEST, torch.full_like(scale, _SMALLEST), scale)
-
 
 class TrainableLinear(nn.Module):
-    """A layer in quantization-aware training: dense weight and scale factors train, the forward pass sees the rounded.
+    """A layer in quantization-aware training: dense weight and scales train, the forward pass sees the rounded.
 
-    Stands for a packed layer, whose bias, format, and handling of activations it keeps.
+    Stands for a packed layer, whose bias, format, and handling of activations it keeps. The scales are parameters under
+    the names that they are stored by: ``scale_left`` and ``scale_right``, or ``weight_scale``.
     """
 
     bias: nn.Parameter | None
+    zero_point: Tensor | None
     input_scale: Tensor | None
     input_zero_point: Tensor | None
 
     def __init__(self, layer: QuantLinear, weight: Float[Tensor, "out in"]):
         super().__init__()
         self.packed = (layer,)  # in a tuple: no child, its buffers do not count
-        self.grid = lords_format(layer).grid
+        codes = layer.value().codes
+        assert isinstance(codes, IntCodes | LevelCodes), codes
         self.weight = nn.Parameter(weight)
-        factors = half_factors(layer)
-        self.scale_left, self.scale_right = nn.Parameter(factors.left.float()), nn.Parameter(factors.right.float())
+        self.scales = tuple(codes.continuous())
+        for name, number in codes.continuous().items():
+            self.register_parameter(name, nn.Parameter(number.detach().to(torch.float16).float()))
         self.register_parameter("bias", layer.bias)
+        self.register_buffer("zero_point", getattr(codes, "zero_point", None), persistent=False)
         for name in ("input_scale", "input_zero_point"):
             self.register_buffer(name, getattr(layer, name), persistent=False)
 
+    @property
+    def rounding(self) -> Rounding:
+        format: Any = self.packed[0].format.codes
+        return Rounding(format, self.zero_point)
+
     def quantized(self) -> Float[Tensor, "out in"]:
-        """The rounded weight, differentiable; its factors are those that float16 will hold."""
-        left, right = (_as_stored(factor) for factor in (self.scale_left, self.scale_right))
-        weight = FakeLords.apply(self.weight, left, right, self.grid)
+        """The rounded weight, differentiable; its scales are those that float16 will hold."""
+        numbers = [_as_stored(self.get_parameter(name)) for name in self.scales]
+        weight = FakeQuantized.apply(self.weight, self.rounding, *numbers)
         assert isinstance(weight, Tensor)
         return weight
 
@@ -102,41 +69,46 @@ class TrainableLinear(nn.Module):
     @torch.no_grad()
     def finished(self) -> QuantLinear:
         """A packed layer with what was learned; an ArithmeticError if that is not finite."""
-        layer, factors = self.packed[0], half_factors(self)
-        if not bool(torch.isfinite(self.weight).all()):
-            raise ArithmeticError("weights must be finite, they are not; train with a lower learning rate")
-        codes = self.grid.encode(self.weight, _away_from_zero(factors.dense())).to(torch.uint8)
-        format = LevelFormat(self.grid.bits, self.grid.kind, layer.in_features, factors.rank)
-        solved = replace(layer.value(), codes=LevelCodes(codes, factors, format))
+        layer, stored = self.packed[0], {name: self.get_parameter(name).to(torch.float16) for name in self.scales}
+        for what, numbers in (
+            ("scales must be finite in float16", stored.values()),
+            ("weights must be finite", [self.weight]),
+        ):
+            if not all(bool(torch.isfinite(number).all()) for number in numbers):
+                raise ArithmeticError(f"{what}, they are not; train with a lower learning rate")
+        codes = self.rounding.encode(self.weight, self.rounding.scale(*(number.float() for number in stored.values())))
+        learned: Any = layer.value().refitted(stored)
+        solved = replace(learned, codes=replace(learned.codes, codes=codes.to(torch.uint8)))
         new = QuantLinear.from_weight(solved).to(self.weight.device).requires_grad_(False).train(self.training)
         new.bias = self.bias
         return new
 
 
-def _as_stored(factor: Tensor) -> Tensor:
+def _as_stored(number: Tensor) -> Tensor:
     """Rounded to float16, straight through."""
-    return factor + (factor.detach().to(torch.float16).to(factor.dtype) - factor.detach())
+    return number + (number.detach().to(torch.float16).to(number.dtype) - number.detach())
 
 
 @own_defaults()
 def prepare_qat(model: nn.Module, reference: str | Path | None = None) -> None:
     """Put trainable layers where the packed ones are; all else is frozen. `finish_qat` ends it, `cancel_qat` undoes it.
 
-    Weights and scale factors train together from the first step, if the training has no ``scale_steps``.
+    Weights and scales train together from the first step, if the training has no ``scale_steps``.
 
     Args:
-        model: quantized with lords. Training starts from the scale factors in use, an adapter's or the base's.
+        model: whose layers are codes alone, integers or levels: quantized with lords, or with gptq, lrq or nearest, in
+            groups. Training starts from the scales in use, an adapter's or the base's. Zero points stay.
         reference: the original, whose weights training starts from; None starts from the dequantized ones.
 
     Raises:
-        ValueError: if the model is not quantized with lords, or the reference is not its original.
+        ValueError: if a layer cannot train so, or the reference is not its original.
 
     Source:
         LoRDS, arXiv:2601.22716, the authors' code. Deviations: there embeddings, norms and head train as well, here
         they stay, so that a trained folder differs from its base in codes and scales alone; and there B and A train
         alone for the first 250 steps, W with them after that, which is ``scale_steps`` of the training here.
     """
-    layers = lords_layers(model)
+    layers = trainable_layers(model)
     streamed = None if reference is None else _original(model, reference, layers)
     targets = {t.name: t for part in streamed.parts for t in part.targets} if streamed else {}
     made = {}
@@ -193,7 +165,11 @@ def cancel_qat(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, TrainableLinear):
             model.set_submodule(name, module.packed[0])
-    use_adapter(model, adapters_of(model).active)
+    if any(has_product_scale(layer) for layer in trainable_layers(model).values()):
+        use_adapter(model, adapters_of(model).active)
+    else:
+        model.requires_grad_(False)
+        let_train(model, False, None)
 
 
 def _save_qat(model: Any, save_directory: str | Path, **ignored: Any) -> None:

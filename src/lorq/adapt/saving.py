@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorq.adapt.adapters import BASE, adapters_of, base_hash, half_factors, lords_layers, use_adapter
+from lorq.adapt.adapters import (
+    BASE,
+    adapters_of,
+    base_hash,
+    half_factors,
+    has_product_scale,
+    lords_layers,
+    trainable_layers,
+    use_adapter,
+)
 from lorq.core.weight import layer_bytes
 from lorq.models.locate import full_path, resolve_model
 from lorq.runtime.device import own_defaults
@@ -43,7 +52,7 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
     """Write a trained or merged model as an ordinary lorq folder.
 
     Args:
-        model: quantized with lords; the factors in use are written, in float16.
+        model: quantized with lords, whose factors in use are written, in float16; or trained with mode qat.
         out: the new folder.
         base: the lorq folder that the model was loaded from, for all that did not change; None takes the model's own
             note of it.
@@ -55,10 +64,10 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
         ArithmeticError: if a factor is not finite in float16.
     """
     folder = LorqFolder.open(resolve_model(base or model.name_or_path))
-    out, layers = full_path(out), lords_layers(model)
+    out, layers = full_path(out), trainable_layers(model)
     report, source, config = folder.report, folder.reader, folder.config
     _check_own_folder(model, layers, source)
-    halves = {name: half_factors(layer) for name, layer in layers.items()}
+    halves = {name: half_factors(layer) for name, layer in layers.items() if has_product_scale(layer)}
     formats = config["quantization_config"]["layers"]
     identity = {"trained_from": source.fingerprint(), "note": note, "base": base_hash(model)}
     reports = {layer.name: layer for layer in report.layers}
@@ -67,9 +76,9 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
         for file, header in sorted(source.headers.items()):
             tensors = {name: source.tensor(name) for name in header.tensors}
             for name in sorted(layers.keys() & {tensor.rpartition(".")[0] for tensor in tensors}):
-                before = layers[name].value()
-                codes: Any = before.codes
-                weight = replace(before, codes=replace(codes, scale=halves[name]))
+                weight = layers[name].value()
+                codes: Any = weight.codes
+                weight = replace(weight, codes=replace(codes, scale=halves.get(name, codes.scale)))
                 tensors = {k: t for k, t in tensors.items() if k.rpartition(".")[0] != name or k.endswith(".bias")}
                 tensors |= {f"{name}.{local}": tensor for local, tensor in weight.tensors().items()}
                 formats[name] = write_format(weight.format)

@@ -18,8 +18,8 @@ class Settings:
         start_token: begin each with a start token: "auto" (as the model's tokenizer does), "always" or "never".
         learning_rate: of AdamW after the warm-up, falling to a tenth along half a cosine; 0 takes 5e-4 for "peft" and
             5e-5 for "qat".
-        scale_rate: the scale factors' learning rate over the weights', with "qat".
-        scale_steps: steps at the beginning in which the scale factors train alone, with "qat"; the weights join after.
+        scale_rate: the scales' learning rate over the weights', with "qat".
+        scale_steps: steps at the beginning in which the scales train alone, with "qat"; the weights join after.
         warmup: share of the steps in which the rate rises.
         rank: of the adapter, the same in every layer; -1 keeps each layer's own ("peft" only).
         gradient_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again.

@@ -1,4 +1,4 @@
-"""Train a LoRDS model: the scale factors while codes stay (PEFT), or weights and scales through the rounding (QAT)."""
+"""Training: a LoRDS model's scale factors while codes stay (PEFT), or weights and scales through the rounding (QAT)."""
 
 import math
 import time
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lorq.adapt.adapters import adapters_of, attach, lords_layers, use_adapter
+from lorq.adapt.adapters import adapters_of, attach, lords_layers, trainable_layers, use_adapter
 from lorq.adapt.qat import cancel_qat, finish_qat, prepare_qat
 from lorq.adapt.settings import Settings
 from lorq.models.locate import resolve_model
@@ -46,15 +46,15 @@ def train(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Trained:
-    """Train a loaded LoRDS model on a data set; afterwards it is quantized as before, with what was learned.
+    """Train a loaded model on a data set; afterwards it is quantized as before, with what was learned.
 
     Args:
-        model: quantized with lords, as `lorq.load` or ``from_pretrained`` give it. "peft" adds an adapter to it and
-            puts it into use (`save_adapter` writes it, `merge` makes it the model's own); "qat" changes codes and
-            scales (`save` writes the model).
+        model: quantized with lords, as `lorq.load` or ``from_pretrained`` give it; for "qat" its layers may be codes in
+            groups too, of gptq, nearest or lrq. "peft" adds an adapter to it and puts it into use (`save_adapter`
+            writes it, `merge` makes it the model's own); "qat" changes codes and scales (`save` writes the model).
         dataset: a text as `lorq.quantize` takes for calibration; windows of tokens (windows, length); or any iterable
             of examples with ``input_ids`` and, if they differ, ``labels``.
-        mode: "peft" trains the scale factors while the codes stay; "qat" trains weights and factors through the
+        mode: "peft" trains the scale factors while the codes stay; "qat" trains weights and scales through the
             rounding.
         name: of the adapter. An adapter of this name that the model has trains on.
         reference: the original model, whose weights "qat" starts from; None starts from the dequantized ones.
@@ -62,7 +62,7 @@ def train(
         **settings: fields of `Settings`.
 
     Raises:
-        ValueError: if the model is not quantized with lords, the data set is empty, or a setting is out of range.
+        ValueError: if the model's layers cannot train so, the data set is empty, or a setting is out of range.
         ArithmeticError: if a loss or its gradient is not finite; the model and its adapters are then what they were
             before. After an interrupt they are as far as training got.
     """
@@ -72,7 +72,7 @@ def train(
         raise TypeError(f"unknown settings: {', '.join(unknown)}; known are {known}")
     chosen = Settings(**settings)
     _check_together(mode, name, reference, chosen)
-    lords_layers(model)  # refuses other models before the data is read
+    (trainable_layers if mode == "qat" else lords_layers)(model)  # refuses other models before the data is read
     examples = read_dataset(model, dataset, chosen)
     began = time.monotonic()
     if mode == "qat":
@@ -83,7 +83,7 @@ def train(
     with session:
         rate = chosen.learning_rate or {"peft": 5e-4, "qat": 5e-5}[mode]
         learning = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        scales = [p for n, p in learning.items() if n.endswith(("scale_left", "scale_right"))]
+        scales = [p for n, p in learning.items() if n.endswith(("scale_left", "scale_right", "weight_scale"))]
         weights = [p for n, p in learning.items() if n.endswith(".weight")]
         groups = [{"params": scales, "lr": rate * (chosen.scale_rate if mode == "qat" else 1.0)}]
         groups += [{"params": weights, "lr": rate, "begins": chosen.scale_steps}] if weights else []

@@ -251,12 +251,12 @@ def bench_adapt(
     reference: str | None = None,
     settings: Settings = Settings(),  # noqa: B008  # frozen
 ) -> Iterator[dict[str, Any]]:
-    """Train a lords folder in several ways on one text, and measure each on another.
+    """Train a folder in several ways on one text, and measure each on another.
 
     Every run has a process of its own. All see the same batches in the same order under the same schedule.
 
     Args:
-        model: a lorq folder, quantized with lords.
+        model: a lorq folder, quantized with lords; for qat alone, in groups too.
         ways: peft, an adapter of scale factors; lora, an additive one with as many parameters in each layer, scaled
             by 1 (needs the package peft); qat, weights and scales. Give the flag once for each.
         rates: learning rates to try with each way, once for each; they take the place of --learning-rate. 0 is the

@@ -15,7 +15,8 @@ from torch import nn
 from lorq import adapt
 from lorq.adapt import Settings, train
 from lorq.adapt.adapters import adapters_of, attach, load_adapter, save_adapter, use_adapter
-from lorq.adapt.qat import FakeLords, TrainableLinear, cancel_qat, finish_qat, prepare_qat
+from lorq.adapt.qat import TrainableLinear, cancel_qat, finish_qat, prepare_qat
+from lorq.adapt.rounded import FakeQuantized, Rounding
 from lorq.adapt.training import read_dataset
 from lorq.core.activations import Activations
 from lorq.core.codes import LevelCodes, LevelFormat, LevelGrid, LowRankScale, level_values, levels
@@ -85,6 +86,12 @@ def drawn(kind, bits, generator, shape=(12, 20), rank=3):
     return quotient * scale, left, right
 
 
+def fake_lords(w, left, right, grid):
+    """A weight rounded under scales of low rank."""
+    format = LevelFormat(grid.bits, grid.kind, w.shape[1], left.shape[1])
+    return FakeQuantized.apply(w, Rounding(format), left, right)
+
+
 class Straight(torch.autograd.Function):
     """A rounding that passes gradients on unchanged, for autograd to do the rest."""
 
@@ -118,7 +125,7 @@ def test_integer_gradients_are_those_of_the_authors_code(generator):
 
     parts = (w, left, right)
     value, expected = by_autograd(theirs, parts, seed)
-    mine, found = by_autograd(lambda *p: FakeLords.apply(*p, LevelGrid(4, "integer")), parts, seed)
+    mine, found = by_autograd(lambda *p: fake_lords(*p, LevelGrid(4, "integer")), parts, seed)
     torch.testing.assert_close(mine, value)
     for gradient, other in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, other)
@@ -141,7 +148,7 @@ def test_gradients_are_those_of_the_levels_and_one_more_on_each_side_clamped(kin
         return Straight.apply(quotient, nearest).clamp(table[0], table[-1]) * scale
 
     value, expected = by_autograd(formula, parts, seed)
-    mine, found = by_autograd(lambda *p: FakeLords.apply(*p, LevelGrid(bits, kind)), parts, seed)
+    mine, found = by_autograd(lambda *p: fake_lords(*p, LevelGrid(bits, kind)), parts, seed)
     torch.testing.assert_close(mine, value)
     for gradient, other in zip(found, expected, strict=True):
         torch.testing.assert_close(gradient, other)
@@ -156,12 +163,12 @@ def test_the_scales_slope_outside_the_levels_is_the_finite_difference(kind, bits
     w = (left @ right) * side
     parts = [w.requires_grad_(), left.requires_grad_(), right.requires_grad_()]
     seed = torch.randn(12, 20, generator=generator, dtype=torch.float64)
-    FakeLords.apply(*parts, grid).backward(seed)
+    fake_lords(*parts, grid).backward(seed)
     for part in parts:
         step = 1e-6 * torch.randn(part.shape, generator=generator, dtype=torch.float64)
         with torch.no_grad():
             ahead, behind = (
-                FakeLords.apply(*(p + sign * step if p is part else p for p in parts), grid) for sign in (1, -1)
+                fake_lords(*(p + sign * step if p is part else p for p in parts), grid) for sign in (1, -1)
             )
         torch.testing.assert_close((part.grad * step).sum(), ((ahead - behind) * seed).sum() / 2, rtol=1e-6, atol=1e-14)
 
@@ -177,11 +184,11 @@ def test_with_codes_that_stay_the_formula_is_smooth_but_for_what_goes_straight_t
     inward = torch.where(codes == 0, 1.0, -1.0)
     parts = [(scale * (table[codes] + gaps * inward)).requires_grad_(), left.requires_grad_(), right.requires_grad_()]
     seed = torch.randn(12, 20, generator=generator, dtype=torch.float64)
-    FakeLords.apply(*parts, grid).backward(seed)
+    fake_lords(*parts, grid).backward(seed)
     steps = [1e-7 * torch.randn(part.shape, generator=generator, dtype=torch.float64) for part in parts]
     with torch.no_grad():
         ahead, behind = (
-            FakeLords.apply(*(p + s * step for p, step in zip(parts, steps, strict=True)), grid) for s in (1, -1)
+            fake_lords(*(p + s * step for p, step in zip(parts, steps, strict=True)), grid) for s in (1, -1)
         )
         slope = (ahead - behind) / 2
         d_scale = steps[1] @ parts[2] + parts[1] @ steps[2]
@@ -197,13 +204,13 @@ def test_the_rounded_weight_has_the_codes_of_the_grid(kind, bits, generator):
     w, left, right = (part.float() for part in drawn(kind, bits, generator))
     scale = left @ right
     expected = level_values(grid.encode(w, scale), kind, bits) * scale
-    assert torch.equal(FakeLords.apply(w, left, right, grid), expected)
+    assert torch.equal(fake_lords(w, left, right, grid), expected)
 
 
 def test_scales_of_zero_give_zeros_and_finite_gradients():
     w = torch.randn(4, 6).requires_grad_()
     left, right = torch.zeros(4, 2, requires_grad=True), torch.randn(2, 6, requires_grad=True)
-    out = FakeLords.apply(w, left, right, LevelGrid(4, "normal-float"))
+    out = fake_lords(w, left, right, LevelGrid(4, "normal-float"))
     assert out.count_nonzero() == 0
     out.backward(torch.ones(4, 6))
     assert all(torch.isfinite(part.grad).all() for part in (w, left, right))
@@ -214,7 +221,7 @@ def test_the_backward_pass_keeps_the_weight_and_two_thin_factors(generator):
     w, left, right = (part.float().requires_grad_() for part in drawn("integer", 4, generator))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        FakeLords.apply(w, left, right, LevelGrid(4, "integer"))
+        fake_lords(w, left, right, LevelGrid(4, "integer"))
     assert sorted(t.numel() for t in kept) == sorted([12 * 20, 12 * 3, 3 * 20])
     assert any(t.data_ptr() == w.data_ptr() for t in kept)
 
@@ -597,7 +604,9 @@ def test_a_mistake_is_refused_with_its_number_and_the_model_left_alone(lords, wi
 
 def test_a_model_that_was_not_quantized_with_lords_is_refused_before_the_data_is_read():
     for call in (lambda model: train(model, "no such text"), prepare_qat):
-        with pytest.raises(ValueError, match=r"only models quantized with lords .*this one has no packed layers"):
+        with pytest.raises(
+            ValueError, match=r"only models quantized with lords take adapters, this one has no packed layers"
+        ):
             call(tiny_model())
 
 
