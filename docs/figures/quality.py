@@ -1,4 +1,4 @@
-"""The picture of README: bits against divergence, from the tables of docs/results.md.
+"""The picture of README: bits against divergence, from the tables of docs/results.md and docs/results/trellis.md.
 
 python docs/figures/quality.py     # writes quality.svg beside itself; needs lorq[report]
 """
@@ -17,7 +17,8 @@ def points() -> list[dict]:
         {"method": method, "bits": float(bits), "KL": float(kl)}
         for method, bits, kl in re.findall(r"^\| \d \| ([a-z-]+) \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \|", first, re.M)
     ]
-    budget = text.partition("## Trellis codes, gradients and a budget")[2].partition("What each part is worth")[0]
+    budgets = (HERE.parent / "results" / "trellis.md").read_text(encoding="utf-8")
+    budget = budgets.partition("## At each size")[2].partition("What each part is worth")[0]
     found = re.findall(r"^\| (\d\.\d{3}) \| ([\d.]+) \| [\d.]+ \|$", budget, re.M)
     return rows + [{"method": "lorq, balanced", "bits": float(bits), "KL": float(kl)} for bits, kl in found]
 

@@ -33,7 +33,7 @@ class TileQ(LoPRo):
     The tile factors come from one blocked sketch, whatever ``sketch`` says, and columns are ordered by the weights.
 
     The low rank comes first by default: what the weights of experts have in common is shared, while what codes miss of
-    one expert has nothing to do with another's (docs/results.md).
+    one expert has nothing to do with another's (docs/results/tileq.md).
 
     Attributes:
         rank: factor pairs of a layer, and of the tile matrix of each projection of its experts.
