@@ -36,8 +36,6 @@ METHODS = {
     "6 x 10, rank 8": TileQ(rank=8, **GRID),
     "6 x 10, rank 32": TileQ(rank=32, **GRID),
     "tileq-paper, 6 x 10, rank 32": TileQPaper(rank=32, **GRID),
-    "6 x 10, rank 64": TileQ(rank=64, **GRID),
-    "each expert, rank 8, codes first": LoPRo(rank=8, **BASE),
     "no low rank, groups of 32": LoPRo(rank=0, bits=2, group_size=32),
 }
 Inputs = list[Tensor]  # of each expert
