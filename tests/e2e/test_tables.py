@@ -240,7 +240,7 @@ def test_what_cannot_be_is_refused_before_the_work(folder_of, quantize, tmp_path
     llama = folder_of("llama")
     with pytest.raises(ValueError, match="are one table and must have the same bits, got embeddings 4 and head 3"):
         quantize(llama, tmp_path / "out", embeddings=4, head=3)
-    with pytest.raises(ValueError, match=r"head must be between 0 and 8, or one of q4_0, .*, q6_k, got 9"):
+    with pytest.raises(ValueError, match=r"head must be between 0 and 8, or one of q4_0, .*, tq2_0, got 9"):
         quantize(llama, tmp_path / "out", head=9)
     with pytest.raises(ValueError, match="embeddings and head must have 2 to 8 bits with scalar codes, got 1; trellis"):
         quantize(llama, tmp_path / "out", head=1)
