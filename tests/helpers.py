@@ -48,6 +48,33 @@ def tiny_model(seed: int = 0, **changes):
         return LlamaForCausalLM(LlamaConfig(**settings | changes))
 
 
+def packed_model(pack):
+    """`tiny_model` with the layers that ``pack`` makes of its blocks' weights."""
+    model = tiny_model()
+    for block in model.model.layers:
+        for name, module in list(block.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                block.set_submodule(name, pack(module.weight.detach()))
+    return model.eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(20)[None]).logits
+
+
+class Straight(torch.autograd.Function):
+    """A rounding that passes gradients on unchanged, for autograd to do the rest."""
+
+    @staticmethod
+    def forward(ctx, x, rounded):
+        return rounded
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
 def prepared(hessian, damping=0.01):
     """A Hessian as roundings take it."""
     return PreparedHessian(hessian, damping)

@@ -36,9 +36,10 @@ class Rounding:
 
     def _zero(self, like: Tensor) -> Tensor | float:
         """The code of 0.0, where codes are whole numbers: of each weight, or of all."""
-        if self.zero_point is None:
-            return float(2 ** (self.format.bits - 1))
-        return self._repeated(self.zero_point.to(like.dtype))
+        if self.zero_point is not None:
+            return self._repeated(self.zero_point.to(like.dtype))
+        assert isinstance(self.format, IntGrid)
+        return float(self.format.middle)
 
     def encode(self, weight: Float[Tensor, "out in"], scale: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Nearest codes, as floats."""

@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import tiny_model
-from torch import nn
+from helpers import Straight, logits, packed_model
 
 from lorq.adapt import train
 from lorq.adapt.folder import check_formats
@@ -21,18 +20,6 @@ GRIDS = [IntGrid(3, 4), IntGrid(4, 8, symmetric=True), IntGrid(1, 8, symmetric=T
 grids = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
 
-class Straight(torch.autograd.Function):
-    """A rounding that passes gradients on unchanged, for autograd to do the rest."""
-
-    @staticmethod
-    def forward(ctx, x, rounded):
-        return rounded
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
-
-
 def rounded(weight, grid):
     if isinstance(grid, LevelFormat):
         return nearest_levels(weight, LevelGrid(grid.bits, grid.levels), grid.group_size)
@@ -46,12 +33,7 @@ def pack(weight, grid, bias=None):
 @pytest.fixture(scope="module")
 def quantized():
     """A tiny language model with integers of 3 bits in groups, not to be changed."""
-    model = tiny_model()
-    for block in model.model.layers:
-        for name, module in list(block.named_modules()):
-            if isinstance(module, nn.Linear):
-                block.set_submodule(name, pack(module.weight.detach(), IntGrid(3, 8)))
-    return model.eval()
+    return packed_model(lambda weight: pack(weight, IntGrid(3, 8)))
 
 
 @pytest.fixture
@@ -62,11 +44,6 @@ def groups(quantized):
 @pytest.fixture
 def windows(generator):
     return torch.randint(0, 256, (6, 12), generator=generator)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(torch.arange(20)[None]).logits
 
 
 @pytest.mark.parametrize("grid", [grid for grid in GRIDS if isinstance(grid, IntGrid)], ids=str)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_model
-from torch import nn
+from helpers import Straight, logits, packed_model, tiny_model
 
 from lorq import adapt
 from lorq.adapt import Settings, train
@@ -46,12 +45,7 @@ def pack(weight, *, rank=2, bits=4, grid="normal-float", bias=None, activations=
 @pytest.fixture(scope="module")
 def quantized():
     """A tiny language model with packed layers, not to be changed."""
-    model = tiny_model()
-    for block in model.model.layers:
-        for name, module in list(block.named_modules()):
-            if isinstance(module, nn.Linear):
-                block.set_submodule(name, pack(module.weight.detach()))
-    return model.eval()
+    return packed_model(pack)
 
 
 @pytest.fixture
@@ -65,11 +59,6 @@ def windows(generator):
 
 
 QUICK = {"steps": 3, "batch": 2, "learning_rate": 1e-3}
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(torch.arange(20)[None]).logits
 
 
 # ---- through the rounding ---------------------------------------------------------------------------------
@@ -90,18 +79,6 @@ def fake_lords(w, left, right, grid):
     """A weight rounded under scales of low rank."""
     format = LevelFormat(grid.bits, grid.kind, w.shape[1], left.shape[1])
     return FakeQuantized.apply(w, Rounding(format), left, right)
-
-
-class Straight(torch.autograd.Function):
-    """A rounding that passes gradients on unchanged, for autograd to do the rest."""
-
-    @staticmethod
-    def forward(ctx, x, rounded):
-        return rounded
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None
 
 
 def by_autograd(function, parts, seed):
