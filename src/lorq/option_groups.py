@@ -21,7 +21,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "Quality and size": "group-size symmetric rank budget widths fused-alike exclude override tune",
         "Embeddings and head": "embeddings head table-codebook table-group-size",
         "Calibration": f"{_CALIBRATION} stream expert-tokens router-weights",
-        "Running and resuming": "device dry-run resume overwrite spill-bytes json",
+        "Running and resuming": "device cluster dry-run resume overwrite memory-budget spill-bytes json",
         "Inputs and cache in 8 bits": "activations smoothing kv-cache",
         OWN: "",
         PAPER: (

@@ -16,6 +16,7 @@ WRITE = "write calibration text"
 # Weighing calibration tokens; each of its ways has steps of its own length.
 WEIGH, WEIGH_END, WEIGH_BACK = (f"weigh calibration tokens, {way}" for way in ("forward", "at the end", "back"))
 PREDICT = "predict harm"  # where a budget is to be met
+TRY = "try a block and a layer"  # where it is to be told what a run takes
 PASS = "go through finished blocks"  # of a resumed run
 QUANTIZE = "quantize"
 TABLES = "quantize embeddings and head"

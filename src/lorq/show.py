@@ -16,6 +16,7 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from lorq.bars import console, notes, progress_bars
+from lorq.progress import duration
 from lorq.storage.measured import read_measured
 from lorq.storage.report import Report, ranks_in_words
 
@@ -44,6 +45,14 @@ def print_summary(report: Report, out: Path | None) -> None:
         table.add_row(f"on {found['text']}", figures_line(found))
         for task, metrics in found.get("tasks", {}).items():
             table.add_row(task, metrics_line(metrics))
+    for told in [report.run["forecast"]] if "forecast" in report.run else ():
+        for row in forecast_rows(told):
+            table.add_row(*row)
+    if out and (memory := read_measured(out).memory):
+        foretold = read_measured(out).foretold
+        table.add_row(
+            "peak memory", f"{memory / 1e9:.2f} GB" + (f" ({foretold / 1e9:.2f} predicted)" if foretold else "")
+        )
     if report.notes:
         table.add_row("with a note", f"{len(report.notes)}, see lorq inspect" if out else str(len(report.notes)))
     if report.seconds:
@@ -51,6 +60,21 @@ def print_summary(report: Report, out: Path | None) -> None:
         title = "seconds" if out else "seconds of this dry run"
         table.add_row(title, f"{report.seconds:.1f}" + (f" ({parts})" if parts else ""))
     console.print(table)
+
+
+def forecast_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a run will take, a line each."""
+    block, layer = told["measured"]
+    spilled = f", {told['spilled'] / 1e9:.2f} GB in files meanwhile" if told["spilled"] else ""
+    times = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in told["seconds"].items())
+    if "solving" not in told["seconds"]:
+        times += ", solving not predicted: a method that fits whole blocks"
+    return [
+        ("blocks", str(told["blocks"])),
+        ("read and written", f"{told['read'] / 1e9:.2f} GB, {told['written'] / 1e9:.2f} GB at most{spilled}"),
+        ("peak memory, predicted", f"{told['memory'] / 1e9:.2f} GB" if told["memory"] else "not known on this system"),
+        ("time, predicted", f"{times} (from {block} and {layer}, on this machine as busy as it is)"),
+    ]
 
 
 def figures_line(found: dict[str, Any]) -> str:

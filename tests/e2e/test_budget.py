@@ -34,17 +34,17 @@ def test_a_budget_is_kept_and_goes_on_where_it_was_interrupted(source, run, tmp_
     report = lorq.quantize(source, tmp_path / "whole", NEAREST, **options)
     assert 3.6 < report.bits_per_weight <= 4.1
     assert len({layer.bits for layer in report.layers}) > 1
-    solve, predict = stages.solve_block, stages.predict
+    solve, predict = stages.begin_block, stages.predict
 
     def stop_at_the_second(model, plan, visit, probe, executor):
         if visit.part.name.endswith(".1"):
             raise KeyboardInterrupt
         return solve(model, plan, visit, probe, executor)
 
-    monkeypatch.setattr(stages, "solve_block", stop_at_the_second)
+    monkeypatch.setattr(stages, "begin_block", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         lorq.quantize(source, tmp_path / "parts", NEAREST, **options)
-    monkeypatch.setattr(stages, "solve_block", solve)
+    monkeypatch.setattr(stages, "begin_block", solve)
     monkeypatch.setattr(stages, "predict", None)  # what was chosen is known
     with pytest.raises(ValueError, match=r"begun differently: bits_per_weight \(folder: 4.1, now: 5.0\)"):
         lorq.quantize(source, tmp_path / "parts", NEAREST, **options | {"bits_per_weight": 5.0}, resume=True)

@@ -610,7 +610,10 @@ MISTAKES = {
     ),
     "unknown device": ([*PLAIN, "--device", "gpu"], r"device must be .*got 'gpu'"),
     "absent device": ([*PLAIN, "--device", "cuda:99"], r"device must be .*got 'cuda:99'"),
-    "several devices": ([*PLAIN, "--device", "cpu,cpu"], r"device must be one, .*'cpu,cpu' \(several share .*executor"),
+    "several devices of two types": ([*PLAIN, "--device", "cpu,cuda:99"], r"device must be .*got 'cuda:99'"),
+    "several devices and a cluster": (
+        [*PLAIN, "--device", "cpu,cpu", "--cluster", "auto"], r"got device cpu,cpu and cluster auto; give the one",
+    ),
     "meta device": ([*PLAIN, "--device", "meta"], r"device must be .*got 'meta'"),
     "override without value": (
         [*PLAIN, "--override", "down_proj:bits"], r"'REGEX:key=value', got 'down_proj:bits'",

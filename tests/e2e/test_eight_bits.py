@@ -121,7 +121,7 @@ def test_layers_that_stay_as_they_are_keep_their_norm_from_being_smoothed(folder
     ids=["lrq original", "lords", "lrq smoothed", "gptq smoothed"],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bytes(method, options, folder_of, quantize, tmp_path, monkeypatch):
-    source, solve, solved = folder_of("llama"), stages.solve_block, []
+    source, solve, solved = folder_of("llama"), stages.begin_block, []
 
     def stop_at_the_second(model, plan, visit, probe, executor):
         solved.append(visit.part.name)
@@ -130,7 +130,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(method, options, folder_of
         return solve(model, plan, visit, probe, executor)
 
     quantize(source, tmp_path / "whole", method, **options)
-    monkeypatch.setattr(stages, "solve_block", stop_at_the_second)
+    monkeypatch.setattr(stages, "begin_block", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         quantize(source, tmp_path / "parts", method, **options)
     quantize(source, tmp_path / "parts", method, **options, resume=True)

@@ -130,7 +130,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(stream, after, source, 
         interrupted(out, after=after, stream=stream)
     else:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(PowerCut):
-            patch.setattr(sys.modules["lorq.pipeline.quantize"], "solve_block", _cut)
+            patch.setattr(sys.modules["lorq.pipeline.quantize"], "begin_block", _cut)
             quantize(source, out, stream=stream)
     quantize(source, out, resume=True, stream=stream)
     assert folder_digests(out) == whole(stream)

@@ -1,12 +1,11 @@
 """A walk, its reads, and work in other processes: each tensor is read once, two walks are two lines, bytes stay."""
 
-import multiprocessing
 import os
 import pickle
 import signal
 import time
 from collections import Counter
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 
 import families
@@ -21,9 +20,10 @@ from lorq.core.stats import InputStats
 from lorq.models.blocks import StreamedModel
 from lorq.models.windows import Encoder, text_windows
 from lorq.pipeline import quantize as stages
+from lorq.pipeline.executors import SameProcess
 from lorq.pipeline.options import Options
 from lorq.pipeline.plan import make_plan
-from lorq.pipeline.tasks import SameProcess, Task, solve_task
+from lorq.pipeline.tasks import Task, solve_task
 from lorq.pipeline.walk import Streams, advance, walk
 from lorq.storage import reader
 from lorq.storage.writer import CheckpointWriter
@@ -111,7 +111,7 @@ def test_a_large_models_weights_that_are_not_finite_are_named_all_together(metho
     for block, projection in ((2, "up_proj"), (3, "down_proj")):
         tensors[f"model.layers.{block}.mlp.{projection}.weight"][0, :2] = torch.inf
     save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
-    solved, solve = [], stages.solve_block
+    solved, solve = [], stages.begin_block
 
     def slowly(model, plan, visit, *others):
         solved.append(visit.part.name)
@@ -119,7 +119,7 @@ def test_a_large_models_weights_that_are_not_finite_are_named_all_together(metho
             time.sleep(1)
         return solve(model, plan, visit, *others)
 
-    monkeypatch.setattr(stages, "solve_block", slowly)
+    monkeypatch.setattr(stages, "begin_block", slowly)
     named = r"model.layers.2.mlp.up_proj \(2 of 8192\), model.layers.3.mlp.down_proj \(2 of 8192\); repair the model"
     with pytest.raises(ValueError, match=named):
         lorq.quantize(large, tmp_path / "out", method, **run)
@@ -143,7 +143,7 @@ def test_an_error_of_the_work_gives_way_to_weights_that_cause_it(large, run, tmp
 
 
 def test_a_resumed_run_looks_once_and_does_not_check_its_weights_again(folder_of, run, reads, tmp_path, monkeypatch):
-    source, solve = folder_of("llama"), stages.solve_block
+    source, solve = folder_of("llama"), stages.begin_block
 
     def stop(model, plan, visit, *others):
         if visit.part.name.endswith(".1"):
@@ -151,7 +151,7 @@ def test_a_resumed_run_looks_once_and_does_not_check_its_weights_again(folder_of
         return solve(model, plan, visit, *others)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(stages, "solve_block", stop)
+        patch.setattr(stages, "begin_block", stop)
         lorq.quantize(source, tmp_path / "out", GPTQ, **run)
     reads.clear()
     lorq.quantize(source, tmp_path / "out", GPTQ, **run, resume=True)
@@ -185,7 +185,7 @@ def test_weights_beyond_float32_are_infinite_in_the_work(large, run, tmp_path):
 
 
 def test_a_check_ahead_that_fails_says_so(large, run, tmp_path, monkeypatch):
-    aside, solve = StreamedModel.tensor_aside, stages.solve_block
+    aside, solve = StreamedModel.tensor_aside, stages.begin_block
 
     def fail(model, name):
         if ".2." in name:
@@ -197,13 +197,13 @@ def test_a_check_ahead_that_fails_says_so(large, run, tmp_path, monkeypatch):
         return solve(*arguments)
 
     monkeypatch.setattr(StreamedModel, "tensor_aside", fail)
-    monkeypatch.setattr(stages, "solve_block", slowly)
+    monkeypatch.setattr(stages, "begin_block", slowly)
     with pytest.raises(OSError, match="Input/output error"):
         lorq.quantize(large, tmp_path / "out", GPTQ, **run)
 
 
 def test_what_fails_on_the_disk_stops_the_run_before_the_next_block_is_solved(folder_of, run, tmp_path, monkeypatch):
-    write, solved, solve = CheckpointWriter.write_shard, [], stages.solve_block
+    write, solved, solve = CheckpointWriter.write_shard, [], stages.begin_block
 
     def fail(self, name, *others):
         if "00001" in name:
@@ -215,7 +215,7 @@ def test_what_fails_on_the_disk_stops_the_run_before_the_next_block_is_solved(fo
         return solve(model, plan, visit, *others)
 
     monkeypatch.setattr(CheckpointWriter, "write_shard", fail)
-    monkeypatch.setattr(stages, "solve_block", note)
+    monkeypatch.setattr(stages, "begin_block", note)
     with pytest.raises(OSError, match="No space left"):
         lorq.quantize(folder_of("llama"), tmp_path / "out", GPTQ, **run)
     assert solved == ["model.layers.0"]
@@ -308,24 +308,6 @@ def test_streams_go_where_the_option_says(method, stream, streams, folder_of, te
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "family, method",
-    [
-        ("llama", GPTQ),
-        ("llama", lorq.GPTQ(grid="q4_1")),
-        ("mixtral", lorq.TileQ(bits=3, group_size=32, rank=2)),
-        ("llama", lorq.LRQ(bits=3, group_size=32, steps=1)),
-    ],
-    ids=["layers", "blocks of GGUF", "experts", "block"],
-)
-def test_layers_solved_in_another_process_have_the_same_bytes(family, method, folder_of, run, tmp_path):
-    lorq.quantize(folder_of(family), tmp_path / "here", method, **run)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as executor:
-        lorq.quantize(folder_of(family), tmp_path / "there", method, **run, executor=executor)
-    assert folder_digests(tmp_path / "here") == folder_digests(tmp_path / "there")
 
 
 def test_an_executor_that_leaves_a_layer_out_is_refused(folder_of, run, tmp_path):

@@ -29,7 +29,10 @@ class Options:
         start_token: begin each window of a text with a start token: "auto" (as the model's tokenizer does), "always" or
             "never". What the model writes itself always begins with one.
         seed: of every random choice; the same seed gives the same bytes.
-        device: where blocks are run and solved: "auto", "cpu", "cuda", "cuda:1" and so on.
+        device: where blocks are run and solved: "auto", "cpu", "cuda", "cuda:1" and so on; of several, such as
+            "cuda:0,cuda:1", blocks are run on the first, and each has a process that solves layers.
+        cluster: solve the layers on a Ray cluster: "auto" for the one that this machine belongs to, its HOST:PORT, or
+            "" for none. A task takes as many CPUs as this process has threads, or a GPU where blocks are run on one.
         token_weights: "equal" counts each calibration token the same, "plain" by its squared length, "gradient" by how
             much each layer's output at it decides what the model says: better, and one more pass forward and back.
         router_weights: weigh a routed token by its squared router weight in the expert's statistics.
@@ -63,7 +66,9 @@ class Options:
         fused_alike: with a budget, layers that read one input (q, k and v; gate and up; those of all experts) get one
             setting, as servers want that fuse them.
         spill_bytes: hidden states, and what else is kept of every window, go to files mapped into memory past this.
-        dry_run: check everything, report the sizes, write nothing.
+        memory_budget: memory that the process may take, such as "8GB": what is kept of the windows goes to files where
+            it would not fit, and what cannot be kept within it is refused before the work; "" for what there is.
+        dry_run: check everything, try one block and its largest layer, tell sizes, memory and time, write nothing.
         resume: continue an interrupted run in the same folder.
         overwrite: replace a folder that lorq wrote.
     """
@@ -74,6 +79,7 @@ class Options:
     start_token: StartToken = "auto"
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     device: str = "auto"
+    cluster: str = ""
     token_weights: TokenWeights = "equal"
     router_weights: bool = False
     expert_tokens: Annotated[int, Range(1)] = 128
@@ -92,6 +98,7 @@ class Options:
     widths: tuple[int, ...] = ()
     fused_alike: bool = False
     spill_bytes: Annotated[int, Range(0)] = 2 << 30
+    memory_budget: str = ""
     dry_run: bool = False
     resume: bool = False
     overwrite: bool = False
@@ -134,6 +141,11 @@ def read_options(options: dict[str, Any]) -> Options:
             "token_weights 'gradient' counts a routed token by its squared router weight already, got router_weights "
             "too; leave router_weights away"
         )
+    if chosen.cluster and "," in chosen.device:
+        raise ValueError(
+            f"layers are solved on several devices or on a cluster, got device {chosen.device} and cluster "
+            f"{chosen.cluster}; give the one device that blocks are run on here"
+        )
     _check_tables(chosen)
     _check_budget(chosen)
     return chosen
@@ -173,8 +185,9 @@ def _check_budget(options: Options) -> None:
     if len(given) > 1:
         told = " and ".join(f"{name} {getattr(options, name)}" for name in given)
         raise ValueError(f"bits_per_weight and size are two ways to ask for the same, got {told}; keep one")
-    if options.size:
-        read_size(options.size)
+    for name in ("size", "memory_budget"):
+        if value := getattr(options, name):
+            read_size(value, name)
     for name in ("widths", "fused_alike"):
         if getattr(options, name) and not options.has_budget:
             raise ValueError(f"{name} goes with a budget, got none; give bits_per_weight or size, or leave it away")
@@ -185,8 +198,8 @@ def _check_budget(options: Options) -> None:
         )
 
 
-def read_size(text: str) -> int:
-    """Bytes, of a number with a unit.
+def read_size(text: str, name: str = "size") -> int:
+    """Bytes, of a number with a unit; ``name`` is what an error calls it.
 
     Raises:
         ValueError: if it is none.
@@ -197,7 +210,7 @@ def read_size(text: str) -> int:
     """
     found = re.fullmatch(r"([0-9]{1,12}(?:\.[0-9]{1,12})?) ?([KMG]i?)?B", text.strip(), re.IGNORECASE)
     if not found:
-        raise ValueError(f"size must be a number of KB, MB or GB (or KiB, MiB, GiB), such as 4.2GB, got {text!r}")
+        raise ValueError(f"{name} must be a number of KB, MB or GB (or KiB, MiB, GiB), such as 4.2GB, got {text!r}")
     unit = (found[2] or "").upper()
     base = 1024 if unit.endswith("I") else 1000
     return int(float(found[1]) * base ** " KMG".index(unit[:1] or " "))

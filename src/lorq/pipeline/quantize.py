@@ -2,20 +2,20 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from lorq.methods import Method
 from lorq.models.blocks import StreamedModel
 from lorq.models.locate import cache_dir, full_path, load_dense, refuse_adapter, resolve_model
-from lorq.models.quantized import source_note
 from lorq.models.self_text import cached_self_windows, check_self_windows
 from lorq.models.skeleton import read_config
 from lorq.models.tables import config_as_stored
@@ -26,19 +26,21 @@ from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit
 from lorq.pipeline.dial import Choice, Dial, levelled
+from lorq.pipeline.executors import SameProcess, open_executor
+from lorq.pipeline.forecast import Forecast, fitted, forecast
 from lorq.pipeline.gradients import token_gradients
+from lorq.pipeline.identity import LATER, identity, run_info
 from lorq.pipeline.observe import TokenGradients
-from lorq.pipeline.one_block import solve_block
+from lorq.pipeline.one_block import Begun, begin_block, blocks_ahead, end_block
 from lorq.pipeline.options import Options, method_name, read_method, read_options
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
 from lorq.pipeline.predict import predict
 from lorq.pipeline.presets import DEFAULT, PAPERS, PRESETS
 from lorq.pipeline.tables import solve_tables
-from lorq.pipeline.tasks import SameProcess
 from lorq.pipeline.verify import Probe, probe_tokens, verify
-from lorq.pipeline.walk import Streams, walk
-from lorq.progress import OPEN, PASS, QUANTIZE, WRITE, Progress, no_progress
-from lorq.runtime.device import available_bytes, own_defaults, read_device
+from lorq.pipeline.walk import Streams, Visit, walk
+from lorq.progress import OPEN, PASS, QUANTIZE, TRY, WRITE, Progress, no_progress
+from lorq.runtime.device import available_bytes, memory_peak, own_defaults, read_devices, reset_peak
 from lorq.storage.atomic import require_space
 from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.folder import LorqFolder
@@ -50,6 +52,8 @@ from lorq.storage.out_folder import check_out
 from lorq.storage.report import LayerReport, Report
 from lorq.storage.writer import CheckpointWriter, check_begun
 from lorq.version import __version__
+
+T = TypeVar("T")
 
 
 @own_defaults()
@@ -75,8 +79,8 @@ def quantize(
         method: a name of `lorq.METHODS`, or an instance with its settings, such as ``lorq.FLRQ(bits=3)``; if left out,
             that of ``lorq.preset()``, with its options.
         progress: called as ``progress(stage, done, total)``.
-        executor: where layers are solved, such as a process pool; if left out, here and at once. Methods that fit a
-            whole block run in the model and are always solved here.
+        executor: where layers are solved, such as a process pool; if left out, where ``device`` and ``cluster`` say.
+            Methods that fit a whole block run in the model and are always solved here.
         **options: fields of `Options`.
 
     Returns:
@@ -87,56 +91,77 @@ def quantize(
         FileNotFoundError, FileExistsError, OSError: for missing models, used folders, full disks.
     """
     started = time.monotonic()
-    progress, executor = progress or no_progress, executor or SameProcess()
+    reset_peak()
+    progress = progress or no_progress
     chosen, solver = _asked(method, options)
     if chosen.calibration != SELF:
         check_text(chosen.calibration, "calibration")
-    out, own = full_path(out), full_path(model)
-    if own.exists() and os.path.realpath(out) == os.path.realpath(own):
+    out, there = full_path(out), full_path(model)
+    if there.exists() and os.path.realpath(out) == os.path.realpath(there):
         raise FileExistsError(f"the output folder must not be the model's own, got {out} for both")
     check_out(out, overwrite=chosen.overwrite, resume=chosen.resume)
     progress(OPEN, 0, 1)
     source = resolve_model(model)
     refuse_adapter(source)
-    streamed = StreamedModel.open(source, dequantize=True, device=read_device(chosen.device))
+    streamed = StreamedModel.open(source, dequantize=True, device=read_devices(chosen.device)[0])
     whole = make_plan(streamed, solver, chosen)
     plan = levelled(whole, streamed)
     progress(OPEN, 1, 1)
-    begun = chosen.resume and (out / JOURNAL).is_file()
-    if begun:
-        check_begun(out, {key: value for key, value in _identity(plan, streamed, None).items() if key not in _LATER})
+    if chosen.resume and (out / JOURNAL).is_file():
+        check_begun(out, {key: value for key, value in identity(plan, streamed, None).items() if key not in LATER})
     check_activations(plan)
     check_kinds(plan, streamed)
     _check_room(plan, streamed, out)
     with nullcontext() if chosen.dry_run else owned(out):
         calibration = _calibration(plan, streamed, progress)
         whole = check_walk(streamed, whole, progress)
-        plan = levelled(whole, streamed)
-        check_activations(plan)
+        check_activations(levelled(whole, streamed))
         if chosen.dry_run:
-            if not looks_at_all(streamed):
-                check_weights(plan, streamed, progress)
-            with TemporaryDirectory() as scratch:
-                plan, _ = _chosen(whole, streamed, calibration, Path(scratch), executor, progress)
-            return replace(_check_room(plan, streamed, out), seconds=time.monotonic() - started)
-        # Without calibration the work is as fast as the check.
-        ahead = _observes(plan) and not looks_at_all(streamed)
-        with checking_ahead(plan, streamed) if ahead else nullcontext(lambda: None) as refuse:
-            began = time.monotonic()
-            windows = calibration()
-            if begun and windows is not None:
-                windows = _as_begun(out, windows)
-            text_seconds = time.monotonic() - began
-            refuse()
-            plan, gradients = _chosen(whole, streamed, lambda: windows, out, executor, progress)
-            identity = _identity(plan, streamed, windows)
-            writer = CheckpointWriter.create(out, identity, overwrite=chosen.overwrite, resume=chosen.resume)
-            with ThreadPoolExecutor(1, "write") as disk:
-                commit = Commit(streamed, plan, writer, disk)
-                stages = _solve(plan, streamed, windows, commit, executor, progress, refuse, gradients)
-        stages["calibration"] += text_seconds
-        report = _finish(plan, streamed, writer, windows)
-        return _timed(report, out, time.monotonic() - started, stages)
+            report = _dry_run(whole, streamed, out, calibration, progress)
+            return replace(report, seconds=time.monotonic() - started)
+        with open_executor(chosen.device, chosen.cluster) if executor is None else nullcontext(executor) as where:
+            report, stages, foretold = _carry_out(whole, streamed, out, calibration, where, progress)
+        return _timed(report, out, time.monotonic() - started, stages, foretold)
+
+
+def _dry_run(
+    whole: Plan, model: StreamedModel, out: Path, calibration: Callable[[], Windows | None], progress: Progress
+) -> Report:
+    """What can be known before the work."""
+    if not looks_at_all(model):
+        check_weights(levelled(whole, model), model, progress)
+    with TemporaryDirectory() as scratch:
+        plan, _ = _chosen(whole, model, calibration, Path(scratch), SameProcess(), progress)
+    report = _check_room(plan, model, out)
+    return replace(report, run=report.run | {"forecast": asdict(_foretold(plan, model, report.bytes, progress))})
+
+
+def _carry_out(
+    whole: Plan, model: StreamedModel, out: Path, calibration: Callable[[], Windows | None], executor: Executor,
+    progress: Progress,
+) -> tuple[Report, dict[str, float], int]:  # fmt: skip
+    """The work: the report, the seconds that stages took, and the memory that was foretold, if it was."""
+    plan, options, foretold = levelled(whole, model), whole.options, 0
+    # Without calibration the work is as fast as the check.
+    ahead = _observes(plan) and not looks_at_all(model)
+    with checking_ahead(plan, model) if ahead else nullcontext(lambda: None) as refuse:
+        began = time.monotonic()
+        windows = calibration()
+        if windows is not None and options.resume and (out / JOURNAL).is_file():
+            windows = _as_begun(out, windows)
+        text_seconds = time.monotonic() - began
+        refuse()
+        if options.memory_budget:
+            told = _foretold(plan, model, _check_room(plan, model, out).bytes, progress)
+            whole, foretold = fitted(whole, told)
+        plan, gradients = _chosen(whole, model, lambda: windows, out, executor, progress)
+        own = identity(plan, model, windows)
+        writer = CheckpointWriter.create(out, own, overwrite=options.overwrite, resume=options.resume)
+        with ThreadPoolExecutor(1, "write") as disk:
+            commit = Commit(model, plan, writer, disk)
+            stages = _solve(plan, model, windows, commit, executor, progress, refuse, gradients)
+    stages["calibration"] += text_seconds
+    return _finish(plan, model, writer, windows), stages, foretold
 
 
 def _chosen(
@@ -215,17 +240,27 @@ def _solve(
         seconds["calibration"] += time.monotonic() - began
     behind, ahead = len(finished), len(model.blocks) - len(finished)
     progress(*(PASS, 0, behind) if behind else (QUANTIZE, 0, ahead))
-    for number, visit in enumerate(walk(model, plan, streams, finished=finished, gradients=gradients), 1):
-        refuse()
-        commit.look()
-        began = time.monotonic()
-        if visit.part.name in finished:
-            solved = commit.read(visit)
-        else:
-            solved = solve_block(model, plan, visit, probe, executor)
+    most = blocks_ahead(plan, executor)
+
+    def begun() -> Iterator[tuple[Visit, Begun | None]]:
+        for visit in walk(model, plan, streams, finished=finished, gradients=gradients, hold=most > 0):
+            refuse()
+            commit.look()
+            began = time.monotonic()
+            if visit.part.name in finished:
+                yield visit, None
+                continue
+            under_way = begin_block(model, plan, visit, probe, executor)
             seconds["calibration"] += visit.seconds
             seconds["solving"] += time.monotonic() - began
+            yield visit, under_way
+
+    for number, (visit, under_way) in enumerate(_behind(begun(), most), 1):
+        began = time.monotonic()
+        solved = commit.read(visit) if under_way is None else end_block(model, plan, under_way, probe)
+        seconds["solving"] += 0.0 if under_way is None else time.monotonic() - began
         commit.block(visit, solved, probe)
+        visit.held.close()
         if number <= behind:  # what is finished comes first, and goes faster
             progress(PASS, number, behind)
         if number >= behind and ahead:
@@ -238,6 +273,16 @@ def _solve(
     commit.settle()
     verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), tables, progress)
     return seconds
+
+
+def _behind(items: Iterable[T], most: int) -> Iterator[T]:
+    """The same, each when so many more have come, or there are no more."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > most:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callable[[], Windows | None]:
@@ -293,50 +338,12 @@ def _require_memory(model: StreamedModel) -> None:
         )
 
 
-# What is not known yet when a run that goes on is compared: of a text, and what a budget leads to.
-_LATER = ("budget", "calibration", "calibration_tokens", "samples", "seq_len", "start_token")
-# Options that say how a run is done and leave the bytes as they are.
-_HOW = ("device", "spill_bytes", "dry_run", "resume", "overwrite")
-
-
-def _run_info(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict[str, Any]:
-    """Everything that was asked for and decides the bytes of the folder, for its report."""
-    options = plan.options if windows else replace(plan.options, samples=0, seq_len=0)
-    return {
-        **{key: value for key, value in vars(options).items() if key not in _HOW},
-        "format_version": FORMAT_VERSION,
-        "lorq_version": __version__,
-        "model": model.checkpoint.fingerprint(),
-        "calibration": None if windows is None else windows.source,
-        "start_token": None if windows is None else windows.start_token,
-        "calibration_tokens": None if windows is None else windows.sha256,
-        "stream": plan.stream,
-        "budget": dict(plan.budget),
-        "device_type": model.device.type,
-    } | ({"dequantized": note} if (note := source_note(model.checkpoint)) else {})
-
-
-def _identity(plan: Plan, model: StreamedModel, windows: Windows | None) -> dict[str, Any]:
-    """Everything that decides the bytes of the folder; resuming with another one is refused.
-
-    Sums come out otherwise with other threads and another torch. That is for the journal alone: the folder does not
-    tell on what machine it was made.
-    """
-    return {
-        **_run_info(plan, model, windows),
-        "method": plan.name,
-        "settings": plan.settings,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
 def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows: Windows | None) -> Report:
     records, folder = list(writer.completed.values()), model.checkpoint.folder
     layers = [LayerReport(**{**l, "shape": tuple(l["shape"])}) for record in records for l in record["layers"]]
     report = make_report(
         plan, model, layers, stored=sum(record["bytes"] for record in records),
-        run_info=_run_info(plan, model, windows), checksums=writer.shard_checksums(),
+        run_info=run_info(plan, model, windows), checksums=writer.shard_checksums(),
     )  # fmt: skip
     beside, left = find_companions(folder)
     report = replace(report, run=report.run | ({"not_copied": left} if left else {}))
@@ -357,7 +364,21 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
     return report
 
 
-def _timed(report: Report, out: Path, seconds: float, stages: dict[str, float]) -> Report:
-    """The report with the times of the run, which are kept beside it."""
-    add_times(out, seconds, stages)
+def _foretold(plan: Plan, model: StreamedModel, written: int, progress: Progress) -> Forecast:
+    """What the run will take. Windows that are not written yet are random: as many tokens, no text."""
+    options, windows = plan.options, None
+    if _observes(plan):
+        size = options.samples, options.seq_len
+        windows = torch.randint(model.model.config.get_text_config().vocab_size, size)
+        if options.calibration != SELF:
+            windows = calibration_windows(options, model, progress)().tokens
+    progress(TRY, 0, 1)
+    told = forecast(model, plan, windows, written)
+    progress(TRY, 1, 1)
+    return told
+
+
+def _timed(report: Report, out: Path, seconds: float, stages: dict[str, float], foretold: int) -> Report:
+    """The report with the times and the memory of the run, which are kept beside it."""
+    add_times(out, seconds, stages, memory=memory_peak(), foretold=foretold)
     return replace(report, seconds=seconds, stages=stages)

@@ -1,7 +1,6 @@
 """What is solved in one call: tasks, which are made where the model is and solved anywhere."""
 
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,15 +80,6 @@ def _judged(weight: QuantizedWeight) -> QuantizedWeight:
         return weight
     note = f"worse than rounded to nearest: output error {record.error_after:.3g}, not {record.error_before:.3g}"
     return replace(weight, record=replace(record, note="; ".join(filter(None, (record.note, note)))))
-
-
-class SameProcess(Executor):
-    """Runs at once what it is given; an error is raised by `submit` itself."""
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        done: Future[Any] = Future()
-        done.set_result(function(*args, **kwargs))
-        return done
 
 
 def block_tasks(

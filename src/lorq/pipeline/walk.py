@@ -90,6 +90,7 @@ class Visit:
         observed: what its layers are given, found in so many seconds; nothing where the block is finished.
         rounding: activations and basis of layers, by name, with which ``inputs`` leave the block; filled by who puts
             quantized weights into it.
+        held: what is to be closed for the block to leave memory; empty where the walk does so.
     """
 
     part: Part
@@ -99,16 +100,18 @@ class Visit:
     observed: Observed
     seconds: float
     rounding: dict[str, tuple[Activations, Basis | None]] = field(default_factory=dict)
+    held: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
 
 
 def walk(
     model: StreamedModel, plan: Plan, streams: Streams, *, finished: Collection[str] = (),
-    gradients: TokenGradients | None = None,
+    gradients: TokenGradients | None = None, hold: bool = False,
 ) -> Iterator[Visit]:  # fmt: skip
     """Go through the blocks, each in memory while the walk is there; nothing outside the streams is changed.
 
     The streams are at the first block, and behind the last at the end. Blocks named ``finished`` are not observed, in
-    the others ``gradients`` weigh the tokens, where the plan wants that.
+    the others ``gradients`` weigh the tokens, where the plan wants that. With ``hold`` blocks stay in memory until
+    who walks closes what their visits hold.
     """
     for part in model.blocks:
         with ExitStack() as stack:
@@ -120,8 +123,10 @@ def walk(
             apart = streams.original is not streams.inputs and not streams.compared
             if streams.original is not None and (apart or part.name in finished):
                 advance(streams.original, run)
-            found = Observed() if part.name in finished else _observe(model, plan, part, streams, run, gradients)
+            found = Observed() if part.name in finished else observe(model, plan, part, streams, run, gradients)
             visit = Visit(part, kept, source(), streams, found, time.monotonic() - began)
+            if hold:
+                visit.held.push(stack.pop_all())
             del kept, found
             yield visit
             with quantized_activations(model.model, visit.rounding):
@@ -130,9 +135,10 @@ def walk(
         give_memory_back()
 
 
-def _observe(
+def observe(
     model: StreamedModel, plan: Plan, part: Part, streams: Streams, run: Run, gradients: TokenGradients | None
 ) -> Observed:
+    """What the layers of the resident block are given, as `Streams.look` goes through it."""
     if not len(streams.inputs.hidden):
         return Observed()
     options, gradients = plan.options, gradients or TokenGradients()

@@ -42,12 +42,26 @@ def read_device(name: str | torch.device) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        if "," in str(name):
-            reason = "several share a quantization by lorq.quantize(..., executor=...)"
         raise ValueError(
-            f"device must be one, auto, cpu or an accelerator of this machine, got {name!r} ({reason})"
+            f"device must be auto, cpu or an accelerator of this machine, got {str(name)!r} ({reason})"
         ) from None
     return device
+
+
+def read_devices(names: str) -> list[torch.device]:
+    """The devices behind names between commas; one, as `read_device` has it, or several of one type.
+
+    Raises:
+        ValueError: if this machine lacks one, or they are of several types: sums come out otherwise on another.
+
+    Example:
+        >>> read_devices("cpu,cpu")
+        [device(type='cpu'), device(type='cpu')]
+    """
+    devices = [read_device(name.strip()) for name in names.split(",")]
+    if len({device.type for device in devices}) > 1:
+        raise ValueError(f"several devices must be of one type, got {names}; give those of one")
+    return devices
 
 
 def read_dtype(name: str | torch.dtype, *, auto: bool = True) -> torch.dtype:
@@ -57,6 +71,31 @@ def read_dtype(name: str | torch.dtype, *, auto: bool = True) -> torch.dtype:
     if dtype is None:
         raise ValueError(f"dtype must be {'auto, ' if auto else ''}{', '.join(known)}, got {name!r}")
     return dtype
+
+
+def memory_now(told: Path = Path("/proc/self/status")) -> int:
+    """Bytes of memory that this process has, mapped files that are in memory included; 0 where nobody tells."""
+    return _told(told, "VmRSS")
+
+
+def memory_peak(told: Path = Path("/proc/self/status")) -> int:
+    """The most it has had since it began, or since `reset_peak`."""
+    return _told(told, "VmHWM")
+
+
+def reset_peak(count: Path = Path("/proc/self/clear_refs")) -> None:
+    """Let the peak begin anew, where the system can."""
+    try:
+        count.write_text("5")
+    except OSError:
+        pass  # not Linux, or not allowed: the peak of the whole process it is
+
+
+def _told(file: Path, key: str) -> int:
+    try:
+        return 1024 * int(re.findall(rf"^{key}:\s*(\d+) kB", file.read_text(), re.M)[0])
+    except (OSError, IndexError):
+        return 0
 
 
 def available_bytes(told: Path = Path("/proc/meminfo")) -> int:

@@ -27,12 +27,15 @@ class Measured:
     Attributes:
         seconds, stages: wall time of the run that made it, and of its calibration and solving; of a resumed run, what
             came after the interruption. 0 and empty where it is not known.
+        memory, foretold: of that run's process at its peak, in bytes, and what a forecast said; 0 where nobody knows.
         evaluations: what `lorq.evaluate` found, the last one last, one for each `PROTOCOL`.
     """
 
     seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
     evaluations: tuple[dict[str, Any], ...] = ()
+    memory: int = 0
+    foretold: int = 0
 
 
 def read_measured(folder: Path) -> Measured:
@@ -62,16 +65,22 @@ def parse_measured(content: dict[str, Any], *, where: Path) -> Measured:
     if not all(isinstance(metrics, dict) for metrics in tasks):
         raise wrong
     figures = [entry.get(key) for entry in evaluations for key in _FIGURES]
-    numbers = [content.get("seconds", 0.0), *stages.values(), *(figure for figure in figures if figure is not None)]
+    memory = [content.get(key, 0) for key in ("memory", "foretold")]
+    numbers = [
+        content.get("seconds", 0.0),
+        *memory,
+        *stages.values(),
+        *(figure for figure in figures if figure is not None),
+    ]
     numbers += [entry["perplexity"] for entry in evaluations] + [value for one in tasks for value in one.values()]
     if not all(isinstance(number, int | float) for number in numbers):
         raise wrong
-    return Measured(content.get("seconds", 0.0), stages, tuple(evaluations))
+    return Measured(content.get("seconds", 0.0), stages, tuple(evaluations), *memory)
 
 
-def add_times(folder: Path, seconds: float, stages: dict[str, float]) -> None:
-    """Keep how long the run took that has just made a folder."""
-    _write(folder, Measured(seconds, stages))
+def add_times(folder: Path, seconds: float, stages: dict[str, float], *, memory: int = 0, foretold: int = 0) -> None:
+    """Keep how long the run took that has just made a folder, and its memory at its peak."""
+    _write(folder, Measured(seconds, stages, memory=memory, foretold=foretold))
 
 
 def add_evaluation(folder: Path, entry: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ import lorq
 from lorq.core.stats import InputStats
 from lorq.models.blocks import StreamedModel
 from lorq.pipeline.dial import Dial
+from lorq.pipeline.executors import SameProcess
 from lorq.pipeline.options import Options, read_options, read_size
 from lorq.pipeline.plan import Plan, estimate, make_plan
 from lorq.pipeline.predict import _harm, predict
-from lorq.pipeline.tasks import SameProcess
 from lorq.progress import no_progress
 
 GPTQ, NEAREST = lorq.GPTQ(group_size=16), lorq.Nearest(group_size=16)
