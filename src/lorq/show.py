@@ -73,7 +73,7 @@ def forecast_rows(told: dict[str, Any]) -> list[tuple[str, str]]:
         ("blocks", str(told["blocks"])),
         ("read and written", f"{told['read'] / 1e9:.2f} GB, {told['written'] / 1e9:.2f} GB at most{spilled}"),
         ("peak memory, predicted", f"{told['memory'] / 1e9:.2f} GB" if told["memory"] else "not known on this system"),
-        ("time, predicted", f"{times} (from {block} and {layer}, on this machine as busy as it is)"),
+        ("time, predicted", f"{times} (from {block} and {layer}, on this machine as it is)"),
     ]
 
 

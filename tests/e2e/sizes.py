@@ -10,9 +10,11 @@ Random weights prove sizes, times and memory; they prove nothing about quality.
 import argparse
 import csv
 import json
+import math
 import os
 import re
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -69,22 +71,71 @@ SIZES = {
         files=2,
     ),
 }  # fmt: skip
+# Larger than any machine here: only to be planned, their files are holes (`write_holes`).
+PLANNED = {
+    "405b": Size(
+        "llama",
+        {
+            "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "vocab_size": 128256,
+            "num_attention_heads": 128, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+            "tie_word_embeddings": False,
+        },
+        files=191,
+    ),
+    "1t": Size(
+        "deepseek_v3",
+        {
+            "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61,
+            "n_routed_experts": 384, "num_experts_per_tok": 8, "n_shared_experts": 1, "vocab_size": 163840,
+            "num_attention_heads": 64, "num_key_value_heads": 64, "q_lora_rank": 1536, "kv_lora_rank": 512,
+            "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128, "first_k_dense_replace": 1,
+            "n_group": 1, "topk_group": 1, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+        },
+        files=62,
+    ),
+}  # fmt: skip
+
+
+def _shapes(folder: Path, size: Size) -> dict[str, tuple[int, ...]]:
+    """Write a model's config; the shapes of what it stores."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(size.kind, dtype="bfloat16", **size.config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    return shapes
+
+
+def write_holes(folder: Path, size: Size) -> int:
+    """Write a model of zeros that take no room on the disk; the bytes that its files say they have."""
+    parts = list(_stored(_shapes(folder, size)))
+    each, weight_map, total = -(-len(parts) // size.files), {}, 0
+    for number, start in enumerate(range(0, len(parts), each), 1):
+        file, header, end = f"model-{number:05d}-of-{size.files:05d}.safetensors", {}, 0
+        for name, make in parts[start : start + each]:
+            shape = make.args[0]
+            begin, end = end, end + 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+            weight_map[name] = file
+        raw = json.dumps(header).encode()
+        raw += b" " * (-len(raw) % 8)
+        with (folder / file).open("wb") as out:
+            out.write(struct.pack("<Q", len(raw)) + raw)
+            out.truncate(8 + len(raw) + end)
+        total += end
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
 
 
 def write_model(folder: Path, size: Size) -> int:
     """Write a model of random bfloat16 weights, never more than one file of it in memory; its bytes."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(size.kind, dtype="bfloat16", **size.config)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(folder)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    if config.tie_word_embeddings:
-        shapes.pop("lm_head.weight", None)
-    names, tensors, weight_map = list(_stored(shapes)), {}, {}
+    names, tensors, weight_map = list(_stored(_shapes(folder, size))), {}, {}
     generator, part = torch.Generator().manual_seed(0), -(-len(names) // size.files)
     for number, start in enumerate(range(0, len(names), part), 1):
         file = "model.safetensors" if size.files == 1 else f"model-{number:05d}-of-{size.files:05d}.safetensors"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import sizes
 import torch
 from helpers import byte_tokenizer, folder_digests, tiny_model
 
@@ -107,3 +108,35 @@ def test_a_dry_run_prints_what_the_run_takes(method, flags, folder_of, run, tmp_
     assert "peak memory, predicted" in told and "time, predicted" in told and "GB at most" in told
     assert ("solving not predicted" in told) == (method == "lrq")
     assert not (tmp_path / "out").exists()
+
+
+@linux
+def test_shapes_alone_tell_nearly_the_memory_that_a_block_does(wide, run, tmp_path, monkeypatch):
+    method = lorq.GPTQ(bits=3, group_size=64)
+    tried = lorq.quantize(wide, tmp_path / "out", method, **run, dry_run=True).run["forecast"]
+    monkeypatch.setattr(stages, "too_large", lambda _: "it is")
+    told = lorq.quantize(wide, tmp_path / "out", method, **run, dry_run=True).run["forecast"]
+    assert told["measured"][0] == "shapes"
+    assert {key: told[key] for key in ("blocks", "read", "kept", "written")} == {
+        key: tried[key] for key in ("blocks", "read", "kept", "written")
+    }
+    assert 0.7 < told["memory"] / tried["memory"] < 1.4
+    with pytest.raises(ValueError, match="it is"):
+        lorq.quantize(wide, tmp_path / "out", method, **run)
+
+
+@linux
+@pytest.mark.parametrize("name", ["405b", pytest.param("1t", marks=pytest.mark.slow)])
+def test_models_that_fit_no_machine_here_are_planned(name, tmp_path, text_file):
+    folder = tmp_path / name
+    folder.mkdir()
+    assert sizes.write_holes(folder, sizes.PLANNED[name]) > 800e9
+    byte_tokenizer(64).save_pretrained(folder)
+    done = sizes.run(
+        "quantize", folder, tmp_path / "out", "--method", "gptq", "--bits", "3", "--group-size", "128", "--dry-run",
+        "--calibration", text_file, "--samples", "4", "--seq-len", "32", "--json",
+    )  # fmt: skip
+    told = json.loads(done.out)["run"]["forecast"]
+    assert done.peak < 3e9 and told["memory"] > 60e9
+    assert told["blocks"] == sizes.PLANNED[name].config["num_hidden_layers"]
+    assert 0.18 < told["written"] / sizes.write_holes(folder, sizes.PLANNED[name]) < 0.22

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from lorq.models.experts import find_experts, split_experts
 
 # A config's names for how the weights are quantized, the second that of older compressed-tensors.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+# Numbers of a tensor that is a weight and no computed buffer: 64 MB in float32, a causal mask of 4096 tokens.
+_LARGE = 1 << 24
 
 
 def read_config(folder: Path, *, quantized: bool = False) -> Any:
@@ -78,6 +81,19 @@ def model_class(config: Any) -> Any:
     return fitting[0]
 
 
+class _LargeOnMeta(TorchFunctionMode):
+    """What is made empty and large is a weight, and never in memory: all experts of a layer in one tensor are tens of
+    gigabytes, which accelerate would make first and drop then."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            size = torch.Size(args[0] if args and not isinstance(args[0], int) else args)
+            if size.numel() >= _LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 def skeleton(config: Any) -> Any:
     """The model without memory for its parameters; buffers that are computed, not stored, are real.
 
@@ -86,7 +102,7 @@ def skeleton(config: Any) -> Any:
     from accelerate import init_empty_weights
 
     kind = model_class(config)
-    with BUILDING, init_empty_weights(include_buffers=False):
+    with BUILDING, init_empty_weights(include_buffers=False), _LargeOnMeta():
         model = kind._from_config(config, dtype=torch.float32).eval()
     split_experts(model)
     return model

@@ -1,5 +1,6 @@
 """What a run will take, told before it: some windows go through one block, and its largest layer is solved."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from lorq.runtime.device import memory_peak, reset_peak
 # Windows that are tried: one to find out how, one to time.
 _WINDOWS = 2
 # Of what a block's tensors take where they are packed and written, and of what Python keeps meanwhile.
-_WRITTEN, _SPARE = 2, 1.05
+WRITTEN, SPARE = 2, 1.05
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def forecast(model: StreamedModel, plan: Plan, windows: Int[Tensor, "windows len
         windows: of the calibration; None where nothing looks at inputs.
         written: the size of the result at most.
     """
-    part = max(model.blocks, key=lambda part: _weights(plan, part))
+    part = max(model.blocks, key=lambda part: weights_of(plan, part))
     tokens = torch.zeros(1, 2, dtype=torch.int64) if windows is None else windows[:_WINDOWS]
     reset_peak()
     with model.resident(*model.outside):
@@ -78,18 +79,15 @@ def forecast(model: StreamedModel, plan: Plan, windows: Int[Tensor, "windows len
         name, solving = _solve_largest(tasks)
     count = 0 if windows is None else len(windows)
     weights = sum(target.out_features * target.in_features for target, _ in plan.jobs())
-    seconds = {"calibration": count * len(model.blocks) * looking * _passes(plan) + loading * len(model.blocks)}
+    seconds = {"calibration": count * len(model.blocks) * looking * passes(plan) + loading * len(model.blocks)}
     if not plan.blockwise:
         seconds["solving"] = solving * weights
-    kept = _kept(plan, model, windows)
+    kept = bytes_kept(plan, model, None if windows is None else tuple(windows.shape))
     spilled = kept if kept > plan.options.spill_bytes else 0
-    block_written = written * _weights(plan, part) // max(1, weights)
-    memory = (memory_peak() + (kept - spilled) + _WRITTEN * block_written) * (memory_peak() > 0)
-    every = sum(model.stored_bytes(name) for part in model.parts for name in part.tensors)
-    again = sum(model.stored_bytes(name) for part in model.outside for name in part.tensors)
-    backward = plan.options.token_weights == "gradient"
-    read = every * (3 if backward else 1) + again + written
-    return Forecast(len(model.blocks), read, kept, spilled, written, int(memory * _SPARE), seconds, (part.name, name))
+    block_written = written * weights_of(plan, part) // max(1, weights)
+    memory = (memory_peak() + (kept - spilled) + WRITTEN * block_written) * (memory_peak() > 0)
+    read = bytes_read(plan, model, written)
+    return Forecast(len(model.blocks), read, kept, spilled, written, int(memory * SPARE), seconds, (part.name, name))
 
 
 def fitted(plan: Plan, told: Forecast) -> tuple[Plan, int]:
@@ -102,7 +100,7 @@ def fitted(plan: Plan, told: Forecast) -> tuple[Plan, int]:
     budget = read_size(plan.options.memory_budget)
     if not told.memory:
         raise ValueError("memory_budget needs a count of the process's memory, which only Linux gives; leave it away")
-    needed = told.memory - int((told.kept - told.spilled) * _SPARE)
+    needed = told.memory - int((told.kept - told.spilled) * SPARE)
     if needed > budget:
         block, layer = told.measured
         raise ValueError(
@@ -110,26 +108,34 @@ def fitted(plan: Plan, told: Forecast) -> tuple[Plan, int]:
             f"and {layer}, got {plan.options.memory_budget}; give as much, or take shorter windows "
             "(--seq-len), a method that needs less, such as nearest, or --exclude the layer"
         )
-    room = min(plan.options.spill_bytes, int((budget - needed) / _SPARE))
-    memory = needed + (int(told.kept * _SPARE) if told.kept <= room else 0)
+    room = min(plan.options.spill_bytes, int((budget - needed) / SPARE))
+    memory = needed + (int(told.kept * SPARE) if told.kept <= room else 0)
     return replace(plan, options=replace(plan.options, spill_bytes=room)), memory
 
 
-def _weights(plan: Plan, part: Part) -> int:
+def weights_of(plan: Plan, part: Part) -> int:
+    """Weights that are quantized."""
     return sum(target.out_features * target.in_features for target in plan.of(part))
 
 
-def _passes(plan: Plan) -> int:
+def bytes_read(plan: Plan, model: StreamedModel, written: int) -> int:
+    """Every tensor once, once more forward and back for gradients, what is outside the blocks twice; the result."""
+    every = sum(model.stored_bytes(name) for part in model.parts for name in part.tensors)
+    again = sum(model.stored_bytes(name) for part in model.outside for name in part.tensors)
+    return every * (3 if plan.options.token_weights == "gradient" else 1) + again + written
+
+
+def passes(plan: Plan) -> int:
     """How often a window goes through a block; back counts three times, and once to be there again."""
     once = 1 if plan.stream == "original" else 2
     return once + (plan.blockwise or plan.stream == "corrected") + 4 * (plan.options.token_weights == "gradient")
 
 
-def _kept(plan: Plan, model: StreamedModel, windows: Tensor | None) -> int:
+def bytes_kept(plan: Plan, model: StreamedModel, windows: tuple[int, ...] | None) -> int:
     """Bytes of hidden states between blocks, as `Streams.begin` and the way back keep them."""
     if windows is None:
         return 0
-    one = 4 * windows.numel() * int(model.model.config.get_text_config().hidden_size)
+    one = 4 * math.prod(windows) * int(model.model.config.get_text_config().hidden_size)
     streams = 2 if plan.blockwise or plan.stream == "corrected" else 1
     return one * (streams + (1 + len(model.blocks) if plan.options.token_weights == "gradient" else 0))
 

@@ -81,6 +81,11 @@ class Plan:
         quantized = {target.name + ".weight" for part in parts for target in self.of(part)}
         return [name for part in parts for name in part.tensors if name not in quantized]
 
+    @property
+    def observing(self) -> bool:
+        """Whether inputs of any layer are; tables have statistics where the blocks' layers have some."""
+        return any(self.observes(method) for layers in self.blocks.values() for method in layers.values())
+
     def observes(self, method: Method) -> bool:
         """Whether the inputs of a layer with this method are looked at."""
         options = self.options

@@ -36,12 +36,13 @@ from lorq.pipeline.options import Options, method_name, read_method, read_option
 from lorq.pipeline.plan import Plan, check_activations, estimate, make_plan, make_report
 from lorq.pipeline.predict import predict
 from lorq.pipeline.presets import DEFAULT, PAPERS, PRESETS
+from lorq.pipeline.room import check_room, require_memory, too_large
+from lorq.pipeline.shape_forecast import forecast_by_shapes
 from lorq.pipeline.tables import solve_tables
 from lorq.pipeline.verify import Probe, probe_tokens, verify
 from lorq.pipeline.walk import Streams, Visit, walk
 from lorq.progress import OPEN, PASS, QUANTIZE, TRY, WRITE, Progress, no_progress
-from lorq.runtime.device import available_bytes, memory_peak, own_defaults, read_devices, reset_peak
-from lorq.storage.atomic import require_space
+from lorq.runtime.device import memory_peak, own_defaults, read_devices, reset_peak
 from lorq.storage.companions import find_companions, with_code_of
 from lorq.storage.folder import LorqFolder
 from lorq.storage.journal import read_journal
@@ -111,9 +112,16 @@ def quantize(
         check_begun(out, {key: value for key, value in identity(plan, streamed, None).items() if key not in LATER})
     check_activations(plan)
     check_kinds(plan, streamed)
-    _check_room(plan, streamed, out)
+    unfit = too_large(streamed)
+    if not (unfit and chosen.dry_run):  # which is for another machine, with other disks
+        check_room(plan, streamed, out)
     with nullcontext() if chosen.dry_run else owned(out):
         calibration = _calibration(plan, streamed, progress)
+        if unfit:
+            if not chosen.dry_run:
+                raise ValueError(unfit)
+            report = _with_forecast(plan, streamed, estimate(plan, streamed), progress)
+            return replace(report, seconds=time.monotonic() - started)
         whole = check_walk(streamed, whole, progress)
         check_activations(levelled(whole, streamed))
         if chosen.dry_run:
@@ -132,7 +140,11 @@ def _dry_run(
         check_weights(levelled(whole, model), model, progress)
     with TemporaryDirectory() as scratch:
         plan, _ = _chosen(whole, model, calibration, Path(scratch), SameProcess(), progress)
-    report = _check_room(plan, model, out)
+    return _with_forecast(plan, model, check_room(plan, model, out), progress)
+
+
+def _with_forecast(plan: Plan, model: StreamedModel, report: Report, progress: Progress) -> Report:
+    """The report of the largest sizes that can come out, and what the run will take."""
     return replace(report, run=report.run | {"forecast": asdict(_foretold(plan, model, report.bytes, progress))})
 
 
@@ -143,7 +155,7 @@ def _carry_out(
     """The work: the report, the seconds that stages took, and the memory that was foretold, if it was."""
     plan, options, foretold = levelled(whole, model), whole.options, 0
     # Without calibration the work is as fast as the check.
-    ahead = _observes(plan) and not looks_at_all(model)
+    ahead = plan.observing and not looks_at_all(model)
     with checking_ahead(plan, model) if ahead else nullcontext(lambda: None) as refuse:
         began = time.monotonic()
         windows = calibration()
@@ -152,7 +164,7 @@ def _carry_out(
         text_seconds = time.monotonic() - began
         refuse()
         if options.memory_budget:
-            told = _foretold(plan, model, _check_room(plan, model, out).bytes, progress)
+            told = _foretold(plan, model, check_room(plan, model, out).bytes, progress)
             whole, foretold = fitted(whole, told)
         plan, gradients = _chosen(whole, model, lambda: windows, out, executor, progress)
         own = identity(plan, model, windows)
@@ -181,31 +193,6 @@ def _chosen(
     assert windows is not None  # with a budget every layer is looked at
     choice, gradients = predict(dial, model, windows.tokens, folder, executor, progress)
     return dial.met(choice), gradients
-
-
-def _check_room(plan: Plan, model: StreamedModel, out: Path) -> Report:
-    """The largest sizes that can come out; an OSError where the disk has no room for them."""
-    largest = estimate(plan, model)
-    # What is finished is on the disk already; the head room is for index, report and journal.
-    finished = sum(file.stat().st_size for file in out.glob("lorq-*.safetensors")) if plan.options.resume else 0
-    beside = sum(file.stat().st_size for file in find_companions(model.checkpoint.folder)[0].values())
-    require_space(out, max(0, largest.bytes - finished) + beside + _spilled_bytes(plan, model) + (1 << 20))
-    return largest
-
-
-def _spilled_bytes(plan: Plan, model: StreamedModel) -> int:
-    """Of hidden states that do not fit in memory, as `Streams.begin` puts them into files beside the result."""
-    options, width = plan.options, int(model.model.config.get_text_config().hidden_size)
-    size = 4 * options.samples * options.seq_len * width if _observes(plan) else 0
-    streams = 2 if plan.blockwise or plan.stream == "corrected" else 1
-    # What enters each block is kept until gradients are back there, and what leaves the last one.
-    count = streams + (1 + len(model.blocks) if options.token_weights == "gradient" else 0)
-    return size * count if size * count > options.spill_bytes else 0
-
-
-def _observes(plan: Plan) -> bool:
-    # Tables have statistics where the blocks' layers have some.
-    return any(plan.observes(method) for layers in plan.blocks.values() for method in layers.values())
 
 
 def _as_begun(out: Path, windows: Windows) -> Windows:
@@ -287,7 +274,7 @@ def _behind(items: Iterable[T], most: int) -> Iterator[T]:
 
 def _calibration(plan: Plan, model: StreamedModel, progress: Progress) -> Callable[[], Windows | None]:
     """`calibration_windows`, if anything looks at inputs."""
-    return calibration_windows(plan.options, model, progress) if _observes(plan) else lambda: None
+    return calibration_windows(plan.options, model, progress) if plan.observing else lambda: None
 
 
 def calibration_windows(options: Options, model: StreamedModel, progress: Progress) -> Callable[[], Windows]:
@@ -306,7 +293,7 @@ def calibration_windows(options: Options, model: StreamedModel, progress: Progre
     cache_dir()  # the text goes there: refuses what has no such place
 
     def write() -> Windows:
-        _require_memory(model)
+        require_memory(model)
         progress(WRITE, 0, options.samples * (options.seq_len - 1))
         tokens = cached_self_windows(
             lambda: load_dense(folder, torch.float32), tokenizer, config, fingerprint=model.checkpoint.fingerprint(),
@@ -325,17 +312,6 @@ def _asked(method: str | Method | None, options: dict[str, Any]) -> tuple[Option
         method, options = PRESETS[DEFAULT].method, PRESETS[DEFAULT].options | options
     solver = read_method(method)
     return read_options(PAPERS.get(method_name(solver), {}) | options), solver
-
-
-def _require_memory(model: StreamedModel) -> None:
-    """The model writes text only if it fits in memory with room to spare."""
-    parameters = sum(p.numel() for p in model.model.parameters())
-    available = available_bytes()
-    if 4 * parameters > 0.7 * available:
-        raise ValueError(
-            f"calibration 'self' needs the whole model in memory ({4 * parameters / 1e9:.1f} GB in float32), "
-            f"{available / 1e9:.1f} GB are free; name a text instead, such as --calibration FILE or wikitext2"
-        )
 
 
 def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows: Windows | None) -> Report:
@@ -367,13 +343,16 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
 def _foretold(plan: Plan, model: StreamedModel, written: int, progress: Progress) -> Forecast:
     """What the run will take. Windows that are not written yet are random: as many tokens, no text."""
     options, windows = plan.options, None
-    if _observes(plan):
+    if plan.observing:
         size = options.samples, options.seq_len
         windows = torch.randint(model.model.config.get_text_config().vocab_size, size)
         if options.calibration != SELF:
             windows = calibration_windows(options, model, progress)().tokens
     progress(TRY, 0, 1)
-    told = forecast(model, plan, windows, written)
+    if too_large(model):
+        told = forecast_by_shapes(model, plan, None if windows is None else (len(windows), windows.shape[1]), written)
+    else:
+        told = forecast(model, plan, windows, written)
     progress(TRY, 1, 1)
     return told
 
