@@ -24,7 +24,7 @@ from lorq.runtime.linear import QuantLinear
 from lorq.runtime.other_class import Renaming, is_of_another_class, renaming
 from lorq.runtime.packed import PackedWeight
 from lorq.runtime.same_input import join
-from lorq.runtime.swap import check_cells, check_permutation, check_tensors, swap_experts, swap_layers, tie_heads
+from lorq.runtime.swap import check_tensors, check_values, swap_experts, swap_layers, tie_heads
 from lorq.storage.config import LorqConfig
 from lorq.storage.folder import check_report
 from lorq.storage.json_files import read_json
@@ -86,9 +86,8 @@ class LorqQuantizer(HfQuantizer):
                         f"{name}.weight_shape must be {(module.out_features, module.in_features)} as the model says, "
                         f"got {shape}; the folder is damaged, download it again"
                     )
-                check_permutation(name, module)
-            elif isinstance(module, Tiles) and not module.cells.is_meta:
-                check_cells(name, module)
+            if isinstance(module, PackedWeight | Tiles):
+                check_values(name, module)
         join(model, [[self._renaming(name) for name in names] for names in self.quantization_config.inputs])
         return model
 

@@ -1,7 +1,7 @@
 """A folder's weights, read tensor by tensor."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorq.storage.atomic import sha256_of
-from lorq.storage.json_files import _short, damaged, inconsistent, name_below, plain_name, read_json, some_of
+from lorq.storage.json_files import _short, damaged, inconsistent, name_below, read_json, some_of
 from lorq.storage.names import JOURNAL
 from lorq.storage.safetensors_file import Header, read_header, read_tensor
 
@@ -222,22 +221,3 @@ def _same(folder: Path, headers: dict[str, Header], places: tuple[str, str], ten
         return False
     one, other = (read_tensor(folder / file, headers[file], tensor).view(-1).view(torch.uint8) for file in places)
     return torch.equal(one, other)
-
-
-def verify_shards(folder: Path, checksums: Mapping[str, str]) -> None:
-    """Compare every shard with its sha256, as ``shard_checksums`` gave it to the report.
-
-    Raises:
-        ValueError: naming all shards that are missing or differ.
-    """
-    wrong = []
-    for name, expected in checksums.items():
-        path = folder / plain_name(name, where="checksums", suffix=".safetensors")
-        found = sha256_of(path) if path.is_file() else "missing"
-        if found != expected:
-            wrong.append(f"{name} (expected {expected[:12]}, got {found[:12]})")
-    if wrong:
-        raise ValueError(
-            f"{folder}: {len(wrong)} of {len(checksums)} shards are not as written: {some_of(wrong)}; "
-            "download or write them again"
-        )

@@ -81,7 +81,7 @@ class CheckpointWriter:
         return {name: shard.record for name, shard in list(self._shards.items())}
 
     def shard_checksums(self) -> dict[str, str]:
-        """sha256 (hex) of every finished shard, by name; for the report and ``verify_shards``."""
+        """sha256 (hex) of every finished shard, by name; for the report."""
         return {name: shard.sha256 for name, shard in list(self._shards.items())}
 
     def write_shard(self, name: str, tensors: dict[str, Tensor], record: Any) -> None:
