@@ -14,6 +14,7 @@ from typing import Any
 from lorq.exports.made import Made, Part
 from lorq.storage.folder import LorqFolder
 from lorq.storage.gguf_header import GgufTensor, read_gguf_header
+from lorq.storage.json_files import check_kinds
 from lorq.storage.measured import parse_measured, read_measured
 from lorq.storage.names import GGUF_MARK
 from lorq.storage.report import Report
@@ -63,6 +64,7 @@ def read_file(path: Path) -> Made:
         parts, lost = [_part(tensor) for tensor in tensors], dict(told["lost"] or {})
     except Exception as error:  # of many kinds, as of texts that are no JSON
         raise ValueError(f"{path} is a damaged GGUF file ({error}); copy it again") from error
+    check_kinds(lost, dict.fromkeys(lost, str), where=path, what="lorq.lost: ")
     measured = parse_measured({"evaluations": told["evaluations"] or []}, where=path)
     report = None if told["report"] is None else Report.of(told["report"], where=path)
     architecture = str(said.get("general.architecture"))

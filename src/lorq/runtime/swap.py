@@ -131,6 +131,8 @@ def check_tensors(model: Any, files: list[Path], change: Renaming = Renaming()) 
                 wrong.append(f"{name} is missing")
         elif tuple(stored[name].shape) != tuple(tensor.shape):
             wrong.append(f"{name} is {tuple(stored[name].shape)}, not {tuple(tensor.shape)}")
+        elif tensor.is_floating_point() and not stored[name].dtype.is_floating_point:
+            wrong.append(f"{name} is {stored[name].dtype}, not floating point")
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight | Tiles):
             for local, (_, dtype) in module.format.layout(module.out_features, module.in_features).items():

@@ -145,7 +145,7 @@ def _check_layer(folder: LorqFolder, found: Findings, name: str, format: LayerFo
         found.add(name, fault)
     if wrong:
         return
-    out, in_ = (int(n) for n in tensors["weight_shape"])
+    out, in_ = folder.reader.told_shape(f"{name}.weight_shape")
     if not any(dtype.is_floating_point for _, dtype in format.codes.layout(out, in_).values()):
         _check_inside(found, name, format, tensors, (out, in_))
     if told is None:
@@ -181,10 +181,7 @@ def _check_tile(folder: LorqFolder, found: Findings, name: str, tile: TileFormat
         lacking = some_of(absent) if len(experts) == tile.experts else f"all but {len(experts)}"
         found.add(name, f"must have {tile.experts} experts that are layers, config.json lacks {lacking}")
         return
-    shape = f"{experts[0]}.weight_shape"
-    if shape not in folder.reader.files or folder.reader.shape(shape) != (2,):
-        return  # which is a fault of its own
-    out, in_ = (int(n) for n in folder.reader.tensor(shape))
+    out, in_ = folder.reader.told_shape(f"{experts[0]}.weight_shape")
     tensors = folder.tensors(name)
     found.tensors += len(tensors)
     for fault in tile_faults(tensors, tile, out, in_):

@@ -121,6 +121,24 @@ class WeightFiles:
             seen.put(json.dumps([name, index]), content)
         return tensor
 
+    def told_shape(self, name: str) -> tuple[int, int]:
+        """The shape of a weight that a stored tensor tells, (out, in).
+
+        Raises:
+            ValueError: if there is no such tensor, or it is not two whole numbers from 1.
+        """
+        if name not in self.files:
+            raise damaged(self.folder, f"{name} must be there, it is missing")
+        where = self.folder / self.files[name]
+        if self.shape(name) != (2,) or self.dtype(name).is_floating_point:
+            raise damaged(
+                where, f"{name} must be two whole numbers, it is {self.dtype(name)} of shape {self.shape(name)}"
+            )
+        out, in_ = (int(size) for size in WeightFiles.tensor(self.aside(), name))
+        if not 0 < min(out, in_) <= max(out, in_) < 2**31:
+            raise damaged(where, f"{name} must be from 1 to 2^31 - 1, got {[out, in_]}")
+        return out, in_
+
     def aside(self) -> "WeightFiles":
         """The same files for who only looks: what it reads is no part of what `hashed` sums."""
         return replace(self, _seen=[])

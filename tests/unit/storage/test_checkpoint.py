@@ -256,7 +256,8 @@ def test_an_unfinished_run_is_no_source(tmp_path: Path) -> None:
 )
 def test_an_index_may_only_name_files_beside_or_below_it(name: Any, model: Path) -> None:
     write_index(model, {"layer.0.scale": name})
-    with pytest.raises(ValueError, match=r"weight_map\['layer.0.scale'\]: must name a file in or below its folder"):
+    rule = r"half of a character" if "\ud800" in str(name) else r"\['layer.0.scale'\]: must name a file in or below its"
+    with pytest.raises(ValueError, match=rule):
         WeightFiles.open(model)
 
 
