@@ -25,7 +25,7 @@ from lorq.models.stated import (
     stated_by_gptq,
     stated_by_groups,
 )
-from lorq.storage.json_files import check_kinds, damaged, inconsistent, some_of
+from lorq.storage.json_files import _short, check_kinds, damaged, inconsistent, some_of
 from lorq.storage.reader import WeightFiles
 
 
@@ -94,7 +94,7 @@ def _gptq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
         form = "marlin" if config.get("is_marlin_format") else form
         raise ValueError(f"{folder} must have GPTQ's checkpoint_format gptq or gptq_v2, got {form}")
     if turned := config.get("rotation"):
-        raise ValueError(f"{folder} has rotation {turned!r}: its weights were turned, by what is not known here")
+        raise ValueError(f"{folder} has rotation {_short(turned)}: its weights were turned, by what is not known here")
     offset = 1 if form == "gptq" else 0
     for module, parts in _parts(files, "qweight", ("qzeros", "scales", "g_idx")):
         words, out = _matrix(files, parts["qweight"])
@@ -221,11 +221,11 @@ def _check_scales(
 def _check_parts(files: WeightFiles, module: str, parts: dict[str, str], stated: Mapping[str, Any]) -> None:
     """Hold what a layer has against what the config says that it has."""
     if (kind := stated.get("type", "int")) != "int":
-        raise inconsistent(files.folder / "config.json", f"{module} has integer codes, its type is {kind!r}")
+        raise inconsistent(files.folder / "config.json", f"{module} has integer codes, its type is {_short(kind)}")
     if has_order(stated) and "weight_packed" in parts and "weight_g_idx" not in parts:
         raise inconsistent(
             files.folder / "config.json",
-            f"{module} must have a weight_g_idx, since its actorder is {stated['actorder']!r}, it has none",
+            f"{module} must have a weight_g_idx, since its actorder is {_short(stated['actorder'])}, it has none",
         )
     symmetric, own = is_symmetric(stated), parts.get("weight_zero_point")
     by_default = "" if "symmetric" in stated else " where the config does not say"
@@ -275,6 +275,8 @@ def _bitsandbytes(files: WeightFiles, config: Mapping[str, Any]) -> Found:
             names.setdefault(module, {"weight": f"{module}.weight"})[f"weight.{local}"] = name
     for module, parts in names.items():
         states = [name for local, name in parts.items() if local.startswith(STATE)]
+        if parts["weight"] not in files.files:
+            raise damaged(files.folder, f"{module} has {some_of(parts)} and lacks weight")
         if len(states) != 1:
             raise damaged(files.folder, f"{module} must have one quant_state, got {some_of(states) or 'none'}")
         yield module, Packed(read_state(files.aside().tensor(states[0]))["shape"], parts, read_four_bits)

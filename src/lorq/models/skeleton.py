@@ -34,13 +34,6 @@ def read_config(folder: Path, *, quantized: bool = False) -> Any:
     return config
 
 
-# What transformers and the classes of its models raise of configs that they do not foresee.
-UNFORESEEN = (
-    ValueError, OSError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, AssertionError,
-    ImportError, NotImplementedError,
-)  # fmt: skip
-
-
 def read_own_config(folder: Path) -> Any:
     """The folder's transformers config as it stands there; a ValueError if it is unreadable or needs remote code."""
     from transformers import AutoConfig
@@ -49,7 +42,7 @@ def read_own_config(folder: Path) -> Any:
         read_json(folder / "config.json")  # whose errors name the place
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except UNFORESEEN as error:
+    except Exception as error:  # of many kinds, some of them of the hub's library
         raise ValueError(f"the config of {folder} could not be read: {first_line(error)}") from error
 
 
@@ -108,9 +101,11 @@ def skeleton(config: Any) -> Any:
     try:
         with BUILDING, init_empty_weights(include_buffers=False):
             model = kind._from_config(config, dtype=torch.float32).eval()
-        split_experts(model)
-    except (*UNFORESEEN, RuntimeError) as error:
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
         raise _not_built(kind, error) from error
+    split_experts(model)
     return model
 
 
@@ -124,7 +119,11 @@ def with_weights(config: Any, folder: Path, dtype: Any) -> Any:
     try:
         with BUILDING:
             return kind.from_pretrained(folder, dtype=dtype).eval()
-    except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, AssertionError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        if not isinstance(error, RecursionError):
+            raise
+        raise _not_built(kind, error) from error
+    except Exception as error:
         raise _not_built(kind, error) from error
 
 

@@ -45,8 +45,10 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def add(self, where: str, what: str) -> None:
-        """Tell of a fault, once."""
-        if (fault := Fault(where, what.removeprefix(f"{self.place / where}: "))) not in self.faults:
+        """Tell of a fault, once; the place that its error names before the rule is told already."""
+        for told in (self.place / where, self.place):
+            what = what.removeprefix(f"{told}: ").removeprefix(f"{told} ")
+        if (fault := Fault(where, what)) not in self.faults:
             self.faults.append(fault)
 
     @contextmanager

@@ -130,7 +130,7 @@ def some_of(names: Iterable[str]) -> str:
     return ", ".join(_short(name).strip("'") for name in ordered[:5]) + rest
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, most: int = 80) -> str:
     """``repr`` cut to a line: a hostile value may be megabytes long, or steer the terminal."""
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from lorq.storage.json_files import _short, damaged, inconsistent, name_below, read_json, some_of
-from lorq.storage.names import JOURNAL
+from lorq.storage.names import INDEX, JOURNAL
 from lorq.storage.safetensors_file import Header, read_header, read_tensor
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> weight file of a Hugging Face index, every file beside or below the index."""
-    weight_map = read_json(index).get("weight_map")
+    told = read_json(index)
+    weight_map = told.get("weight_map")
+    if not isinstance(told.get("metadata", {}), dict) or (index.name == INDEX and "metadata" not in told):
+        raise damaged(index, f"metadata must be an object, got {_short(told.get('metadata'))}")
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(index, f"weight_map must map tensor names to files, got {type(weight_map).__name__}")
     return {
