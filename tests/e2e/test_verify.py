@@ -66,9 +66,8 @@ def put(folder, tensors, *, seal=True):
     file = folder / FIRST
     save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
     if seal:
-        report = json.loads((folder / "lorq_report.json").read_text())
-        report["checksums"][FIRST] = sha256_of(file)
-        (folder / "lorq_report.json").write_text(json.dumps(report))
+        checksum = sha256_of(file)
+        edit(folder / "lorq_report.json", lambda told: told["checksums"].update({FIRST: checksum}))
 
 
 def stored(folder, local):
@@ -117,10 +116,27 @@ def another_width(folder):
     edit(folder / "config.json", lambda config: config.update(intermediate_size=160))
 
 
-def edit(file, change):
+def edit(file, change, *, seal=True):
+    """Change a JSON file; with ``seal`` the index has the checksum of the new one."""
     told = json.loads(file.read_text())
     change(told)
     file.write_text(json.dumps(told))
+    index = file.with_name("lorq.safetensors.index.json")
+    if seal and file != index and index.is_file():
+        edit(index, lambda told: told["metadata"]["checksums"].update({file.name: sha256_of(file)}))
+
+
+def another_rotation(folder):
+    edit(
+        folder / "config.json",
+        lambda c: c["quantization_config"]["layers"][LAYER].update(rotation_block=32),
+        seal=False,
+    )
+
+
+def older(folder):
+    """As folders were before their index had checksums."""
+    edit(folder / "lorq.safetensors.index.json", lambda told: told["metadata"].pop("checksums"))
 
 
 FAULTS = [
@@ -133,6 +149,7 @@ FAULTS = [
     ("ranks", wrong_bits, "model.layers.0.mlp.up_proj", r"bits in lorq_report.json must be 4, .*, got 7"),
     ("q4_0", nan_block, LAYER, r"what the codes of rows 0 to 127 stand for must be finite, 32 of 8192"),
     ("ranks", flipped, FIRST, r"must have the sha256 .{12}, it has .{12}; it holds .*model.layers.0.mlp.down_proj"),
+    ("rotated", another_rotation, "config.json", r"must have the sha256 .{12}, it has .{12}"),
     ("ranks", another_width, "config.json", r"the folder's tensors do not fit its config.*weight_packed is"),
 ]
 
@@ -169,6 +186,14 @@ def test_it_goes_on_after_the_first_fault(made, tmp_path):
     assert "weight_scale must be finite" in by[LAYER]
     assert "bits must be <class 'int'>, got 'four'" in by["config.json"] and "missing" in by["tokenizer_config.json"]
     assert lorq.verify(made / "ranks").faults == ()
+
+
+def test_a_folder_of_before_has_no_checksums_but_of_its_weights(made, tmp_path):
+    folder = shutil.copytree(made / "ranks", tmp_path / "ranks")
+    older(folder)
+    done = lorq.verify(folder)
+    assert done.faults == () and {"config.json", "lorq_report.json", "tokenizer.json"} < set(done.unsealed)
+    assert "lorq_report.json" in lorq.verify(made / "ranks").sealed
 
 
 def test_exports_and_adapters_tell_the_tensor(made, tmp_path):

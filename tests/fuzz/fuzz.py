@@ -1,6 +1,7 @@
 """The fuzzer: every reader of lorq on files that are damaged by their structure.
 
     python tests/fuzz/fuzz.py --minutes 60              # figures at the end, failures as they are found
+    python tests/fuzz/fuzz.py --cases 200               # so many, always the same
     python tests/fuzz/fuzz.py --case "folder ranks 17"  # one again, with its trace
 
 A case is a kind, a seed of that kind and a number; the same case is the same damage. One process works, its parent sees
@@ -23,10 +24,13 @@ from judge import Case, Failure, Judge  # noqa: E402
 from readers import readers_of  # noqa: E402
 from seeds import make_seeds  # noqa: E402
 
+AT_ONCE = 400  # cases of a process
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--cases", type=int, default=0, help="so many; 0 is as many as there is time for")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--case", help="one case, with traces")
     parser.add_argument("--kinds", default="", help="of these kinds alone, with commas between them")
@@ -45,24 +49,26 @@ def main() -> int:
             return bool(failures)
         if options.kinds:
             seeds = {kind: names for kind, names in seeds.items() if kind in options.kinds.split(",")}
-        return run(judge, seeds, options.first, options.minutes)
+        end = options.first + options.cases if options.cases else sys.maxsize
+        return run(judge, seeds, range(options.first, end), options.minutes)
 
 
-def run(judge: Judge, seeds: dict[str, list[str]], first: int, minutes: float) -> int:
-    """Cases of all seeds in turn, for so long."""
+def run(judge: Judge, seeds: dict[str, list[str]], numbers: range, minutes: float) -> int:
+    """Cases of all seeds in turn, for so long at most."""
     for kind, names in seeds.items():
         for name in names:
             judge.know(kind, name)
-    began, number, found = time.monotonic(), first, Counter[str]()
+    began, number, found = time.monotonic(), numbers.start, Counter[str]()
     print(f"seeds and what they hold: {sum(map(len, seeds.values()))}", flush=True)
     every = [(kind, name) for kind, names in seeds.items() for name in names]
     cases = asked = refused = crashes = 0
-    while time.monotonic() - began < 60 * minutes:
+    while number < numbers.stop and time.monotonic() - began < 60 * minutes:
         reader, writer = os.pipe()
         child = os.fork()
         if not child:
             os.close(reader)
-            _work(judge, every, number, began + 60 * minutes, os.fdopen(writer, "w"))
+            own = range(number, min(number + AT_ONCE, numbers.stop))
+            _work(judge, every, own, began + 60 * minutes, os.fdopen(writer, "w"))
         os.close(writer)
         with os.fdopen(reader) as lines:
             for line in lines:
@@ -87,18 +93,18 @@ def run(judge: Judge, seeds: dict[str, list[str]], first: int, minutes: float) -
     minutes = (time.monotonic() - began) / 60
     print(
         f"{cases} cases in {minutes:.1f} minutes, {asked} readings, {refused} refused; {crashes} crashes, "
-        f"{sum(found.values())} failures of {len(found)} kinds; cases {first} to {number - 1}"
+        f"{sum(found.values())} failures of {len(found)} kinds; cases {numbers.start} to {number - 1}"
     )
     for what, count in found.most_common():
         print(f"{count:6} {what}")
     return bool(found or crashes)
 
 
-def _work(judge: Judge, every: list[tuple[str, str]], number: int, until: float, told) -> None:
+def _work(judge: Judge, every: list[tuple[str, str]], numbers: range, until: float, told) -> None:
     """Some hundred cases, and the end of this process: its memory is no longer its own after many."""
     status = 1
     try:
-        for at in range(number, number + 400):
+        for at in numbers:
             if time.monotonic() > until:
                 break
             kind, seed = every[at % len(every)]

@@ -12,7 +12,7 @@ from lorq.core.weight import LayerFormat, layer_bytes
 from lorq.storage.config import LorqConfig, read_format
 from lorq.storage.findings import Findings, touching
 from lorq.storage.folder import LorqFolder
-from lorq.storage.json_files import name_below, plain_name, read_json, some_of
+from lorq.storage.json_files import check_kinds, name_below, plain_name, read_json, some_of
 from lorq.storage.measured import read_measured
 from lorq.storage.names import INDEX, REPORT_NAME
 from lorq.storage.reader import WeightFiles, read_weight_map
@@ -106,7 +106,7 @@ def _weights(path: Path, found: Findings, report: Report | None) -> tuple[Weight
     for name in names:
         if report and name not in checksums:
             found.add(name, f"must have a checksum in {REPORT_NAME}, it has none")
-    _check_index(path, found, listed, {t: name for name, header in headers.items() for t in header.tensors})
+    _check_index(path, found, listed, {t: name for name, header in headers.items() for t in header.tensors}, names)
     for name, header in headers.items():
         if twice := [t for other, own in headers.items() if other < name for t in header.tensors if t in own.tensors]:
             found.add(name, f"must not have tensors of another file, it has {some_of(twice)}")
@@ -118,8 +118,8 @@ def _weights(path: Path, found: Findings, report: Report | None) -> tuple[Weight
     return WeightFiles(path, headers, files), lost
 
 
-def _check_index(path: Path, found: Findings, listed: dict[str, str], files: dict[str, str]) -> None:
-    """Hold what the index lists against what the files have."""
+def _check_index(path: Path, found: Findings, listed: dict[str, str], files: dict[str, str], shards: list[str]) -> None:
+    """Hold what the index lists against what the weight files have, and its checksums against the other files."""
     good = set(files.values())
     absent = [tensor for tensor, file in listed.items() if file in good and files.get(tensor) != file]
     if absent:
@@ -128,12 +128,11 @@ def _check_index(path: Path, found: Findings, listed: dict[str, str], files: dic
         found.add(INDEX, f"must list all tensors, {len(unlisted)} are not listed: {some_of(unlisted)}")
     with found.of(INDEX):
         metadata = read_json(path / INDEX).get("metadata", {})
-        own = metadata.get("lorq_files", []) if isinstance(metadata, dict) else []
-        for name in own if isinstance(own, list) else []:
-            if not (path / name_below(name, where=path / INDEX)).is_file():
-                found.add(str(name), "must be there, it is missing")
-            elif not str(name).endswith(".safetensors"):
-                found.unsealed.append(str(name))
+        check_kinds(metadata, {"lorq_files": list, "checksums?": dict}, where=path / INDEX, what="metadata: ")
+        known = metadata.get("checksums", {})
+        check_kinds(known, dict.fromkeys(known, str), where=path / INDEX, what="metadata: checksums: ")
+        beside = {name_below(name, where=path / INDEX) for name in (*metadata["lorq_files"], *known, "config.json")}
+        found.compare_all({name: known.get(name) for name in sorted(beside) if name not in shards})
 
 
 def _check_layer(folder: LorqFolder, found: Findings, name: str, format: LayerFormat, told: LayerReport | None) -> None:
