@@ -2,12 +2,13 @@
 # make test   set everything up, then the whole default test run: all that is not slow, not gpu, not network
 # make test-kernels   what takes a compiler's time: Triton's kernels in its interpreter, C++ under the sanitizers,
 #                     generate --compile (three minutes)
+# make fuzz   every reader on damaged files, for an hour
 # make venv   the set-up alone
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-kernels venv check clean
+.PHONY: demo test test-kernels fuzz venv check clean
 
 demo: venv
 	$(BIN)/lorq demo
@@ -18,6 +19,9 @@ test: venv check
 test-kernels: venv
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/contracts/test_triton.py tests/contracts/test_triton_experts.py tests/contracts/test_triton_trellis.py tests/contracts/test_triton_encoder.py
 	$(BIN)/python -m pytest -m slow tests/contracts/test_cpu_kernels.py tests/contracts/test_trellis_kernels.py tests/e2e/test_compiled.py
+
+fuzz: venv
+	$(BIN)/python tests/fuzz/fuzz.py --minutes 60
 
 check: venv
 	$(BIN)/ruff format --check .

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from lorq.storage.report import Report as Report
     from lorq.storage.report import read_report as read_report
     from lorq.tuning import tune as tune
+    from lorq.verifying import Verified as Verified
+    from lorq.verifying import verify as verify
 
 # Public names come when they are asked for: `import torch` runs this file (entry point of `_autoload`) and must
 # not pay for transformers. The methods' classes are public by standing in METHODS.
@@ -32,6 +34,7 @@ _HOME = {
     "export": "exporting", "generate": "generation", "load": "runtime.hf", "compensate": "foreign.run",
     "preset": "pipeline.presets", "push": "publishing", "quantize": "pipeline.quantize", "tune": "tuning",
     "Report": "storage.report", "report": "reporting", "read_report": "storage.report",
+    "Verified": "verifying", "verify": "verifying",
 }  # fmt: skip
 
 

@@ -46,6 +46,7 @@ from lorq.show import (
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
 from lorq.storage.report import Report
+from lorq.verifying import print_verified
 
 app = cyclopts.App(
     name="lorq",
@@ -78,6 +79,7 @@ app.command(command(lorq.push, print_pushed), name="push")
 app.command(command(lorq.report, print_written), name="report", usage="Usage: lorq report [OPTIONS] FOLDERS...")
 _command(compensate, "compensate")
 app.command(inspect)
+app.command(command(lorq.verify, print_verified, json="print one JSON object."), name="verify")
 
 
 def adapt(

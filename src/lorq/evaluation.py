@@ -171,9 +171,9 @@ def _loaded(places: list[Path], adapter: str | Path | None, device: str, dtype: 
 
 def _config_of(folder: Path, original: Path | None) -> Any:
     """The model's config; a ValueError if the original has another vocabulary."""
-    from transformers import AutoConfig
+    from lorq.models.skeleton import read_own_config
 
-    configs = [AutoConfig.from_pretrained(place, trust_remote_code=False) for place in (folder, original or folder)]
+    configs = [read_own_config(place) for place in (folder, original or folder)]
     size, reference = (config.get_text_config().vocab_size for config in configs)
     if size != reference:
         raise ValueError(

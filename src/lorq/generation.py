@@ -76,9 +76,8 @@ def generate(
     if adapter is not None:
         read_adapter_config(adapter)
     progress(IMPORT, 0, 1)  # here, so that flags and refusals come before
-    from transformers import AutoConfig
-
     from lorq.adapt.adapters import load_adapter
+    from lorq.models.skeleton import read_own_config
     from lorq.models.windows import Encoder
     from lorq.runtime.compiled import STEPS, check_compiler, compile_steps
     from lorq.runtime.device import own_defaults, read_device
@@ -88,7 +87,7 @@ def generate(
     if compile:
         check_compiler(read_device(device))
     with own_defaults():
-        encoder = Encoder.open(folder, AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        encoder = Encoder.open(folder, read_own_config(folder))
         inputs = _read_prompt(encoder, prompt, chat=chat)
     length = inputs["input_ids"].shape[1]
     if encoder.positions is not None and length + tokens > encoder.positions:

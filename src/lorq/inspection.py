@@ -9,20 +9,18 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 from rich.table import Table
 
-from lorq.bars import console, notes
+from lorq.bars import console
 from lorq.cards import commands_of
 from lorq.exports.made import Made, is_for_others
 from lorq.models.locate import full_path
 from lorq.show import figures_line, metrics_line, print_summary, smaller
 from lorq.storage.report import Report, ranks_in_words, read_report
-from lorq.storage.seal import check_seal
 
 _KINDS = {"gguf": "a file for llama.cpp", "gguf adapter": "a LoRA file for llama.cpp", "adapter": "an adapter of PEFT"}
 
 
 def inspect(
-    out: Path, *, json_: Annotated[bool, Parameter(name="--json", negative="")] = False,
-    verify: Annotated[bool, Parameter(negative="")] = False,
+    out: Path, *, json_: Annotated[bool, Parameter(name="--json", negative="")] = False
 ) -> None:  # fmt: skip
     """The layers of a lorq folder: bits, rank, stop reason, errors and bytes, what multiplies them, and the totals.
 
@@ -32,39 +30,23 @@ def inspect(
     Args:
         out: a folder that `lorq quantize`, `lorq export` or `lorq compensate` wrote, or a GGUF file.
         json_: print one JSON object.
-        verify: compare every weight file of a lorq folder, or a GGUF file of lorq's, with its checksum first.
     """
     out = full_path(out)
     if is_for_others(out):
-        if verify:
-            _verify_file(out)
         from lorq.exports.read_back import read_made
 
         made = read_made(out)
         print(json.dumps(_as_dict(made))) if json_ else _show_made(made)
         return
-    _inspect_folder(out, read_report(out), as_json=json_, verify=verify)  # refuses other folders before torch is there
+    _inspect_folder(out, read_report(out), as_json=json_)  # refuses other folders before torch is there
 
 
-def _verify_file(out: Path) -> None:
-    if not (out.is_file() and check_seal(out)):
-        raise ValueError(
-            f"--verify is for lorq folders, whose reports have checksums, and GGUF files of lorq's with one, {out} is "
-            "none; leave it out"
-        )
-    notes.print(f"{out} matches its checksum")
-
-
-def _inspect_folder(out: Path, report: Report, *, as_json: bool, verify: bool) -> None:
+def _inspect_folder(out: Path, report: Report, *, as_json: bool) -> None:
     from lorq.runtime.inspect import expert_lines, implementation_lines, layer_implementations
     from lorq.storage.folder import LorqFolder
-    from lorq.storage.reader import verify_shards
 
     folder = LorqFolder.open(out)
     runs = layer_implementations(folder)
-    if verify:
-        verify_shards(out, report.checksums)
-        notes.print(f"{len(report.checksums)} weight files match their checksums")
     if as_json:
         print(json.dumps(report.as_dict() | {"runs": {name: asdict(by) for name, by in runs.items()}}))
         return

@@ -21,6 +21,7 @@ PASS = "go through finished blocks"  # of a resumed run
 QUANTIZE = "quantize"
 TABLES = "quantize embeddings and head"
 VERIFY = "verify"
+CHECKSUMS = "compare checksums"
 # Those of the rest, after `IMPORT`.
 READ = "read the model"
 EVALUATE = "evaluate"

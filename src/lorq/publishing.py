@@ -6,14 +6,12 @@ from pathlib import Path
 from lorq.cards import CARD, card_of
 from lorq.exports.made import is_for_others
 from lorq.models.locate import full_path
-from lorq.storage.appear import check_exported
 from lorq.storage.json_files import json_bytes, read_json
-from lorq.storage.names import EXPORTED, REPORT_NAME
 from lorq.storage.report import read_report
-from lorq.storage.seal import check_seal
+from lorq.verifying import refuse_faults, verify
 from lorq.version import __version__
 
-_ADAPTER_CONFIG, _ADAPTER_FILE = "adapter_config.json", "adapter.gguf"
+_ADAPTER_CONFIG = "adapter_config.json"
 _NAMELESS = "the card names no original, with which the hub would list it; --base-model ORG/NAME names it"
 
 
@@ -37,7 +35,7 @@ def push(
 ) -> Pushed:  # fmt: skip
     """Upload OUT to the Hugging Face hub, with a model card: how it was made, what was measured, how to load it.
 
-    A lorq folder's files are compared with their checksums first. A card that came with the original stands below the
+    First it is verified, as `lorq verify` does. A card that came with the original stands below the
     new one, and its licence and languages go into the new one's head.
 
     Args:
@@ -61,7 +59,7 @@ def push(
     if base_model:
         _check_name("base_model", base_model)
     _check_made(place, base_model)
-    _check_whole(place)
+    refuse_faults(verify(place))
     card = card_of(place, repo, base_model)
     note = "" if _names_original(card) else _NAMELESS
     if dry_run:
@@ -94,21 +92,6 @@ def _check_made(place: Path, base_model: str) -> None:
             f"{place} is an adapter, of use on one model alone; name that one on the hub, which is the pushed codes "
             "and not the original: --base-model ORG/NAME"
         )
-
-
-def _check_whole(place: Path) -> None:
-    """Refuse, with a ValueError, what is not as its checksums say."""
-    if place.is_file():
-        check_seal(place)
-        return
-    if (place / EXPORTED).is_file():
-        check_exported(place)
-    if (place / _ADAPTER_FILE).is_file():
-        check_seal(place / _ADAPTER_FILE)
-    if (place / REPORT_NAME).is_file():
-        from lorq.storage.reader import verify_shards  # and with it torch
-
-        verify_shards(place, read_report(place).checksums)
 
 
 def _check_name(what: str, name: str) -> None:

@@ -13,6 +13,7 @@ from lorq.core.weight import layer_bytes
 from lorq.kernels import cpu
 from lorq.models.quantized import QuantizedFiles, is_foreign, read_quantization
 from lorq.models.self_text import eval_mode
+from lorq.models.skeleton import read_own_config
 from lorq.runtime.experts import QuantExperts
 from lorq.runtime.packed import PackedWeight
 
@@ -126,9 +127,7 @@ def bits_per_weight(model: nn.Module, folder: Path) -> float:
         files = QuantizedFiles.of(folder, read_quantization(folder))
         weights = sum(packed.shape[0] * packed.shape[1] for packed in files.layers.values())
         return 8 * sum(map(files.stored_bytes, files.layers)) / weights
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
+    dtype = read_own_config(folder).dtype
     return 8.0 * (dtype.itemsize if isinstance(dtype, torch.dtype) else 4)
 
 

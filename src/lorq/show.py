@@ -113,7 +113,7 @@ def smaller(report: Report, size: int) -> str:
         size: bytes of what was made of it.
     """
     before = report.run.get("original_bytes", 0)
-    if before <= size:
+    if before <= size or not size:
         return f", the original has {before / 1e6:.1f} MB" if before else ""
     return f", {before / size:.1f} times smaller than the original's {before / 1e6:.1f} MB"
 

@@ -140,6 +140,7 @@ def help_text() -> str:
         "",
         "evaluate",
         "inspect",
+        "verify",
         "export",
         "push",
         "report",

@@ -108,6 +108,7 @@ COMMANDS = {
     "reporting.py": {"report"},
     "bench/commands.py": {"bench_sketch", "bench_experts", "bench_decode", "bench_adapt", "bench_quantize"},
     "inspection.py": {"inspect"},
+    "verifying.py": {"verify"},
     "cli.py": {"adapt", "merge", "demo", "families"},
 }
 

@@ -18,6 +18,7 @@ BENCH = ("sketch", "experts", "decode", "adapt", "quantize")
 COMMANDS = (
     "evaluate",
     "inspect",
+    "verify",
     "report",
     "export",
     "push",
@@ -43,6 +44,7 @@ MISTAKES = {
     "report {model}": "{model} has no lorq_report.json",
     "inspect {missing}": "there is no folder {missing}",
     "inspect {model}": "{model} has no lorq_report.json",
+    "verify {missing}": "there is no folder {missing}",
     "adapt {missing} {out} --text python-docs": "no such model: {missing}",
     "adapt {model} {out} --text python-docs": "{model} has no packed layers",
     "adapt {other} {out} --text python-docs": "{other} has 2 packed layers, none of them with scale factors",

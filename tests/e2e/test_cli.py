@@ -203,14 +203,6 @@ def test_inspect_json_has_exactly_the_agreed_keys(lorq_command, flrq_folder):
     assert report == json.loads((flrq_folder / "lorq_report.json").read_bytes())
 
 
-def test_inspect_verifies_checksums(lorq_command, failing_command, flrq_folder, tmp_path):
-    lorq_command("inspect", flrq_folder, "--verify")
-    damaged = shutil.copytree(flrq_folder, tmp_path / "damaged")
-    shard = damaged / "lorq-00001-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    assert "1 of 3 shards are not as written: lorq-00001-of-00002" in failing_command("inspect", damaged, "--verify")
-
-
 def test_evaluate_json_has_exactly_the_agreed_keys(lorq_command, flrq_folder, source, text_file):
     options = ["--text", text_file, "--window", "32", "--windows", "3", "--json"]
     result = json.loads(lorq_command("evaluate", flrq_folder, "--reference", source, *options))
@@ -875,7 +867,7 @@ def test_adapt_through_the_rounding_writes_a_model(lorq_command, lords_folder, s
     lorq.adapt.train(model, str(text_file), "qat", reference=source, **settings)
     lorq.adapt.save(model, tmp_path / "same", note="trained for 3 steps")
     assert folder_digests(tmp_path / "out") == folder_digests(tmp_path / "same") != folder_digests(lords_folder)
-    lorq_command("inspect", tmp_path / "out", "--verify")
+    lorq_command("verify", tmp_path / "out")
 
 
 def test_integers_in_groups_train_through_the_rounding(lorq_command, folder_of, source, text_file, tmp_path):
@@ -886,7 +878,7 @@ def test_integers_in_groups_train_through_the_rounding(lorq_command, folder_of, 
     )
     run = ["adapt", base, out, "--text", text_file, "--mode=qat", "--reference", source, *TRAIN, "--scale-steps=1"]
     figures = json.loads(lorq_command(*run, "--json"))
-    lorq_command("inspect", out, "--verify")
+    lorq_command("verify", out)
     before, after = (LorqFolder.open(path) for path in (base, out))
     assert before.formats == after.formats and before.config == after.config
     assert "trained for 3 steps" in after.report.layers[0].note
@@ -907,7 +899,7 @@ def test_a_merged_model_evaluates_and_talks_as_the_model_with_the_adapter(
 ):
     out = tmp_path / "out"
     lorq_command("merge", lords_folder, adapter, out)
-    lorq_command("inspect", out, "--verify")
+    lorq_command("verify", out)
     assert {layer.rank for layer in lorq.read_report(out).layers} == {5}
     options = ["--reference", source, "--text", text_file, "--window=32", "--windows=2", "--json"]
     results = [

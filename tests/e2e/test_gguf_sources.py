@@ -87,16 +87,19 @@ def test_a_weight_too_large_for_float16_is_decoded_in_float32(tmp_path):
 def test_a_changed_file_of_lorqs_is_no_source_and_a_whole_one_verified(exported, tmp_path, capsys):
     file, _ = exported("llama", vocab_size=272)
     content = file.read_bytes()
-    assert main(["inspect", str(file), "--verify"]) == 0
-    assert "model.gguf matches its checksum" in "".join(capsys.readouterr())
+    assert main(["verify", str(file)]) == 0
+    assert "1 files match their checksums" in "".join(capsys.readouterr())
     changed = tmp_path / "changed.gguf"
     changed.write_bytes(content[:-500] + bytes(500))
     words = r"changed.gguf must be as lorq wrote it, its sha256 is .{12}, its key lorq.sha256 says"
     for read in (lambda: lorq.quantize(changed, tmp_path / "out", METHOD), lambda: lorq.load(changed)):
         with pytest.raises(ValueError, match=words):
             read()
-    assert main(["inspect", str(changed), "--verify"]) == 1
-    assert "--remove-metadata lorq.sha256" in (shown := capsys.readouterr().err) and shown.count("\n") == 1
+    assert main(["verify", str(changed)]) == 1
+    assert (
+        "--remove-metadata lorq.sha256" in (shown := capsys.readouterr().err)
+        and "fault: changed.gguf: must be" in shown
+    )
     changed.write_bytes(changed.read_bytes().replace(b"lorq.sha256", b"else.sha256"))  # as the remedy leaves it
     assert lorq.load(changed, device="cpu")(TOKENS).logits.isfinite().all()
 

@@ -106,15 +106,10 @@ def test_what_another_program_wrote_is_told_and_what_is_damaged_refused(made, tm
     lines, told = inspected(tmp_path / "other.gguf", capsys)
     assert "written by │ another program than lorq" in lines and told["report"] is None
     for name, content, words in (
-        ("cut.gguf", other[:-100], "is a damaged GGUF file"),
-        ("head.gguf", other[:1000], "is a damaged GGUF file"),
+        ("cut.gguf", other[:-100], "the file is damaged"),
+        ("head.gguf", other[:1000], "the file is damaged"),
         ("notes.txt", b"mine", "must be a GGUF file, which begins with b'GGUF', it begins with b'mine'"),
     ):
         (tmp_path / name).write_bytes(content)
         assert main(["inspect", str(tmp_path / name)]) == 1
         assert words in (shown := capsys.readouterr().err) and shown.count("\n") == 1
-    assert main(["inspect", str(tmp_path / "other.gguf"), "--verify"]) == 1
-    assert (
-        "--verify is for lorq folders, whose reports have checksums, and GGUF files of lorq's"
-        in capsys.readouterr().err
-    )

@@ -12,7 +12,6 @@ from lorq.cli import main
 from lorq.core.codes import IntGrid, LevelFormat
 from lorq.storage.folder import LorqFolder
 from lorq.storage.names import MEASURED
-from lorq.storage.reader import verify_shards
 
 METHOD = lorq.LoRDS(bits=4, group_size=32, rounding="nearest", weighting="none", steps=1)
 WINDOW = torch.randint(BYTES, (2, 24), generator=torch.Generator().manual_seed(5))
@@ -59,7 +58,7 @@ def test_a_regrouped_folder_is_an_ordinary_one_that_tells_what_it_lost(base, tmp
     before, after = LorqFolder.open(base), LorqFolder.open(tmp_path / "out")
     assert {own.codes for own in after.formats.values()} == {IntGrid(4, 16)}
     assert report == lorq.read_report(tmp_path / "out")
-    verify_shards(tmp_path / "out", report.checksums)
+    assert lorq.verify(tmp_path / "out").faults == ()
     each, whole = added(before, after)
     told = report.run["regrouped"]
     assert told["added"] == pytest.approx(each, rel=1e-4) and told["whole"] == pytest.approx(whole, rel=1e-4)

@@ -170,8 +170,8 @@ def test_a_files_card_says_what_is_in_it_and_other_files_are_refused(folder_of, 
     assert "    llama-cli -hf org/m-gguf -hff 'a file.gguf'" in card and "transformers" not in card
     assert [call[2] for call in hub.calls if call[0] == "file"] == ["a file.gguf", "README.md"]
     for name, content, words in (
-        ("junk", b"GGUF", "is a damaged GGUF file"),
-        ("cut", file.read_bytes()[:-40], "is a damaged GGUF file"),
+        ("junk", b"GGUF", "the file is damaged"),
+        ("cut", file.read_bytes()[:-40], "the file is damaged"),
         ("text", b"text", "must be a GGUF file, which begins with b'GGUF', it begins with b'text'"),
         ("other", file.read_bytes().replace(b"lorq.version", b"lorq.Version"), "was written by another program"),
     ):

@@ -14,7 +14,6 @@ from lorq.adapt.adapters import ADAPTER_TENSORS, adapters_of, lords_layers
 from lorq.adapt.qat import TrainableLinear
 from lorq.runtime.linear import QuantLinear
 from lorq.storage.names import MEASURED
-from lorq.storage.reader import verify_shards
 
 # Nearest codes, so that training from the original begins where the quantized model is.
 METHOD = lorq.LoRDS(bits=4, group_size=32, rounding="nearest", weighting="none", steps=1, refine_steps=0)
@@ -73,7 +72,7 @@ def stored(folder):
 def assert_ordinary(folder, model, base):
     """A whole lorq folder, whose numbers are those of its files and which computes what the model does."""
     report = lorq.read_report(folder)
-    verify_shards(folder, report.checksums)
+    assert lorq.verify(folder).faults == ()
     tensors = stored(folder)
     assert report.bytes == sum(tensor.nbytes for tensor in tensors.values())
     layers = lords_layers(model)

@@ -1,6 +1,5 @@
 """Tune block by block: each block's output is fitted to the original's, one block in memory at a time."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,8 +7,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Int
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorq.adapt.fit import Divergence
@@ -22,8 +19,8 @@ from lorq.models.calls import Room, Stream
 from lorq.models.skeleton import get_tensor
 from lorq.progress import TUNE_BLOCKS, Progress
 from lorq.runtime.linear import QuantLinear
-from lorq.storage.atomic import rename_synced, room_for, write_synced
 from lorq.storage.folder import LorqFolder
+from lorq.storage.kept import read_kept, write_kept
 
 # Hidden states go to files mapped into memory past this.
 _SPILL_BYTES = 2 << 30
@@ -83,7 +80,7 @@ class BlockTuning:
                         finished[part.name] = str(self._fit(part, block, target, inputs))
                         found = stored_numbers(block, learning(block))
                         numbers |= {f"{part.name}.{name}": own for name, own in found.items()}
-                        self._write(finished, numbers)
+                        write_kept(self.checkpoint, finished, numbers)
                     _advance(model, part, inputs)
             for stream in (target, inputs, before):
                 stream.forget(part.name)
@@ -146,14 +143,7 @@ class BlockTuning:
         """What is known of each finished block, by name, and their numbers."""
         if not self.checkpoint.is_file():
             return {}, {}
-        with safe_open(self.checkpoint, framework="pt") as file:
-            finished = json.loads(file.metadata()["blocks"])
-            return finished, {name: file.get_tensor(name) for name in file.keys()}  # no mapping
-
-    def _write(self, finished: dict[str, str], numbers: dict[str, Tensor]) -> None:
-        data = save(numbers, metadata={"blocks": json.dumps(finished)})
-        with room_for(self.checkpoint, len(data)):
-            rename_synced(write_synced(self.checkpoint, data), self.checkpoint)
+        return read_kept(self.checkpoint)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Fit what learns in a model to another's predictions, with a state that survives a crash."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,8 +8,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorq.adapt.settings import Tuning
@@ -18,7 +15,7 @@ from lorq.adapt.tuned import learning, sizes
 from lorq.core.descent import Descent, Outcome, State, minimise
 from lorq.models.self_text import eval_mode
 from lorq.progress import TUNE, Progress
-from lorq.storage.atomic import rename_synced, room_for, write_synced
+from lorq.storage.kept import read_kept, write_kept
 
 # Logits per float32 temporary, 16 MB.
 _CHUNK_LOGITS = 2**22
@@ -129,20 +126,17 @@ class _Watch:
 
 def _write_state(path: Path, state: State, names: list[str]) -> None:
     tensors = {
-        f"{kind}.{name}": tensor.detach().cpu().contiguous()
+        f"{kind}.{name}": tensor
         for kind, own in state.tensors.items() for name, tensor in zip(names, own, strict=True)
     }  # fmt: skip
     numbers = {key: value for key, value in vars(state).items() if key != "tensors"}
-    data = save(tensors, metadata={"state": json.dumps(numbers)})
-    with room_for(path, len(data)):
-        rename_synced(write_synced(path, data), path)
+    write_kept(path, numbers, tensors)
 
 
 def _read_state(path: Path, parameters: Mapping[str, Tensor]) -> State:
-    with safe_open(path, framework="pt") as file:
-        numbers = json.loads(file.metadata()["state"])
-        tensors = {
-            kind: [file.get_tensor(f"{kind}.{name}").to(p.device) for name, p in parameters.items()]
-            for kind in ("parameter", "mean", "square", "kept")
-        }
+    numbers, kept = read_kept(path)
+    tensors = {
+        kind: [kept[f"{kind}.{name}"].to(p.device) for name, p in parameters.items()]
+        for kind in ("parameter", "mean", "square", "kept")
+    }
     return State(**numbers, tensors=tensors)

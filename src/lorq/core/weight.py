@@ -1,6 +1,6 @@
 """QuantizedWeight: the value that passes from a method's solve to packing, running and reporting."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from lorq.core.activations import Activations
 from lorq.core.basis import Basis, check_block
 from lorq.core.codes import Codes, CodesFormat, LevelFormat
+from lorq.core.faults import layout_faults, value_faults
 from lorq.core.low_rank import LowRank, factor_layout
 from lorq.core.packing import Layout, stored_bits
 from lorq.core.tile_factors import TileFactors
@@ -74,6 +75,24 @@ class LayerFormat:
     def stored_bits(self, out: int, in_: int) -> int:
         """Every bit that a layer of this format and shape stores, padding of rows included, but for its shape."""
         return stored_bits({name: of for name, of in self.layout(out, in_).items() if name != "weight_shape"})
+
+    def faults(self, tensors: Mapping[str, Tensor]) -> Iterator[str]:
+        """All that is wrong with stored tensors of such a layer, by local name; nothing where `read` can read them."""
+        shape = tensors.get("weight_shape")
+        if shape is None or shape.dtype != torch.int64 or tuple(shape.shape) != (2,):
+            told = "missing" if shape is None else f"{shape.dtype} of shape {(*shape.shape,)}"
+            yield f"weight_shape must be two whole numbers (int64), it is {told}"
+            return
+        out, in_ = shape.tolist()
+        try:
+            if not 0 < min(out, in_) <= max(out, in_) < 2**31:
+                raise ValueError(f"weight_shape must be 1 to 2^31 - 1, got {[out, in_]}")
+            self.check(out, in_)
+        except ValueError as error:
+            yield str(error)
+            return
+        yield from layout_faults(self.layout(out, in_), tensors)
+        yield from value_faults(tensors)
 
     def read(self, tensors: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> "QuantizedWeight":
         """The weight behind stored tensors, without its record; the inverse of `QuantizedWeight.tensors`.

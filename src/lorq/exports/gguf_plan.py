@@ -220,7 +220,7 @@ class Plan:
         first, folder = source.parameters[0], self.folder
         layer = first.removesuffix(".weight")
         if layer in folder.formats and layer != first:
-            shape = tuple(folder.reader.tensor(f"{layer}.weight_shape").tolist())
+            shape: tuple[int, ...] = folder.reader.told_shape(f"{layer}.weight_shape")
         else:
             shape = folder.reader.shape(first)
         if source.is_stacked:

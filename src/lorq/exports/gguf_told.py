@@ -13,6 +13,8 @@ from typing import Any
 
 from lorq.exports.made import Made, Part
 from lorq.storage.folder import LorqFolder
+from lorq.storage.gguf_header import GgufTensor, read_gguf_header
+from lorq.storage.json_files import check_kinds
 from lorq.storage.measured import parse_measured, read_measured
 from lorq.storage.names import GGUF_MARK
 from lorq.storage.report import Report
@@ -52,20 +54,17 @@ def read_file(path: Path) -> Made:
         ValueError: if it is none, or damaged.
         ImportError: without the gguf package.
     """
-    with path.open("rb") as file:
-        if (magic := file.read(4)) != b"GGUF":
-            raise ValueError(f"{path} must be a GGUF file, which begins with {b'GGUF'!r}, it begins with {magic!r}")
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise ImportError("reading a GGUF file needs the gguf package: pip install 'lorq[gguf]'") from error
+    tensors = read_gguf_header(path)
+    from gguf import GGUFReader
+
     try:
         reader = GGUFReader(path)
         said = {name: key.contents() for name, key in reader.fields.items() if not name.startswith("tokenizer.")}
         told = {name: json.loads(said.get(f"lorq.{name}", "null")) for name in ("report", "evaluations", "lost")}
-        parts, lost = [_part(tensor) for tensor in reader.tensors], dict(told["lost"] or {})
-    except Exception as error:  # of many kinds: the reader believes what a file says
+        parts, lost = [_part(tensor) for tensor in tensors], dict(told["lost"] or {})
+    except Exception as error:  # of many kinds, as of texts that are no JSON
         raise ValueError(f"{path} is a damaged GGUF file ({error}); copy it again") from error
+    check_kinds(lost, dict.fromkeys(lost, str), where=path, what="lorq.lost: ")
     measured = parse_measured({"evaluations": told["evaluations"] or []}, where=path)
     report = None if told["report"] is None else Report.of(told["report"], where=path)
     architecture = str(said.get("general.architecture"))
@@ -78,11 +77,8 @@ def read_file(path: Path) -> Made:
     )  # fmt: skip
 
 
-def _part(tensor: Any) -> Part:
-    size, type_ = int(tensor.n_bytes), tensor.tensor_type.name.lower()
-    if tensor.data.nbytes != size:
-        raise ValueError(f"{tensor.name} must have {size} bytes, it has {tensor.data.nbytes}")
-    return Part(tensor.name, tuple(map(int, reversed(tensor.shape))), type_, size, type_ not in _FLOATS)
+def _part(tensor: GgufTensor) -> Part:
+    return Part(tensor.name, tensor.shape, tensor.type, tensor.end - tensor.begin, tensor.type not in _FLOATS)
 
 
 def _errors(report: Report, architecture: str, tensors: Sequence[str]) -> dict[str, float]:

@@ -62,7 +62,7 @@ def _grid(format: LayerFormat) -> IntGrid:
 def _check(folder: LorqFolder, layers: Mapping[str, LayerFormat]) -> None:
     """Refuse widths that readers do not know, and sizes that leave spare bits."""
     for name, format in layers.items():
-        out, in_ = folder.reader.aside().tensor(f"{name}.weight_shape").tolist()
+        out, in_ = folder.reader.told_shape(f"{name}.weight_shape")
         if format.bits not in (2, 3, 4, 8):
             raise refusal(
                 _TARGET, f"holds codes of 2, 3, 4 and 8 bits, {name} has {format.bits}", "compressed-tensors, dense"

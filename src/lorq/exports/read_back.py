@@ -8,7 +8,7 @@ from lorq.exports.made import Made, Part
 from lorq.foreign.gguf_form import ADAPTER
 from lorq.foreign.peft_form import CONFIG, WEIGHTS
 from lorq.models.quantized import QuantizedFiles, read_quantization
-from lorq.storage.json_files import damaged, read_json
+from lorq.storage.json_files import check_kinds, damaged, read_json
 from lorq.storage.measured import parse_measured
 from lorq.storage.names import EXPORTED, REPORT_NAME
 from lorq.storage.report import Report, read_report
@@ -44,6 +44,7 @@ def _said(place: Path) -> dict[str, Any]:
     lost, report = mark.get("lost", {}), mark.get("report")
     if not isinstance(lost, dict) or not isinstance(report, dict):
         raise damaged(path, "lost and report must be objects")
+    check_kinds(lost, dict.fromkeys(lost, str), where=path, what="lost: ")
     measured = parse_measured({"evaluations": mark.get("evaluations", [])}, where=path)
     return {
         "version": str(mark.get("lorq_version", "")), "command": str(mark.get("command", "")), "lost": lost,

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lorq.storage.gguf_header import read_gguf_header
 from lorq.storage.seal import mark
 
 
@@ -24,13 +25,25 @@ class GgufFile:
 
     @classmethod
     def open(cls, path: Path) -> "GgufFile":
-        """Read the header; the tensors stay in the file."""
+        """Read the header; the tensors stay in the file.
+
+        Raises:
+            ValueError: if it is damaged, or of an architecture that the gguf package does not know.
+        """
+        read_gguf_header(path)
         from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 
         reader = GGUFReader(path)
-        architecture = str(reader.fields["general.architecture"].contents())
-        number = {name: number for number, name in MODEL_ARCH_NAMES.items()}[architecture]
-        names = get_tensor_name_map(number, int(reader.fields[f"{architecture}.block_count"].contents()))
+        said = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        architecture = str(said.get("general.architecture"))
+        number = {name: number for number, name in MODEL_ARCH_NAMES.items()}.get(architecture)
+        blocks = said.get(f"{architecture}.block_count")
+        if number is None or not isinstance(blocks, int):
+            raise ValueError(
+                f"{path} must have a general.architecture that the gguf package knows and its block_count, got "
+                f"{architecture!r} and {blocks!r}; take a newer gguf, or another file"
+            )
+        names = get_tensor_name_map(number, blocks)
 
         def name_of(layer: str) -> str | None:
             found: str | None = names.get_name(f"{layer}.weight", try_suffixes=(".weight",))

@@ -25,7 +25,7 @@ from lorq.models.stated import (
     stated_by_gptq,
     stated_by_groups,
 )
-from lorq.storage.json_files import damaged, inconsistent, some_of
+from lorq.storage.json_files import _short, check_kinds, damaged, inconsistent, some_of
 from lorq.storage.reader import WeightFiles
 
 
@@ -94,13 +94,14 @@ def _gptq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
         form = "marlin" if config.get("is_marlin_format") else form
         raise ValueError(f"{folder} must have GPTQ's checkpoint_format gptq or gptq_v2, got {form}")
     if turned := config.get("rotation"):
-        raise ValueError(f"{folder} has rotation {turned!r}: its weights were turned, by what is not known here")
+        raise ValueError(f"{folder} has rotation {_short(turned)}: its weights were turned, by what is not known here")
     offset = 1 if form == "gptq" else 0
     for module, parts in _parts(files, "qweight", ("qzeros", "scales", "g_idx")):
         words, out = _matrix(files, parts["qweight"])
         in_, stated = files.shape(parts["g_idx"])[0], stated_by_gptq(config, module)
         check_bits(folder, module, stated.get("bits"), words=words, columns=in_)
-        groups = files.shape(parts["scales"])[0]
+        groups, _ = _matrix(files, parts["scales"])
+        _matrix(files, parts["qzeros"])
         check_groups(folder, module, stated.get("group_size"), groups=groups, columns=in_)
         _words(files, parts, "qweight", "qzeros")
         bits = words * 32 // in_
@@ -120,7 +121,8 @@ def _awq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
         raise ValueError(f"{folder} must have AWQ's version gemm in 4 bits, got {form} in {bits}")
     for module, parts in _parts(files, "qweight", ("qzeros", "scales")):
         in_, words = _matrix(files, parts["qweight"])
-        groups = files.shape(parts["scales"])[0]
+        groups, _ = _matrix(files, parts["scales"])
+        _matrix(files, parts["qzeros"])
         check_groups(folder, module, config.get("group_size"), groups=groups, columns=in_)
         _words(files, parts, "qweight", "qzeros")
         if config.get("zero_point") is False:
@@ -131,7 +133,7 @@ def _awq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
 
 def _compressed_tensors(files: WeightFiles, config: Mapping[str, Any]) -> Found:
     known = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
-    groups = config.get("config_groups", {})
+    groups = _groups(files, config)
     forms = {str(group.get("format") or config.get("format")) for group in groups.values()}
     sparse = (config.get("sparsity_config") or {}).get("format") or "dense"
     if unread := sorted((forms | {sparse}) - {*known, "dense"} | forms & {"dense"}):
@@ -152,10 +154,24 @@ def _compressed_tensors(files: WeightFiles, config: Mapping[str, Any]) -> Found:
             yield module, _unpacked(files, module, parts, stated_by_groups(groups, module), groups)
 
 
+def _groups(files: WeightFiles, config: Mapping[str, Any]) -> dict[str, Any]:
+    """compressed-tensors' groups of layers, by name, each with its layers and what is said of their weights."""
+    where, groups = files.folder / "config.json", config.get("config_groups") or {}
+    check_kinds({"config_groups": groups}, {"config_groups": dict}, where=where)
+    check_kinds(groups, dict.fromkeys(groups, dict), where=where, what="config_groups: ")
+    for name, group in groups.items():
+        told = {key: value for key, value in group.items() if value is not None}
+        kinds: dict[str, type] = {"targets?": list, "weights?": dict, "format?": str}
+        check_kinds(told, kinds, where=where, what=f"config_groups: {name}: ")
+        if odd := [target for target in told.get("targets", ()) if not isinstance(target, str)]:
+            raise damaged(where, f"config_groups: {name}: targets must be texts, got {odd[0]!r:.80}")
+    return groups
+
+
 def _packed(files: WeightFiles, module: str, parts: dict[str, str], stated: Mapping[str, Any]) -> Packed:
     """A layer of compressed-tensors' "pack-quantized"."""
     folder, bits = files.folder, stated.get("num_bits")
-    out, in_ = files.aside().tensor(parts["weight_shape"]).tolist()
+    out, in_ = files.told_shape(parts["weight_shape"])
     check_bits(folder, module, bits, words=_matrix(files, parts["weight_packed"])[1], columns=in_)
     if stated.get("strategy") == "block":
         raise ValueError(
@@ -205,11 +221,11 @@ def _check_scales(
 def _check_parts(files: WeightFiles, module: str, parts: dict[str, str], stated: Mapping[str, Any]) -> None:
     """Hold what a layer has against what the config says that it has."""
     if (kind := stated.get("type", "int")) != "int":
-        raise inconsistent(files.folder / "config.json", f"{module} has integer codes, its type is {kind!r}")
+        raise inconsistent(files.folder / "config.json", f"{module} has integer codes, its type is {_short(kind)}")
     if has_order(stated) and "weight_packed" in parts and "weight_g_idx" not in parts:
         raise inconsistent(
             files.folder / "config.json",
-            f"{module} must have a weight_g_idx, since its actorder is {stated['actorder']!r}, it has none",
+            f"{module} must have a weight_g_idx, since its actorder is {_short(stated['actorder'])}, it has none",
         )
     symmetric, own = is_symmetric(stated), parts.get("weight_zero_point")
     by_default = "" if "symmetric" in stated else " where the config does not say"
@@ -240,8 +256,7 @@ def _float8(files: WeightFiles, config: Mapping[str, Any]) -> Found:
     make = partial(read_float8, block=tuple(block) if block else None)
     for module, parts in _parts(files, "weight", (), ("weight_scale_inv", "weight_scale")):
         if len(parts) > 1:
-            out, in_ = files.shape(parts["weight"])
-            yield module, Packed((out, in_), parts, make)
+            yield module, Packed(_matrix(files, parts["weight"]), parts, make)
 
 
 def _modelopt(files: WeightFiles, config: Mapping[str, Any]) -> Found:
@@ -260,13 +275,14 @@ def _bitsandbytes(files: WeightFiles, config: Mapping[str, Any]) -> Found:
             names.setdefault(module, {"weight": f"{module}.weight"})[f"weight.{local}"] = name
     for module, parts in names.items():
         states = [name for local, name in parts.items() if local.startswith(STATE)]
+        if parts["weight"] not in files.files:
+            raise damaged(files.folder, f"{module} has {some_of(parts)} and lacks weight")
         if len(states) != 1:
             raise damaged(files.folder, f"{module} must have one quant_state, got {some_of(states) or 'none'}")
         yield module, Packed(read_state(files.aside().tensor(states[0]))["shape"], parts, read_four_bits)
     for module, parts in _parts(files, "weight", (), ("SCB", "weight_format")):
         if "SCB" in parts:
-            out, in_ = files.shape(parts["weight"])
-            yield module, Packed((out, in_), parts, read_eight_bits)
+            yield module, Packed(_matrix(files, parts["weight"]), parts, read_eight_bits)
 
 
 # By quant_method: the modules that are packed, each with where and how.

@@ -1,10 +1,12 @@
 """A GGUF file -> a Hugging Face folder of what its codes stand for, by transformers' reader and what that leaves."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorq.storage.gguf_header import read_gguf_header
 from lorq.storage.json_files import some_of
 from lorq.storage.names import DECODED_FROM
 from lorq.storage.seal import check_seal
@@ -27,10 +29,7 @@ def decode_gguf(path: Path, folder: Path, make_room: Callable[[Path, int], None]
         ValueError: if transformers cannot read all of it, or lorq wrote it and it was changed since.
         ImportError: without the gguf package.
     """
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ImportError("reading a GGUF file needs the gguf package: pip install 'lorq[gguf]'") from error
+    read_gguf_header(path)  # before transformers believes it
     check_seal(path)
     make_room(folder, _decoded_bytes(path, 2))
     model = _loaded(path, "float16")
@@ -135,17 +134,10 @@ def _check_read(path: Path, model: Any) -> None:
 
 def _quantized_kinds(path: Path) -> list[str]:
     """GGUF's names for the types of a file's tensors, those of plain numbers left out."""
-    from gguf import GGUFReader
-
-    kinds = {tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    kinds = {tensor.type.upper() for tensor in read_gguf_header(path)}
     return sorted(kinds - {"F64", "F32", "F16", "BF16"})
 
 
 def _decoded_bytes(path: Path, width: int) -> int:
     """Of a GGUF file's tensors in a type of so many bytes."""
-    from gguf import GGUFReader
-
-    try:
-        return sum(width * int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
-    except (ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path} could not be read as a GGUF file: {error}") from error
+    return sum(width * math.prod(tensor.shape) for tensor in read_gguf_header(path))

@@ -182,7 +182,7 @@ def load_dense(folder: Path, dtype: "torch.dtype") -> Any:
     """The whole original model; of one that others have quantized what that stands for."""
     from lorq.models.blocks import StreamedModel
     from lorq.models.quantized import is_foreign
-    from lorq.models.skeleton import BUILDING, model_class, put_tensor, read_config  # and with them torch
+    from lorq.models.skeleton import put_tensor, read_config, with_weights  # and with them torch
 
     if is_foreign(folder):
         streamed = StreamedModel.open(folder, dequantize=True)
@@ -190,5 +190,4 @@ def load_dense(folder: Path, dtype: "torch.dtype") -> Any:
             tensor = streamed.stored_tensor(name)
             put_tensor(streamed.model, name, tensor.to(dtype) if streamed.is_parameter(name) else tensor)
         return streamed.model
-    with BUILDING:
-        return model_class(read_config(folder)).from_pretrained(folder, dtype=dtype).eval()
+    return with_weights(read_config(folder), folder, dtype)

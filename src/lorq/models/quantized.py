@@ -1,5 +1,6 @@
 """A model that somebody has quantized, opened: its layers' weights under the names that the original has."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -59,7 +60,13 @@ class QuantizedFiles(WeightFiles):
                 f"says {method}; give a folder of its dequantized weights instead"
             )
         files = WeightFiles.open(folder)
-        layers = {f"{module}.weight": packed for module, packed in FORMATS[method](files, config)}
+        try:
+            layers = {f"{module}.weight": packed for module, packed in FORMATS[method](files, config)}
+        except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, re.error) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise damaged(
+                folder, f"config and tensors must be as {method} writes them, they are not ({reason})"
+            ) from error
         if not layers:
             raise ValueError(f"{folder} must have weights that {method} has packed, as its config says; it has none")
         found = cls._with(files, layers)
@@ -90,8 +97,9 @@ class QuantizedFiles(WeightFiles):
         parts = {local: files.tensor(stored) for local, stored in packed.parts.items()}
         try:
             return packed.make(parts)
-        except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
-            raise damaged(self.folder / self.files[name], f"{name} could not be read: {error}") from error
+        except (ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise damaged(self.folder / self.files[name], f"{name} could not be read: {reason}") from error
 
     def tensor(self, name: str, index: int | None = None) -> Tensor:
         if name not in self.layers:
@@ -184,6 +192,8 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
                 raise damaged(file, f"{where}{key} must be an object, got {told!r}")
             if found and told and found != told:
                 raise inconsistent(file, f"{where}{key} must be as what is told before it, it differs")
+            if told is not None and not isinstance(told.get("quant_method", ""), str):
+                raise damaged(file, f"{where}{key}.quant_method must be a text, got {told['quant_method']!r:.80}")
             found = told if found is None else found
     if found is None and (own_file := folder / MODELOPT).is_file():
         stated = read_json(own_file).get("quantization")
@@ -211,10 +221,12 @@ def _lorq(folder: LorqFolder) -> Iterator[tuple[str, Packed]]:
         )
 
     def make(format: LayerFormat, tensors: Mapping[str, Tensor]) -> Weight:
+        if wrong := next(format.faults(tensors), None):
+            raise ValueError(wrong)
         return _Own(format.read(tensors))
 
     for name, format in folder.formats.items():
+        out, in_ = folder.reader.told_shape(f"{name}.weight_shape")
         stored = [n for n in folder.reader.by_module[name] if not n.endswith(".bias")]
-        out, in_ = folder.reader.aside().tensor(f"{name}.weight_shape").tolist()
         parts = {n.removeprefix(f"{name}."): n for n in stored}
         yield f"{name}.weight", Packed((out, in_), parts, partial(make, format))

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from lorq.models.experts import find_experts, split_experts
+from lorq.storage.json_files import read_json
 
 # A config's names for how the weights are quantized, the second that of older compressed-tensors.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -22,13 +23,7 @@ def read_config(folder: Path, *, quantized: bool = False) -> Any:
 
     With ``quantized`` it may be, and the config is that of the dense model.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"the config of {folder} could not be read: {first}") from error
+    config = read_own_config(folder)
     for own in {id(one): one for one in (config, config.get_text_config())}.values():
         for key in QUANTIZATION_KEYS:
             existing = getattr(own, key, None)
@@ -40,6 +35,23 @@ def read_config(folder: Path, *, quantized: bool = False) -> Any:
             method = existing.get("quant_method") if isinstance(existing, dict) else existing
             raise ValueError(f"{folder} is already quantized ({method}); give the original model")
     return config
+
+
+def read_own_config(folder: Path) -> Any:
+    """The folder's transformers config as it stands there; a ValueError if it is unreadable or needs remote code."""
+    from transformers import AutoConfig
+
+    if (folder / "config.json").is_file():
+        read_json(folder / "config.json")  # whose errors name the place
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of many kinds, some of them of the hub's library
+        raise ValueError(f"the config of {folder} could not be read: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Of an error's message, or its kind where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # Held while a model is made: transformers and accelerate change classes for the whole process meanwhile, and two
@@ -102,10 +114,41 @@ def skeleton(config: Any) -> Any:
     from accelerate import init_empty_weights
 
     kind = model_class(config)
-    with BUILDING, init_empty_weights(include_buffers=False), _LargeOnMeta():
-        model = kind._from_config(config, dtype=torch.float32).eval()
+    try:
+        with BUILDING, init_empty_weights(include_buffers=False), _LargeOnMeta():
+            model = kind._from_config(config, dtype=torch.float32).eval()
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        raise _not_built(kind, error) from error
     split_experts(model)
     return model
+
+
+def with_weights(config: Any, folder: Path, dtype: Any) -> Any:
+    """The model of a config with a folder's weights, as transformers loads it.
+
+    Raises:
+        ValueError: if the config makes no model of its class.
+    """
+    kind = model_class(config)
+    try:
+        with BUILDING:
+            return kind.from_pretrained(folder, dtype=dtype).eval()
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        if not isinstance(error, RecursionError):
+            raise
+        raise _not_built(kind, error) from error
+    except Exception as error:
+        raise _not_built(kind, error) from error
+
+
+def _not_built(kind: Any, error: BaseException) -> ValueError:
+    """The error for a config of which its own class makes no model."""
+    return ValueError(
+        f"config.json does not make a {kind.__name__} ({type(error).__name__}: {first_line(error):.200}); is it one "
+        "that this transformers reads, and whole?"
+    )
 
 
 def find_blocks(model: Any) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Integer, Shaped
 from torch import Tensor
 
-from lorq.storage.json_files import damaged, inconsistent, read_json
+from lorq.storage.json_files import _short, damaged, inconsistent, read_json
 
 _CONFIG = "config.json"
 # Where GPTQ's and AWQ's programs tell the same once more, and their names of a setting, the first of which is ours.
@@ -38,8 +38,8 @@ def settle(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         for other, its in others:
             if _plain(its) != _plain(value):
                 raise ValueError(
-                    f"{folder} must be told of in one way, {first} is {value!r} and {other} is {its!r}; keep the true "
-                    "one, or download the model again"
+                    f"{folder} must be told of in one way, {first} is {_short(value)} and {other} is {_short(its)}; "
+                    "keep the true one, or download the model again"
                 )
         if value is not None:
             settled[names[0]] = _plain(value)
@@ -58,8 +58,9 @@ def check_symmetry(
     if stated and (others := int((zero != middle).sum())):
         raise inconsistent(
             folder / _CONFIG,
-            f"{module} must have the zero point {middle} everywhere, as {said} of quantization_config, {stated!r}, "
-            f"says, it has others in {others} places of {zero.numel()}, {int(zero.min())} to {int(zero.max())}",
+            f"{module} must have the zero point {middle} everywhere, as {said} of quantization_config, "
+            f"{_short(stated)}, says, it has others in {others} places of {zero.numel()}, {int(zero.min())} to "
+            f"{int(zero.max())}",
         )
 
 
@@ -89,8 +90,8 @@ def check_order(folder: Path, module: str, group: Shaped[Tensor, "in"], groups: 
     if not torch.equal(group.long(), torch.arange(len(group)) // size):
         raise inconsistent(
             folder / _CONFIG,
-            f"{module} must have its groups side by side, as {said} of quantization_config, {stated!r}, says, its "
-            "g_idx has them in another order",
+            f"{module} must have its groups side by side, as {said} of quantization_config, {_short(stated)}, says, "
+            "its g_idx has them in another order",
         )
 
 
@@ -129,7 +130,7 @@ def check_bits(folder: Path, module: str, stated: Any, *, words: int, columns: i
     if stated is None:
         return
     if not isinstance(stated, int) or isinstance(stated, bool) or not 1 <= stated <= 8:
-        raise damaged(folder / _CONFIG, f"quantization_config's bits must be 1 to 8, got {stated!r} for {module}")
+        raise damaged(folder / _CONFIG, f"quantization_config's bits must be 1 to 8, got {_short(stated)} for {module}")
     if words != (needed := -(-columns * stated // 32)):
         raise inconsistent(
             folder / _CONFIG,
@@ -144,7 +145,7 @@ def check_groups(folder: Path, module: str, stated: Any, *, groups: int, columns
         return
     if not isinstance(stated, int) or isinstance(stated, bool):
         raise damaged(
-            folder / _CONFIG, f"quantization_config's group_size must be a number, got {stated!r} for {module}"
+            folder / _CONFIG, f"quantization_config's group_size must be a number, got {_short(stated)} for {module}"
         )
     needed = 1 if stated <= 0 else -(-columns // stated)
     if groups != needed:

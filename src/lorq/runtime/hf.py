@@ -15,8 +15,8 @@ from transformers.quantizers.base import HfQuantizer
 
 from lorq.models.experts import find_experts, fuse_experts, split_experts
 from lorq.models.locate import load_dense, resolve_model
-from lorq.models.quantized import is_foreign
-from lorq.models.skeleton import BUILDING, model_class
+from lorq.models.quantized import is_foreign, read_quantization
+from lorq.models.skeleton import read_own_config, with_weights
 from lorq.runtime.device import own_defaults, read_device, read_dtype
 from lorq.runtime.embedding import QuantEmbedding, TiedHead
 from lorq.runtime.experts import QuantExperts, Tiles
@@ -24,9 +24,9 @@ from lorq.runtime.linear import QuantLinear
 from lorq.runtime.other_class import Renaming, is_of_another_class, renaming
 from lorq.runtime.packed import PackedWeight
 from lorq.runtime.same_input import join
-from lorq.runtime.swap import check_cells, check_permutation, check_tensors, swap_experts, swap_layers, tie_heads
+from lorq.runtime.swap import check_tensors, check_values, swap_experts, swap_layers, tie_heads
 from lorq.storage.config import LorqConfig
-from lorq.storage.folder import check_report
+from lorq.storage.folder import LorqFolder, check_report
 from lorq.storage.json_files import read_json
 from lorq.storage.names import INDEX, REPORT_NAME, SENTINEL
 from lorq.storage.report import read_report
@@ -86,9 +86,8 @@ class LorqQuantizer(HfQuantizer):
                         f"{name}.weight_shape must be {(module.out_features, module.in_features)} as the model says, "
                         f"got {shape}; the folder is damaged, download it again"
                     )
-                check_permutation(name, module)
-            elif isinstance(module, Tiles) and not module.cells.is_meta:
-                check_cells(name, module)
+            if isinstance(module, PackedWeight | Tiles):
+                check_values(name, module)
         join(model, [[self._renaming(name) for name in names] for names in self.quantization_config.inputs])
         return model
 
@@ -136,19 +135,17 @@ def load(model: str | Path, *, device: str | torch.device = "auto", dtype: str |
         FileNotFoundError: if there is no such model, or the folder is unfinished.
         ValueError: if the folder is damaged, or of a newer format than this lorq reads.
     """
-    from transformers import AutoConfig
-
     folder = resolve_model(model)
     place = read_device(device)
     automatic = torch.float32 if place.type == "cpu" else "auto"
     kind = automatic if dtype == "auto" else read_dtype(dtype)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_own_config(folder)
     if is_foreign(folder):
         stored: Any = config.get_text_config().dtype or torch.float32
         return load_dense(folder, stored if kind == "auto" else kind).to(place).eval()  # type: ignore[arg-type]
-    with BUILDING:
-        loaded: Any = model_class(config).from_pretrained(folder, dtype=kind)
-    return loaded.to(place).eval()
+    if (read_quantization(folder) or {}).get("quant_method") == "lorq" and (folder / REPORT_NAME).is_file():
+        LorqFolder.open(folder)  # whose errors name the place
+    return with_weights(config, folder, kind).to(place)
 
 
 # Whoever imports this means the registration.

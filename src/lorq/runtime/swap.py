@@ -3,18 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from lorq.core.faults import tile_value_faults, value_faults
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
 from lorq.models.experts import Experts
-from lorq.models.skeleton import find_blocks, find_tied
+from lorq.models.skeleton import find_blocks, find_tied, read_config, skeleton
 from lorq.runtime.embedding import QuantEmbedding, TiedHead
 from lorq.runtime.experts import QuantExperts, Tiles
 from lorq.runtime.linear import QuantLinear
 from lorq.runtime.other_class import Renaming, is_of_another_class
 from lorq.runtime.packed import PackedWeight
+from lorq.storage.folder import LorqFolder
 from lorq.storage.safetensors_file import read_header
 
 
@@ -99,25 +100,15 @@ def swap_experts(model: nn.Module, formats: dict[str, TileFormat]) -> None:
         model.set_submodule(path, QuantExperts(model.get_submodule(path), tiles))  # type: ignore[arg-type]
 
 
-def check_permutation(name: str, layer: PackedWeight) -> None:
-    """Refuse an order of channels that is none, with a ValueError that names the layer."""
-    order = layer.permutation
-    if order is not None and not torch.equal(order.long().sort()[0].cpu(), torch.arange(layer.in_features)):
-        raise ValueError(
-            f"{name}.permutation must hold each of 0 .. {layer.in_features - 1} once, it does not; the folder is "
-            "damaged, download it again"
-        )
+def check_values(name: str, module: PackedWeight | Tiles) -> None:
+    """Refuse values that nothing can mean, with a ValueError that names the layer or the tile factors.
 
-
-def check_cells(name: str, tiles: Tiles) -> None:
-    """Refuse cells outside the grid, with a ValueError that names the tile factors."""
-    f, cells = tiles.format, tiles.cells.long()
-    limits = torch.tensor([f.rows, f.columns], device=cells.device)
-    if bool(((cells < 0) | (cells >= limits)).any()):
-        raise ValueError(
-            f"{name}.cells must lie in a grid of {f.rows} x {f.columns}, got {cells.amin(0).tolist()} to "
-            f"{cells.amax(0).tolist()}; the folder is damaged, download it again"
-        )
+    Such as an order of channels that is none, cells outside the grid, and numbers that are not finite.
+    """
+    own = {local: tensor for local, tensor in module.named_buffers() if not tensor.is_meta}
+    found = tile_value_faults(own, module.format) if isinstance(module, Tiles) else value_faults(own)
+    if wrong := next(found, None):
+        raise ValueError(f"{name}.{wrong}; the folder is damaged, download it again")
 
 
 def check_tensors(model: Any, files: list[Path], change: Renaming = Renaming()) -> None:  # noqa: B008  # frozen
@@ -140,6 +131,8 @@ def check_tensors(model: Any, files: list[Path], change: Renaming = Renaming()) 
                 wrong.append(f"{name} is missing")
         elif tuple(stored[name].shape) != tuple(tensor.shape):
             wrong.append(f"{name} is {tuple(stored[name].shape)}, not {tuple(tensor.shape)}")
+        elif tensor.is_floating_point() and not stored[name].dtype.is_floating_point:
+            wrong.append(f"{name} is {stored[name].dtype}, not floating point")
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight | Tiles):
             for local, (_, dtype) in module.format.layout(module.out_features, module.in_features).items():
@@ -151,3 +144,16 @@ def check_tensors(model: Any, files: list[Path], change: Renaming = Renaming()) 
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"the folder's tensors do not fit its config: {'; '.join(wrong[:5])}{more}; download it again")
+
+
+def check_fits(folder: LorqFolder) -> None:
+    """Refuse a folder whose layers and tensors are not those of the model that its config tells of; reads no weights.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
+    model = skeleton(read_config(folder.path, quantized=True))
+    swap_layers(model, folder.formats)
+    tie_heads(model, folder.embeddings)
+    swap_experts(model, folder.tiles)
+    check_tensors(model, [folder.path / name for name in folder.reader.headers])

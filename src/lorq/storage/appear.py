@@ -98,22 +98,20 @@ def _check_folder(out: Path) -> None:
         )
 
 
-def check_exported(folder: Path) -> None:
-    """Refuse an exported folder whose files are not all as they were written; a model card may be another.
+def sealed_files(folder: Path) -> dict[str, str]:
+    """The sha256 (hex) of an exported folder's files, by name, as its mark has them.
 
     Raises:
-        ValueError: saying what to do.
+        ValueError: if the mark is damaged, or names a place outside the folder.
     """
     own = read_json(folder / EXPORTED).get("files")
-    if not isinstance(own, dict):
-        raise damaged(folder / EXPORTED, f"files must be an object, got {own!r}")
-    names = [name_below(name, where=folder / EXPORTED) for name in own if name != "README.md"]
-    places = {name: Path(os.path.realpath(folder / name)) for name in names}  # the hub's cache has links
-    if other := [name for name, place in places.items() if not place.is_file() or _content(place) != own[name]]:
-        raise ValueError(
-            f"{folder} must be as lorq exported it, what {EXPORTED} says is not so for {some_of(other)}: missing, "
-            "changed since, or damaged; copy or export it again"
-        )
+    if not isinstance(own, dict) or not all(isinstance(told, str) for told in own.values()):
+        raise damaged(folder / EXPORTED, f"files must be an object of texts, got {own!r:.80}")
+    return {
+        name_below(name, where=folder / EXPORTED): told.rpartition("sha256 ")[2]
+        for name, told in own.items()
+        if told != "a link"
+    }
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -12,6 +12,7 @@ from lorq.core.codes import CODES, LEVEL_KINDS, IntGrid, LevelFormat, VectorGrid
 from lorq.core.low_rank import FACTOR_TYPES
 from lorq.core.tile_factors import TileFormat
 from lorq.core.weight import LayerFormat
+from lorq.storage.json_files import _short, some_of
 from lorq.storage.names import check_version
 
 
@@ -46,11 +47,11 @@ class LorqConfig(QuantizationConfigMixin):
             ("inputs", list), ("embeddings", dict),
         ):  # fmt: skip
             if not isinstance(keys.get(key), kind):
-                raise ValueError(f"quantization_config.{key} must be a {kind.__name__}, got {keys.get(key)!r}")
+                raise ValueError(f"quantization_config.{key} must be a {kind.__name__}, got {_short(keys.get(key))}")
             setattr(self, key, keys.pop(key))
         if keys:
             raise ValueError(
-                f"unknown keys in quantization_config: {', '.join(sorted(keys))}; known are quant_method, "
+                f"unknown keys in quantization_config: {some_of(keys)}; known are quant_method, "
                 "format_version, lorq_version, method, settings, layers, tiles, inputs, embeddings"
             )
         self.formats()  # checks them
@@ -60,7 +61,7 @@ class LorqConfig(QuantizationConfigMixin):
             if table not in self.layers or not isinstance(head, str) or head in self.layers:
                 raise ValueError(
                     "quantization_config.embeddings must name layers, each with the head that multiplies by it and is "
-                    f"no layer itself, or nothing, got {table!r} with {head!r}"
+                    f"no layer itself, or nothing, got {_short(table)} with {_short(head)}"
                 )
 
     def formats(self) -> dict[str, LayerFormat]:
@@ -71,15 +72,15 @@ class LorqConfig(QuantizationConfigMixin):
         """The formats of the factors that experts share, by name."""
         found = {}
         for name, entry in self.tiles.items():
-            found[name] = f = _read_fields(f"tiles[{name!r}]", entry, TileFormat)
+            found[name] = f = _read_fields(f"tiles[{_short(name)}]", entry, TileFormat)
             if (
                 min(f.rows, f.columns, f.experts, f.rank) < 1
                 or max(f.rows, f.columns, f.rank) >= 2**31
                 or f.factor_type not in FACTOR_TYPES
             ):
                 raise ValueError(
-                    f"quantization_config.tiles[{name!r}] must have rows, columns, experts and rank from 1 to 2^31 and "
-                    f"factor_type {', '.join(FACTOR_TYPES)}, got {entry}"
+                    f"quantization_config.tiles[{_short(name)}] must have rows, columns, experts and rank from 1 to "
+                    f"2^31 and factor_type {', '.join(FACTOR_TYPES)}, got {_short(entry, 400)}"
                 )
         return found
 
@@ -96,7 +97,7 @@ def _check_inputs(inputs: list[Any], layers: dict[str, Any]) -> None:
         if len(group) < 2 or not all(isinstance(name, str) and name in layers and counts[name] == 1 for name in group):
             raise ValueError(
                 "quantization_config.inputs must have lists of 2 and more names of layers, each name once in all, got "
-                f"{given!r}"
+                + _short(given)
             )
 
 
@@ -140,11 +141,11 @@ def _read_fields(where: str, entry: Any, kind: type[Any]) -> Any:
 def _check_keys(where: str, entry: Any, known: Mapping[str, Any]) -> None:
     """Refuse what is no object with exactly these keys, of their types."""
     if not isinstance(entry, dict) or set(entry) != set(known):
-        got = sorted(entry) if isinstance(entry, dict) else entry
+        got = some_of(entry) if isinstance(entry, dict) else _short(entry)
         raise ValueError(f"quantization_config.{where} must have the keys {sorted(known)}, got {got}")
     for key, type_ in known.items():
         if type(entry[key]) is not type_:
-            raise ValueError(f"quantization_config.{where}.{key} must be {type_}, got {entry[key]!r}")
+            raise ValueError(f"quantization_config.{where}.{key} must be {type_}, got {_short(entry[key])}")
 
 
 # Keys of a layer's entry: type, and the value in folders of versions that did not have it.
@@ -177,14 +178,16 @@ def read_format(name: str, entry: Any) -> LayerFormat:
     Raises:
         ValueError: for an unknown or missing key, a value of another type or out of range.
     """
-    where = f"layers[{name!r}]"
+    where = f"layers[{_short(name)}]"
     if isinstance(entry, dict) and "codes" in entry:
         rest = {key: kind for key, (kind, _) in _FLAT.items() if key not in _OF_CODES}
         _check_keys(where, {key: value for key, value in entry.items() if key != "codes"}, rest)
         given = entry["codes"]
         known = CODES.get(str(given.get("kind"))) if isinstance(given, dict) else None
         if known is None:
-            raise ValueError(f"quantization_config.{where}.codes must have a kind of {', '.join(CODES)}, got {given!r}")
+            raise ValueError(
+                f"quantization_config.{where}.codes must have a kind of {', '.join(CODES)}, got {_short(given)}"
+            )
         codes = _read_fields(f"{where}.codes", {key: v for key, v in given.items() if key != "kind"}, known)
     else:
         _check_keys(where, entry, {key: kind for key, (kind, _) in _FLAT.items()})
@@ -196,11 +199,13 @@ def read_format(name: str, entry: Any) -> LayerFormat:
     if format.rank < 0 or format.factor_type not in FACTOR_TYPES or not 1 <= format.bits <= 8:
         raise ValueError(
             f"quantization_config.{where} must have bits 1..8, group_size >= 1, rank >= 0 and factor_type "
-            f"{', '.join(FACTOR_TYPES)}, got {entry}"
+            f"{', '.join(FACTOR_TYPES)}, got {_short(entry, 400)}"
         )
     for key, words in (("input_quantization", INPUTS), ("output_quantization", OUTPUTS)):
         if entry[key] not in words:
-            raise ValueError(f"quantization_config.{where}.{key} must be one of {', '.join(words)}, got {entry[key]!r}")
+            raise ValueError(
+                f"quantization_config.{where}.{key} must be one of {', '.join(words)}, got {_short(entry[key])}"
+            )
     return format
 
 
@@ -211,19 +216,19 @@ def _codes(where: str, entry: dict[str, Any]) -> IntGrid | LevelFormat | VectorG
     if vector < 1 or (min(books) < 1 if vector > 1 else books != (0, 0)):
         raise ValueError(
             f"quantization_config.{where} must have vector >= 1, and codebook_rows and codebook_columns just "
-            f"where vector is above 1, got {entry}"
+            f"where vector is above 1, got {_short(entry, 400)}"
         )
     if entry["grid"] not in LEVEL_KINDS:
         raise ValueError(
-            f"quantization_config.{where}.grid must be one of {', '.join(LEVEL_KINDS)}, got {entry['grid']!r}"
+            f"quantization_config.{where}.grid must be one of {', '.join(LEVEL_KINDS)}, got {_short(entry['grid'])}"
         )
     if group < 1:
-        raise ValueError(f"quantization_config.{where} must have group_size >= 1, got {entry}")
+        raise ValueError(f"quantization_config.{where} must have group_size >= 1, got {_short(entry, 400)}")
     of_levels = rank or entry["grid"] != "integer"
     if rank < 0 or (of_levels and not (vector == 1 and entry["symmetric"])):
         raise ValueError(
             f"quantization_config.{where} must have scale_rank >= 0, and be symmetric without codebooks where "
-            f"that is above 0 or the grid is not integer, got {entry}"
+            f"that is above 0 or the grid is not integer, got {_short(entry, 400)}"
         )
     if of_levels:
         return LevelFormat(bits, entry["grid"], group, rank)

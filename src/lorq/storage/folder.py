@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorq.core.faults import tile_faults
 from lorq.core.tile_factors import TileFactors, TileFormat
 from lorq.core.weight import LayerFormat, QuantizedWeight, Tile
 from lorq.storage.config import LorqConfig, read_format
@@ -86,16 +87,25 @@ class LorqFolder:
 
         Raises:
             KeyError: if there is no such layer.
+            ValueError: if its tensors are not those of its format, or have values that nothing can mean.
         """
         if name not in self.formats:
             raise KeyError(f"{self.path} has no quantized layer {name}; the first is {next(iter(self.formats), None)}")
-        weight = self.formats[name].read(self.tensors(name))
+        tensors = self.tensors(name)
+        if wrong := next(self.formats[name].faults(tensors), None):
+            raise damaged(self.path, f"{name}: {wrong}")
+        weight = self.formats[name].read(tensors)
         experts, _, own = name.rpartition(".")
         module, _, number = experts.rpartition(".")
         shared = f"{module}.tiles.{own}"
         if shared not in self.tiles:
             return weight
-        return replace(weight, low_rank=Tile(TileFactors.read(self.tensors(shared)), int(number)))
+        factors, format = self.tensors(shared), self.tiles[shared]
+        if wrong := next(tile_faults(factors, format, *weight.shape), None):
+            raise damaged(self.path, f"{shared}: {wrong}")
+        if not number.isdecimal() or not int(number) < format.experts:
+            raise damaged(self.path, f"{name} must be one of the {format.experts} experts of {shared}")
+        return replace(weight, low_rank=Tile(TileFactors.read(factors), int(number)))
 
     def layers(self) -> Iterator[tuple[str, QuantizedWeight]]:
         """All quantized layers, in the order of the model; one at a time is in memory."""

@@ -1,12 +1,15 @@
 """JSON and names from files that are hostile until checked."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 # config.json and the index of a mixture with 70,000 projections of experts have 50 MB each.
 MAX_JSON_BYTES = 1 << 30
+# Values in values; lorq's own have 5, models' configs few more, and Python's own functions end at some hundreds.
+_DEEPEST = 50
+_KINDS = {str: "a text", int: "a whole number of 64 bits", float: "a number", dict: "an object", list: "a list"}
 
 
 def damaged(path: Path | str, what: str) -> ValueError:
@@ -30,7 +33,7 @@ def parse_json(raw: bytes, *, where: Path | str) -> dict[str, Any]:
     """A JSON object in which no key appears twice.
 
     Raises:
-        ValueError: if it is not UTF-8, not JSON, nested too deep, not an object, or repeats a key.
+        ValueError: if it is not UTF-8, not JSON, nested too deep, no object, repeats a key, or has half a character.
     """
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -47,7 +50,44 @@ def parse_json(raw: bytes, *, where: Path | str) -> dict[str, Any]:
         raise damaged(where, f"not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise damaged(where, f"JSON must be an object, got {_short(value)}")
+    level: list[Any] = [value]
+    for _ in range(_DEEPEST):
+        inner = (node.values() if type(node) is dict else node for node in level)
+        level = [child for values in inner for child in values if type(child) in (dict, list)]
+    if level:
+        raise damaged(where, f"JSON must be at most {_DEEPEST} values deep, it is deeper")
+    if b"\\ud" in raw.lower():  # of a pair of code units; one alone is no text that can be written
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise damaged(
+                where, f"texts must be Unicode, {_short(error.object[error.start])} is half of a character"
+            ) from None
     return value
+
+
+def check_kinds(told: Mapping[str, Any], kinds: Mapping[str, type], *, where: Path | str, what: str = "") -> None:
+    """Refuse an object some of whose values are of other kinds; a whole number is a number, true and false are none.
+
+    Args:
+        kinds: the kind of each value, by its key; a key that ends in ``?`` may be missing.
+        what: goes before the key in the error.
+
+    Raises:
+        ValueError: naming the key, its kind and the value.
+    """
+    for key, kind in kinds.items():
+        name = key.removesuffix("?")
+        if (name != key and name not in told) or is_kind(told.get(name), kind):
+            continue
+        raise damaged(where, f"{what}{name} must be {_KINDS[kind]}, got {_short(told.get(name))}")
+
+
+def is_kind(value: Any, kind: type) -> bool:
+    """Whether a value of JSON is of a kind; see `check_kinds`."""
+    if kind is int:
+        return type(value) is int and -(2**63) <= value < 2**63
+    return type(value) is kind or (kind is float and is_kind(value, int))
 
 
 def json_bytes(value: Any) -> bytes:
@@ -90,7 +130,7 @@ def some_of(names: Iterable[str]) -> str:
     return ", ".join(_short(name).strip("'") for name in ordered[:5]) + rest
 
 
-def _short(value: Any) -> str:
+def _short(value: Any, most: int = 80) -> str:
     """``repr`` cut to a line: a hostile value may be megabytes long, or steer the terminal."""
     text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return text if len(text) <= most else text[: most - 3] + "..."

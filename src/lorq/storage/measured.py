@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorq.storage.atomic import rename_synced, write_synced
-from lorq.storage.json_files import damaged, json_bytes, read_json
+from lorq.storage.json_files import damaged, is_kind, json_bytes, read_json
 from lorq.storage.names import MEASURED
 
 # What two evaluations must share for their figures to be comparable.
@@ -73,7 +73,7 @@ def parse_measured(content: dict[str, Any], *, where: Path) -> Measured:
         *(figure for figure in figures if figure is not None),
     ]
     numbers += [entry["perplexity"] for entry in evaluations] + [value for one in tasks for value in one.values()]
-    if not all(isinstance(number, int | float) for number in numbers):
+    if not all(is_kind(number, float) for number in numbers):
         raise wrong
     return Measured(content.get("seconds", 0.0), stages, tuple(evaluations), *memory)
 

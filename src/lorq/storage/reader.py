@@ -1,7 +1,7 @@
 """A folder's weights, read tensor by tensor."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,15 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorq.storage.atomic import sha256_of
-from lorq.storage.json_files import _short, damaged, inconsistent, name_below, plain_name, read_json, some_of
-from lorq.storage.names import JOURNAL
+from lorq.storage.json_files import _short, damaged, inconsistent, name_below, read_json, some_of
+from lorq.storage.names import INDEX, JOURNAL
 from lorq.storage.safetensors_file import Header, read_header, read_tensor
 
 
 def read_weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> weight file of a Hugging Face index, every file beside or below the index."""
-    weight_map = read_json(index).get("weight_map")
+    told = read_json(index)
+    weight_map = told.get("weight_map")
+    if not isinstance(told.get("metadata", {}), dict) or (index.name == INDEX and "metadata" not in told):
+        raise damaged(index, f"metadata must be an object, got {_short(told.get('metadata'))}")
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(index, f"weight_map must map tensor names to files, got {type(weight_map).__name__}")
     return {
@@ -122,6 +124,24 @@ class WeightFiles:
             seen.put(json.dumps([name, index]), content)
         return tensor
 
+    def told_shape(self, name: str) -> tuple[int, int]:
+        """The shape of a weight that a stored tensor tells, (out, in).
+
+        Raises:
+            ValueError: if there is no such tensor, or it is not two whole numbers from 1.
+        """
+        if name not in self.files:
+            raise damaged(self.folder, f"{name} must be there, it is missing")
+        where = self.folder / self.files[name]
+        if self.shape(name) != (2,) or self.dtype(name).is_floating_point:
+            raise damaged(
+                where, f"{name} must be two whole numbers, it is {self.dtype(name)} of shape {self.shape(name)}"
+            )
+        out, in_ = (int(size) for size in WeightFiles.tensor(self.aside(), name))
+        if not 0 < min(out, in_) <= max(out, in_) < 2**31:
+            raise damaged(where, f"{name} must be from 1 to 2^31 - 1, got {[out, in_]}")
+        return out, in_
+
     def aside(self) -> "WeightFiles":
         """The same files for who only looks: what it reads is no part of what `hashed` sums."""
         return replace(self, _seen=[])
@@ -222,22 +242,3 @@ def _same(folder: Path, headers: dict[str, Header], places: tuple[str, str], ten
         return False
     one, other = (read_tensor(folder / file, headers[file], tensor).view(-1).view(torch.uint8) for file in places)
     return torch.equal(one, other)
-
-
-def verify_shards(folder: Path, checksums: Mapping[str, str]) -> None:
-    """Compare every shard with its sha256, as ``shard_checksums`` gave it to the report.
-
-    Raises:
-        ValueError: naming all shards that are missing or differ.
-    """
-    wrong = []
-    for name, expected in checksums.items():
-        path = folder / plain_name(name, where="checksums", suffix=".safetensors")
-        found = sha256_of(path) if path.is_file() else "missing"
-        if found != expected:
-            wrong.append(f"{name} (expected {expected[:12]}, got {found[:12]})")
-    if wrong:
-        raise ValueError(
-            f"{folder}: {len(wrong)} of {len(checksums)} shards are not as written: {some_of(wrong)}; "
-            "download or write them again"
-        )

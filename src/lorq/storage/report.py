@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorq.storage.json_files import json_bytes, read_json
+from lorq.storage.json_files import check_kinds, damaged, json_bytes, read_json, some_of
 from lorq.storage.names import EXPORTED, JOURNAL, REPORT_NAME, check_version
 
 
@@ -125,16 +125,66 @@ class Report:
     @classmethod
     def of(cls, told: dict[str, Any], *, where: Path) -> "Report":
         """What `as_dict` gave; a ValueError that names ``where`` if it is damaged."""
-        try:
-            rest = {key: value for key, value in told.items() if key != "bits_per_weight"}
-            layers = tuple(LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in rest.pop("layers"))
-            return cls(layers=layers, **rest)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{where} is damaged ({error}); copy it again") from error
+        check_kinds(told, _REPORT, where=where)
+        if unknown := told.keys() - {key.removesuffix("?") for key in _REPORT}:
+            raise damaged(where, f"it must have the keys of a report, {some_of(unknown)} is none")
+        for name in ("kept", "checksums"):
+            check_kinds(told[name], dict.fromkeys(told[name], str), where=where, what=f"{name}: ")
+        _check_run(told["run"], where)
+        layers = tuple(_layer(entry, where) for entry in told["layers"])
+        rest = {key: value for key, value in told.items() if key not in ("bits_per_weight", "layers")}
+        return cls(layers=layers, **rest)
 
     def to_bytes(self) -> bytes:
         """The file's content; the same for the same run."""
         return json_bytes(self.as_dict())
+
+
+_REPORT: dict[str, type] = {
+    "method": str, "settings": dict, "layers": list, "bytes": int, "kept": dict, "run": dict, "checksums": dict,
+    "bits_per_weight?": float, "seconds?": float, "stages?": dict,
+}  # fmt: skip
+_LAYER: dict[str, type] = {
+    "name": str, "shape": list, "bits": int, "rank": int, "stop": str, "error_before": float, "error_after": float,
+    "bytes": int, "note?": str,
+}  # fmt: skip
+# Of what a run was asked for, that which others than its own methods look into.
+_RUN: dict[str, type] = {
+    "original_bytes?": int, "not_copied?": dict, "tuning?": dict, "budget?": dict, "dequantized?": str,
+    "low_rank_part?": str, "quantized_by?": dict, "form?": str, "lorq_version?": str,
+}  # fmt: skip
+_TUNING: dict[str, type] = {"kl_before": float, "kl_after": float, "held_out?": int, "steps?": int, "kept_step?": int}
+
+
+def _layer(entry: Any, where: Path) -> LayerReport:
+    """What a report says of a layer, checked."""
+    if not isinstance(entry, dict):
+        raise damaged(where, f"layers must be objects, got {entry!r:.80}")
+    what = f"{entry.get('name')!r:.80}: "
+    check_kinds(entry, _LAYER, where=where, what=what)
+    if unknown := entry.keys() - {key.removesuffix("?") for key in _LAYER}:
+        raise damaged(where, f"{what}it must have the keys of a layer, {some_of(unknown)} is none")
+    shape = entry["shape"]
+    if len(shape) != 2 or not all(type(size) is int and 0 < size < 2**31 for size in shape):
+        raise damaged(where, f"{what}shape must be two numbers from 1, got {shape!r:.80}")
+    if min(entry["bits"], entry["rank"], entry["bytes"]) < 0:
+        raise damaged(where, f"{what}bits, rank and bytes must be at least 0, got {entry!r:.200}")
+    return LayerReport(**{**entry, "shape": (shape[0], shape[1])})
+
+
+def _check_run(run: dict[str, Any], where: Path) -> None:
+    """Refuse, with a ValueError, what of a run is not as it was written."""
+    check_kinds(run, _RUN, where=where, what="run: ")
+    left = run.get("not_copied", {})
+    check_kinds(left, dict.fromkeys(left, str), where=where, what="run: not_copied: ")
+    if "tuning" in run:
+        check_kinds(run["tuning"], _TUNING, where=where, what="run: tuning: ")
+    if "budget" in run:
+        check_kinds(run["budget"], {"harm?": float}, where=where, what="run: budget: ")
+    if "quantized_by" in run:
+        before = run["quantized_by"]
+        check_kinds(before, {"method": str, "settings": dict, "run": dict}, where=where, what="run: quantized_by: ")
+        _check_run(before["run"], where)
 
 
 def ranks_in_words(ranks: Sequence[int], mean: bool = False) -> str:

@@ -49,11 +49,12 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked safetensors header: the tensors, the header's own bytes, and the file size in bytes."""
+    """A checked safetensors header: the tensors, the header's own bytes, the file size in bytes, and texts by name."""
 
     tensors: dict[str, StoredTensor]
     raw: bytes
     file_bytes: int
+    metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
@@ -80,9 +81,11 @@ def read_header(path: Path) -> Header:
     metadata = described.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged(path, f"__metadata__ must map names to texts, got {_short(metadata)}")
+    if odd := [name for name in described if not name.isprintable()]:
+        raise damaged(path, f"names of tensors must be printable, got {_short(odd[0])}")
     tensors = {name: _stored_tensor(entry, f"tensor {_short(name)}", path) for name, entry in described.items()}
     _check_extents(tensors, 8 + length, size, path)
-    return Header(tensors, raw, size)
+    return Header(tensors, raw, size, metadata)
 
 
 def _stored_tensor(entry: Any, what: str, path: Path) -> StoredTensor:

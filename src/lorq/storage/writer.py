@@ -9,6 +9,7 @@ that this shard is made again. ``finish`` writes ``config.json`` last and then r
 """
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -81,7 +82,7 @@ class CheckpointWriter:
         return {name: shard.record for name, shard in list(self._shards.items())}
 
     def shard_checksums(self) -> dict[str, str]:
-        """sha256 (hex) of every finished shard, by name; for the report and ``verify_shards``."""
+        """sha256 (hex) of every finished shard, by name; for the report."""
         return {name: shard.sha256 for name, shard in list(self._shards.items())}
 
     def write_shard(self, name: str, tensors: dict[str, Tensor], record: Any) -> None:
@@ -139,15 +140,14 @@ class CheckpointWriter:
             _check_inside(self.folder, name)
         headers = [read_header(self.folder / name) for name in self._shards]
         stored_bytes = sum(header.file_bytes - 8 - len(header.raw) for header in headers)
+        rest = {name: data.read_bytes() if isinstance(data, Path) else data for name, data in files.items()}
+        rest["config.json"] = json_bytes(config)  # last: with it the folder can be loaded
+        checksums = {name: hashlib.sha256(data).hexdigest() for name, data in rest.items()}
         index = {
-            "metadata": {"lorq_files": own, "total_size": stored_bytes},
+            "metadata": {"checksums": checksums, "lorq_files": own, "total_size": stored_bytes},
             "weight_map": {tensor: shard.name for shard in self._shards.values() for tensor in shard.tensors},
         }
-        contents = {
-            index_name: json_bytes(index),
-            **{name: data.read_bytes() if isinstance(data, Path) else data for name, data in files.items()},
-            "config.json": json_bytes(config),  # last: with it the folder can be loaded
-        }
+        contents = {index_name: json_bytes(index), **rest}
         append_line(self.folder / JOURNAL, {"closing": list(reversed(contents))})
         for name, data in contents.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from lorq.storage import writer as checkpoint
 from lorq.storage.atomic import TEMPORARY, require_space
 from lorq.storage.names import INDEX, JOURNAL
 from lorq.storage.out_folder import check_out
-from lorq.storage.reader import WeightFiles, read_weight_map, verify_shards
+from lorq.storage.reader import WeightFiles, read_weight_map
 from lorq.storage.safetensors_file import DTYPES, MAX_HEADER_BYTES, read_header
 from lorq.storage.writer import CheckpointWriter
 
@@ -256,7 +256,8 @@ def test_an_unfinished_run_is_no_source(tmp_path: Path) -> None:
 )
 def test_an_index_may_only_name_files_beside_or_below_it(name: Any, model: Path) -> None:
     write_index(model, {"layer.0.scale": name})
-    with pytest.raises(ValueError, match=r"weight_map\['layer.0.scale'\]: must name a file in or below its folder"):
+    rule = r"half of a character" if "\ud800" in str(name) else r"\['layer.0.scale'\]: must name a file in or below its"
+    with pytest.raises(ValueError, match=rule):
         WeightFiles.open(model)
 
 
@@ -443,17 +444,6 @@ def test_tensors_may_be_views_with_gradients(tmp_path: Path) -> None:
     weight = torch.arange(12.0, requires_grad=True).view(3, 4)
     writer.write_shard(SHARDS[0], {"t": weight.T}, {})
     assert torch.equal(load_file(tmp_path / SHARDS[0])["t"], weight.detach().T)
-
-
-def test_checksums_find_every_changed_shard(whole: dict[str, bytes], tmp_path: Path) -> None:
-    folder = tmp_path / "whole"
-    checksums = {name: hashlib.sha256(whole[name]).hexdigest() for name in SHARDS}
-    verify_shards(folder, checksums)
-    (folder / SHARDS[1]).unlink()
-    (folder / SHARDS[3]).write_bytes(whole[SHARDS[3]][:-1] + b"\x55")
-    expected = checksums[SHARDS[1]][:12]
-    with pytest.raises(ValueError, match=rf"2 of 4 shards .*00001.*expected {expected}, got missing.*00003"):
-        verify_shards(folder, checksums)
 
 
 # Going on
