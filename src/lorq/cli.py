@@ -43,6 +43,7 @@ from lorq.show import (
     print_tuned,
     print_written,
 )
+from lorq.stopping import Terminated, kept, stoppable
 from lorq.storage.json_files import some_of
 from lorq.storage.names import JOURNAL
 from lorq.storage.report import Report
@@ -263,14 +264,6 @@ def families(pattern: str = "", *, json_: Annotated[bool, Parameter(name="--json
     print_families(rows)
 
 
-# What a command keeps when it is interrupted.
-_GOES_ON = {
-    "quantize": "; what is finished is kept, the same command with --resume goes on",
-    "tune": "; what is finished is kept, the same command with --resume goes on",
-    "demo": "; what is finished is kept, the same command goes on",
-}
-
-
 def _run(arguments: list[str]) -> None:
     """One command, or its help."""
     if arguments[:1] == ["quantize"] and len(arguments) > 1:
@@ -310,7 +303,8 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):  # which may be unable to hold what a model writes, or a path
         sys.stdout.reconfigure(errors="replace")
     try:
-        _run(arguments)
+        with stoppable():
+            _run(arguments)
         print(end="", flush=True)
     except BrokenPipeError:  # as of `lorq families | head`; what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -319,13 +313,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(missing(error))
     except cyclopts.CycloptsError as error:
         return _fail(str(error))
+    except Terminated:
+        _fail("stopped from outside (SIGTERM)" + kept(arguments))
+        return 143  # as shells report SIGTERM
     except KeyboardInterrupt:
-        _fail("interrupted" + _GOES_ON.get(arguments[0] if arguments else "", ""))
+        _fail("interrupted" + kept(arguments))
         return 130  # as shells report SIGINT
     except Exception as error:
         if os.environ.get("LORQ_TRACE"):
             raise
-        return _fail(explained(error) + (_GOES_ON.get(arguments[0], "") if is_unexpected(error) else ""))
+        return _fail(explained(error) + (kept(arguments) if is_unexpected(error) else ""))
     return 0
 
 

@@ -16,7 +16,7 @@ from lorq.core.codes import CodesFormat, LevelFormat, LowRankScale
 from lorq.models.locate import full_path
 from lorq.runtime.device import own_defaults
 from lorq.runtime.linear import QuantLinear
-from lorq.storage.atomic import rename_synced, write_synced
+from lorq.storage.atomic import AGAIN, write_whole
 from lorq.storage.config import write_format
 from lorq.storage.json_files import damaged, json_bytes, some_of
 from lorq.storage.safetensors_file import Header, read_header, read_tensor
@@ -259,7 +259,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
 
     config = {"lorq_adapter": ADAPTER_VERSION, "base": base_hash(model), "ranks": ranks}
     for file, data in ((ADAPTER_TENSORS, save(tensors)), (ADAPTER_CONFIG, json_bytes(config))):
-        rename_synced(write_synced(folder / file, data), folder / file)
+        write_whole(folder / file, data, AGAIN)
 
 
 @own_defaults()

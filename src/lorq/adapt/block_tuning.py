@@ -22,7 +22,7 @@ from lorq.models.calls import Room, Stream
 from lorq.models.skeleton import get_tensor
 from lorq.progress import TUNE_BLOCKS, Progress
 from lorq.runtime.linear import QuantLinear
-from lorq.storage.atomic import rename_synced, room_for, write_synced
+from lorq.storage.atomic import RESUME, write_whole
 from lorq.storage.folder import LorqFolder
 
 # Hidden states go to files mapped into memory past this.
@@ -152,8 +152,7 @@ class BlockTuning:
 
     def _write(self, finished: dict[str, str], numbers: dict[str, Tensor]) -> None:
         data = save(numbers, metadata={"blocks": json.dumps(finished)})
-        with room_for(self.checkpoint, len(data)):
-            rename_synced(write_synced(self.checkpoint, data), self.checkpoint)
+        write_whole(self.checkpoint, data, RESUME)
 
 
 @torch.no_grad()

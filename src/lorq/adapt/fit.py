@@ -18,7 +18,7 @@ from lorq.adapt.tuned import learning, sizes
 from lorq.core.descent import Descent, Outcome, State, minimise
 from lorq.models.self_text import eval_mode
 from lorq.progress import TUNE, Progress
-from lorq.storage.atomic import rename_synced, room_for, write_synced
+from lorq.storage.atomic import RESUME, write_whole
 
 # Logits per float32 temporary, 16 MB.
 _CHUNK_LOGITS = 2**22
@@ -134,8 +134,7 @@ def _write_state(path: Path, state: State, names: list[str]) -> None:
     }  # fmt: skip
     numbers = {key: value for key, value in vars(state).items() if key != "tensors"}
     data = save(tensors, metadata={"state": json.dumps(numbers)})
-    with room_for(path, len(data)):
-        rename_synced(write_synced(path, data), path)
+    write_whole(path, data, RESUME)
 
 
 def _read_state(path: Path, parameters: Mapping[str, Tensor]) -> State:

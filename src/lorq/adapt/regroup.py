@@ -97,7 +97,7 @@ def to_groups(
     info = asdict(settings) | {"adapter": name}
     run = _Run(folder, layers, factors, settings, {}, {})
     with owned(out):
-        writer = CheckpointWriter.create(out, info | {"regrouped_from": folder.reader.fingerprint()})
+        writer = CheckpointWriter.create(out, info | {"regrouped_from": folder.reader.fingerprint()}, again=True)
         run.write(writer, progress or no_progress)
         return run.finish(writer, info)
 

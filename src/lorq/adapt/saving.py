@@ -72,7 +72,7 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
     identity = {"trained_from": source.fingerprint(), "note": note, "base": base_hash(model)}
     reports = {layer.name: layer for layer in report.layers}
     with owned(out):
-        writer = CheckpointWriter.create(out, identity)
+        writer = CheckpointWriter.create(out, identity, again=True)
         for file, header in sorted(source.headers.items()):
             tensors = {name: source.tensor(name) for name in header.tensors}
             for name in sorted(layers.keys() & {tensor.rpartition(".")[0] for tensor in tensors}):

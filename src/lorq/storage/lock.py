@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,7 +49,8 @@ def owned(folder: Path) -> Iterator[None]:
     finally:
         if handle in _held:  # not a forked child
             _held.discard(handle)
-            (folder / LOCK).unlink(missing_ok=True)  # before it is given up, so that who gets it sees that it is gone
+            with suppress(OSError):  # the lock of a process that has ended is nobody's
+                (folder / LOCK).unlink(missing_ok=True)  # before it is given up: who gets it sees that it is gone
             os.close(handle)
             _remove_empty(folder, made)
 
@@ -60,7 +62,7 @@ def _remove_empty(folder: Path, made: bool) -> None:
 
 
 def refuse_busy(folder: Path) -> None:
-    """Refuse a folder that another run is writing.
+    """Refuse a folder that another run is writing; what a run that was killed has left there half is removed.
 
     Raises:
         FileExistsError: saying what to do.
@@ -71,8 +73,17 @@ def refuse_busy(folder: Path) -> None:
         return  # nobody's, or not to be read: then it cannot be written either
     try:
         _lock(handle, folder)
+        with suppress(OSError):
+            remove_temporary(folder, lock=True)
     finally:
         os.close(handle)
+
+
+def remove_temporary(folder: Path, *, lock: bool = False) -> None:
+    """Remove what is part-written in a folder, and the lock too, or leave it; who calls this has the folder."""
+    for leftover in folder.glob(f"*{TEMPORARY}"):
+        if lock or leftover.name != LOCK:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _locked(folder: Path) -> int:
