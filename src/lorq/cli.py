@@ -18,7 +18,7 @@ import cyclopts
 from cyclopts import Parameter
 
 import lorq
-from lorq.adapt.folder import check_trainable, read_adapter_config
+from lorq.adapt.folder import check_trainable, new_folder, read_adapter_config
 from lorq.adapt.settings import Groups, Settings
 from lorq.bars import Notes, console, download_bars, progress_bars, quiet
 from lorq.bench.commands import bench_app
@@ -44,7 +44,7 @@ from lorq.show import (
     print_written,
 )
 from lorq.stopping import Terminated, kept, stoppable
-from lorq.storage.json_files import some_of
+from lorq.storage.lock import owned
 from lorq.storage.names import JOURNAL
 from lorq.storage.report import Report
 
@@ -105,21 +105,24 @@ def adapt(
         device: auto, cpu, cuda and so on.
         json_: print one JSON object.
     """
-    out = _new_folder(out)
+    out = new_folder(out)
     check_trainable(model, mode)
     check_text(text)
-    with progress_bars() as progress:
-        progress(IMPORT, 0, 1)
-        load = lorq.load
-        progress(IMPORT, 1, 1)
-        progress(READ, 0, 1)
-        loaded = load(model, device=device)
-        progress(READ, 1, 1)
-        trained = lorq.adapt.train(loaded, text, mode, reference=reference, progress=progress, **vars(settings))
-    if mode == "peft":
-        lorq.adapt.save_adapter(loaded, out)
-    else:
-        lorq.adapt.save(loaded, out, base=model, note=f"trained for {settings.steps} steps")
+    with owned(out):
+        with progress_bars() as progress:
+            progress(IMPORT, 0, 1)
+            load = lorq.load
+            progress(IMPORT, 1, 1)
+            progress(READ, 0, 1)
+            loaded = load(model, device=device)
+            progress(READ, 1, 1)
+            trained = lorq.adapt.train(loaded, text, mode, reference=reference, progress=progress, **vars(settings))
+        if mode == "peft":
+            lorq.adapt.save_adapter(loaded, out)
+        else:
+            from lorq.adapt.saving import write
+
+            write(loaded, out, base=model, note=f"trained for {settings.steps} steps")
     last = trained.losses[-10:]
     figures = {
         "trained": trained.parameters, "first_loss": trained.losses[0], "last_loss": sum(last) / len(last),
@@ -135,18 +138,6 @@ def adapt(
 
 
 _command(adapt, "adapt")
-
-
-def _new_folder(out: Path) -> Path:
-    """Refuse to write into what is there: these commands read a folder, and have no --overwrite."""
-    out = full_path(out)
-    if out.is_dir() and (present := [entry.name for entry in out.iterdir()]):
-        raise FileExistsError(
-            f"{out} must be a new folder, it has {some_of(present)}; choose another, or delete it first"
-        )
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} must be a new folder, it is a file; choose another name")
-    return out
 
 
 def merge(
@@ -173,7 +164,7 @@ def merge(
         raise ValueError("OUT is missing; usage: lorq merge MODEL ADAPTER OUT, or lorq merge MODEL OUT --to groups")
     if to == "factors" and settings != Groups():
         raise ValueError(f"grid, bits and group_size serve --to groups, got {settings} without; add --to groups")
-    out = _new_folder(adapter if out is None else out)
+    out = new_folder(adapter if out is None else out)
     if not alone:
         read_adapter_config(adapter)
     check_trainable(model)

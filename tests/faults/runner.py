@@ -4,6 +4,7 @@ torch is imported once; every command then runs in a process of its own, forked,
 With MOUNT a small disk of its own is mounted there, which nobody but these processes sees.
 """
 
+import concurrent.futures.thread
 import json
 import os
 import resource
@@ -55,6 +56,7 @@ def main():
             try:
                 code = run(request)
             finally:
+                concurrent.futures.thread._python_exit()  # as a process that ends by itself waits for its threads
                 sys.stdout.flush(), sys.stderr.flush()
                 with open(tell, "w") as file:
                     file.write("\n".join(sys.modules))

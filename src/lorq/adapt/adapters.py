@@ -11,7 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorq.adapt.folder import ADAPTER_CONFIG, ADAPTER_VERSION, check_formats, read_adapter_config, untrainable
+from lorq.adapt.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
+    ADAPTER_VERSION,
+    check_formats,
+    read_adapter_config,
+    untrainable,
+)
 from lorq.core.codes import CodesFormat, LevelFormat, LowRankScale
 from lorq.models.locate import full_path
 from lorq.runtime.device import own_defaults
@@ -21,7 +28,6 @@ from lorq.storage.config import write_format
 from lorq.storage.json_files import damaged, json_bytes, some_of
 from lorq.storage.safetensors_file import Header, read_header, read_tensor
 
-ADAPTER_TENSORS = "lorq_adapter.safetensors"
 # The model's own factors.
 BASE = "base"
 Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]

@@ -31,9 +31,7 @@ def refuse_used(out: Path, *, overwrite: bool = False) -> Seen:
         FileExistsError: saying what to do.
     """
     given, out = out, Path(os.path.realpath(out))
-    refuse_busy(_work(out))
-    if not os.path.lexists(out) and (_work(out) / _BEFORE).exists():  # a run was killed that was to replace it
-        os.replace(_work(out) / _BEFORE, out)
+    clear_up(out)
     if not (seen := _seen(out)):
         return seen
     if not overwrite:
@@ -179,6 +177,24 @@ def appearing(out: Path, mark: dict[str, Any], seen: Seen | None = None) -> Iter
             for path in work.iterdir():
                 if path.name != LOCK and not (kept and path == place):
                     _remove(path)
+
+
+def clear_up(out: Path) -> None:
+    """Remove what a run that was killed has left beside an output; what it was to replace comes back.
+
+    Raises:
+        FileExistsError: if a run is at work there.
+    """
+    work = _work(Path(os.path.realpath(out)))
+    refuse_busy(work, lambda work: _clear(work, out))
+    with suppress(OSError):  # it has what was kept, or is not there
+        work.rmdir()
+
+
+def _clear(work: Path, out: Path) -> None:
+    if not os.path.lexists(out) and (work / _BEFORE).exists():
+        os.replace(work / _BEFORE, out)
+    shutil.rmtree(work)
 
 
 def _put(place: Path, out: Path, before: Path) -> None:

@@ -96,13 +96,13 @@ def writing(path: Path, size: int, remedy: str = RESUME) -> Iterator[None]:
     except BaseException as error:
         with suppress(OSError):
             path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
-        if not isinstance(error, OSError):
+        if not isinstance(error, Exception) or (said := system_error(error)) is None:
             raise
-        what = f"{path} could not be written ({error.strerror or error})"
-        if error.errno in FULL:
+        what = f"{path} could not be written ({said.strerror})"
+        if said.errno in FULL:
             free = in_words(shutil.disk_usage(path.parent).free)
             what = f"no space left in {path.parent}: {path.name} needs {in_words(size)}, {free} are free"
-        raise OSError(error.errno, f"{what}; {remedy.format(mend=mend(error))}") from error
+        raise OSError(said.errno, f"{what}; {remedy.format(mend=mend(said))}") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,8 +61,18 @@ def _remove_empty(folder: Path, made: bool) -> None:
             folder.rmdir()
 
 
-def refuse_busy(folder: Path) -> None:
-    """Refuse a folder that another run is writing; what a run that was killed has left there half is removed.
+def remove_temporary(folder: Path, *, lock: bool = True) -> None:
+    """Remove what is part-written in a folder, and the lock too, or leave that; who calls this has the folder."""
+    for leftover in folder.glob(f"*{TEMPORARY}"):
+        if lock or leftover.name != LOCK:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def refuse_busy(folder: Path, clear: Callable[[Path], None] = remove_temporary) -> None:
+    """Refuse a folder that another run is writing.
+
+    Args:
+        clear: called where a run was killed, whose lock is there still; it removes what is half, and the lock.
 
     Raises:
         FileExistsError: saying what to do.
@@ -74,16 +84,9 @@ def refuse_busy(folder: Path) -> None:
     try:
         _lock(handle, folder)
         with suppress(OSError):
-            remove_temporary(folder, lock=True)
+            clear(folder)
     finally:
         os.close(handle)
-
-
-def remove_temporary(folder: Path, *, lock: bool = False) -> None:
-    """Remove what is part-written in a folder, and the lock too, or leave it; who calls this has the folder."""
-    for leftover in folder.glob(f"*{TEMPORARY}"):
-        if lock or leftover.name != LOCK:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def _locked(folder: Path) -> int:

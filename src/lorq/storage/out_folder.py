@@ -36,7 +36,7 @@ def check_content(folder: Path, *, overwrite: bool = False, resume: bool = False
         raise NotADirectoryError(f"{folder} must be a folder, it is {what}; choose another name")
     present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
     present = [name for name in present if not name.endswith(TEMPORARY)]
-    state = "unfinished" if JOURNAL in present else "finished" if _is_lorq(folder) else "foreign"
+    state = "unfinished" if JOURNAL in present else "finished" if is_lorq(folder) else "foreign"
     allowed = (resume and state == "unfinished") or (overwrite and state != "foreign")
     allowed |= again and begins_again(folder)
     if present and not allowed:
@@ -85,7 +85,7 @@ def linked(out: Path) -> str:
     return f"{out} must be no link to be replaced, it leads to {place}; name that instead, or remove the link"
 
 
-def _is_lorq(folder: Path) -> bool:
+def is_lorq(folder: Path) -> bool:
     """Whether the folder holds a checkpoint that lorq has finished."""
     try:
         config = read_json(folder / "config.json")

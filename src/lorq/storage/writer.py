@@ -29,7 +29,7 @@ from lorq.storage.journal import AGAIN, FinishedShard, append_line, differences,
 from lorq.storage.json_files import json_bytes, name_below, plain_name, read_json, some_of
 from lorq.storage.lock import LOCK, remove_temporary
 from lorq.storage.names import INDEX, JOURNAL, MEASURED, REPORT_NAME, TUNED_BLOCKS, TUNING
-from lorq.storage.out_folder import check_content, quant_method
+from lorq.storage.out_folder import check_content, is_lorq, quant_method
 from lorq.storage.safetensors_file import read_header
 
 _log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class CheckpointWriter:
         remedy = atomic.AGAIN if again else atomic.RESUME
         with writing(folder / JOURNAL, 0, remedy):
             folder.mkdir(parents=True, exist_ok=True)
-            remove_temporary(folder)
+            remove_temporary(folder, lock=False)
             shards = _resume(folder, identity) if resume and (folder / JOURNAL).is_file() else []
             if (overwrite or again) and any(entry.name != LOCK for entry in folder.iterdir()):
                 _remove_own_files(folder)
@@ -212,11 +212,18 @@ def _resume(folder: Path, identity: dict[str, Any]) -> list[FinishedShard]:
 def remove_made(folder: Path) -> None:
     """Remove a folder of lorq's that is needed no more; files of others stay, and a warning says so."""
     _remove_own_files(folder)
-    remove_temporary(folder, lock=True)
+    remove_temporary(folder)
     if left := [path.name for path in folder.iterdir()]:
         _log.warning("%s stays, it has %s, which lorq did not write", folder, some_of(left))
     else:
         folder.rmdir()
+
+
+def finish_removal(folder: Path) -> None:
+    """Remove what is left of a folder where a run was killed that was removing it; any other stays."""
+    left = {path.name for path in folder.iterdir() if not path.name.endswith(TEMPORARY)} if folder.is_dir() else {""}
+    if not left or (left == {"config.json"} and is_lorq(folder)):  # which goes last
+        remove_made(folder)
 
 
 def _remove_own_files(folder: Path) -> None:
