@@ -88,6 +88,7 @@ def export(
         ]
         request = ExportRequest(out, dtype, place, made[1] if place else None, gguf, progress)
         done: Exported = import_module(TARGETS[name]).export(folder, made[0], request)
+        folder.reader.check_unchanged()
         mark |= {"lost": dict(done.lost), "command": request.command(name), "evaluations": told}
         mark |= {"report": replace(folder.report, checksums={}).as_dict()}  # of what it was made of
     return replace(done, out=out)

@@ -26,8 +26,14 @@ def models(machine, text_file, tmp_path_factory):
     return Models(tmp_path_factory.mktemp("models"), text_file, run)
 
 
+@pytest.fixture(scope="session")
+def known():
+    """What the commands come to."""
+    return {}
+
+
 @pytest.fixture
-def patient(machine, models, tmp_path):
+def patient(machine, models, known, tmp_path):
     """A command of `cases`, in a place of its own."""
 
     def of(name) -> Patient:
@@ -36,6 +42,6 @@ def patient(machine, models, tmp_path):
         out = place / case.out
         places = {"OUT": out, "BESIDE": place / "beside"}
         words = [places.get(word, word) for word in models.filled(case.command)]
-        return Patient(machine, place, Path(out), words, case.resume)
+        return Patient(machine, place, Path(out), words, case.resume, known, name)
 
     return of

@@ -101,15 +101,22 @@ class Patient:
     out: Path
     command: list[object]
     resume: tuple[str, ...]
-    whole: dict[str, str] = field(default_factory=dict)
+    known: dict[str, dict[str, str]] = field(default_factory=dict)  # by the command's name
+    name: str = ""
     begun: bool = False
 
+    @property
+    def whole(self) -> dict[str, str]:
+        """What the command must come to, seen once of a run that nothing happens to."""
+        if self.name not in self.known:
+            self.undisturbed()
+        return self.known[self.name]
+
     def undisturbed(self) -> list[tuple[str, int]]:
-        """Run it whole once: what it must come to, and the steps that it takes."""
+        """Run it whole, in an empty place; the steps that it takes."""
         done = self.run()
-        assert done.code == 0, done.said
-        self.whole = contents(self.place)
-        assert self.out.name in self.names()
+        assert done.code == 0 and self.out.name in self.names(), done.said
+        self.known[self.name] = contents(self.place)
         self.forget()
         return done.steps
 

@@ -24,8 +24,9 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 class Watch:
     """What a process does to the files below ``place``, and what is done to it at the point it is given."""
 
-    def __init__(self, place, log, *, point=None, act="", after=0.0):
+    def __init__(self, place, log, *, point=None, act="", after=0.0, victim=""):
         self.place, self.log, self.point, self.act = os.path.realpath(place), log, point, act
+        self.victim = victim  # the file that "edit" changes, "remove" removes, "pause" makes and waits for to go
         self.count: dict[str, int] = {}
         self.busy = threading.local()
         if after:
@@ -97,13 +98,17 @@ class Watch:
             fill(Path(self.place))
         elif self.act == "half":
             return "half"
+        elif self.act == "remove":
+            os.remove(self.victim)
+        elif self.act == "pause":
+            Path(self.victim).write_text("here")
+            while Path(self.victim).exists():
+                time.sleep(0.005)
         elif self.act in ("EIO", "ENOSPC", "EROFS", "EACCES"):
             number = getattr(errno, self.act)
             return OSError(number, os.strerror(number), path)
-        elif self.act == "rot":
-            rot(Path(self.place))
-        elif self.act:
-            exec(self.act, {"place": Path(self.place)})
+        elif self.act == "edit":
+            edit(Path(self.victim))
         return None
 
     def _later(self, seconds):
@@ -125,14 +130,13 @@ def fill(place):
             file.write(bytes(1 << 12))
 
 
-def rot(place):
-    """Turn one bit of the first finished shard, as no program does."""
-    shard = min(place.rglob("*.safetensors"))
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    stat = shard.stat()
-    shard.write_bytes(content)
-    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+def edit(file):
+    """Turn one bit near the middle of a file, as a program or a person might."""
+    with open(file, "rb+") as opened:
+        opened.seek(os.path.getsize(file) // 2)
+        byte = opened.read(1)[0]
+        opened.seek(-1, os.SEEK_CUR)
+        opened.write(bytes([byte ^ 1]))
 
 
 def mount(place, kilobytes=4096):
@@ -148,3 +152,11 @@ def mount(place, kilobytes=4096):
     libc.mount(b"none", b"/", None, private, None)  # what is mounted here is seen nowhere else
     if libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, f"size={kilobytes}k".encode()):
         raise OSError(ctypes.get_errno(), "no disk of one's own")
+
+
+def make_read_only(place):
+    """In this process's own view of the disks."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.unshare(0x20000)
+    if libc.mount(b"none", os.fsencode(place), None, 0x20 | 0x1, None):  # again, to be read only
+        raise OSError(ctypes.get_errno(), "no disk to be read only")

@@ -30,6 +30,7 @@ def run(request):
     out = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1), os.dup2(out, 2)
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+    log = os.open(os.devnull, os.O_WRONLY) if request.get("file_bytes") else log  # which may not grow either
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if request.get("file_bytes"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -37,6 +38,8 @@ def run(request):
     if request.get("clock"):
         clock = time.time
         time.time = lambda: clock() - request["clock"]
+    if request.get("read_only"):
+        injuries.make_read_only(request["read_only"])
     injury = request.get("injury", {})
     injuries.Watch(request["place"], log, **injury).start()
     return lorq.cli.main(request["command"])

@@ -169,6 +169,7 @@ class _Run:
 
     def finish(self, writer: CheckpointWriter, info: dict[str, Any]) -> Report:
         """Config and report; with them the folder is one."""
+        self.folder.reader.check_unchanged()
         report = self.folder.report
         layers = tuple(self.reports.get(layer.name, layer) for layer in report.layers)
         errors, sizes = (sum(of) for of in zip(*self.energies.values(), strict=True))

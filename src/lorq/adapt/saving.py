@@ -92,6 +92,7 @@ def write(model: Any, out: Path, *, base: str | Path | None, note: str) -> None:
                 note="; ".join(part for part in (reports[name].note, note, "errors are those before") if part),
             )  # fmt: skip
         writer.write_shard(file, tensors, {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())})
+    source.check_unchanged()
     stored = sum(record["bytes"] for record in writer.completed.values())
     new = replace(report, layers=tuple(reports.values()), bytes=stored, checksums=writer.shard_checksums())
     writer.finish(config=config, files=find_companions(folder.path)[0] | {REPORT_NAME: new.to_bytes()})

@@ -102,6 +102,8 @@ def compensate(
             _check_begun(work, identity)
         writer = CheckpointWriter.create(work, identity, resume=chosen.resume, overwrite=not chosen.resume)
         fit(couple, plan, windows.tokens, chosen, writer, progress)
+        for files in (couple.original.checkpoint, couple.quantized.checkpoint):
+            files.check_unchanged("continue with --resume")
         done = Compensated.choose(couple, work, writer.completed, chosen)
         told = _without(_HOW, chosen) | {"calibration": windows.source}  # whose folder is nobody's business
         layers, run = tuple(map(done.report, done.layers)), run | {"form": form} | _made_by(folders[1])
