@@ -151,7 +151,11 @@ def quantize_into_file(
             report = quantize(model, plain, solver, progress=progress, **options)
         else:
             report = quantize_and_tune(model, plain, solver, steps, progress=progress, **options)
-    exported = export(plain, out, overwrite=chosen.overwrite, progress=progress)
+    try:
+        exported = export(plain, out, overwrite=chosen.overwrite, progress=progress)
+    except OSError as error:
+        error.add_note(f"what is quantized is kept in {plain}: the same command with --resume goes on")
+        raise
     remove_made(plain)
     return report, exported
 

@@ -85,7 +85,7 @@ def writing(path: Path, size: int, remedy: str = RESUME) -> Iterator[None]:
     """Remove what is part-written of ``path`` when writing it fails or is stopped, and say what to do about a disk.
 
     Args:
-        size: how much it needs, in bytes.
+        size: how much it needs, in bytes; 0 where that is not known.
         remedy: the rest of the message, with ``{mend}`` for what makes the disk write again.
 
     Raises:
@@ -101,7 +101,8 @@ def writing(path: Path, size: int, remedy: str = RESUME) -> Iterator[None]:
         what = f"{path} could not be written ({said.strerror})"
         if said.errno in FULL:
             free = in_words(shutil.disk_usage(path.parent).free)
-            what = f"no space left in {path.parent}: {path.name} needs {in_words(size)}, {free} are free"
+            needs = f"needs {in_words(size)}" if size else "must grow"
+            what = f"no space left in {path.parent}: {path.name} {needs}, {free} are free"
         raise OSError(said.errno, f"{what}; {remedy.format(mend=mend(said))}") from error
 
 
