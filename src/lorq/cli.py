@@ -18,7 +18,7 @@ import cyclopts
 from cyclopts import Parameter
 
 import lorq
-from lorq.adapt.folder import check_trainable, read_adapter_config
+from lorq.adapt.folder import check_trainable, new_folder, read_adapter_config
 from lorq.adapt.settings import Groups, Settings
 from lorq.bars import Notes, console, download_bars, progress_bars, quiet
 from lorq.bench.commands import bench_app
@@ -43,7 +43,8 @@ from lorq.show import (
     print_tuned,
     print_written,
 )
-from lorq.storage.json_files import some_of
+from lorq.stopping import Terminated, kept, stoppable
+from lorq.storage.lock import owned
 from lorq.storage.names import JOURNAL
 from lorq.storage.report import Report
 from lorq.verifying import print_verified
@@ -106,21 +107,24 @@ def adapt(
         device: auto, cpu, cuda and so on.
         json_: print one JSON object.
     """
-    out = _new_folder(out)
+    out = new_folder(out)
     check_trainable(model, mode)
     check_text(text)
-    with progress_bars() as progress:
-        progress(IMPORT, 0, 1)
-        load = lorq.load
-        progress(IMPORT, 1, 1)
-        progress(READ, 0, 1)
-        loaded = load(model, device=device)
-        progress(READ, 1, 1)
-        trained = lorq.adapt.train(loaded, text, mode, reference=reference, progress=progress, **vars(settings))
-    if mode == "peft":
-        lorq.adapt.save_adapter(loaded, out)
-    else:
-        lorq.adapt.save(loaded, out, base=model, note=f"trained for {settings.steps} steps")
+    with owned(out):
+        with progress_bars() as progress:
+            progress(IMPORT, 0, 1)
+            load = lorq.load
+            progress(IMPORT, 1, 1)
+            progress(READ, 0, 1)
+            loaded = load(model, device=device)
+            progress(READ, 1, 1)
+            trained = lorq.adapt.train(loaded, text, mode, reference=reference, progress=progress, **vars(settings))
+        if mode == "peft":
+            lorq.adapt.save_adapter(loaded, out)
+        else:
+            from lorq.adapt.saving import write
+
+            write(loaded, out, base=model, note=f"trained for {settings.steps} steps")
     last = trained.losses[-10:]
     figures = {
         "trained": trained.parameters, "first_loss": trained.losses[0], "last_loss": sum(last) / len(last),
@@ -136,18 +140,6 @@ def adapt(
 
 
 _command(adapt, "adapt")
-
-
-def _new_folder(out: Path) -> Path:
-    """Refuse to write into what is there: these commands read a folder, and have no --overwrite."""
-    out = full_path(out)
-    if out.is_dir() and (present := [entry.name for entry in out.iterdir()]):
-        raise FileExistsError(
-            f"{out} must be a new folder, it has {some_of(present)}; choose another, or delete it first"
-        )
-    if out.exists() and not out.is_dir():
-        raise FileExistsError(f"{out} must be a new folder, it is a file; choose another name")
-    return out
 
 
 def merge(
@@ -174,7 +166,7 @@ def merge(
         raise ValueError("OUT is missing; usage: lorq merge MODEL ADAPTER OUT, or lorq merge MODEL OUT --to groups")
     if to == "factors" and settings != Groups():
         raise ValueError(f"grid, bits and group_size serve --to groups, got {settings} without; add --to groups")
-    out = _new_folder(adapter if out is None else out)
+    out = new_folder(adapter if out is None else out)
     if not alone:
         read_adapter_config(adapter)
     check_trainable(model)
@@ -265,14 +257,6 @@ def families(pattern: str = "", *, json_: Annotated[bool, Parameter(name="--json
     print_families(rows)
 
 
-# What a command keeps when it is interrupted.
-_GOES_ON = {
-    "quantize": "; what is finished is kept, the same command with --resume goes on",
-    "tune": "; what is finished is kept, the same command with --resume goes on",
-    "demo": "; what is finished is kept, the same command goes on",
-}
-
-
 def _run(arguments: list[str]) -> None:
     """One command, or its help."""
     if arguments[:1] == ["quantize"] and len(arguments) > 1:
@@ -312,7 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
     if isinstance(sys.stdout, TextIOWrapper):  # which may be unable to hold what a model writes, or a path
         sys.stdout.reconfigure(errors="replace")
     try:
-        _run(arguments)
+        with stoppable():
+            _run(arguments)
         print(end="", flush=True)
     except BrokenPipeError:  # as of `lorq families | head`; what is left in the buffer goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -321,13 +306,16 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(missing(error))
     except cyclopts.CycloptsError as error:
         return _fail(str(error))
+    except Terminated:
+        _fail("stopped from outside (SIGTERM)" + kept(arguments))
+        return 143  # as shells report SIGTERM
     except KeyboardInterrupt:
-        _fail("interrupted" + _GOES_ON.get(arguments[0] if arguments else "", ""))
+        _fail("interrupted" + kept(arguments))
         return 130  # as shells report SIGINT
     except Exception as error:
         if os.environ.get("LORQ_TRACE"):
             raise
-        return _fail(explained(error) + (_GOES_ON.get(arguments[0], "") if is_unexpected(error) else ""))
+        return _fail(explained(error) + (kept(arguments) if is_unexpected(error) else ""))
     return 0
 
 

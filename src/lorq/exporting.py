@@ -13,7 +13,7 @@ from lorq.exports import TARGETS
 from lorq.exports.request import Exported, ExportRequest, GgufOptions
 from lorq.models.locate import full_path, resolve_model
 from lorq.progress import IMPORT, Progress, no_progress
-from lorq.storage.appear import appearing, refuse_used
+from lorq.storage.appear import appearing, clear_up, refuse_used
 from lorq.storage.measured import read_measured
 from lorq.storage.names import REPORT_NAME
 from lorq.storage.out_folder import refuse_link, refuse_source
@@ -88,6 +88,7 @@ def export(
         ]
         request = ExportRequest(out, dtype, place, made[1] if place else None, gguf, progress)
         done: Exported = import_module(TARGETS[name]).export(folder, made[0], request)
+        folder.reader.check_unchanged()
         mark |= {"lost": dict(done.lost), "command": request.command(name), "evaluations": told}
         mark |= {"report": replace(folder.report, checksums={}).as_dict()}  # of what it was made of
     return replace(done, out=out)
@@ -122,7 +123,7 @@ def quantize_into_file(
     from lorq.exports.gguf import check_file
     from lorq.pipeline.options import Options, read_method, read_options
     from lorq.pipeline.quantize import quantize
-    from lorq.storage.writer import remove_made
+    from lorq.storage.writer import finish_removal, remove_made
 
     chosen: Options = read_options(dict(options))
     solver, out = read_method(method), full_path(out)
@@ -130,6 +131,9 @@ def quantize_into_file(
     refuse_source(full_path(model), out, plain)
     refuse_link(plain)
     goes_on = chosen.resume and not chosen.dry_run
+    if goes_on:
+        finish_removal(plain)
+        clear_up(out)
     if goes_on and (done := _exported_before(plain, out)) and is_made(plain, solver, vars(chosen)):
         report = read_report(plain)
         remove_made(plain)
@@ -147,7 +151,11 @@ def quantize_into_file(
             report = quantize(model, plain, solver, progress=progress, **options)
         else:
             report = quantize_and_tune(model, plain, solver, steps, progress=progress, **options)
-    exported = export(plain, out, overwrite=chosen.overwrite, progress=progress)
+    try:
+        exported = export(plain, out, overwrite=chosen.overwrite, progress=progress)
+    except OSError as error:
+        error.add_note(f"what is quantized is kept in {plain}: the same command with --resume goes on")
+        raise
     remove_made(plain)
     return report, exported
 

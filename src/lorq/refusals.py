@@ -15,6 +15,7 @@ from lorq.core.checks import check_name
 from lorq.models.locate import check_model, full_path
 from lorq.models.texts import SELF, check_text
 from lorq.storage.appear import refuse_used
+from lorq.storage.atomic import MENDS, system_error
 from lorq.storage.out_folder import check_out
 
 # The hub answers within so much, or is not there.
@@ -184,6 +185,9 @@ def explained(error: Exception) -> str:
             f"memory does not suffice ({' '.join(message.split())[:200] or type(error).__name__}); take a smaller "
             "--seq-len or --window, or fewer --samples, or close other programs"
         )
+    if isinstance(error, OSError) and error.filename is not None and error.errno in MENDS and system_error(error):
+        own = f"{os.fsdecode(error.filename)}: {error.strerror}; {MENDS[error.errno]}"
+        return "\n".join([own, *getattr(error, "__notes__", [])])
     if not is_unexpected(error):
         return message
     place = traceback.extract_tb(error.__traceback__)[-1]

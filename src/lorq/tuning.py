@@ -105,7 +105,7 @@ def quantize_and_tune(
     from lorq.methods import Method
     from lorq.pipeline.options import Options, read_method, read_options
     from lorq.pipeline.quantize import quantize
-    from lorq.storage.writer import remove_made
+    from lorq.storage.writer import finish_removal, remove_made
 
     chosen: Options = read_options(dict(options))
     solver: Method = read_method(method)
@@ -123,6 +123,8 @@ def quantize_and_tune(
     plain = out.with_name(f"{out.name}.untuned")
     refuse_source(full_path(model), plain)
     refuse_link(plain)
+    if chosen.resume:
+        finish_removal(plain)
     if chosen.resume and _is_tuned(out) and plain.exists() and is_made(plain, solver, vars(chosen)):
         remove_made(plain)  # the run was stopped when all else was done
         return read_report(out)
@@ -151,7 +153,7 @@ def is_made(folder: Path, method: Any, options: dict[str, Any]) -> bool:
     Raises:
         ValueError: if it was made in another way.
     """
-    if (folder / JOURNAL).exists():
+    if (folder / JOURNAL).exists() or not (folder / REPORT_NAME).is_file():
         return False
     report = read_report(folder)
     then = report.run | report.settings

@@ -30,6 +30,7 @@ def test_every_entry_is_a_room_a_face_or_the_ground():
         "quality",
         "quantizing",
         "refusals",
+        "stopping",
         "reporting",
         "show",
         "tuning",

@@ -11,17 +11,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorq.adapt.folder import ADAPTER_CONFIG, ADAPTER_VERSION, check_formats, read_adapter_config, untrainable
+from lorq.adapt.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
+    ADAPTER_VERSION,
+    check_formats,
+    read_adapter_config,
+    untrainable,
+)
 from lorq.core.codes import CodesFormat, LevelFormat, LowRankScale
 from lorq.models.locate import full_path
 from lorq.runtime.device import own_defaults
 from lorq.runtime.linear import QuantLinear
-from lorq.storage.atomic import rename_synced, write_synced
+from lorq.storage.atomic import AGAIN, write_whole
 from lorq.storage.config import write_format
 from lorq.storage.json_files import damaged, json_bytes, some_of
 from lorq.storage.safetensors_file import Header, read_header, read_tensor
 
-ADAPTER_TENSORS = "lorq_adapter.safetensors"
 # The model's own factors.
 BASE = "base"
 Factors = tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]
@@ -259,7 +265,7 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
 
     config = {"lorq_adapter": ADAPTER_VERSION, "base": base_hash(model), "ranks": ranks}
     for file, data in ((ADAPTER_TENSORS, save(tensors)), (ADAPTER_CONFIG, json_bytes(config))):
-        rename_synced(write_synced(folder / file, data), folder / file)
+        write_whole(folder / file, data, AGAIN)
 
 
 @own_defaults()

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from lorq.models.locate import full_path
-from lorq.storage.json_files import read_json
+from lorq.storage.atomic import TEMPORARY
+from lorq.storage.json_files import read_json, some_of
+from lorq.storage.lock import refuse_busy
+from lorq.storage.out_folder import begins_again
 
 ADAPTER_CONFIG = "lorq_adapter.json"
+ADAPTER_TENSORS = "lorq_adapter.safetensors"  # is written first
 ADAPTER_VERSION = 1
 
 
@@ -29,6 +33,25 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if version != ADAPTER_VERSION:
         raise ValueError(f"{path} has adapter version {version!r}, this lorq reads {ADAPTER_VERSION}; upgrade lorq")
     return config
+
+
+def new_folder(out: Path) -> Path:
+    """Refuse to write into what is there, but for what the same command has left there half.
+
+    Raises:
+        FileExistsError: saying what to do.
+    """
+    out = full_path(out)
+    refuse_busy(out)
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} must be a new folder, it is a file; choose another name")
+    present = [entry.name for entry in out.iterdir()] if out.is_dir() and not begins_again(out) else []
+    if present := [name for name in present if not name.endswith(TEMPORARY)]:
+        if present != [ADAPTER_TENSORS]:
+            raise FileExistsError(
+                f"{out} must be a new folder, it has {some_of(present)}; choose another, or delete it first"
+            )
+    return out
 
 
 def check_trainable(model: str | Path, mode: str = "peft") -> None:

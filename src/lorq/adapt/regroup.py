@@ -97,7 +97,7 @@ def to_groups(
     info = asdict(settings) | {"adapter": name}
     run = _Run(folder, layers, factors, settings, {}, {})
     with owned(out):
-        writer = CheckpointWriter.create(out, info | {"regrouped_from": folder.reader.fingerprint()})
+        writer = CheckpointWriter.create(out, info | {"regrouped_from": folder.reader.fingerprint()}, again=True)
         run.write(writer, progress or no_progress)
         return run.finish(writer, info)
 
@@ -169,6 +169,7 @@ class _Run:
 
     def finish(self, writer: CheckpointWriter, info: dict[str, Any]) -> Report:
         """Config and report; with them the folder is one."""
+        self.folder.reader.check_unchanged()
         report = self.folder.report
         layers = tuple(self.reports.get(layer.name, layer) for layer in report.layers)
         errors, sizes = (sum(of) for of in zip(*self.energies.values(), strict=True))

@@ -63,33 +63,39 @@ def save(model: Any, out: str | Path, *, base: str | Path | None = None, note: s
         ValueError: if the base is no folder of this model.
         ArithmeticError: if a factor is not finite in float16.
     """
-    folder = LorqFolder.open(resolve_model(base or model.name_or_path))
-    out, layers = full_path(out), trainable_layers(model)
+    with owned(full_path(out)):
+        write(model, full_path(out), base=base, note=note)
+
+
+@own_defaults()
+def write(model: Any, out: Path, *, base: str | Path | None, note: str) -> None:
+    """`save` into a folder that is ours."""
+    folder, layers = LorqFolder.open(resolve_model(base or model.name_or_path)), trainable_layers(model)
     report, source, config = folder.report, folder.reader, folder.config
     _check_own_folder(model, layers, source)
     halves = {name: half_factors(layer) for name, layer in layers.items() if has_product_scale(layer)}
     formats = config["quantization_config"]["layers"]
     identity = {"trained_from": source.fingerprint(), "note": note, "base": base_hash(model)}
     reports = {layer.name: layer for layer in report.layers}
-    with owned(out):
-        writer = CheckpointWriter.create(out, identity)
-        for file, header in sorted(source.headers.items()):
-            tensors = {name: source.tensor(name) for name in header.tensors}
-            for name in sorted(layers.keys() & {tensor.rpartition(".")[0] for tensor in tensors}):
-                weight = layers[name].value()
-                codes: Any = weight.codes
-                weight = replace(weight, codes=replace(codes, scale=halves.get(name, codes.scale)))
-                tensors = {k: t for k, t in tensors.items() if k.rpartition(".")[0] != name or k.endswith(".bias")}
-                tensors |= {f"{name}.{local}": tensor for local, tensor in weight.tensors().items()}
-                formats[name] = write_format(weight.format)
-                reports[name] = replace(
-                    reports[name], rank=weight.rank, bytes=layer_bytes(weight.stored_bits()),
-                    note="; ".join(part for part in (reports[name].note, note, "errors are those before") if part),
-                )  # fmt: skip
-            writer.write_shard(file, tensors, {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())})
-        stored = sum(record["bytes"] for record in writer.completed.values())
-        new = replace(report, layers=tuple(reports.values()), bytes=stored, checksums=writer.shard_checksums())
-        writer.finish(config=config, files=find_companions(folder.path)[0] | {REPORT_NAME: new.to_bytes()})
+    writer = CheckpointWriter.create(out, identity, again=True)
+    for file, header in sorted(source.headers.items()):
+        tensors = {name: source.tensor(name) for name in header.tensors}
+        for name in sorted(layers.keys() & {tensor.rpartition(".")[0] for tensor in tensors}):
+            weight = layers[name].value()
+            codes: Any = weight.codes
+            weight = replace(weight, codes=replace(codes, scale=halves.get(name, codes.scale)))
+            tensors = {k: t for k, t in tensors.items() if k.rpartition(".")[0] != name or k.endswith(".bias")}
+            tensors |= {f"{name}.{local}": tensor for local, tensor in weight.tensors().items()}
+            formats[name] = write_format(weight.format)
+            reports[name] = replace(
+                reports[name], rank=weight.rank, bytes=layer_bytes(weight.stored_bits()),
+                note="; ".join(part for part in (reports[name].note, note, "errors are those before") if part),
+            )  # fmt: skip
+        writer.write_shard(file, tensors, {"bytes": sum(t.numel() * t.element_size() for t in tensors.values())})
+    source.check_unchanged()
+    stored = sum(record["bytes"] for record in writer.completed.values())
+    new = replace(report, layers=tuple(reports.values()), bytes=stored, checksums=writer.shard_checksums())
+    writer.finish(config=config, files=find_companions(folder.path)[0] | {REPORT_NAME: new.to_bytes()})
 
 
 def _check_own_folder(model: nn.Module, layers: Mapping[str, QuantLinear], source: WeightFiles) -> None:

@@ -146,6 +146,7 @@ class Run:
 
     def _finish(self, writer: CheckpointWriter, info: dict[str, Any]) -> Report:
         reached = next(iter(writer.completed.values()))["reached"]
+        self.folder.reader.check_unchanged("continue with --resume")
         before = self.folder.report
         report = replace(
             before, run=before.run | {"tuning": info | reached}, checksums=writer.shard_checksums(),

@@ -17,6 +17,7 @@ _STRIP = 256
 # How much of the error of earlier layers is made up for, and the damping of that regression: 1 and 0.01 fit nothing but
 # the calibration text (docs/log.md).
 _CORRECTION, _CORRECTION_DAMPING = 0.35, 0.3
+_LARGEST = 1e30  # of mean squares
 TokenWeights = Literal["equal", "plain", "gradient"]
 
 
@@ -236,12 +237,18 @@ class StatsAccumulator:
 
         Raises:
             ValueError: if no token was counted.
+            FloatingPointError: if inputs are so large that float32 has no room for what is made of their squares.
         """
         if not self.tokens:
             raise ValueError("statistics need at least one token, got 0; was the layer ever run?")
         weight = self.weight or 1.0  # no token with a weight is as good as inputs of zeros
         upper = self.gram.triu() / weight
         gram = upper + upper.triu(1).T
+        if not float(gram.diagonal().max()) < _LARGEST:
+            raise FloatingPointError(
+                f"mean squares of inputs must be below {_LARGEST:.0e} to be calculated with, got "
+                f"{float(gram.diagonal().max()):.1e}; weigh the tokens alike with --token-weights equal"
+            )
         return InputStats(gram, self.magnitude / weight, self.tokens, low=self.low, high=self.high)
 
     def correction(self) -> Float[Tensor, "in in"]:

@@ -26,7 +26,7 @@ from lorq.pipeline.options import Options
 from lorq.pipeline.quantize import calibration_windows
 from lorq.progress import OPEN, Progress, no_progress
 from lorq.runtime.device import own_defaults, read_device
-from lorq.storage.atomic import require_space, sync_folder
+from lorq.storage.atomic import require_space, sync_folder, writing
 from lorq.storage.journal import differences, read_journal
 from lorq.storage.json_files import json_bytes
 from lorq.storage.lock import owned
@@ -98,10 +98,12 @@ def compensate(
         windows = calibration_windows(plan.options, couple.original, progress)()
         run = _run_info(couple, chosen, windows)
         identity = run | {"threads": torch.get_num_threads(), "torch": torch.__version__, "experts": form == "lorq"}
-        if chosen.resume:
+        if chosen.resume and (work / JOURNAL).is_file():
             _check_begun(work, identity)
         writer = CheckpointWriter.create(work, identity, resume=chosen.resume, overwrite=not chosen.resume)
         fit(couple, plan, windows.tokens, chosen, writer, progress)
+        for files in (couple.original.checkpoint, couple.quantized.checkpoint):
+            files.check_unchanged("continue with --resume")
         done = Compensated.choose(couple, work, writer.completed, chosen)
         told = _without(_HOW, chosen) | {"calibration": windows.source}  # whose folder is nobody's business
         layers, run = tuple(map(done.report, done.layers)), run | {"form": form} | _made_by(folders[1])
@@ -123,20 +125,21 @@ def _made_by(quantized: Path) -> dict[str, Any]:
 def _write(done: Compensated, form: Form, base: str, report: Report, work: Path, out: Path) -> Report:
     """Write the result beside the candidates, and let it appear as ``out``, whole; the report with its size."""
     result = work / "result"
-    shutil.rmtree(result, ignore_errors=True)
-    result.mkdir()
-    if form == "lorq":
-        report = write_lorq(done, result, report)
-    else:
-        gguf = done.couple.gguf
-        size = write_peft(done, result, base) if gguf is None or form == "peft" else write_gguf(done, result, gguf)
-        report = replace(report, bytes=size)
-        (result / REPORT_NAME).write_bytes(report.to_bytes())
-    sync_folder(result)
-    if out.exists():
-        out.rmdir()  # it is empty
-    os.replace(result, out)
-    sync_folder(out.parent)
+    with writing(out, report.bytes):
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir()
+        if form == "lorq":
+            report = write_lorq(done, result, report)
+        else:
+            gguf = done.couple.gguf
+            size = write_peft(done, result, base) if gguf is None or form == "peft" else write_gguf(done, result, gguf)
+            report = replace(report, bytes=size)
+            (result / REPORT_NAME).write_bytes(report.to_bytes())
+        sync_folder(result)
+        if out.exists():
+            out.rmdir()  # it is empty
+        os.replace(result, out)
+        sync_folder(out.parent)
     shutil.rmtree(work)
     return report
 

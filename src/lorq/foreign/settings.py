@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +11,8 @@ from lorq.core.checks import Range, check_settings
 from lorq.models.texts import StartToken
 from lorq.storage.journal import read_journal
 from lorq.storage.lock import refuse_busy
-from lorq.storage.names import JOURNAL
+from lorq.storage.names import JOURNAL, REPORT_NAME
+from lorq.storage.report import read_report
 
 Form = Literal["peft", "gguf", "lorq"]
 _BUDGET = "5%"
@@ -97,17 +99,25 @@ def check_new(out: Path, *, resume: bool) -> Path:
 
     Raises:
         FileExistsError: if the new one is there, or unfinished work is and is not to be resumed.
-        FileNotFoundError: if there is nothing to resume.
     """
     work = out.with_name(f"{out.name}.unfinished")
+    refuse_busy(work)
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        if _is_made(out, work):  # the run was stopped when all else was done
+            shutil.rmtree(work)
+            raise FileExistsError(f"{out} is already complete, nothing to resume; choose another, or delete it first")
         raise FileExistsError(
             f"{out} must be a new folder, it is there and not empty; choose another, or delete it first"
         )
     there = (work / JOURNAL).is_file() and bool(read_journal(work / JOURNAL).shards)
     if there and not resume:
         raise FileExistsError(f"{work} has unfinished work; go on with --resume, or delete it first")
-    if resume and not there:
-        raise FileNotFoundError(f"{work} must have unfinished work to resume, there is none; leave --resume away")
-    refuse_busy(work)
     return work
+
+
+def _is_made(out: Path, work: Path) -> bool:
+    """Whether what is in a folder was made of the unfinished work beside it."""
+    if not ((out / REPORT_NAME).is_file() and (work / JOURNAL).is_file()):
+        return False
+    report, begun = read_report(out), read_journal(work / JOURNAL).identity
+    return report.method == "compensate" and all(report.run.get(key, own) == own for key, own in begun.items())

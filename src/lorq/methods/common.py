@@ -37,6 +37,9 @@ SEARCHES: dict[Search, RangeSearch | None] = {
 # Widths of each kind of codes that have kernels (docs/kernels.md): what a budget chooses from, if nothing else is said.
 WIDTHS = {"scalar": (2, 3, 4, 6, 8), "vector": tuple(VECTOR_LENGTHS), "trellis": tuple(range(1, MOST_BITS + 1))}
 
+# Weights below this have scales that float16 holds with few digits, or not at all; and what of their squares may be lost
+# without a word.
+_SMALL, _MOST_LOST = 2.0**-14, 0.25
 # Of the largest: what a channel's mean magnitude counts at least in the activation scale.
 _LEAST_MEAN = 1e-5
 
@@ -173,15 +176,36 @@ def assemble(
     Without statistics (methods that need none) the errors are those for white inputs.
     """
 
-    def energy(delta: Tensor) -> float:
-        if stats is None:
-            return float(torch.linalg.vector_norm(delta)) ** 2
-        return float(output_energy(delta, stats.hessian))
-
-    total = max(energy(weight), 1e-30)
     result = QuantizedWeight(codes, low_rank, basis)
-    after = energy(result.dense().sub_(weight)) / total
+    delta = result.dense().sub_(weight)
+    note = "; ".join(filter(None, (note, _lost(weight, delta))))
+    total = _energy(weight, stats)
+    exact = not 1e-30 < total < math.inf  # numbers whose squares leave float32
+    total = _energy(weight, stats, exact=exact) or 1.0
+    after = _energy(delta, stats, exact=exact) / total
     if plain is codes:
         return replace(result, record=Record(stop, after, after, note))
-    before = energy((plain or nearest(weight, None, codes.format.plain(weight.shape[1]))).decode().sub_(weight)) / total
-    return replace(result, record=Record(stop, before, after, note))
+    delta = (plain or nearest(weight, None, codes.format.plain(weight.shape[1]))).decode().sub_(weight)
+    return replace(result, record=Record(stop, _energy(delta, stats, exact=exact) / total, after, note))
+
+
+def _energy(delta: Tensor, stats: InputStats | None, *, exact: bool = False) -> float:
+    """What a change of the weight does to the output, mean squared; in float64 where that is asked for."""
+    delta = delta.double() if exact else delta
+    if stats is None:
+        return float(torch.linalg.vector_norm(delta)) ** 2
+    return float(output_energy(delta, stats.hessian.double() if exact else stats.hessian))
+
+
+def _lost(weight: Tensor, delta: Tensor) -> str:
+    """Says so where a weight is so small that float16 has no scales for it; else nothing."""
+    largest = float(weight.abs().max())
+    if not 0 < largest < _SMALL:
+        return ""
+    share = min(1.0, float(delta.double().square().sum() / weight.double().square().sum()))
+    if share < _MOST_LOST:
+        return ""
+    return (
+        f"its weights are too small for scales in float16, the largest is {largest:.1e}: {share:.0%} of their squares "
+        "is lost"
+    )

@@ -119,10 +119,15 @@ class Commit:
 
     def _write(self, shard: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self.check_source()
         self.settle()
         self._under_way.append(
             self.disk.submit(self.writer.write_shard, shard, dict(tensors), record | {"bytes": size})
         )
+
+    def check_source(self) -> None:
+        """Refuse to write what may be of two models, with a ValueError."""
+        self.model.checkpoint.check_unchanged("continue with --resume; or begin again with --overwrite")
 
     def look(self) -> None:
         """Raise what has gone wrong on the disk so far."""

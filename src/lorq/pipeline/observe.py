@@ -90,6 +90,15 @@ class Observer:
         )
 
 
+def _finished(sums: dict[str, StatsAccumulator], name: str) -> InputStats:
+    """A layer's statistics, and its sum no more."""
+    try:
+        return sums.pop(name).finish()
+    except FloatingPointError as error:
+        error.add_note(f"while calibrating {name}")
+        raise
+
+
 @dataclass(frozen=True)
 class Observed:
     """What a block's run has shown; filled when the observation ends.
@@ -152,7 +161,7 @@ def observed(
         for watch in watches:
             stack.enter_context(watch.watching())
         yield found
-    finished = {name: sums.pop(name).finish() for name in list(sums)}
+    finished = {name: _finished(sums, name) for name in list(sums)}
     for owner in list(moved):
         correction = moved.pop(owner).correction()
         own = [name for name in finished if owners[name] == owner]
@@ -286,7 +295,7 @@ class _ExpertsWatch:
                 found.notes[name] = "; ".join(filter(None, (found.notes.get(name), note)))
                 sums, owner = self.all, owner if projection == "down_proj" else self.path
             if owner not in finished:
-                finished[owner] = self.observer.scaled(sums.pop(owner).finish(), self.path)
+                finished[owner] = self.observer.scaled(_finished(sums, owner), self.path)
             if sums is self.all:
                 # One object for each expert, as gate and up share theirs: how many tokens it gets is its own.
                 key = f"{owner} {expert}"

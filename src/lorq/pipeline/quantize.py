@@ -258,6 +258,7 @@ def _solve(
     )
     seconds["solving"] += time.monotonic() - began
     commit.settle()
+    commit.check_source()
     verify(model, probe, LorqFolder.of_shards(folder, commit.writer.completed), tables, progress)
     return seconds
 

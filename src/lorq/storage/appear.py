@@ -1,6 +1,5 @@
 """Outputs that appear whole under their name, or not at all."""
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -8,13 +7,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lorq.storage.atomic import TEMPORARY, is_full, sha256_of, sync_file, sync_folder
+from lorq.storage.atomic import FULL, TEMPORARY, mend, sha256_of, sync_file, sync_folder, system_error
 from lorq.storage.json_files import damaged, json_bytes, name_below, read_json, some_of
 from lorq.storage.lock import LOCK, owned, refuse_busy
 from lorq.storage.names import EXPORTED
 from lorq.storage.out_folder import linked
 from lorq.storage.seal import is_gguf, is_marked, is_sealed, seal
 
+_BEFORE = "before"
 Seen = Mapping[str, tuple[int, ...]]
 """A place's files as no change leaves them: number in the file system, size, and time of the last change."""
 
@@ -31,7 +31,7 @@ def refuse_used(out: Path, *, overwrite: bool = False) -> Seen:
         FileExistsError: saying what to do.
     """
     given, out = out, Path(os.path.realpath(out))
-    refuse_busy(_work(out))
+    clear_up(out)
     if not (seen := _seen(out)):
         return seen
     if not overwrite:
@@ -161,22 +161,56 @@ def appearing(out: Path, mark: dict[str, Any], seen: Seen | None = None) -> Iter
             kept = True
             _refuse_late(out, seen, f"the finished work is in {place}: move it to another name")
             kept = False
-            if os.path.lexists(out) and out.is_dir():
-                os.replace(out, work / "before")
-            os.replace(place, out)
-            sync_folder(out.parent)
+            _put(place, out, work / _BEFORE)
         except Exception as error:
-            if not is_full(error):
+            if (said := system_error(error)) is None or not _is_in(work, said):
                 raise
-            raise OSError(
-                errno.ENOSPC,
-                f"no space left in {out.parent} for {out.name}, of which nothing is kept; free some space, or choose "
-                "another disk",
-            ) from error
+            what = f"{out} could not be written ({said.strerror}), nothing of it is kept"
+            if said.errno in FULL:
+                what = f"no space left in {out.parent} for {out.name}, of which nothing is kept"
+            raise OSError(said.errno, f"{what}; {mend(said)}, or choose another disk") from error
+        else:
+            sync_folder(out.parent)
         finally:
             for path in work.iterdir():
                 if path.name != LOCK and not (kept and path == place):
                     _remove(path)
+
+
+def clear_up(out: Path) -> None:
+    """Remove what a run that was killed has left beside an output; what it was to replace comes back.
+
+    Raises:
+        FileExistsError: if a run is at work there.
+    """
+    work = _work(Path(os.path.realpath(out)))
+    refuse_busy(work, lambda work: _clear(work, out))
+    with suppress(OSError):  # it has what was kept, or is not there
+        work.rmdir()
+
+
+def _clear(work: Path, out: Path) -> None:
+    if not os.path.lexists(out) and (work / _BEFORE).exists():
+        os.replace(work / _BEFORE, out)
+    shutil.rmtree(work)
+
+
+def _put(place: Path, out: Path, before: Path) -> None:
+    """Give what is made its name; a folder that has it is moved away first, and comes back if that fails."""
+    if not (os.path.lexists(out) and out.is_dir()):
+        os.replace(place, out)
+        return
+    os.replace(out, before)
+    try:
+        os.replace(place, out)
+    except BaseException:
+        os.replace(before, out)
+        raise
+
+
+def _is_in(work: Path, error: OSError) -> bool:
+    """Whether an error of the system, which may name no file, is about what is written."""
+    return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(work)
 
 
 @contextmanager

@@ -6,9 +6,19 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+# What helps against what a system says of a file.
+MENDS = {
+    **dict.fromkeys(FULL, "free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check the permissions there"),
+    errno.EROFS: "make the place writable",
+    errno.EMFILE: "allow more open files (ulimit -n)",
+    errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.EIO: "see that the disk works",
+}
 TEMPORARY = ".lorq.tmp"  # appended to the name of a file being written; only lorq's own files end like this
 
 
@@ -40,41 +50,62 @@ def rename_synced(temporary: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, remedy: str = "choose another place, or {mend}") -> None:
     """Write a file that is whole, or leave what was there.
 
     Raises:
-        OSError: naming the file, such as where the disk is full.
+        OSError: naming the file, and what to do (`writing`).
     """
-    try:
+    with writing(path, len(data), remedy):
         rename_synced(write_synced(path, data), path)
-    except OSError as error:
-        path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
-        raise OSError(error.errno, f"{path} could not be written ({error.strerror}); choose another place") from error
 
 
-def is_full(error: Exception) -> bool:
-    """Whether a disk was full, as Python, safetensors and numpy say it."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return "No space left" in str(error) or re.search(r"\d+ requested and \d+ written", str(error)) is not None
+def system_error(error: Exception) -> OSError | None:
+    """What the system said of a file, as Python, safetensors and numpy tell it; None where nobody asked the system, or
+    the error is told already."""
+    if isinstance(error, OSError) and error.errno:
+        return error if error.strerror == os.strerror(error.errno) else None
+    if code := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(code[1]), os.strerror(int(code[1])))
+    if "No space left" in str(error) or re.search(r"\d+ requested and \d+ written", str(error)):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return None
+
+
+def mend(error: OSError) -> str:
+    """What makes a disk write again."""
+    return MENDS.get(error.errno or 0, MENDS[errno.EIO])
+
+
+# What is to be done where a file cannot be written, beside what mends the disk.
+RESUME = "what is finished is kept: {mend} and continue with --resume"
+AGAIN = "{mend} and run the same command again"
 
 
 @contextmanager
-def room_for(path: Path, size: int) -> Iterator[None]:
-    """Remove the part-written file when writing ``path`` fails, and say what to do when the disk is full."""
+def writing(path: Path, size: int, remedy: str = RESUME) -> Iterator[None]:
+    """Remove what is part-written of ``path`` when writing it fails or is stopped, and say what to do about a disk.
+
+    Args:
+        size: how much it needs, in bytes; 0 where that is not known.
+        remedy: the rest of the message, with ``{mend}`` for what makes the disk write again.
+
+    Raises:
+        OSError: with the system's number, naming the file.
+    """
     try:
         yield
-    except OSError as error:
-        path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except BaseException as error:
+        with suppress(OSError):
+            path.with_name(path.name + TEMPORARY).unlink(missing_ok=True)
+        if not isinstance(error, Exception) or (said := system_error(error)) is None:
             raise
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            error.errno,
-            f"no space left in {path.parent}: {path.name} needs {in_words(size)}, {in_words(free)} are free; what is "
-            "finished is kept: free some space and continue with --resume",
-        ) from error
+        what = f"{path} could not be written ({said.strerror})"
+        if said.errno in FULL:
+            free = in_words(shutil.disk_usage(path.parent).free)
+            needs = f"needs {in_words(size)}" if size else "must grow"
+            what = f"no space left in {path.parent}: {path.name} {needs}, {free} are free"
+        raise OSError(said.errno, f"{what}; {remedy.format(mend=mend(said))}") from error
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,14 +3,16 @@
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lorq.storage.atomic import rename_synced, room_for, sha256_of, write_synced
+from lorq.storage.atomic import rename_synced, sha256_of, write_synced
 from lorq.storage.json_files import _short, damaged, name_below, parse_json, plain_name
 
 JOURNAL_VERSION = 1
+AGAIN = "begins_again"  # in the identity of work that is never resumed
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,16 @@ def write_journal(path: Path, identity: dict[str, Any], shards: Iterable[Finishe
 
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
-    """Add a line to the journal, on the disk on return, and take it back if the disk is full."""
+    """Add a line to the journal, on the disk on return, and take it back if that fails or is stopped."""
     line, before = _line(entry), path.stat().st_size
     try:
-        with room_for(path, len(line)), path.open("ab") as file:
+        with path.open("ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
-        os.truncate(path, before)
+    except BaseException:
+        with suppress(OSError):  # what stands there then is torn, or of a shard that is not there
+            os.truncate(path, before)
         raise
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from lorq.storage.atomic import rename_synced, room_for, write_synced
+from lorq.storage.atomic import RESUME, write_whole
 from lorq.storage.json_files import parse_json
 from lorq.storage.safetensors_file import read_header, read_tensor
 
@@ -24,8 +24,7 @@ def write_kept(path: Path, told: Mapping[str, Any], tensors: Mapping[str, Tensor
     own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(told)
     data = save(own, metadata={"told": text, "sha256": _checksum(text, own)})
-    with room_for(path, len(data)):
-        rename_synced(write_synced(path, data), path)
+    write_whole(path, data, RESUME)
 
 
 def read_kept(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

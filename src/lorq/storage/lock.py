@@ -3,7 +3,8 @@
 import errno
 import logging
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def owned(folder: Path) -> Iterator[None]:
     finally:
         if handle in _held:  # not a forked child
             _held.discard(handle)
-            (folder / LOCK).unlink(missing_ok=True)  # before it is given up, so that who gets it sees that it is gone
+            with suppress(OSError):  # the lock of a process that has ended is nobody's
+                (folder / LOCK).unlink(missing_ok=True)  # before it is given up: who gets it sees that it is gone
             os.close(handle)
             _remove_empty(folder, made)
 
@@ -59,8 +61,18 @@ def _remove_empty(folder: Path, made: bool) -> None:
             folder.rmdir()
 
 
-def refuse_busy(folder: Path) -> None:
+def remove_temporary(folder: Path, *, lock: bool = True) -> None:
+    """Remove what is part-written in a folder, and the lock too, or leave that; who calls this has the folder."""
+    for leftover in folder.glob(f"*{TEMPORARY}"):
+        if lock or leftover.name != LOCK:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def refuse_busy(folder: Path, clear: Callable[[Path], None] = remove_temporary) -> None:
     """Refuse a folder that another run is writing.
+
+    Args:
+        clear: called where a run was killed, whose lock is there still; it removes what is half, and the lock.
 
     Raises:
         FileExistsError: saying what to do.
@@ -71,6 +83,8 @@ def refuse_busy(folder: Path) -> None:
         return  # nobody's, or not to be read: then it cannot be written either
     try:
         _lock(handle, folder)
+        with suppress(OSError):
+            clear(folder)
     finally:
         os.close(handle)
 

@@ -4,14 +4,16 @@ It lies beside the report, in a file of its own, since it is never the same twic
 all other files. A folder without it is whole.
 """
 
+import logging
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorq.storage.atomic import rename_synced, write_synced
+from lorq.storage.atomic import write_whole
 from lorq.storage.json_files import damaged, is_kind, json_bytes, read_json
 from lorq.storage.names import MEASURED
 
+_log = logging.getLogger(__name__)
 # What two evaluations must share for their figures to be comparable.
 PROTOCOL = ("reference", "text", "window", "windows", "start_token", "adapter", "dtype", "products")
 
@@ -79,8 +81,12 @@ def parse_measured(content: dict[str, Any], *, where: Path) -> Measured:
 
 
 def add_times(folder: Path, seconds: float, stages: dict[str, float], *, memory: int = 0, foretold: int = 0) -> None:
-    """Keep how long the run took that has just made a folder, and its memory at its peak."""
-    _write(folder, Measured(seconds, stages, memory=memory, foretold=foretold))
+    """Keep how long the run took that has just made a folder, and its memory at its peak; where that cannot be written,
+    a warning says so."""
+    try:
+        _write(folder, Measured(seconds, stages, memory=memory, foretold=foretold))
+    except OSError as error:  # the folder is whole without
+        _log.warning("how long the run took is not kept: %s", error.strerror)
 
 
 def add_evaluation(folder: Path, entry: dict[str, Any]) -> None:
@@ -93,5 +99,4 @@ def add_evaluation(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def _write(folder: Path, measured: Measured) -> None:
-    path = folder / MEASURED
-    rename_synced(write_synced(path, json_bytes(asdict(measured))), path)
+    write_whole(folder / MEASURED, json_bytes(asdict(measured)), "{mend}; the folder is whole without it")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lorq.storage.atomic import TEMPORARY
+from lorq.storage.journal import AGAIN, read_journal
 from lorq.storage.json_files import read_json, some_of
 from lorq.storage.lock import refuse_busy
 from lorq.storage.names import JOURNAL
@@ -20,7 +21,7 @@ def check_out(folder: Path, *, overwrite: bool = False, resume: bool = False) ->
     check_content(folder, overwrite=overwrite, resume=resume)
 
 
-def check_content(folder: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+def check_content(folder: Path, *, overwrite: bool = False, resume: bool = False, again: bool = False) -> None:
     """Refuse what `lorq.storage.writer.CheckpointWriter.create` refuses by the flags and what is in the folder.
 
     Raises:
@@ -35,12 +36,21 @@ def check_content(folder: Path, *, overwrite: bool = False, resume: bool = False
         raise NotADirectoryError(f"{folder} must be a folder, it is {what}; choose another name")
     present = [entry.name for entry in folder.iterdir()] if folder.exists() else []
     present = [name for name in present if not name.endswith(TEMPORARY)]
-    state = "unfinished" if JOURNAL in present else "finished" if _is_lorq(folder) else "foreign"
+    state = "unfinished" if JOURNAL in present else "finished" if is_lorq(folder) else "foreign"
     allowed = (resume and state == "unfinished") or (overwrite and state != "foreign")
+    allowed |= again and begins_again(folder)
     if present and not allowed:
         raise FileExistsError(_refusal(folder, present, state, resume=resume))
     if present and overwrite and folder.is_symlink():
         raise FileExistsError(linked(folder))
+
+
+def begins_again(folder: Path) -> bool:
+    """Whether a folder holds the unfinished work of a command that never resumes, and begins again instead."""
+    try:
+        return bool(read_journal(folder / JOURNAL).identity.get(AGAIN))
+    except (OSError, ValueError):
+        return False
 
 
 def refuse_source(model: Path, *places: Path) -> None:
@@ -75,7 +85,7 @@ def linked(out: Path) -> str:
     return f"{out} must be no link to be replaced, it leads to {place}; name that instead, or remove the link"
 
 
-def _is_lorq(folder: Path) -> bool:
+def is_lorq(folder: Path) -> bool:
     """Whether the folder holds a checkpoint that lorq has finished."""
     try:
         config = read_json(folder / "config.json")

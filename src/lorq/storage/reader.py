@@ -1,9 +1,9 @@
 """A folder's weights, read tensor by tensor."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -58,6 +58,7 @@ class WeightFiles:
     headers: dict[str, Header]  # by weight file
     files: dict[str, str]  # tensor -> weight file
     _seen: list[_Sums] = field(default_factory=list, repr=False, compare=False)  # see `hashed`
+    before: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False, compare=False)  # `_states` of them
 
     @classmethod
     def open(cls, folder: Path, *, index_name: str | None = None) -> "WeightFiles":
@@ -77,7 +78,7 @@ class WeightFiles:
         name = index_name or _weights_of(folder)
         if name.endswith(".safetensors"):
             header = read_header(folder / name)
-            return cls(folder, {name: header}, dict.fromkeys(header.tensors, name))
+            return cls(folder, {name: header}, dict.fromkeys(header.tensors, name), before=_states(folder, [name]))
         index = folder / name
         if not index.is_file():
             raise _no_weights(folder, name)
@@ -92,7 +93,7 @@ class WeightFiles:
         files = _locate(headers, index)
         if index_name is not None and (absent := weight_map.keys() - files.keys()):  # lorq lists what it wrote
             raise inconsistent(index, f"{len(absent)} tensors are listed but in no shard: {some_of(absent)}")
-        return cls(folder, headers, files)
+        return cls(folder, headers, files, before=_states(folder, headers))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -157,6 +158,19 @@ class WeightFiles:
             self._seen.remove(seen)
             seen.pool.shutdown(wait=False)
 
+    def check_unchanged(self, remedy: str = "run the command again") -> None:
+        """Refuse to go on where the weights or the config are no longer the files that were opened.
+
+        Raises:
+            ValueError: naming them, and what to do.
+        """
+        now = _states(self.folder, self.headers)
+        if changed := [name for name, state in self.before.items() if now.get(name) != state]:
+            raise ValueError(
+                f"{self.folder} must stay as it is while it is read, {some_of(changed)} changed meanwhile or went; "
+                f"put it back as it was, then {remedy}"
+            )
+
     def fingerprint(self) -> str:
         """sha256 (hex) that tells this model from another or an edited one without reading it all.
 
@@ -189,6 +203,16 @@ class WeightFiles:
         if name not in self.files:
             raise KeyError(f"{self.folder} has no tensor {name!r} among its {len(self.files)}: {some_of(self.files)}")
         return self.files[name]
+
+
+def _states(folder: Path, files: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Of weight files and the config what no change leaves: number in the file system, size, time of the last change."""
+    states = {}
+    for name in (*files, "config.json"):
+        with suppress(OSError):  # it went
+            stat = (folder / name).stat()
+            states[name] = stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return states
 
 
 def _no_weights(folder: Path, index_name: str) -> Exception:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -25,12 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorq.storage.atomic import TEMPORARY, rename_synced, room_for, sha256_of, sync_file, sync_folder, write_synced
-from lorq.storage.journal import FinishedShard, append_line, differences, read_journal, write_journal
+from lorq.storage import atomic
+from lorq.storage.atomic import TEMPORARY, rename_synced, sha256_of, sync_file, sync_folder, write_synced, writing
+from lorq.storage.journal import AGAIN, FinishedShard, append_line, differences, read_journal, write_journal
 from lorq.storage.json_files import json_bytes, name_below, plain_name, read_json, some_of
-from lorq.storage.lock import LOCK
+from lorq.storage.lock import LOCK, remove_temporary
 from lorq.storage.names import INDEX, JOURNAL, MEASURED, REPORT_NAME, TUNED_BLOCKS, TUNING
-from lorq.storage.out_folder import check_content, quant_method
+from lorq.storage.out_folder import check_content, is_lorq, quant_method
 from lorq.storage.safetensors_file import read_header
 
 _log = logging.getLogger(__name__)
@@ -42,14 +42,15 @@ class CheckpointWriter:
     `lorq.storage.lock.owned` keeps other runs out meanwhile.
     """
 
-    def __init__(self, folder: Path, shards: list[FinishedShard]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, shards: list[FinishedShard], remedy: str = atomic.RESUME) -> None:
+        self.folder, self._remedy = folder, remedy
         self._shards = {shard.name: shard for shard in shards}
 
     @classmethod
     def create(
-        cls, folder: Path, identity: dict[str, Any], *, overwrite: bool = False, resume: bool = False
-    ) -> "CheckpointWriter":
+        cls, folder: Path, identity: dict[str, Any], *, overwrite: bool = False, resume: bool = False,
+        again: bool = False,
+    ) -> "CheckpointWriter":  # fmt: skip
         """Begin a folder, or with ``resume`` go on with one.
 
         Args:
@@ -57,24 +58,25 @@ class CheckpointWriter:
                 version ...), as JSON values. A resumed run must have the same.
             overwrite: first remove what an earlier lorq run wrote here; any other file stays.
             resume: keep the shards that are whole, drop the first broken one and all after it.
+            again: this work is never resumed; what such work has left here unfinished is removed.
 
         Raises:
             FileExistsError: if the folder has content and no flag allows to use it.
             ValueError: if both flags are given, the identity differs, or the journal is damaged.
         """
-        check_content(folder, overwrite=overwrite, resume=resume)
+        check_content(folder, overwrite=overwrite, resume=resume, again=again)
         identity = json.loads(json_bytes(identity))  # as the journal will give it back: tuples are lists
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"*{TEMPORARY}"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            elif leftover.name != LOCK:
-                leftover.unlink()
-        shards = _resume(folder, identity) if resume and (folder / JOURNAL).is_file() else []
-        if overwrite and any(entry.name != LOCK for entry in folder.iterdir()):
-            _remove_own_files(folder)
-        write_journal(folder / JOURNAL, identity, shards)
-        return cls(folder, shards)
+        if again:
+            identity[AGAIN] = True
+        remedy = atomic.AGAIN if again else atomic.RESUME
+        with writing(folder / JOURNAL, 0, remedy):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_temporary(folder, lock=False)
+            shards = _resume(folder, identity) if resume and (folder / JOURNAL).is_file() else []
+            if (overwrite or again) and any(entry.name != LOCK for entry in folder.iterdir()):
+                _remove_own_files(folder)
+            write_journal(folder / JOURNAL, identity, shards)
+        return cls(folder, shards, remedy)
 
     @property
     def completed(self) -> dict[str, Any]:
@@ -95,7 +97,7 @@ class CheckpointWriter:
 
         Raises:
             ValueError: if the name or a tensor is there already.
-            OSError: if the disk is full; the finished shards are kept.
+            OSError: if it cannot be written; the finished shards are kept.
         """
         plain_name(name, where="shard", suffix=".safetensors")
         record = json.loads(json_bytes(record))  # as a resumed run will see it
@@ -106,7 +108,7 @@ class CheckpointWriter:
                 raise ValueError(f"{name} repeats {len(twice)} tensors of {other.name}: {some_of(twice)}")
         on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         path = self.folder / name
-        with room_for(path, sum(tensor.nbytes for tensor in on_cpu.values())):
+        with writing(path, sum(tensor.nbytes for tensor in on_cpu.values()), self._remedy):
             temporary = _save_synced(path, on_cpu)
             size, checksum = temporary.stat().st_size, sha256_of(temporary)
             shard = FinishedShard(name, checksum, size, sorted(tensors), record)
@@ -148,13 +150,15 @@ class CheckpointWriter:
             "weight_map": {tensor: shard.name for shard in self._shards.values() for tensor in shard.tensors},
         }
         contents = {index_name: json_bytes(index), **rest}
-        append_line(self.folder / JOURNAL, {"closing": list(reversed(contents))})
+        with writing(self.folder / JOURNAL, 0, self._remedy):
+            append_line(self.folder / JOURNAL, {"closing": list(reversed(contents))})
         for name, data in contents.items():
-            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with room_for(self.folder / name, len(data)):
+            with writing(self.folder / name, len(data), self._remedy):
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
                 rename_synced(write_synced(self.folder / name, data), self.folder / name)
-        (self.folder / JOURNAL).unlink()
-        sync_folder(self.folder)
+        with writing(self.folder / JOURNAL, 0, self._remedy):
+            (self.folder / JOURNAL).unlink()
+            sync_folder(self.folder)
 
 
 def _save_synced(path: Path, tensors: dict[str, Tensor]) -> Path:
@@ -171,8 +175,7 @@ def _save_synced(path: Path, tensors: dict[str, Tensor]) -> Path:
         sync_file(scratch / path.name)
         os.replace(scratch / path.name, temporary)
     except SafetensorError as error:
-        code = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(code[1]) if code else errno.EIO, str(error)) from error
+        raise atomic.system_error(error) or OSError(errno.EIO, str(error)) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return temporary
@@ -209,12 +212,18 @@ def _resume(folder: Path, identity: dict[str, Any]) -> list[FinishedShard]:
 def remove_made(folder: Path) -> None:
     """Remove a folder of lorq's that is needed no more; files of others stay, and a warning says so."""
     _remove_own_files(folder)
-    for leftover in folder.glob(f"*{TEMPORARY}"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    remove_temporary(folder)
     if left := [path.name for path in folder.iterdir()]:
         _log.warning("%s stays, it has %s, which lorq did not write", folder, some_of(left))
     else:
         folder.rmdir()
+
+
+def finish_removal(folder: Path) -> None:
+    """Remove what is left of a folder where a run was killed that was removing it; any other stays."""
+    left = {path.name for path in folder.iterdir() if not path.name.endswith(TEMPORARY)} if folder.is_dir() else {""}
+    if not left or (left == {"config.json"} and is_lorq(folder)):  # which goes last
+        remove_made(folder)
 
 
 def _remove_own_files(folder: Path) -> None:
