@@ -20,7 +20,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "Basics": "model out preset method bits bits-per-weight size",
         "Quality and size": "group-size symmetric rank budget widths fused-alike exclude override tune",
         "Embeddings and head": "embeddings head table-codebook table-group-size",
-        "Calibration": f"{_CALIBRATION} stream expert-tokens router-weights",
+        "Calibration": f"{_CALIBRATION} stream expert-tokens router-weights pass-dtype",
         "Running and resuming": "device cluster dry-run resume overwrite memory-budget spill-bytes json",
         "Inputs and cache in 8 bits": "activations smoothing kv-cache",
         OWN: "",

@@ -307,6 +307,46 @@ def test_streams_go_where_the_option_says(method, stream, streams, folder_of, te
     assert all(parameter.is_meta for parameter in model.model.parameters())
 
 
+# ---- in what passes multiply ------------------------------------------------------------------------------
+
+
+def test_passes_in_bfloat16_multiply_so_and_leave_the_rest(folder_of, tmp_path):
+    model = StreamedModel.open(folder_of("llama"))
+    stream, part = model.embed(torch.arange(40).view(1, 40)), model.blocks[0]
+    with model.resident(part):
+        exact = model.run(part, stream, 0)
+        with model.products_in("bfloat16"):
+            rough = model.run(part, stream, 0)
+        again = model.run(part, stream, 0)
+    assert rough.dtype == torch.float32 and torch.equal(exact, again)
+    assert 1e-4 < float((rough - exact).norm() / exact.norm()) < 0.03
+
+
+@pytest.mark.parametrize("options", [{}, {"token_weights": "gradient"}, {"stream": "corrected"}])
+def test_passes_in_bfloat16_see_nearly_the_same_inputs(options, folder_of, run, tmp_path, monkeypatch):
+    kept = {}
+
+    def note(patch, dtype, begin=stages.begin_block):
+
+        def noting(model, plan, visit, *others):
+            kept[dtype, visit.part.name] = {name: one.hessian.clone() for name, one in visit.observed.stats.items()}
+            return begin(model, plan, visit, *others)
+
+        patch.setattr(stages, "begin_block", noting)
+
+    for dtype in ("float32", "bfloat16"):
+        with monkeypatch.context() as patch:
+            note(patch, dtype)
+            report = lorq.quantize(folder_of("llama"), tmp_path / dtype, GPTQ, **run, **options, pass_dtype=dtype)
+        assert report.run["pass_dtype"] == dtype
+    distances = {
+        name: float((other - found[name]).norm() / found[name].norm())
+        for (dtype, block), found in kept.items() if dtype == "float32"
+        for name, other in kept["bfloat16", block].items()
+    }  # fmt: skip
+    assert max(distances.values()) < 0.2 and distances["model.layers.1.self_attn.o_proj"] > 0
+
+
 # ---- tasks ------------------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,7 @@ class StreamedModel:
                     module._buffers[name] = buffer.to(self.device)
         self._parameters = {name for name, _ in model.named_parameters()}
         self._resident: set[str] = set()
+        self._in_bfloat16 = False
         self._towers = find_towers(model)
         self._answers: dict[tuple[type[nn.Module], int], Answer] = {}
         blocks = find_blocks(model)
@@ -328,9 +329,19 @@ class StreamedModel:
 
     def call(self, block: Part, stream: Stream, inputs: Tensor, entered: Entered) -> tuple[Tensor, dict[Key, Any]]:
         """A resident block's answer, and what it leaves for later blocks."""
-        out = self.model.get_submodule(block.name)(inputs, *entered.args, **entered.kwargs)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._in_bfloat16):
+            out = self.model.get_submodule(block.name)(inputs, *entered.args, **entered.kwargs)
         hidden, *rest = out if isinstance(out, tuple | list) else (out,)
-        return hidden, dict(stream.left(block.name, entered, rest))
+        return hidden.to(self.dtype), dict(stream.left(block.name, entered, rest))
+
+    @contextmanager
+    def products_in(self, dtype: str) -> Iterator[None]:
+        """Let blocks multiply in "bfloat16" for the duration, or in the activations' own type; weights stay."""
+        before, self._in_bfloat16 = self._in_bfloat16, dtype == "bfloat16"
+        try:
+            yield
+        finally:
+            self._in_bfloat16 = before
 
     def differentiable_run(
         self, block: Part, stream: Stream, window: int, weights: Mapping[Target, Tensor]

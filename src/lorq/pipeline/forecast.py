@@ -69,7 +69,9 @@ def forecast(model: StreamedModel, plan: Plan, windows: Int[Tensor, "windows len
         loading = time.monotonic() - loading
         plain = replace(plan, options=replace(plan.options, token_weights="equal", stream="original", smoothing=0.0))
         layers, looking = plain.of(part), time.monotonic()
-        found = observe(model, plain, part, Streams(stream, stream, quantized=False), partial(model.run, part), None)
+        with model.products_in(plan.options.pass_dtype):
+            streams = Streams(stream, stream, quantized=False)
+            found = observe(model, plain, part, streams, partial(model.run, part), None)
         looking = (time.monotonic() - looking) / (len(tokens) + 1)  # the first is run once more, to see what reads what
         experts = find_experts(model.model, part.name)
         tasks = block_tasks(

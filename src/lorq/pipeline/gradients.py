@@ -40,14 +40,15 @@ def token_gradients(
         progress(stage, done, total)
 
     room, back = Room(plan.options.spill_bytes, folder), model.blocks[first:]
-    way = WayBack.begin(model, windows, room, seed=plan.options.seed, progress=passed)
+    with model.products_in(plan.options.pass_dtype):
+        way = WayBack.begin(model, windows, room, seed=plan.options.seed, progress=passed)
     passed(WEIGH_BACK, 0, len(back))
     squared: dict[str, Tensor] = {}
     mean: dict[str, float] = {}
     outputs: dict[str, Tensor] = {}
     for done, part in enumerate(reversed(back), 1):
         modules = _outputs(model, plan, part)
-        with model.resident(part), _watched(modules) as seen:
+        with model.resident(part), _watched(modules) as seen, model.products_in(plan.options.pass_dtype):
             for window in range(len(windows)):
                 way.through(model, part, window)
         for name, parts in reversed(seen.items()):  # where an overflow begins

@@ -42,6 +42,8 @@ class Options:
             the quantized one's too, and layers, but experts', make up for a part of what those before have changed;
             "auto" is the quantized one's for methods that fit a whole block (lrq, lords with refine_steps), else the
             original's.
+        pass_dtype: in what the calibration's passes multiply: "bfloat16" takes less than half as long where the processor
+            has instructions for it, and on GPUs, and changes KL by less than its noise.
         activations: inputs of the quantized layers in 8 bits: "token", on each token's own range, or "tensor", on one
             range from calibration.
         smoothing: how much of the inputs' range is moved into the weights where inputs come from a norm and, with
@@ -84,6 +86,7 @@ class Options:
     router_weights: bool = False
     expert_tokens: Annotated[int, Range(1)] = 128
     stream: Literal["auto", "original", "quantized", "corrected"] = "auto"
+    pass_dtype: Literal["float32", "bfloat16"] = "float32"
     activations: Literal["none", "token", "tensor"] = "none"
     smoothing: Annotated[float, Range(0, 1)] = 0.0
     kv_cache: Literal["none", "token"] = "none"

@@ -121,15 +121,16 @@ def walk(
             check_resident(plan, model, part)
             run, began = partial(model.run, part), time.monotonic()
             apart = streams.original is not streams.inputs and not streams.compared
-            if streams.original is not None and (apart or part.name in finished):
-                advance(streams.original, run)
-            found = Observed() if part.name in finished else observe(model, plan, part, streams, run, gradients)
+            with model.products_in(plan.options.pass_dtype):
+                if streams.original is not None and (apart or part.name in finished):
+                    advance(streams.original, run)
+                found = Observed() if part.name in finished else observe(model, plan, part, streams, run, gradients)
             visit = Visit(part, kept, source(), streams, found, time.monotonic() - began)
             if hold:
                 visit.held.push(stack.pop_all())
             del kept, found
             yield visit
-            with quantized_activations(model.model, visit.rounding):
+            with quantized_activations(model.model, visit.rounding), model.products_in(plan.options.pass_dtype):
                 streams.leave(run, part)
             del visit
         give_memory_back()
