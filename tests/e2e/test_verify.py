@@ -213,6 +213,14 @@ def test_exports_and_adapters_tell_the_tensor(made, tmp_path):
     assert fault.where == name and "must be finite" in fault.what
 
 
+def test_pickles_and_code_beside_a_folder_are_told_of_and_no_fault(made, tmp_path):
+    folder = shutil.copytree(made / "ranks", tmp_path / "ranks")
+    (folder / "pytorch_model.bin").write_bytes(b"no pickle that anybody reads")
+    edit(folder / "config.json", lambda config: config.update(auto_map={"AutoModel": "code.Model"}))
+    done = lorq.verify(folder)
+    assert done.faults == () and "not read by lorq: pytorch_model.bin" in done.notes[0] and "auto_map" in done.notes[1]
+
+
 def test_a_folder_with_faults_is_not_pushed(made, tmp_path):
     folder = shutil.copytree(made / "ranks", tmp_path / "ranks")
     flipped(folder)

@@ -61,6 +61,7 @@ def _compare(place: Path, found: Findings) -> None:
 def _check_model(place: Path, found: Findings) -> None:
     """A model's folder, dense or quantized in any way that is read here."""
     names = sorted(path.name for path in place.glob("*.safetensors"))
+    found.leave([*names, "model.safetensors.index.json"])
     headers = found.headers(names)
     stored = WeightFiles(place, headers, {t: name for name, header in headers.items() for t in header.tensors})
     files = QuantizedFiles(place, headers, stored.files)

@@ -92,7 +92,7 @@ def _gptq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
     form = str(config.get("checkpoint_format", "gptq"))
     if form not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
         form = "marlin" if config.get("is_marlin_format") else form
-        raise ValueError(f"{folder} must have GPTQ's checkpoint_format gptq or gptq_v2, got {form}")
+        raise ValueError(f"{folder} must have GPTQ's checkpoint_format gptq or gptq_v2, got {form:.80}")
     if turned := config.get("rotation"):
         raise ValueError(f"{folder} has rotation {_short(turned)}: its weights were turned, by what is not known here")
     offset = 1 if form == "gptq" else 0
@@ -118,7 +118,7 @@ def _awq(files: WeightFiles, config: Mapping[str, Any]) -> Found:
     folder, config = files.folder, settle(files.folder, config)
     form, bits = str(config.get("checkpoint_format", "gemm")), config.get("bits")
     if form != "gemm" or bits != 4:
-        raise ValueError(f"{folder} must have AWQ's version gemm in 4 bits, got {form} in {bits}")
+        raise ValueError(f"{folder} must have AWQ's version gemm in 4 bits, got {form:.80} in {_short(bits)}")
     for module, parts in _parts(files, "qweight", ("qzeros", "scales")):
         in_, words = _matrix(files, parts["qweight"])
         groups, _ = _matrix(files, parts["scales"])
@@ -262,7 +262,8 @@ def _float8(files: WeightFiles, config: Mapping[str, Any]) -> Found:
 def _modelopt(files: WeightFiles, config: Mapping[str, Any]) -> Found:
     if (kind := config.get("quant_algo")) != "FP8":
         raise ValueError(
-            f"{files.folder} must have ModelOpt's quant_algo FP8, got {kind}; give a folder of its dequantized weights"
+            f"{files.folder} must have ModelOpt's quant_algo FP8, got {_short(kind)}; give a folder of its "
+            "dequantized weights"
         )
     return _float8(files, {})
 

@@ -29,16 +29,17 @@ def decode_gguf(path: Path, folder: Path, make_room: Callable[[Path, int], None]
         ValueError: if transformers cannot read all of it, or lorq wrote it and it was changed since.
         ImportError: without the gguf package.
     """
-    read_gguf_header(path)  # before transformers believes it
+    tensors = read_gguf_header(path)  # before transformers believes it
+    weights = sum(math.prod(tensor.shape) for tensor in tensors)
     check_seal(path)
-    make_room(folder, _decoded_bytes(path, 2))
+    make_room(folder, 2 * weights)
     model = _loaded(path, "float16")
     if not all(bool(tensor.isfinite().all()) for tensor in model.state_dict().values()):
-        make_room(folder, _decoded_bytes(path, 4))
+        make_room(folder, 4 * weights)
         model = _loaded(path, "float32")
     _check_read(path, model)
     model.save_pretrained(folder)
-    if kinds := _quantized_kinds(path):
+    if kinds := sorted({tensor.type.upper() for tensor in tensors} - {"F64", "F32", "F16", "BF16"}):
         note = f"the model's weights were quantized before (GGUF: {', '.join(kinds)}), and dequantized"
         (folder / DECODED_FROM).write_text(note, encoding="utf-8")
     _tokenizer(path).save_pretrained(folder)
@@ -130,14 +131,3 @@ def _check_read(path: Path, model: Any) -> None:
             f"{path} has {' and '.join(left_out)}, which transformers does not read of such files: the model would be "
             "another one; take its Hugging Face folder"
         )
-
-
-def _quantized_kinds(path: Path) -> list[str]:
-    """GGUF's names for the types of a file's tensors, those of plain numbers left out."""
-    kinds = {tensor.type.upper() for tensor in read_gguf_header(path)}
-    return sorted(kinds - {"F64", "F32", "F16", "BF16"})
-
-
-def _decoded_bytes(path: Path, width: int) -> int:
-    """Of a GGUF file's tensors in a type of so many bytes."""
-    return sum(width * math.prod(tensor.shape) for tensor in read_gguf_header(path))

@@ -57,7 +57,7 @@ class QuantizedFiles(WeightFiles):
         if method not in FORMATS:
             raise ValueError(
                 f"{folder} must be quantized as one of {', '.join((*FORMATS, 'lorq'))}, or be a GGUF file, its config "
-                f"says {method}; give a folder of its dequantized weights instead"
+                f"says {method:.80}; give a folder of its dequantized weights instead"
             )
         files = WeightFiles.open(folder)
         try:
@@ -198,6 +198,8 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
     if found is None and (own_file := folder / MODELOPT).is_file():
         stated = read_json(own_file).get("quantization")
         found = {"quant_method": "modelopt"} | (stated if isinstance(stated, dict) else {})
+    if found and not found.get("quant_method"):
+        raise damaged(file, f"quantization_config must have a quant_method, it has {some_of(found)}")
     return found
 
 

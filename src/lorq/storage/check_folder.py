@@ -14,7 +14,7 @@ from lorq.storage.findings import Findings, touching
 from lorq.storage.folder import LorqFolder
 from lorq.storage.json_files import check_kinds, name_below, plain_name, read_json, some_of
 from lorq.storage.measured import read_measured
-from lorq.storage.names import INDEX, REPORT_NAME
+from lorq.storage.names import INDEX, MEASURED, REPORT_NAME
 from lorq.storage.reader import WeightFiles, read_weight_map
 from lorq.storage.report import LayerReport, Report, read_report
 
@@ -36,7 +36,7 @@ def check_folder(path: Path, found: Findings) -> None:
             if (path / REPORT_NAME).exists() or not _says_lorq(path):
                 raise
             found.add(REPORT_NAME, "must be there, it is missing: without it no checksum is known")
-    with found.of("lorq_measured.json"):
+    with found.of(MEASURED):
         read_measured(path)
     config = _config(path, found)
     files, lost = _weights(path, found, report)
@@ -104,13 +104,15 @@ def _weights(path: Path, found: Findings, report: Report | None) -> tuple[Weight
         holds[name].add(tensor.rpartition(".")[0])
     found.compare_all({n: checksums.get(n) for n in names}, {n: touching(own) for n, own in holds.items()})
     for name in names:
-        if report and name not in checksums:
+        if checksums and name not in checksums:
             found.add(name, f"must have a checksum in {REPORT_NAME}, it has none")
-    _check_index(path, found, listed, {t: name for name, header in headers.items() for t in header.tensors}, names)
+    found.leave([*names, INDEX])
+    files: dict[str, str] = {}
     for name, header in headers.items():
-        if twice := [t for other, own in headers.items() if other < name for t in header.tensors if t in own.tensors]:
+        if twice := header.tensors.keys() & files.keys():
             found.add(name, f"must not have tensors of another file, it has {some_of(twice)}")
-    files = {tensor: name for name, header in headers.items() for tensor in header.tensors}
+        files |= dict.fromkeys(header.tensors, name)
+    _check_index(path, found, listed, files, names)
     stored = sum(header.file_bytes - 8 - len(header.raw) for header in headers.values())
     if report and set(names) == set(headers) and stored != report.bytes:
         found.add(REPORT_NAME, f"bytes must be those of all tensors, {stored}, got {report.bytes}")

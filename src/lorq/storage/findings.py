@@ -1,13 +1,14 @@
 """What a check of many files finds: it goes on after the first fault, and tells what was looked at and what was not."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorq.progress import CHECKSUMS, VERIFY, Progress, no_progress
 from lorq.storage.atomic import sha256_of
-from lorq.storage.json_files import some_of
+from lorq.storage.companions import WEIGHTS
+from lorq.storage.json_files import read_json, some_of
 from lorq.storage.safetensors_file import Header, read_header
 
 
@@ -91,6 +92,15 @@ class Findings:
             with self.of(name):
                 found[name] = read_header(self.place / name)
         return found
+
+    def leave(self, looked_at: Iterable[str]) -> None:
+        """Tell of weights beside those looked at, such as pickles, and of code: nothing reads them."""
+        own = set(looked_at)
+        if others := [p.name for p in self.place.iterdir() if p.name.endswith(WEIGHTS) and p.name not in own]:
+            self.notes.append(f"not looked at, and not read by lorq: {some_of(others)}")
+        with suppress(ValueError, OSError):  # which are faults of their own
+            if "auto_map" in read_json(self.place / "config.json"):
+                self.notes.append("config.json names code (auto_map), which lorq does not run")
 
 
 def touching(names: set[str]) -> str:

@@ -7,6 +7,7 @@ Tensors begin at multiples of the alignment, counted from the first multiple beh
 """
 
 import math
+import mmap
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,20 +45,25 @@ class GgufTensor:
 class _Header:
     """Bytes that are taken one after the other, and never behind the file's end."""
 
-    def __init__(self, path: Path, size: int) -> None:
-        self.path, self.size, self.at = path, size, 0
-        self.file = path.open("rb")
-
-    def take(self, count: int, what: str) -> bytes:
-        if count > self.size - self.at:
-            raise damaged(self.path, f"{what} ends at byte {self.at + count}, the file has {self.size}")
-        self.at += count
-        return self.file.read(count)
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.size, self.at = path, data, len(data), 0
 
     def skip(self, count: int, what: str) -> None:
         if count > self.size - self.at:
             raise damaged(self.path, f"{what} ends at byte {self.at + count}, the file has {self.size}")
-        self.at = self.file.seek(self.at + count)
+        self.at += count
+
+    def take(self, count: int, what: str) -> bytes:
+        self.skip(count, what)
+        return self.data[self.at - count : self.at]
+
+    def skip_texts(self, count: int, what: str) -> None:
+        """Past the texts of an array, of which a vocabulary has half a million."""
+        at, size, data, length_at = self.at, self.size, self.data, struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at + 8 > size or (at := at + 8 + length_at(data, at)[0]) > size:
+                raise damaged(self.path, f"{what} ends at byte {at}, the file has {size}")
+        self.at = at
 
     def number(self, form: str, what: str) -> int:
         value: int = struct.unpack(f"<{form}", self.take(struct.calcsize(f"<{form}"), what))[0]
@@ -87,19 +93,25 @@ def read_gguf_header(path: Path) -> list[GgufTensor]:
         ValueError: naming what breaks the format.
         ImportError: without the gguf package, which knows ggml's types.
     """
-    size = path.stat().st_size
-    head = _Header(path, size)
-    with head.file:
-        if (magic := head.take(min(4, size), "the magic")) != b"GGUF":
+    with path.open("rb") as file:
+        if (magic := file.read(4)) != b"GGUF":
             raise ValueError(f"{path} must be a GGUF file, which begins with b'GGUF', it begins with {magic!r}")
-        if (version := head.number("I", "the version")) not in _VERSIONS:
-            raise damaged(path, f"the version of GGUF must be one of {_VERSIONS}, got {version}")
-        types = _types()
-        tensors, keys = head.count("tensors", 24), head.number("Q", "keys")
-        alignment = _keys(head, keys)
-        found = [_tensor(head, types) for _ in range(tensors)]
-        start = -(-head.at // alignment) * alignment
-    return list(_placed(path, found, start, size, alignment))
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _read(_Header(path, data))
+
+
+def _read(head: _Header) -> list[GgufTensor]:
+    """The tensors of a file that begins as it must."""
+    path = head.path
+    head.skip(4, "the magic")
+    if (version := head.number("I", "the version")) not in _VERSIONS:
+        raise damaged(path, f"the version of GGUF must be one of {_VERSIONS}, got {version}")
+    types = _types()
+    tensors, keys = head.count("tensors", 24), head.number("Q", "keys")
+    alignment = _keys(head, keys)
+    found = [_tensor(head, types) for _ in range(tensors)]
+    start = -(-head.at // alignment) * alignment
+    return list(_placed(path, found, start, head.size, alignment))
 
 
 def _types() -> dict[int, tuple[str, int, int]]:
@@ -142,9 +154,11 @@ def _value(head: _Header, name: str, type_: int, depth: int = 0) -> None:
         count = head.count(f"the values of {name}", least)
         if inner in _SIZES:
             head.skip(count * _SIZES[inner], name)
-            return
-        for _ in range(count):
-            _value(head, name, inner, depth + 1)
+        elif inner == _TEXT:
+            head.skip_texts(count, f"a text of {name}")
+        else:
+            for _ in range(count):
+                _value(head, name, inner, depth + 1)
     else:
         what = f"arrays up to {_DEEPEST} deep" if type_ == _ARRAY else "of a type from 0 to 12"
         raise damaged(head.path, f"{name} must have values {what}, got type {type_}")
