@@ -52,9 +52,7 @@ CASES = {
     "export gptq": _export("gptq"),
     "export gguf": _export("gguf", "out.gguf"),
     # Two things never appear at once: where one is there, it is to be replaced.
-    "export peft": Case(
-        ("export", "{ranks}", "OUT", "--to", "peft", "--adapter", "BESIDE"), resume=("--overwrite",)
-    ),
+    "export peft": Case(("export", "{ranks}", "OUT", "--to", "peft", "--adapter", "BESIDE"), resume=("--overwrite",)),
     "adapt": Case(("adapt", "{lords}", "OUT", "--text", "{text}", *TRAIN)),
     "adapt in groups": Case(
         ("adapt", "{plain}", "OUT", "--text", "{text}", "--mode", "qat", "--reference", "{source}", *TRAIN)
@@ -106,6 +104,4 @@ class Models:
 
     def filled(self, words: tuple[object, ...]) -> list[object]:
         """A command's words with these models' places."""
-        return [
-            getattr(self, word[1:-1]) if isinstance(word, str) and word.startswith("{") else word for word in words
-        ]
+        return [getattr(self, word[1:-1]) if isinstance(word, str) and word.startswith("{") else word for word in words]

@@ -17,7 +17,7 @@ from importlib import import_module
 # The command line that is injured, and what it imports when it works.
 import lorq.cli
 import lorq.pipeline.quantize
-import lorq.tuning  # noqa: F401
+import lorq.tuning
 
 sys.path.insert(0, os.path.dirname(__file__))
 import injuries

@@ -61,9 +61,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(injure
     flag = tmp_path / "paused"
     point = [f"rename {SHARDS[1]}", 1]
     command = [sys.executable, "-m", "lorq.cli", *map(str, injured.command)]
-    injured.machine.begin(
-        injured.place, *injured.command, injury={"point": point, "act": "pause", "victim": str(flag)}
-    )
+    injured.machine.begin(injured.place, *injured.command, injury={"point": point, "act": "pause", "victim": str(flag)})
     while not flag.exists():
         time.sleep(0.005)
     second = subprocess.run(command, capture_output=True, text=True)
@@ -99,8 +97,8 @@ def test_a_model_that_changes_during_a_run_is_noticed(point, own_model):
     times = (copy / "model.safetensors").stat()
     outcome = run.run(injury={"point": [point, 1], "act": "edit", "victim": str(copy / "model.safetensors")})
     assert re.search(
-        r"copy must stay as it is while it is read, model.safetensors changed meanwhile or went; put it back as it was, "
-        r"then continue with --resume; or begin again with --overwrite",
+        r"copy must stay as it is while it is read, model.safetensors changed meanwhile or went; put it back as it "
+        r"was, then continue with --resume; or begin again with --overwrite",
         one_line(outcome),
     )
     assert "fingerprint" not in outcome.line and not run.looks_whole()

@@ -77,9 +77,7 @@ class QuantizedFiles(WeightFiles):
         dense = {name: file for name, file in files.files.items() if name not in taken}
         # A packed weight is looked for in the file of its first part.
         made = {name: files.files[next(iter(packed.parts.values()))] for name, packed in layers.items()}
-        return cls(
-            files.folder, files.headers, dense | made, before=files.before, layers=layers, places=files.files
-        )
+        return cls(files.folder, files.headers, dense | made, before=files.before, layers=layers, places=files.files)
 
     def weight(self, name: str) -> Weight:
         """A quantized weight.

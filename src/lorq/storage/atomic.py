@@ -80,6 +80,8 @@ def mend(error: OSError) -> str:
 # What is to be done where a file cannot be written, beside what mends the disk.
 RESUME = "what is finished is kept: {mend} and continue with --resume"
 AGAIN = "{mend} and run the same command again"
+
+
 @contextmanager
 def writing(path: Path, size: int, remedy: str = RESUME) -> Iterator[None]:
     """Remove what is part-written of ``path`` when writing it fails or is stopped, and say what to do about a disk.
