@@ -2,8 +2,8 @@
 
     python tests/faults/soak.py --cycles 50 --minutes 60
 
-Each cycle quantizes a small random model in a process that is killed at a random time, and resumes it in this one, which
-lives on; the bytes must be those of a run that nothing happened to. Then this process loads the model and lets it
+Each cycle quantizes a small random model in a process that is killed at a random time, and resumes it in this one,
+which lives on; the bytes must be those of a run that nothing happened to. Then this process loads the model and lets it
 generate, again and again, while ballast takes all memory up to a limit but for a few megabytes. What the process holds
 is printed as it goes, and in the end as one line of JSON: memory, open files, threads, and files that are left.
 """
@@ -21,11 +21,12 @@ import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-import torch
-from harness import Machine, contents
-from helpers import tiny_folder
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from harness import Machine, contents  # noqa: E402
+from helpers import tiny_folder  # noqa: E402
 
-import lorq
+import lorq  # noqa: E402
 
 METHOD = {"bits": 3, "group_size": 32, "budget": 0.5, "min_gain": 0.0, "epochs": 0, "rounding": "nearest"}
 TEXT = "".join(f"Line {i}: {i * i} is the square of {i}, and {i * 7919 % 1000} is not.\n" for i in range(40))
@@ -45,44 +46,33 @@ def held(folder: Path) -> dict[str, float]:
     }
 
 
-def killed_and_resumed(machine: Machine, folder: Path, source: Path, rng: random.Random, seconds: float) -> bool:
-    """One cycle; whether the kill came before the end."""
-    text, out = folder / "text.txt", folder / "place" / "out"
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in METHOD.items()]
-    command = ["quantize", source, out, "--method=flrq", *flags]
-    calibration = {"calibration": str(text), "samples": 4, "seq_len": 64}
-    command += [f"--{key.replace('_', '-')}={value}" for key, value in calibration.items()]
-    (folder / "place").mkdir(exist_ok=True)
-    machine.run(folder / "place", *command, "--overwrite", injury={"after": rng.uniform(0, seconds), "act": "SIGKILL"})
-    journal = (out / "lorq_journal.jsonl").exists()
-    if journal or not (out / "config.json").exists():
-        lorq.quantize(source, out, lorq.FLRQ(**METHOD), **calibration, resume=True)
-    return journal
-
-
 def cycles(folder: Path, count: int, rng: random.Random) -> dict[str, object]:
-    """So many of them; what was held after the fifth, when all is imported and warm, and in the end."""
-    source = tiny_folder(folder / "source", "llama", num_hidden_layers=4)
+    """So many of them; what was held after the fifth, when all is imported and warm, at most, and in the end."""
+    source, place = tiny_folder(folder / "source", "llama", num_hidden_layers=4), folder / "place"
+    place.mkdir()
     (folder / "text.txt").write_text(TEXT)
-    machine, found, killed, other = Machine(folder), [], 0, 0
-    began = time.monotonic()
-    lorq.quantize(
-        source,
-        folder / "whole" / "out",
-        lorq.FLRQ(**METHOD),
-        calibration=str(folder / "text.txt"),
-        samples=4,
-        seq_len=64,
-    )
-    seconds, whole = time.monotonic() - began, contents(folder / "whole")
-    for number in range(1, count + 1):
-        killed += killed_and_resumed(machine, folder, source, rng, seconds)
-        other += contents(folder / "place") != whole
+    calibration = {"calibration": str(folder / "text.txt"), "samples": 4, "seq_len": 64}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in (METHOD | calibration).items()]
+    command = ["quantize", source, place / "out", "--method=flrq", "--overwrite", *flags]
+    machine, found, kills, other = Machine(folder), [], 0, 0
+    for _ in range(2):  # the second has nothing to import
+        began = time.monotonic()
+        assert machine.run(place, *command).code == 0
+        seconds = time.monotonic() - began
+    lorq.quantize(source, folder / "whole" / "out", lorq.FLRQ(**METHOD), **calibration)
+    whole = contents(folder / "whole")
+    while len(found) < count:
+        injury = {"after": rng.uniform(0, seconds), "act": "SIGKILL"}
+        kills += machine.run(place, *command, injury=injury).code == -signal.SIGKILL
+        if not (place / "out" / "lorq_journal.jsonl").exists():
+            continue  # before it began, or when it was done
+        lorq.quantize(source, place / "out", lorq.FLRQ(**METHOD), **calibration, resume=True)
+        other += contents(place) != whole
         found.append(held(folder))
-        if number % 5 == 0:
-            print(f"cycle {number}: {killed} killed midway, {found[-1]}", flush=True)
+        if len(found) % 5 == 0:
+            print(f"cycle {len(found)}: {found[-1]}", flush=True)
     machine.close()
-    return {"cycles": count, "killed_midway": killed, "other_bytes": other, **_growth(found, min(4, count - 1))}
+    return {"cycles": count, "kills": kills, "other_bytes": other, **_growth(found, min(4, count - 1))}
 
 
 def generations(folder: Path, minutes: float, room: int) -> dict[str, object]:
@@ -123,6 +113,7 @@ def main() -> None:
     given = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="lorq-soak-") as place:
         folder = Path(place)
         print(json.dumps(cycles(folder, given.cycles, random.Random(given.seed))), flush=True)

@@ -97,8 +97,8 @@ def test_a_model_that_changes_during_a_run_is_noticed(point, own_model):
     times = (copy / "model.safetensors").stat()
     outcome = run.run(injury={"point": [point, 1], "act": "edit", "victim": str(copy / "model.safetensors")})
     assert re.search(
-        r"copy must stay as it is while it is read, model.safetensors changed meanwhile or went; put it back as it was, "
-        r"then continue with --resume; or begin again with --overwrite",
+        r"copy must stay as it is while it is read, model.safetensors changed meanwhile or went; put it back as it "
+        r"was, then continue with --resume; or begin again with --overwrite",
         one_line(outcome),
     )
     assert "fingerprint" not in outcome.line and not run.looks_whole()

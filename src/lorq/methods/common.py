@@ -37,8 +37,8 @@ SEARCHES: dict[Search, RangeSearch | None] = {
 # Widths of each kind of codes that have kernels (docs/kernels.md): what a budget chooses from, if nothing else is said.
 WIDTHS = {"scalar": (2, 3, 4, 6, 8), "vector": tuple(VECTOR_LENGTHS), "trellis": tuple(range(1, MOST_BITS + 1))}
 
-# Weights below this have scales that float16 holds with few digits, or not at all; and what of their squares may be lost
-# without a word.
+# Weights below this have scales that float16 holds with few digits, or not at all; and so much of their squares may be
+# lost without a word.
 _SMALL, _MOST_LOST = 2.0**-14, 0.25
 # Of the largest: what a channel's mean magnitude counts at least in the activation scale.
 _LEAST_MEAN = 1e-5

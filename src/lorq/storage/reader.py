@@ -206,8 +206,8 @@ class WeightFiles:
 
 
 def _states(folder: Path, files: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """Of weight files and the config what no change leaves: number in the file system, size, time of the last change."""
-    states = {}
+    """What no change of weight files and config leaves: number in the file system, size, time of the last change."""
+    states: dict[str, tuple[int, ...]] = {}
     for name in (*files, "config.json"):
         with suppress(OSError):  # it went
             stat = (folder / name).stat()
