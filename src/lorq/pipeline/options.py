@@ -42,8 +42,8 @@ class Options:
             the quantized one's too, and layers, but experts', make up for a part of what those before have changed;
             "auto" is the quantized one's for methods that fit a whole block (lrq, lords with refine_steps), else the
             original's.
-        pass_dtype: in what the calibration's passes multiply: "bfloat16" takes less than half as long where the processor
-            has instructions for it, and on GPUs, and changes KL by less than its noise.
+        pass_dtype: in what the calibration's passes multiply: "bfloat16" takes half as long where the processor has
+            instructions for it, and changes KL by less than its noise.
         activations: inputs of the quantized layers in 8 bits: "token", on each token's own range, or "tensor", on one
             range from calibration.
         smoothing: how much of the inputs' range is moved into the weights where inputs come from a norm and, with
