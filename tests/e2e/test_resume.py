@@ -229,7 +229,8 @@ def test_every_option_is_compared_but_those_that_say_how(begun):
     identity = read_journal(begun / JOURNAL).identity
     names = {field.name for field in fields(Options)} | {"device_type", "threads", "torch", "calibration_tokens"}
     names |= {"format_version", "lorq_version", "model", "method", "settings", "budget"}
-    assert names - set(identity) == {"device", "spill_bytes", "dry_run", "resume", "overwrite"}
+    how = {"device", "cluster", "spill_bytes", "memory_budget", "dry_run", "resume", "overwrite"}
+    assert names - set(identity) == how
     assert set(identity) <= names
 
 

@@ -84,8 +84,7 @@ class StreamedModel:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[name] = buffer.to(self.device)
         self._parameters = {name for name, _ in model.named_parameters()}
-        self._resident: set[str] = set()
-        self._in_bfloat16 = False
+        self._resident, self._in_bfloat16 = set[str](), False
         self._towers = find_towers(model)
         self._answers: dict[tuple[type[nn.Module], int], Answer] = {}
         blocks = find_blocks(model)
@@ -337,11 +336,11 @@ class StreamedModel:
     @contextmanager
     def products_in(self, dtype: str) -> Iterator[None]:
         """Let blocks multiply in "bfloat16" for the duration, or in the activations' own type; weights stay."""
-        before, self._in_bfloat16 = self._in_bfloat16, dtype == "bfloat16"
+        self._in_bfloat16 = dtype == "bfloat16"
         try:
             yield
         finally:
-            self._in_bfloat16 = before
+            self._in_bfloat16 = False
 
     def differentiable_run(
         self, block: Part, stream: Stream, window: int, weights: Mapping[Target, Tensor]

@@ -862,11 +862,11 @@ def test_a_journal_line_that_does_not_fit_is_taken_back(
     def full_at_the_journal(handle: int) -> None:
         calls.append(handle)
         if len(calls) == 2:
-            raise OSError(code, "the disk said no")
+            raise OSError(code, os.strerror(code))
         real_fsync(handle)
 
     monkeypatch.setattr(os, "fsync", full_at_the_journal)
-    message = r"needs \d+ bytes" if code == errno.ENOSPC else "the disk said no"
+    message = r"needs \d+ bytes" if code == errno.ENOSPC else os.strerror(code)
     with pytest.raises(OSError, match=message) as caught:
         writer.write_shard(SHARDS[1], tensors_of(1), {})
     assert caught.value.errno == code and contents(folder) == before
