@@ -67,7 +67,9 @@ def parse_json(raw: bytes, *, where: Path | str) -> dict[str, Any]:
 
 
 def check_kinds(told: Any, kinds: Mapping[str, type], *, where: Path | str, what: str = "") -> None:
-    """Refuse what is no object, and an object some of whose values are of other kinds; a whole number is a number, true and false are none.
+    """Refuse what is no object, or one some of whose values are of other kinds.
+
+    A whole number is a number too; true and false are none.
 
     Args:
         kinds: the kind of each value, by its key; a key that ends in ``?`` may be missing.
