@@ -162,6 +162,9 @@ FOLDERS = {
     "index: no metadata": (
         "ranks", lambda p: edit(p / "lorq.safetensors.index.json", lambda told: told.pop("metadata")), load,
         r"metadata must be an object, got None"),
+    "index: metadata is a word": (
+        "ranks", lambda p: edit(p / "lorq.safetensors.index.json", lambda told: told.update(metadata="0")), layers,
+        r"metadata must be an object, got '0'"),
     "a table of whole numbers": (
         "lords", tensors(lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"].int()}),
                          "lorq-00000-of-00001.safetensors"), load, r"embed_tokens.weight is torch.int32, not floating"),

@@ -9,6 +9,7 @@ it crash and goes on behind the case.
 """
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--kinds", default="", help="of these kinds alone, with commas between them")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="lorq-fuzz-") as home:
         os.environ["LORQ_CACHE"] = f"{home}/cache"
         seeds = make_seeds(Path(home))

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import io
 import json
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from lorq.storage.report import read_report
 from lorq.storage.seal import check_seal
 from lorq.storage.writer import CheckpointWriter, check_begun
 
-logging.disable(logging.CRITICAL)
 TOKENS = torch.arange(20)[None]
 Reader = Callable[[Path], Any]
 

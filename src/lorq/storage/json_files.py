@@ -66,8 +66,10 @@ def parse_json(raw: bytes, *, where: Path | str) -> dict[str, Any]:
     return value
 
 
-def check_kinds(told: Mapping[str, Any], kinds: Mapping[str, type], *, where: Path | str, what: str = "") -> None:
-    """Refuse an object some of whose values are of other kinds; a whole number is a number, true and false are none.
+def check_kinds(told: Any, kinds: Mapping[str, type], *, where: Path | str, what: str = "") -> None:
+    """Refuse what is no object, or one some of whose values are of other kinds.
+
+    A whole number is a number too; true and false are none.
 
     Args:
         kinds: the kind of each value, by its key; a key that ends in ``?`` may be missing.
@@ -76,6 +78,8 @@ def check_kinds(told: Mapping[str, Any], kinds: Mapping[str, type], *, where: Pa
     Raises:
         ValueError: naming the key, its kind and the value.
     """
+    if not isinstance(told, dict):
+        raise damaged(where, f"{what.rstrip(': ') or 'JSON'} must be an object, got {_short(told)}")
     for key, kind in kinds.items():
         name = key.removesuffix("?")
         if (name != key and name not in told) or is_kind(told.get(name), kind):
