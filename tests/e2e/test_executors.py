@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,6 +91,21 @@ def test_no_more_is_handed_over_than_can_soon_be_solved(devices):
     calls.append(devices.submit(time.sleep, 0))
     assert time.monotonic() - began > 0.1 and calls[0].done()
     assert [call.result() for call in calls] == [None] * (IN_FLIGHT + 1)
+
+
+def test_what_is_given_up_ends_at_once():
+    devices = Devices([CPU, CPU], CPU)
+    children = [Path("/proc", str(devices.submit(os.getpid).result())) for _ in range(2)]
+    calls = [devices.submit(time.sleep, 600) for _ in range(3)]
+    time.sleep(0.2)
+    began = time.monotonic()
+    devices.shutdown(wait=False, cancel_futures=True)
+    for call in calls:
+        with pytest.raises((RuntimeError, CancelledError)):
+            call.result(timeout=30)
+    while any(child.exists() for child in children) and time.monotonic() - began < 30:
+        time.sleep(0.05)
+    assert time.monotonic() - began < 20
 
 
 ALONE = """

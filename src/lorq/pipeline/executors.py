@@ -40,7 +40,7 @@ class Devices(Executor):
         self.devices, self.home, self.parallel = devices, home, len(devices)
         self._pools = [_pool() for _ in devices]
         self._waiting = [0 for _ in devices]
-        self._lock = threading.Lock()
+        self._lock, self._given_up = threading.Lock(), False
         self._room = threading.BoundedSemaphore(IN_FLIGHT * len(devices))
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -68,7 +68,8 @@ class Devices(Executor):
         with self._lock:
             self._waiting[lane] -= 1
             broken = isinstance(sent.exception(), BrokenProcessPool)
-            if broken and self._pools[lane] is pool:
+            tries = 0 if self._given_up else tries
+            if tries and broken and self._pools[lane] is pool:
                 self._pools[lane] = _pool()
         try:
             if broken and tries:
@@ -83,8 +84,14 @@ class Devices(Executor):
             answer.set_exception(error)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the processes end; without waiting, at once: nobody asks for what they are at."""
+        with self._lock:
+            self._given_up = not wait
         for pool in self._pools:
+            processes = list((pool._processes or {}).values())
             pool.shutdown(wait, cancel_futures=cancel_futures)
+            for process in processes if not wait else ():
+                process.kill()
 
 
 def _pool() -> ProcessPoolExecutor:
