@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 from urllib.parse import unquote
 from xml.etree import ElementTree
@@ -248,3 +249,13 @@ def test_names_of_lorq_in_pages_and_scripts_exist():
             if not hasattr(value, part):
                 importlib.import_module(f"{value.__name__}.{part}")
             value = getattr(value, part)
+
+
+def test_the_licences_of_all_dependencies_are_listed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras: dict[str, set[str]] = {}
+    for extra, needed in {"always": project["dependencies"], **project["optional-dependencies"]}.items():
+        for name in needed:
+            extras.setdefault(re.match(r"[\w.-]+", name)[0], set()).add(extra)
+    listed = re.findall(r"^\| ([\w.-]+) \| ([`\w, ]+) \| \S.* \|$", (ROOT / "LICENCES.md").read_text(), re.M)
+    assert {name: set(told.replace("`", "").split(", ")) for name, told in listed if name != "package"} == extras
