@@ -531,7 +531,7 @@ def quantized_already(folder):
     [
         ("no_config", r"must hold config.json, .*model does not"),
         ("no_weights", r"has neither model.safetensors nor"),
-        ("config_is_no_json", r"config of .*model could not be read"),
+        ("config_is_no_json", r"config.json: not valid JSON .* the file is damaged"),
         ("unknown_model_type", r"nonesuch"),
         ("truncated", r"model.safetensors: truncated: header says \d+ bytes, file has \d+"),
         ("malformed", r"model.safetensors: not valid JSON"),
