@@ -75,7 +75,7 @@ def test_two_devices_have_the_same_bytes_though_a_process_is_killed(folder_of, r
 
 def test_a_task_that_kills_its_processes_is_given_up(devices, monkeypatch):
     monkeypatch.setattr(executors, "TRIES", 2)
-    with pytest.raises(RuntimeError, match=r"solves layers on cpu has died 2 times over one task; .* --resume"):
+    with pytest.raises(ChildProcessError, match=r"solves layers on cpu has died 2 times over one task; .* --resume"):
         devices.submit(os._exit, 1).result()
     assert devices.submit(divmod, 7, 2).result() == (3, 1)
 
@@ -101,7 +101,7 @@ def test_what_is_given_up_ends_at_once():
     began = time.monotonic()
     devices.shutdown(wait=False, cancel_futures=True)
     for call in calls:
-        with pytest.raises((RuntimeError, CancelledError)):
+        with pytest.raises((ChildProcessError, CancelledError)):
             call.result(timeout=30)
     while any(child.exists() for child in children) and time.monotonic() - began < 30:
         time.sleep(0.05)
@@ -127,6 +127,24 @@ def test_processes_end_with_the_one_that_began_them(tmp_path):
     while child.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not child.exists()
+
+
+def test_an_executor_and_devices_are_two_answers(folder_of, run, tmp_path):
+    for where in ({"device": "cpu,cpu"}, {"cluster": "local"}):
+        with pytest.raises(ValueError, match=r"by an executor or where device and cluster say, .* give one"):
+            lorq.quantize(folder_of("llama"), tmp_path / "out", GPTQ, **run, **where, executor=SameProcess())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "127.0.0.1:99999", "nowhere"])
+def test_a_cluster_that_nobody_answers_for_is_refused_at_once(address, folder_of, run, tmp_path):
+    pytest.importorskip("ray")
+    began = time.monotonic()
+    with pytest.raises(
+        ValueError, match=rf"HOST:PORT of a Ray cluster that runs, got '{address}' .*`ray start --head`"
+    ):
+        lorq.quantize(folder_of("llama"), tmp_path / "out", GPTQ, **run, cluster=address)
+    assert time.monotonic() - began < 60
 
 
 # ---- the next block is looked at meanwhile ----------------------------------------------------------------

@@ -93,6 +93,8 @@ def test_a_budget_that_one_block_exceeds_is_refused_before_the_work(folder_of, r
     told = " ".join(capsys.readouterr().err.split())
     assert "memory_budget must hold a block and the solving of its largest layer" in told and "got 1MB; give" in told
     assert not list((tmp_path / "out").glob("lorq-*.safetensors"))
+    assert main([*command, "--memory-budget=1MB", "--dry-run"]) == 1
+    assert "of it Python, torch and what is read), got 1MB" in " ".join(capsys.readouterr().err.split())
     assert main([*command, "--memory-budget=much"]) == 1
     assert "memory_budget must be a number of KB, MB or GB" in " ".join(capsys.readouterr().err.split())
 

@@ -1,6 +1,8 @@
 """A Ray cluster as an executor: where tasks go, what is tried again and what is spilled is Ray's."""
 
 import logging
+import signal
+import socket
 import threading
 import weakref
 from collections.abc import Callable
@@ -12,6 +14,9 @@ import torch
 
 from lorq.core.stats import InputStats
 from lorq.pipeline.parcels import IN_FLIGHT, TRIES, answered, call, own_versions, pack
+
+# For a machine to answer at all.
+_SECONDS = 10
 
 
 class Cluster(Executor):
@@ -79,7 +84,9 @@ class Cluster(Executor):
         except self._ray.exceptions.RayError as error:
             told = " ".join(str(error).split())[:300]
             answer.set_exception(
-                RuntimeError(f"the cluster has lost a task {TRIES} times ({told}); --resume goes on, here or there")
+                ChildProcessError(
+                    f"the cluster has lost a task {TRIES} times ({told}); --resume goes on, here or there"
+                )
             )
         except Exception as error:
             answer.set_exception(error)
@@ -103,12 +110,28 @@ def _joined(address: str) -> tuple[Any, bool]:
     if ray.is_initialized():
         return ray, False
     own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    # Ray's handler ends the process with a stack of its own; only the main thread has one.
+    ours = signal.getsignal(signal.SIGTERM)
     try:
+        if address != "local":
+            _reached(ray, address)
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         told = " ".join(str(error).split())[:200]
         raise ValueError(
             f"cluster must be auto, local, or the HOST:PORT of a Ray cluster that runs, got {address!r} ({told}); "
             "`ray start --head` begins one"
         ) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
     return ray, True
+
+
+def _reached(ray: Any, address: str) -> None:
+    """Refuse where nobody answers, with an OSError: Ray would try again for minutes."""
+    if address == "auto":
+        address = ray._private.services.canonicalize_bootstrap_address("auto") or ""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), _SECONDS).close()

@@ -75,9 +75,10 @@ class Devices(Executor):
             if broken and tries:
                 return self._send(parcel, answer, tries)
             if broken:
-                raise RuntimeError(
+                raise ChildProcessError(
                     f"a process that solves layers on {self.devices[lane]} has died {TRIES} times over one task; the "
-                    "system may have killed it for its memory: --resume with fewer devices"
+                    "system may have killed it for its memory: --resume with fewer devices. (A script must begin its "
+                    "work under `if __name__ == '__main__':`, since such a process imports it.)"
                 )
             answer.set_result(answered(sent.result(), self.home))
         except Exception as error:

@@ -15,8 +15,8 @@ from lorq.models.experts import find_experts
 from lorq.pipeline.options import read_size
 from lorq.pipeline.plan import Plan
 from lorq.pipeline.tasks import Task, block_tasks, solve_task
-from lorq.pipeline.walk import Streams, observe
-from lorq.runtime.device import memory_peak, reset_peak
+from lorq.pipeline.walk import Streams, give_memory_back, observe
+from lorq.runtime.device import memory_now, memory_peak
 
 # Windows that are tried: one to find out how, one to time.
 _WINDOWS = 2
@@ -53,7 +53,7 @@ def forecast(model: StreamedModel, plan: Plan, windows: Int[Tensor, "windows len
     """Try the largest block, and the layer of it that takes most, and reckon up.
 
     Time grows with the windows, the blocks and their passes, and with the weights that are solved; memory with what is
-    kept of the windows. Nothing is written.
+    kept of the windows. The peak is that since `reset_peak`, what came before included. Nothing is written.
 
     Args:
         windows: of the calibration; None where nothing looks at inputs.
@@ -61,7 +61,7 @@ def forecast(model: StreamedModel, plan: Plan, windows: Int[Tensor, "windows len
     """
     part = max(model.blocks, key=lambda part: weights_of(plan, part))
     tokens = torch.zeros(1, 2, dtype=torch.int64) if windows is None else windows[:_WINDOWS]
-    reset_peak()
+    give_memory_back()
     with model.resident(*model.outside):
         stream = model.embed(tokens)
     loading = time.monotonic()
@@ -106,9 +106,10 @@ def fitted(plan: Plan, told: Forecast) -> tuple[Plan, int]:
     if needed > budget:
         block, layer = told.measured
         raise ValueError(
-            f"memory_budget must hold a block and the solving of its largest layer, {needed / 1e9:.1f} GB with {block} "
-            f"and {layer}, got {plan.options.memory_budget}; give as much, or take shorter windows "
-            "(--seq-len), a method that needs less, such as nearest, or --exclude the layer"
+            f"memory_budget must hold a block and the solving of its largest layer, {needed / 1e9:.2f} GB with {block} "
+            f"and {layer} ({memory_now() / 1e9:.2f} of it Python, torch and what is read), got "
+            f"{plan.options.memory_budget}; give as much, or take shorter windows (--seq-len), a method that needs "
+            "less, such as nearest, or --exclude the layer"
         )
     room = min(plan.options.spill_bytes, int((budget - needed) / SPARE))
     memory = needed + (int(told.kept * SPARE) if told.kept <= room else 0)
@@ -150,7 +151,7 @@ def _solve_largest(tasks: Iterator[Task]) -> tuple[str, float]:
         if own > size:
             largest, size = task, own
     if largest is None:
-        return "no layer", 0.0
+        return "no layer alone", 0.0
     began = time.monotonic()
     solve_task(largest)
     return next(iter(largest.problem.weights)), (time.monotonic() - began) / size

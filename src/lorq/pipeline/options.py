@@ -31,8 +31,9 @@ class Options:
         seed: of every random choice; the same seed gives the same bytes.
         device: where blocks are run and solved: "auto", "cpu", "cuda", "cuda:1" and so on; of several, such as
             "cuda:0,cuda:1", blocks are run on the first, and each has a process that solves layers.
-        cluster: solve the layers on a Ray cluster: "auto" for the one that this machine belongs to, its HOST:PORT, or
-            "" for none. A task takes as many CPUs as this process has threads, or a GPU where blocks are run on one.
+        cluster: solve the layers on a Ray cluster: "auto" for the one that this machine belongs to, its HOST:PORT,
+            "local" for one that is made of this machine, or "" for none. A task takes as many CPUs as this process has
+            threads, or a GPU where blocks are run on one.
         token_weights: "equal" counts each calibration token the same, "plain" by its squared length, "gradient" by how
             much each layer's output at it decides what the model says: better, and one more pass forward and back.
         router_weights: weigh a routed token by its squared router weight in the expert's statistics.

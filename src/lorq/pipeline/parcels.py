@@ -89,7 +89,7 @@ def call(parcel: bytes, parts: Sequence[bytes], device: str, threads: int, versi
     """
     try:
         if versions != (here := own_versions()):
-            raise RuntimeError(
+            raise ValueError(
                 f"all machines must have the same lorq and torch, this one has {' and '.join(here)}, not "
                 f"{' and '.join(versions)}; install these there"
             )

@@ -1,5 +1,6 @@
 """quantize(): the only place that calls the stages in order."""
 
+import multiprocessing
 import os
 import time
 from collections import deque
@@ -95,6 +96,13 @@ def quantize(
     reset_peak()
     progress = progress or no_progress
     chosen, solver = _asked(method, options)
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError("a process that solves layers imports this script: begin under if __name__ == '__main__':")
+    if executor is not None and (chosen.cluster or "," in chosen.device):
+        raise ValueError(
+            f"layers are solved by an executor or where device and cluster say, got an executor, device "
+            f"{chosen.device!r} and cluster {chosen.cluster!r}; give one"
+        )
     if chosen.calibration != SELF:
         check_text(chosen.calibration, "calibration")
     out, there = full_path(out), full_path(model)
@@ -144,8 +152,19 @@ def _dry_run(
 
 
 def _with_forecast(plan: Plan, model: StreamedModel, report: Report, progress: Progress) -> Report:
-    """The report of the largest sizes that can come out, and what the run will take."""
-    return replace(report, run=report.run | {"forecast": asdict(_foretold(plan, model, report.bytes, progress))})
+    """The report of the largest sizes that can come out, and what the run will take; windows that are not written yet
+    are random, as many tokens."""
+
+    def windows() -> Windows | None:
+        options, words = plan.options, model.model.config.get_text_config().vocab_size
+        if plan.observing and options.calibration == SELF:
+            return Windows(torch.randint(words, (options.samples, options.seq_len)), SELF, start_token=True)
+        return _calibration(plan, model, progress)()
+
+    told = _foretold(plan, model, report.bytes, windows, progress)
+    if plan.options.memory_budget:
+        fitted(plan, told)
+    return replace(report, run=report.run | {"forecast": asdict(told)})
 
 
 def _carry_out(
@@ -164,7 +183,7 @@ def _carry_out(
         text_seconds = time.monotonic() - began
         refuse()
         if options.memory_budget:
-            told = _foretold(plan, model, check_room(plan, model, out).bytes, progress)
+            told = _foretold(plan, model, check_room(plan, model, out).bytes, lambda: windows, progress)
             whole, foretold = fitted(whole, told)
         plan, gradients = _chosen(whole, model, lambda: windows, out, executor, progress)
         own = identity(plan, model, windows)
@@ -341,19 +360,17 @@ def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows:
     return report
 
 
-def _foretold(plan: Plan, model: StreamedModel, written: int, progress: Progress) -> Forecast:
-    """What the run will take. Windows that are not written yet are random: as many tokens, no text."""
-    options, windows = plan.options, None
-    if plan.observing:
-        size = options.samples, options.seq_len
-        windows = torch.randint(model.model.config.get_text_config().vocab_size, size)
-        if options.calibration != SELF:
-            windows = calibration_windows(options, model, progress)().tokens
+def _foretold(
+    plan: Plan, model: StreamedModel, written: int, windows: Callable[[], Windows | None], progress: Progress
+) -> Forecast:
+    """What the run will take."""
+    found = windows()
+    tokens = None if found is None else found.tokens
     progress(TRY, 0, 1)
     if too_large(model):
-        told = forecast_by_shapes(model, plan, None if windows is None else (len(windows), windows.shape[1]), written)
+        told = forecast_by_shapes(model, plan, None if tokens is None else (len(tokens), tokens.shape[1]), written)
     else:
-        told = forecast(model, plan, windows, written)
+        told = forecast(model, plan, tokens, written)
     progress(TRY, 1, 1)
     return told
 

@@ -60,5 +60,5 @@ def test_a_call_answers_or_raises_what_the_function_raised():
 
 def test_machines_with_another_torch_are_refused():
     parcel, _ = pack((divmod, (7, 2)))
-    with pytest.raises(RuntimeError, match=r"this one has lorq .* and torch .*, not lorq 0 and torch 1; install these"):
+    with pytest.raises(ValueError, match=r"this one has lorq .* and torch .*, not lorq 0 and torch 1; install these"):
         answered(call(parcel, (), "cpu", 1, ("lorq 0", "torch 1")), "cpu")
