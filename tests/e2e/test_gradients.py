@@ -283,7 +283,7 @@ def test_router_weights_would_count_twice(folder_of, quantize, tmp_path):
 
 
 def test_files_between_blocks_need_room_on_the_disk(folder_of, quantize, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorq.pipeline.quantize.require_space", lambda out, size: asked.append(size))
+    monkeypatch.setattr("lorq.pipeline.room.require_space", lambda out, size: asked.append(size))
     asked, method = [], lorq.GPTQ(group_size=32)
     for options in (
         {"spill_bytes": 1 << 30},

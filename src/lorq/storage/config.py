@@ -141,7 +141,10 @@ def _read_fields(where: str, entry: Any, kind: type[Any]) -> Any:
 def _check_keys(where: str, entry: Any, known: Mapping[str, Any]) -> None:
     """Refuse what is no object with exactly these keys, of their types."""
     if not isinstance(entry, dict) or set(entry) != set(known):
-        got = some_of(entry) if isinstance(entry, dict) else _short(entry)
+        got = _short(entry)
+        if isinstance(entry, dict):
+            odd = {"without": set(known) - set(entry), "with": set(entry) - set(known)}
+            got = "one " + " and ".join(f"{word} {some_of(keys)}" for word, keys in odd.items() if keys)
         raise ValueError(f"quantization_config.{where} must have the keys {sorted(known)}, got {got}")
     for key, type_ in known.items():
         if type(entry[key]) is not type_:
