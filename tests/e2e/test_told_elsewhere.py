@@ -93,7 +93,7 @@ def test_float8_with_scales_that_nobody_tells_of_is_refused(scale, tmp_path):
         with pytest.raises(ValueError, match=words):
             refused()
     (source / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "NVFP4"}}))
-    with pytest.raises(ValueError, match=r"must have ModelOpt's quant_algo FP8, got NVFP4; give a folder"):
+    with pytest.raises(ValueError, match=r"must have ModelOpt's quant_algo FP8, got 'NVFP4'; give a folder"):
         lorq.quantize(source, tmp_path / "out", METHOD)
 
 
