@@ -244,7 +244,7 @@ class StatsAccumulator:
         weight = self.weight or 1.0  # no token with a weight is as good as inputs of zeros
         upper = self.gram.triu() / weight
         gram = upper + upper.triu(1).T
-        if not float(gram.diagonal().max()) < _LARGEST:
+        if not float(gram.detach().diagonal().max()) < _LARGEST:
             raise FloatingPointError(
                 f"mean squares of inputs must be below {_LARGEST:.0e} to be calculated with, got "
                 f"{float(gram.diagonal().max()):.1e}; weigh the tokens alike with --token-weights equal"
