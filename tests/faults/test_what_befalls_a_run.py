@@ -173,7 +173,10 @@ def test_ctrl_c_on_the_installed_command_stops_it_with_the_line_that_goes_on(inj
     """The whole way: a process of its own, a signal from outside."""
     command = [sys.executable, "-m", "lorq.cli", *map(str, injured.command)]
     for _ in range(5):  # a small model may be done before the signal comes
-        with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+        with subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            text=True,
+        ) as run:  # fmt: skip
             while not (injured.out / "lorq_journal.jsonl").exists() and run.poll() is None:
                 time.sleep(0.001)
             run.send_signal(signal.SIGINT)
