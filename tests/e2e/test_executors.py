@@ -181,8 +181,9 @@ def _events(monkeypatch):
         ({}, ["beg", "beg", "end", "end"]),
         ({"stream": "corrected"}, ["beg", "end", "beg", "end"]),
         ({"activations": "token", "smoothing": 0.5}, ["beg", "end", "beg", "end"]),
+        ({"memory_budget": "64GB"}, ["beg", "end", "beg", "end"]),
     ],
-    ids=["original", "corrected", "smoothed"],
+    ids=["original", "corrected", "smoothed", "a budget of memory"],
 )
 def test_blocks_are_looked_at_ahead_where_nothing_waits_for_the_last(
     options, expected, folder_of, run, tmp_path, monkeypatch

@@ -105,9 +105,10 @@ def end_block(model: StreamedModel, plan: Plan, begun: Begun, probe: Probe) -> S
 
 def blocks_ahead(plan: Plan, executor: Executor) -> int:
     """Of how many blocks tasks may be under way when the next is looked at: of as many as keep an executor busy, where
-    inputs do not wait for what the blocks before come to."""
-    parallel = int(getattr(executor, "parallel", 1))
-    if plan.stream != "original" or plan.blockwise or plan.options.smoothing or parallel == 1:
+    inputs do not wait for what the blocks before come to. None with a budget of memory, which one block is reckoned
+    in."""
+    parallel, options = int(getattr(executor, "parallel", 1)), plan.options
+    if plan.stream != "original" or plan.blockwise or options.smoothing or options.memory_budget or parallel == 1:
         return 0
     return min(_AHEAD, 1 + parallel // _TASKS)
 
