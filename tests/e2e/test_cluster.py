@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import byte_tokenizer, folder_digests, tiny_model
+from helpers import folder_digests, tiny_folder
 
 import lorq
 
@@ -28,11 +28,8 @@ def run(text_file):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "deep"
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-    tiny_model(num_hidden_layers=BLOCKS, **sizes).save_pretrained(folder)
-    byte_tokenizer(64).save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    return tiny_folder(tmp_path_factory.mktemp("models") / "deep", "llama", num_hidden_layers=BLOCKS, **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import sys
 import pytest
 import sizes
 import torch
-from helpers import byte_tokenizer, folder_digests, tiny_model
+from helpers import byte_tokenizer, folder_digests, tiny_folder
 
 import lorq
 from lorq.cli import main
@@ -27,11 +27,8 @@ def run(text_file):
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """A model whose blocks take more than everything around them: 27 MB each in float32."""
-    folder = tmp_path_factory.mktemp("models") / "wide"
-    sizes = {"hidden_size": 768, "intermediate_size": 1536, "num_attention_heads": 4, "num_key_value_heads": 4}
-    tiny_model(num_hidden_layers=3, initializer_range=0.02, **sizes).save_pretrained(folder)
-    byte_tokenizer(64).save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 768, "intermediate_size": 1536}
+    return tiny_folder(tmp_path_factory.mktemp("models") / "wide", "llama", num_hidden_layers=3, **sizes)
 
 
 @linux
