@@ -21,7 +21,7 @@ import lorq
 from lorq.pipeline.options import Options
 from lorq.progress import OPEN
 from lorq.storage import writer
-from lorq.storage.journal import read_journal
+from lorq.storage.journal import CHECK, journal_line, read_journal
 from lorq.storage.names import JOURNAL, REPORT_NAME
 from lorq.storage.reader import WeightFiles
 
@@ -232,6 +232,24 @@ def test_every_option_is_compared_but_those_that_say_how(begun):
     how = {"device", "cluster", "spill_bytes", "memory_budget", "dry_run", "resume", "overwrite"}
     assert names - set(identity) == how
     assert set(identity) <= names
+
+
+def test_a_record_that_lorq_never_wrote_is_refused(quantize, source, begun, tmp_path):
+    for number, (spoil, words) in enumerate(
+        [
+            (lambda record: record.pop("inputs"), "inputs must be a list, got None"),
+            (lambda record: record.update(formats=[]), r"formats must be an object, got \[\]"),
+            (lambda record: record["layers"][0].update(rank=-1), "bits, rank and bytes must be at least 0"),
+        ]
+    ):
+        out = shutil.copytree(begun, tmp_path / str(number))
+        *lines, last = (out / JOURNAL).read_text().splitlines()
+        entry = json.loads(last)
+        spoil(entry["shard"]["record"])
+        line = journal_line({key: value for key, value in entry.items() if key != CHECK})
+        (out / JOURNAL).write_bytes("\n".join([*lines, ""]).encode() + line)
+        with pytest.raises(ValueError, match=words):
+            quantize(source, out, resume=True)
 
 
 def test_the_report_tells_nothing_of_the_machine(source, quantize, tmp_path):

@@ -18,8 +18,9 @@ from lorq.pipeline.verify import Probe
 from lorq.pipeline.walk import Visit
 from lorq.storage.config import write_format
 from lorq.storage.folder import LorqFolder
-from lorq.storage.names import TABLES, shard_name
-from lorq.storage.report import LayerReport
+from lorq.storage.json_files import check_kinds
+from lorq.storage.names import JOURNAL, TABLES, shard_name
+from lorq.storage.report import LayerReport, read_layer
 from lorq.storage.writer import CheckpointWriter
 
 
@@ -138,6 +139,20 @@ class Commit:
         """Wait until all that was given to the disk is on it; raises what went wrong there."""
         while self._under_way:
             self._under_way.pop().result()
+
+
+def check_records(writer: CheckpointWriter) -> None:
+    """Refuse, with a ValueError, a journal whose records are not as `Commit` writes them; lorq never wrote it."""
+    for shard, record in writer.completed.items():
+        where = f"{writer.folder / JOURNAL}, {shard}"
+        check_kinds(record, _RECORD, where=where)
+        for entry in record["layers"]:
+            read_layer(entry, where)
+
+
+_RECORD: dict[str, type] = {
+    "layers": list, "formats": dict, "tiles": dict, "inputs": list, "embeddings": dict, "source": str, "bytes": int,
+}  # fmt: skip
 
 
 def _record(source: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from lorq.models.tokenizer import tokenizer_if_any
 from lorq.models.windows import Encoder, Windows, text_windows
 from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
-from lorq.pipeline.commit import Commit
+from lorq.pipeline.commit import Commit, check_records
 from lorq.pipeline.dial import Choice, Dial, levelled
 from lorq.pipeline.executors import SameProcess, open_executor
 from lorq.pipeline.forecast import Forecast, fitted, forecast
@@ -51,7 +51,7 @@ from lorq.storage.lock import owned
 from lorq.storage.measured import add_times
 from lorq.storage.names import FORMAT_VERSION, JOURNAL, REPORT_NAME, SENTINEL
 from lorq.storage.out_folder import check_out
-from lorq.storage.report import LayerReport, Report
+from lorq.storage.report import Report, read_layer
 from lorq.storage.writer import CheckpointWriter, check_begun
 from lorq.version import __version__
 
@@ -188,6 +188,7 @@ def _carry_out(
         plan, gradients = _chosen(whole, model, lambda: windows, out, executor, progress)
         own = identity(plan, model, windows)
         writer = CheckpointWriter.create(out, own, overwrite=options.overwrite, resume=options.resume)
+        check_records(writer)
         with ThreadPoolExecutor(1, "write") as disk:
             commit = Commit(model, plan, writer, disk)
             stages = _solve(plan, model, windows, commit, executor, progress, refuse, gradients)
@@ -217,7 +218,8 @@ def _chosen(
 def _as_begun(out: Path, windows: Windows) -> Windows:
     """The windows under the name that the run began with, where they are the same under another."""
     then = read_journal(out / JOURNAL).identity
-    return replace(windows, source=then["calibration"]) if then["calibration_tokens"] == windows.sha256 else windows
+    same = then.get("calibration_tokens") == windows.sha256
+    return replace(windows, source=then["calibration"]) if same and "calibration" in then else windows
 
 
 def _solve(
@@ -336,7 +338,7 @@ def _asked(method: str | Method | None, options: dict[str, Any]) -> tuple[Option
 
 def _finish(plan: Plan, model: StreamedModel, writer: CheckpointWriter, windows: Windows | None) -> Report:
     records, folder = list(writer.completed.values()), model.checkpoint.folder
-    layers = [LayerReport(**{**l, "shape": tuple(l["shape"])}) for record in records for l in record["layers"]]
+    layers = [read_layer(entry, folder) for record in records for entry in record["layers"]]
     report = make_report(
         plan, model, layers, stored=sum(record["bytes"] for record in records),
         run_info=run_info(plan, model, windows), checksums=writer.shard_checksums(),

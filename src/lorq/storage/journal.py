@@ -1,5 +1,6 @@
-"""The journal of a run: who it is, and which shards are finished."""
+"""The journal of a run: who it is, and which shards are finished. Every line has its own checksum."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -11,7 +12,8 @@ from typing import Any
 from lorq.storage.atomic import rename_synced, sha256_of, write_synced
 from lorq.storage.json_files import _short, damaged, name_below, parse_json, plain_name
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
+CHECK = "sha256_of_line"
 AGAIN = "begins_again"  # in the identity of work that is never resumed
 
 
@@ -44,12 +46,12 @@ def write_journal(path: Path, identity: dict[str, Any], shards: Iterable[Finishe
     """Begin a journal, or replace one; one JSON object per line."""
     lines: list[dict[str, Any]] = [{"identity": identity, "journal_version": JOURNAL_VERSION}]
     lines += [{"shard": asdict(shard)} for shard in shards]
-    rename_synced(write_synced(path, b"".join(map(_line, lines))), path)
+    rename_synced(write_synced(path, b"".join(map(journal_line, lines))), path)
 
 
 def append_line(path: Path, entry: dict[str, Any]) -> None:
     """Add a line to the journal, on the disk on return, and take it back if that fails or is stopped."""
-    line, before = _line(entry), path.stat().st_size
+    line, before = journal_line(entry), path.stat().st_size
     try:
         with path.open("ab") as file:
             file.write(line)
@@ -61,8 +63,26 @@ def append_line(path: Path, entry: dict[str, Any]) -> None:
         raise
 
 
-def _line(entry: dict[str, Any]) -> bytes:
-    return json.dumps(entry, sort_keys=True).encode() + b"\n"
+def journal_line(entry: dict[str, Any]) -> bytes:
+    """An entry as the journal has it, with the checksum of all else that is in the line."""
+    return json.dumps(entry | {CHECK: _check(entry)}, sort_keys=True).encode() + b"\n"
+
+
+def _check(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+
+
+def _read_line(line: bytes, where: str, first: bool) -> dict[str, Any]:
+    """An entry whose version is read here, if it is the first, and whose checksum is right; a ValueError otherwise."""
+    entry = parse_json(line, where=where)
+    if first and (version := entry.get("journal_version")) != JOURNAL_VERSION:
+        raise ValueError(
+            f"{where}: this lorq reads journal version {JOURNAL_VERSION}, got {version!r}; "
+            "go on with the lorq that wrote it"
+        )
+    if entry.pop(CHECK, None) != (check := _check(entry)):
+        raise damaged(where, f"{CHECK} must be that of what the line says, {check[:12]}")
+    return entry
 
 
 def read_journal(path: Path) -> Journal:
@@ -74,17 +94,12 @@ def read_journal(path: Path) -> Journal:
     for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         try:
-            entry = parse_json(line, where=where)
+            entry = _read_line(line, where, first=number == 1)
         except ValueError:
             if number == len(lines) > 1:
                 break  # after a power cut a block of a file may hold anything
             raise
         if number == 1:
-            if (version := entry.get("journal_version")) != JOURNAL_VERSION:
-                raise ValueError(
-                    f"{where}: this lorq reads journal version {JOURNAL_VERSION}, got {version!r}; "
-                    "go on with the lorq that wrote it"
-                )
             identity = entry.get("identity")
         elif isinstance(names := entry.get("closing"), list):
             closing += [name_below(name, where=where) for name in names]

@@ -131,7 +131,7 @@ class Report:
         for name in ("kept", "checksums"):
             check_kinds(told[name], dict.fromkeys(told[name], str), where=where, what=f"{name}: ")
         _check_run(told["run"], where)
-        layers = tuple(_layer(entry, where) for entry in told["layers"])
+        layers = tuple(read_layer(entry, where) for entry in told["layers"])
         rest = {key: value for key, value in told.items() if key not in ("bits_per_weight", "layers")}
         return cls(layers=layers, **rest)
 
@@ -156,8 +156,8 @@ _RUN: dict[str, type] = {
 _TUNING: dict[str, type] = {"kl_before": float, "kl_after": float, "held_out?": int, "steps?": int, "kept_step?": int}
 
 
-def _layer(entry: Any, where: Path) -> LayerReport:
-    """What a report says of a layer, checked."""
+def read_layer(entry: Any, where: Path | str) -> LayerReport:
+    """What a report or a journal says of a layer; a ValueError that names ``where`` if it is damaged."""
     if not isinstance(entry, dict):
         raise damaged(where, f"layers must be objects, got {entry!r:.80}")
     what = f"{entry.get('name')!r:.80}: "

@@ -23,6 +23,7 @@ from torch import Tensor
 from lorq.storage import json_files
 from lorq.storage import writer as checkpoint
 from lorq.storage.atomic import TEMPORARY, require_space
+from lorq.storage.journal import journal_line
 from lorq.storage.names import INDEX, JOURNAL
 from lorq.storage.out_folder import check_out
 from lorq.storage.reader import WeightFiles, read_weight_map
@@ -496,6 +497,18 @@ def leave_temporary(folder: Path) -> None:
     (folder / (SHARDS[3] + TEMPORARY)).write_bytes(b"half")
 
 
+def test_a_changed_digit_in_the_journal_is_seen(tmp_path: Path) -> None:
+    start(tmp_path / "out")
+    journal = tmp_path / "out" / JOURNAL
+    text = journal.read_text()
+    assert text.count('"error": 0.1') == 1
+    journal.write_text(text.replace('"error": 0.1', '"error": 0.2'))
+    with pytest.raises(
+        ValueError, match=r"line 3: sha256_of_line must be that of what the line says, .*; the file is d"
+    ):
+        resume(tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("accident", "kept"),
     [
@@ -668,37 +681,36 @@ def test_an_empty_folder_is_begun_by_every_flag(tmp_path: Path) -> None:
         assert CheckpointWriter.create(folder, IDENTITY, **options).completed == {}
 
 
+_SHARD = {"name": "x.safetensors", "sha256": 1, "size": 1, "tensors": [], "record": 0}
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([b"{}"], r"line 1: this lorq reads journal version 1, got None"),
-        ([b'{"journal_version": 2}'], r"reads journal version 1, got 2; go on with the lorq that wrote it"),
-        ([b'{"journal_version": 1, "identity": 3}'], r"first line must hold the run's identity, got 3"),
+        ([b"{}"], r"line 1: this lorq reads journal version 2, got None"),
+        ([b'{"journal_version": 3}'], r"reads journal version 2, got 3; go on with the lorq that wrote it"),
+        ([b'{"journal_version": 2, "identity": {}}'], r"line 1: sha256_of_line must be that of what the line says"),
+        ([{"journal_version": 2, "identity": 3}], r"first line must hold the run's identity, got 3"),
         ([b"{"], r"line 1: not valid JSON"),
         ([], r"first line must hold the run's identity, got None"),
         ([None, b"{", b"{}"], r"line 2: not valid JSON"),
-        ([None, b'{"shard": 3}', b"{}"], r"line 2: must describe one shard, got 3"),
-        ([None, b'{"closing": ["../x"]}'], r"line 2: must name a file in or below its folder, got '../x'"),
+        ([None, b'{"closing": []}', b"{}"], r"line 2: sha256_of_line must be that of what the line says"),
+        ([None, {"shard": 3}, b"{}"], r"line 2: must describe one shard, got 3"),
+        ([None, {"closing": ["../x"]}], r"line 2: must name a file in or below its folder, got '../x'"),
         (
-            [
-                None,
-                b'{"shard": {"name": "/x.safetensors", "sha256": 1, "size": 1, "tensors": [], "record": 0}}',
-            ],
+            [None, {"shard": _SHARD | {"name": "/x.safetensors"}}],
             r"must name a plain file name ending in .safetensors, without a folder, got '/x.safetensors'",
         ),
-        (
-            [
-                None,
-                b'{"shard": {"name": "x.safetensors", "sha256": 1, "size": 1, "tensors": [], "record": 0}}',
-            ],
-            r"must give sha256, size and tensor names",
-        ),
+        ([None, {"shard": _SHARD}], r"must give sha256, size and tensor names"),
     ],
 )
-def test_a_damaged_journal_is_refused(lines: list[bytes | None], message: str, tmp_path: Path) -> None:
+def test_a_damaged_journal_is_refused(lines: list[bytes | dict[str, Any] | None], message: str, tmp_path: Path) -> None:
     CheckpointWriter.create(tmp_path, IDENTITY)
-    first = (tmp_path / JOURNAL).read_bytes().strip()
-    (tmp_path / JOURNAL).write_bytes(b"".join((first if line is None else line) + b"\n" for line in lines))
+    first = (tmp_path / JOURNAL).read_bytes()
+    written = (
+        journal_line(line) if isinstance(line, dict) else first if line is None else line + b"\n" for line in lines
+    )
+    (tmp_path / JOURNAL).write_bytes(b"".join(written))
     for options in ({"resume": True}, {"overwrite": True}):
         with pytest.raises(ValueError, match=message):
             CheckpointWriter.create(tmp_path, IDENTITY, **options)
