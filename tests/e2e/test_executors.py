@@ -129,6 +129,21 @@ def test_processes_end_with_the_one_that_began_them(tmp_path):
     assert not child.exists()
 
 
+def test_a_script_without_a_guard_is_told_so_once(folder_of, run, tmp_path):
+    places = f"{str(folder_of('llama'))!r}, {str(tmp_path / 'out')!r}"
+    script = f"import lorq\nlorq.quantize({places}, lorq.Nearest(group_size=32), device='cpu,cpu')\n"
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == 1
+    assert "must begin its work under `if __name__ == '__main__':`" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("names", ["cpu,,cpu", "cpu,", ","])
+def test_an_empty_name_of_a_device_is_told_of(names, folder_of, run, tmp_path):
+    with pytest.raises(ValueError, match=f"names between commas, one is empty in '{names}'; take a comma out"):
+        lorq.quantize(folder_of("llama"), tmp_path / "out", GPTQ, **run, device=names)
+
+
 def test_an_executor_and_devices_are_two_answers(folder_of, run, tmp_path):
     for where in ({"device": "cpu,cpu"}, {"cluster": "local"}):
         with pytest.raises(ValueError, match=r"by an executor or where device and cluster say, .* give one"):

@@ -58,7 +58,7 @@ def test_what_is_whole_has_no_faults_and_no_tensor_is_left_out(name, made, capsy
     stored = [tensor for file in files if file.suffix == ".safetensors" for tensor in load_file(file)]
     assert done.tensors == len(stored) or (done.place.is_file() and done.tensors >= 20)
     named = {file.name for file in files}
-    assert named <= {*done.sealed} or (name in ("adapter", "model") and named <= {*done.unsealed})
+    assert named <= {*done.sealed} or (name == "model" and named <= {*done.unsealed})
 
 
 def put(folder, tensors, *, seal=True):
@@ -209,16 +209,23 @@ def test_exports_and_adapters_tell_the_tensor(made, tmp_path):
     own = shutil.copytree(made / "adapter", tmp_path / "adapter")
     name = next(iter(tensors := load_file(own / "lorq_adapter.safetensors")))
     save_file(tensors | {name: tensors[name] * torch.nan}, own / "lorq_adapter.safetensors")
-    (fault,) = lorq.verify(own).faults
+    changed, fault = lorq.verify(own).faults
+    assert changed.where == "lorq_adapter.safetensors" and "must have the sha256" in changed.what
     assert fault.where == name and "must be finite" in fault.what
+    (own / "lorq_adapter.safetensors").unlink()
+    (gone,) = lorq.verify(own).faults
+    assert gone.what == "must be there, it is missing"
 
 
 def test_pickles_and_code_beside_a_folder_are_told_of_and_no_fault(made, tmp_path):
     folder = shutil.copytree(made / "ranks", tmp_path / "ranks")
     (folder / "pytorch_model.bin").write_bytes(b"no pickle that anybody reads")
+    (folder / "stray.py").write_text("raise SystemExit")
     edit(folder / "config.json", lambda config: config.update(auto_map={"AutoModel": "code.Model"}))
     done = lorq.verify(folder)
-    assert done.faults == () and "not read by lorq: pytorch_model.bin" in done.notes[0] and "auto_map" in done.notes[1]
+    pickles, code, named = done.notes
+    assert done.faults == () and pickles.endswith("not read by lorq: pytorch_model.bin")
+    assert code == "code lies there, which lorq does not run: stray.py" and "auto_map" in named
 
 
 def test_a_folder_with_faults_is_not_pushed(made, tmp_path):

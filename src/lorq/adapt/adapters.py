@@ -23,7 +23,7 @@ from lorq.core.codes import CodesFormat, LevelFormat, LowRankScale
 from lorq.models.locate import full_path
 from lorq.runtime.device import own_defaults
 from lorq.runtime.linear import QuantLinear
-from lorq.storage.atomic import AGAIN, write_whole
+from lorq.storage.atomic import AGAIN, sha256_of, write_whole
 from lorq.storage.config import write_format
 from lorq.storage.json_files import damaged, json_bytes, some_of
 from lorq.storage.safetensors_file import Header, read_header, read_tensor
@@ -263,8 +263,12 @@ def save_adapter(model: nn.Module, folder: str | Path, name: str | None = None) 
         raise ArithmeticError(f"an adapter must be finite in float16, these are not: {some_of(bad)}; train it anew")
     from safetensors.torch import save
 
-    config = {"lorq_adapter": ADAPTER_VERSION, "base": base_hash(model), "ranks": ranks}
-    for file, data in ((ADAPTER_TENSORS, save(tensors)), (ADAPTER_CONFIG, json_bytes(config))):
+    weights = save(tensors)
+    config = {
+        "lorq_adapter": ADAPTER_VERSION, "base": base_hash(model), "ranks": ranks,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+    }  # fmt: skip
+    for file, data in ((ADAPTER_TENSORS, weights), (ADAPTER_CONFIG, json_bytes(config))):
         write_whole(folder / file, data, AGAIN)
 
 
@@ -331,7 +335,10 @@ def read_factors(folder: Path, base: str, shapes: Mapping[str, tuple[int, int]])
     wanted = {f"{name}.{part}" for name in shapes for part in ("scale_left", "scale_right")}
     if more := set(header.tensors) - wanted:
         raise damaged(path, f"it must hold the {len(wanted)} factors of the base's layers alone, got {some_of(more)}")
-    return {name: _read_pair(path, header, name, ranks[name], shape) for name, shape in shapes.items()}
+    factors = {name: _read_pair(path, header, name, ranks[name], shape) for name, shape in shapes.items()}
+    if (told := config.get("sha256")) not in (None, found := sha256_of(path)):  # None: written by an earlier lorq
+        raise damaged(path, f"it must have the sha256 {str(told)[:12]} of {ADAPTER_CONFIG}, it has {found[:12]}")
+    return factors
 
 
 def _read_pair(path: Path, header: Header, name: str, rank: Any, shape: tuple[int, int]) -> Factors:

@@ -18,6 +18,7 @@ _PARTS = ("scale_left", "scale_right")
 def check_adapter(place: Path, found: Findings) -> None:
     """Look at every factor; whether they are for the right codes, only the base tells."""
     ranks: Any = {}
+    checksum = None
     with found.of(ADAPTER_CONFIG):
         config = read_adapter_config(place)
         ranks, base = config.get("ranks"), config.get("base")
@@ -25,7 +26,13 @@ def check_adapter(place: Path, found: Findings) -> None:
             raise ValueError(f"ranks must be whole numbers from 1 by layer, got {ranks!r:.80}")
         if not isinstance(base, str):
             raise ValueError(f"base must be the sha256 of the codes that it is for, got {base!r:.80}")
-    found.unsealed += [name for name in (ADAPTER_CONFIG, ADAPTER_TENSORS) if (place / name).is_file()]
+        checksum = config.get("sha256")
+        if not isinstance(checksum, str | None):
+            raise ValueError(f"sha256 must be that of {ADAPTER_TENSORS}, got {checksum!r:.80}")
+    found.unsealed.append(ADAPTER_CONFIG)
+    found.compare(ADAPTER_TENSORS, checksum)
+    if not (place / ADAPTER_TENSORS).is_file():
+        return
     found.notes.append("which codes it is for is seen when it is loaded onto them")
     header = found.headers([ADAPTER_TENSORS]).get(ADAPTER_TENSORS)
     if header is None:

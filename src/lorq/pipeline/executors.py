@@ -9,12 +9,16 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
 
 from lorq.pipeline.parcels import IN_FLIGHT, TRIES, answered, call, own_versions, pack
 from lorq.runtime.device import read_devices
+
+# How a process ends that would begin the run again which began it.
+UNGUARDED = 87
 
 
 class SameProcess(Executor):
@@ -60,25 +64,32 @@ class Devices(Executor):
         except BrokenProcessPool as error:  # it died while it had nothing to do
             sent = Future()
             sent.set_exception(error)
-        sent.add_done_callback(partial(self._answered, parcel, answer, tries - 1, lane, pool))
+        sent.add_done_callback(partial(self._answered, parcel, answer, tries - 1, lane, pool, _processes(pool)))
 
     def _answered(
-        self, parcel: bytes, answer: Future[Any], tries: int, lane: int, pool: Executor, sent: Future[bytes]
-    ) -> None:
+        self, parcel: bytes, answer: Future[Any], tries: int, lane: int, pool: Executor,
+        processes: Sequence[BaseProcess], sent: Future[bytes],
+    ) -> None:  # fmt: skip
         with self._lock:
             self._waiting[lane] -= 1
             broken = isinstance(sent.exception(), BrokenProcessPool)
-            tries = 0 if self._given_up else tries
+            unguarded = broken and any(process.exitcode == UNGUARDED for process in processes)
+            tries = 0 if self._given_up or unguarded else tries
             if tries and broken and self._pools[lane] is pool:
                 self._pools[lane] = _pool()
         try:
             if broken and tries:
                 return self._send(parcel, answer, tries)
+            if unguarded:
+                raise RuntimeError(
+                    "a script that solves layers on several devices must begin its work under "
+                    "`if __name__ == '__main__':`, it began again in each of their processes; put the call of lorq "
+                    "under such a line"
+                )
             if broken:
                 raise ChildProcessError(
                     f"a process that solves layers on {self.devices[lane]} has died {TRIES} times over one task; the "
-                    "system may have killed it for its memory: --resume with fewer devices. (A script must begin its "
-                    "work under `if __name__ == '__main__':`, since such a process imports it.)"
+                    "system may have killed it for its memory: --resume with fewer devices"
                 )
             answer.set_result(answered(sent.result(), self.home))
         except Exception as error:
@@ -89,7 +100,7 @@ class Devices(Executor):
         with self._lock:
             self._given_up = not wait
         for pool in self._pools:
-            processes = list((pool._processes or {}).values())
+            processes = _processes(pool)
             pool.shutdown(wait, cancel_futures=cancel_futures)
             for process in processes if not wait else ():
                 process.kill()
@@ -98,6 +109,10 @@ class Devices(Executor):
 def _pool() -> ProcessPoolExecutor:
     # Neither torch's threads nor a device's context survive a fork.
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+
+
+def _processes(pool: ProcessPoolExecutor) -> list[BaseProcess]:
+    return list((pool._processes or {}).values())
 
 
 def _begin() -> None:

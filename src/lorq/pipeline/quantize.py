@@ -27,7 +27,7 @@ from lorq.pipeline.check_walk import check_walk, looks_at_all
 from lorq.pipeline.check_weights import check_kinds, check_weights, checking_ahead
 from lorq.pipeline.commit import Commit, check_records
 from lorq.pipeline.dial import Choice, Dial, levelled
-from lorq.pipeline.executors import SameProcess, open_executor
+from lorq.pipeline.executors import UNGUARDED, SameProcess, open_executor
 from lorq.pipeline.forecast import Forecast, fitted, forecast
 from lorq.pipeline.gradients import token_gradients
 from lorq.pipeline.identity import LATER, identity, run_info
@@ -97,7 +97,7 @@ def quantize(
     progress = progress or no_progress
     chosen, solver = _asked(method, options)
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError("a process that solves layers imports this script: begin under if __name__ == '__main__':")
+        os._exit(UNGUARDED)  # in a process of `Devices`, which imports the script that began it
     if executor is not None and (chosen.cluster or "," in chosen.device):
         raise ValueError(
             f"layers are solved by an executor or where device and cluster say, got an executor, device "

@@ -58,7 +58,10 @@ def read_devices(names: str) -> list[torch.device]:
         >>> read_devices("cpu,cpu")
         [device(type='cpu'), device(type='cpu')]
     """
-    devices = [read_device(name.strip()) for name in names.split(",")]
+    parts = [name.strip() for name in names.split(",")]
+    if len(parts) > 1 and "" in parts:
+        raise ValueError(f"several devices must be names between commas, one is empty in {names!r}; take a comma out")
+    devices = [read_device(name) for name in parts]
     if len({device.type for device in devices}) > 1:
         raise ValueError(f"several devices must be of one type, got {names}; give those of one")
     return devices

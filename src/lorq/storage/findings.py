@@ -98,6 +98,8 @@ class Findings:
         own = set(looked_at)
         if others := [p.name for p in self.place.iterdir() if p.name.endswith(WEIGHTS) and p.name not in own]:
             self.notes.append(f"not looked at, and not read by lorq: {some_of(others)}")
+        if code := sorted(path.name for path in self.place.glob("*.py")):
+            self.notes.append(f"code lies there, which lorq does not run: {some_of(code)}")
         with suppress(ValueError, OSError):  # which are faults of their own
             if "auto_map" in read_json(self.place / "config.json"):
                 self.notes.append("config.json names code (auto_map), which lorq does not run")

@@ -24,6 +24,7 @@ from lorq.adapt.saving import merge
 from lorq.core.codes import IntCodes, IntGrid, LevelCodes, LevelFormat, LowRankScale, levels
 from lorq.core.weight import QuantizedWeight
 from lorq.runtime.linear import QuantLinear
+from lorq.storage.atomic import sha256_of
 
 # Names, shapes (out, in) and scale ranks of the little model's layers.
 LAYERS = {"up": (24, 16, 2), "down": (16, 24, 3)}
@@ -258,7 +259,8 @@ def test_a_saved_adapter_is_what_was_learned_rounded_to_float16(net, folder, x):
     torch.testing.assert_close(fresh(x), expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
     assert not any(p.requires_grad for p in fresh.parameters())
     config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
-    assert config == {"lorq_adapter": 1, "base": base_hash(net), "ranks": dict.fromkeys(LAYERS, 5)}
+    ranks, checksum = dict.fromkeys(LAYERS, 5), sha256_of(folder / ADAPTER_TENSORS)
+    assert config == {"lorq_adapter": 1, "base": base_hash(net), "ranks": ranks, "sha256": checksum}
 
 
 def test_a_loaded_adapter_saves_to_the_same_bytes_and_trains_on(folder, x, tmp_path):
@@ -362,6 +364,9 @@ DAMAGES = {
     ),
     "infinite": (
         spoil(lambda t: t["up.scale_right"][0].fill_(torch.inf)), ValueError, "up.scale_right must be finite",
+    ),
+    "another number": (
+        spoil(lambda t: t["up.scale_right"][0].mul_(2)), ValueError, "must have the sha256 .* of lorq_adapter.json, it",
     ),
 }  # fmt: skip
 
