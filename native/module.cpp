@@ -10,6 +10,7 @@
 #include "gguf.hpp"
 #include "operator.hpp"
 #include "rotation.hpp"
+#include "rounding.hpp"
 #include "trellis.hpp"
 #include "trellis_product.hpp"
 
@@ -61,7 +62,7 @@ std::string best() {
 }  // namespace
 
 // What the functions below take and give: one more with every change of it, here and in src/lorq/kernels/cpu.py.
-constexpr int INTERFACE = 2;
+constexpr int INTERFACE = 3;
 
 NB_MODULE(LORQ_MODULE, m) {
     m.attr("interface") = INTERFACE;
@@ -83,6 +84,18 @@ NB_MODULE(LORQ_MODULE, m) {
                                reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(errors), count, rows, length,
                                bits, window};
             encode_trellis(block, threads);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "encode_integers",
+        [](Pointer columns, Pointer upper, Pointer hessian, Pointer shares, Pointer scale, Pointer zero, Pointer codes,
+           Pointer errors, int64_t count, int64_t rows, int64_t group, int64_t trials, int bits, bool symmetric,
+           bool saturate, bool given, int threads) {
+            IntegerBlock block{at<float>(columns), at<float>(upper), at<float>(hessian), at<float>(shares),
+                               reinterpret_cast<float*>(scale), reinterpret_cast<float*>(zero),
+                               reinterpret_cast<uint8_t*>(codes), reinterpret_cast<float*>(errors), count, rows, group,
+                               trials, bits, symmetric, saturate, given};
+            encode_integers(block, threads);
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(

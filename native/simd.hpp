@@ -102,6 +102,8 @@ inline F size(F v) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v); }
 inline F minus(F a, F b) { return _mm256_sub_ps(a, b); }
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F times(F a, F b) { return _mm256_mul_ps(a, b); }
+inline F over(F a, F b) { return _mm256_div_ps(a, b); }
+inline F round_half(F v) { return _mm256_cvtph_ps(_mm256_cvtps_ph(v, 0)); }  // to what float16 holds
 inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 // acc + products of bytes without a sign by bytes with one, summed over neighbours: pairs in 16 bits, or fours in 32.
 inline I dot(I acc, I a, I b) {
@@ -210,6 +212,8 @@ inline F size(F v) { LORQ_EACH v.v[i] = std::fabs(v.v[i]); return v; }
 inline F minus(F a, F b) { LORQ_EACH a.v[i] -= b.v[i]; return a; }
 inline F add(F a, F b) { LORQ_EACH a.v[i] += b.v[i]; return a; }
 inline F times(F a, F b) { LORQ_EACH a.v[i] *= b.v[i]; return a; }
+inline F over(F a, F b) { LORQ_EACH a.v[i] /= b.v[i]; return a; }
+inline F round_half(F v) { LORQ_EACH v.v[i] = from_half(to_half(v.v[i])); return v; }
 inline F fma(F a, F b, F c) { LORQ_EACH c.v[i] += a.v[i] * b.v[i]; return c; }
 inline I dot(I acc, I a, I b) {
     LORQ_EACH for (int k = 0; k < 32; k += 8) acc.v[i] += uint32_t(int32_t(uint8_t(a.v[i] >> k)) * int8_t(b.v[i] >> k));

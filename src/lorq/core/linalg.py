@@ -6,6 +6,8 @@ from torch import Tensor
 
 # Columns of a triangle, or of one half of a symmetric matrix, that are multiplied at a time.
 WIDE_STRIP = 1024
+# Rows and columns of a triangle that are inverted at once.
+_TRIANGLE = 512
 
 
 def shrink(hessian: Float[Tensor, "n n"], amount: float) -> Float[Tensor, "n n"]:
@@ -71,14 +73,32 @@ def times_lower(rows: Float[Tensor, "m n"], lower: Float[Tensor, "n n"]) -> Floa
 def inverse_factor(hessian: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """Upper factor ``U`` of the inverse, ``H^-1 = U^T U``, that GPTQ reads row by row.
 
+    With the rows and columns of ``H`` in reverse, its Cholesky factor in reverse is an upper triangle ``R`` with
+    ``H = R R^T``, so that ``U = R^-1``: the inverse of ``H`` itself is never made, which takes half of the time.
+
     Raises:
         ValueError: if the matrix is not positive definite.
     """
-    inverse = torch.cholesky_inverse(cholesky(hessian))
-    factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
-    if int(info):
-        raise ValueError(
-            f"the inverse Hessian must be positive definite, got a failure at column {int(info) - 1} of "
-            f"{hessian.shape[0]}; raise the damping"
-        )
-    return factor
+    return invert_upper(cholesky(hessian.flip(0, 1)).flip(0, 1))
+
+
+def invert_upper(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """The inverse of an upper triangle, from strip to strip: of ``[[A, B], [0, C]]`` it is
+    ``[[A^-1, -A^-1 B C^-1], [0, C^-1]]``. Products with the zeros below the diagonal are left out.
+
+    Example:
+        >>> invert_upper(torch.tensor([[2.0, 6.0], [0.0, 4.0]]))
+        tensor([[ 0.5000, -0.7500],
+                [ 0.0000,  0.2500]])
+    """
+    inverse = torch.zeros_like(upper, memory_format=torch.contiguous_format)
+    for start in range(0, len(upper), _TRIANGLE):
+        strip = slice(start, min(start + _TRIANGLE, len(upper)))
+        own = upper[strip, strip]
+        one = torch.eye(len(own), dtype=upper.dtype, device=upper.device)
+        inverse[strip, strip] = torch.linalg.solve_triangular(own, one, upper=True)
+        above = (upper[:start, strip] @ inverse[strip, strip]).neg_()
+        for first in range(0, start, _TRIANGLE):
+            rows = slice(first, first + _TRIANGLE)
+            torch.mm(inverse[rows, first:start], above[first:], out=inverse[rows, strip])
+    return inverse

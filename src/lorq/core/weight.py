@@ -147,7 +147,7 @@ class Record:
     Attributes:
         stop: why the rank was not larger; "none" for methods without a low-rank part.
         error_before: output error of plain rounding to nearest on the same kind of grid, relative to the
-            output's energy, ``tr(D H D^T) / tr(W H W^T)``.
+            output's energy, ``tr(D H D^T) / tr(W H W^T)``; of layers of many rows, that of some of them.
         error_after: the same of the result.
         note: anything else worth telling, or nothing.
     """

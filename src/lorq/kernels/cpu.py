@@ -37,7 +37,7 @@ _MOST_AT_ONCE = 64
 _STRIP_BYTES = 16 << 20
 PRODUCTS = ("exact", "bytes")
 # What these files expect of the library's functions; native/module.cpp has the same number.
-INTERFACE = 2
+INTERFACE = 3
 _one_byte = False
 
 

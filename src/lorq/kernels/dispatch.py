@@ -13,6 +13,7 @@ from lorq.kernels import (
     cpu,
     cpu_experts,
     cpu_gguf,  # noqa: F401  registers itself
+    cpu_rounding,  # noqa: F401  likewise
     cpu_trellis,
     int8,
     reference_trellis,

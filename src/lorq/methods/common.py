@@ -40,6 +40,8 @@ WIDTHS = {"scalar": (2, 3, 4, 6, 8), "vector": tuple(VECTOR_LENGTHS), "trellis":
 # Weights below this have scales that float16 holds with few digits, or not at all; and so much of their squares may be
 # lost without a word.
 _SMALL, _MOST_LOST = 2.0**-14, 0.25
+# Rows of a layer whose errors are told.
+_ROWS = 1024
 # Of the largest: what a channel's mean magnitude counts at least in the activation scale.
 _LEAST_MEAN = 1e-5
 
@@ -173,20 +175,44 @@ def assemble(
 ) -> QuantizedWeight:
     """Put a result together and measure it against rounding to nearest in as many bits and groups, ``plain``.
 
-    Without statistics (methods that need none) the errors are those for white inputs.
+    Without statistics (methods that need none) the errors are those for white inputs. Of layers of many rows some are
+    measured, see `_measured`.
     """
 
     result = QuantizedWeight(codes, low_rank, basis)
     delta = result.dense().sub_(weight)
     note = "; ".join(filter(None, (note, _lost(weight, delta))))
+    rows = _measured(weight)
+    weight, delta = weight[rows], delta[rows]
     total = _energy(weight, stats)
-    exact = not 1e-30 < total < math.inf  # numbers whose squares leave float32
-    total = _energy(weight, stats, exact=exact) or 1.0
+    if exact := not 1e-30 < total < math.inf:  # numbers whose squares leave float32
+        total = _energy(weight, stats, exact=True) or 1.0
     after = _energy(delta, stats, exact=exact) / total
     if plain is codes:
         return replace(result, record=Record(stop, after, after, note))
-    delta = (plain or nearest(weight, None, codes.format.plain(weight.shape[1]))).decode().sub_(weight)
-    return replace(result, record=Record(stop, _energy(delta, stats, exact=exact) / total, after, note))
+    rounded = (
+        nearest(weight, None, codes.format.plain(weight.shape[1])).decode() if plain is None else plain.decode()[rows]
+    )
+    before = _energy(rounded.sub_(weight), stats, exact=exact) / total
+    return replace(result, record=Record(stop, before, after, note))
+
+
+def missed(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> float:
+    """``tr(D H D^T)`` of the rows that `_measured` chooses: which of some results is best."""
+    return float(output_energy(delta[_measured(delta)], hessian))
+
+
+def _measured(weight: Float[Tensor, "out in"]) -> Tensor | slice:
+    """The rows on which a layer's errors are measured: all, or of more than twice ``_ROWS`` so many, drawn at random.
+
+    All rows of a model of 7B take as long as the rest of `gptq`. What these tell differs from what all tell by about a
+    hundredth, which is less than another calibration text changes.
+    """
+    out = weight.shape[0]
+    if out <= 2 * _ROWS:
+        return slice(None)
+    drawn = torch.randperm(out, generator=torch.Generator().manual_seed(0))[:_ROWS]
+    return drawn.sort().values.to(weight.device)
 
 
 def _energy(delta: Tensor, stats: InputStats | None, *, exact: bool = False) -> float:

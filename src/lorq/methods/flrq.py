@@ -17,7 +17,7 @@ from lorq.core.problem import Problem
 from lorq.core.rank_choice import choose_rank, rank_cap
 from lorq.core.rounding import ROUNDINGS, RangeSearch, gguf, trellis
 from lorq.core.sketch import SketchForm, sketch
-from lorq.core.stats import InputStats, PreparedHessian, output_energy
+from lorq.core.stats import InputStats, PreparedHessian
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import (
     SEARCHES,
@@ -33,6 +33,7 @@ from lorq.methods.common import (
     gguf_choices,
     gguf_grid,
     layer_grid,
+    missed,
     needed,
     preset,
     rotation,
@@ -168,7 +169,8 @@ class FLRQ:
         codes_part, low_rank_part = torch.zeros_like(weight), torch.zeros_like(weight)
         best: tuple[float, Codes, LowRank | None, str] | None = None
         epochs = self.epochs if self.epochs >= 0 else 20 if self._code_bits == 2 else 1
-        for search in [wide] + epochs * [narrow]:
+        searches = [wide] + epochs * [narrow]
+        for search in searches:
             for step in self.order.split("-then-"):
                 if step == "low-rank":
                     low_rank, stop = self._fit_low_rank(target - codes_part, scaling, generator)
@@ -176,7 +178,8 @@ class FLRQ:
                 else:
                     rounded = self._round(target - low_rank_part, hessian, format, search, row_weights(stats))
                     codes_part = rounded.decode()
-            error = float(output_energy(target - codes_part - low_rank_part, hessian.matrix))
+            alone = len(searches) == 1
+            error = 0.0 if alone else missed(target - codes_part - low_rank_part, hessian.matrix)
             if best is None or error < best[0]:
                 best = (error, rounded, low_rank, stop)
         assert best is not None

@@ -17,7 +17,7 @@ from lorq.core.low_rank import FactorType, LowRank, Metric, r1svd
 from lorq.core.problem import Problem
 from lorq.core.rounding import ROUNDINGS, gptvq, trellis
 from lorq.core.sketch import SketchForm
-from lorq.core.stats import InputStats, PreparedHessian, output_energy
+from lorq.core.stats import InputStats, PreparedHessian
 from lorq.core.weight import LayerFormat, QuantizedWeight
 from lorq.methods.common import (
     SEARCHES,
@@ -31,6 +31,7 @@ from lorq.methods.common import (
     assemble,
     check_codebook,
     layer_grid,
+    missed,
     needed,
     preset,
     row_weights,
@@ -198,7 +199,8 @@ class LoPRo:
         metric = self._metric(basis, hessian, stats)
         codes_part, low_rank_part = torch.zeros_like(target), torch.zeros_like(target)
         best: tuple[float, Codes, LowRank | None] | None = None
-        for _ in range(1 + self.epochs):
+        rounds = 1 + self.epochs if self.rank else 1
+        for _ in range(rounds):
             for step in self.order.split("-then-"):
                 if step == "low-rank":
                     low_rank = self._fit(target - codes_part, metric, generator)
@@ -206,11 +208,9 @@ class LoPRo:
                 else:
                     rounded = self._round(target - low_rank_part, hessian, row_weights(stats))
                     codes_part = rounded.decode()
-            error = float(output_energy(target - codes_part - low_rank_part, hessian.matrix))
+            error = 0.0 if rounds == 1 else missed(target - codes_part - low_rank_part, hessian.matrix)
             if best is None or error < best[0]:
                 best = (error, rounded, low_rank)
-            if self.rank == 0:
-                break
         assert best is not None
         _, rounded, low_rank = best
         return assemble(weight, rounded, low_rank, stop="given", stats=stats, basis=self._stored(basis))

@@ -51,6 +51,14 @@ def test_inverse_factor_is_upper_and_squares_to_the_inverse(hessian):
     assert_close(hessian @ (upper.T @ upper), torch.eye(24, dtype=torch.float64), rtol=0, atol=lost)
 
 
+@pytest.mark.parametrize("width", [511, 512, 513, 1300])
+def test_an_inverse_factor_of_several_strips_is_that_of_the_inverse(width, generator):
+    x = torch.randn(2 * width, width, generator=generator, dtype=torch.float64)
+    hessian = x.T @ x / len(x)
+    expected = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
+    assert_close(inverse_factor(hessian), expected, rtol=1e-9, atol=1e-12)
+
+
 def test_inverse_factor_holds_the_variance_of_each_input_given_the_later_ones(hessian):
     # What GPTQ needs: U_ii^-2 is the Schur complement of the inputs after i, so row i is that of their inverse.
     upper = inverse_factor(hessian)

@@ -56,12 +56,19 @@ def search_range(
     Source:
         AWQ's automatic clipping, as FLRQ's authors' code uses it, on at most 512 tokens; the Hessian has all.
     """
+    return search_shares(target, hessian, grid, search.shares(), search.mode == "saturate")
+
+
+def search_shares(
+    target: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], grid: IntGrid, shares: list[float], saturate: bool
+) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+    """`search_range` by the numbers of a `RangeSearch`."""
     groups = grid.grouped(target)
     count, size = groups.shape[1:]
     index = torch.arange(count, device=target.device)
     blocks = hessian.unflatten(0, (count, size)).unflatten(2, (count, size))[index, :, index, :]
-    rows = max(1, _SLICE // (target.shape[1] * len(search.shares())))
-    found = [_search_rows(part, blocks, grid, search) for part in groups.split(rows)]
+    rows = max(1, _SLICE // (target.shape[1] * len(shares)))
+    found = [_search_rows(part, blocks, grid, shares, saturate) for part in groups.split(rows)]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
 
@@ -69,16 +76,17 @@ def _search_rows(
     groups: Float[Tensor, "rows groups size"],
     blocks: Float[Tensor, "groups size size"],
     grid: IntGrid,
-    search: RangeSearch,
+    shares: list[float],
+    saturate: bool,
 ) -> tuple[Float[Tensor, "rows groups"], Float[Tensor, "rows groups"]]:
     groups = groups.transpose(0, 1).contiguous()  # (groups, rows, size)
     low, high = groups.amin(-1), groups.amax(-1)
-    shares = torch.tensor(search.shares(), dtype=groups.dtype, device=groups.device).view(-1, 1, 1)
-    if search.mode == "saturate":
-        limit = shares * torch.maximum(-low, high)
+    each = torch.tensor(shares, dtype=groups.dtype, device=groups.device).view(-1, 1, 1)
+    if saturate:
+        limit = each * torch.maximum(-low, high)
         low, high = torch.maximum(low, -limit), torch.minimum(high, limit)
     else:
-        low, high = shares * low, shares * high
+        low, high = each * low, each * high
     scale, zero = grid.span(low, high)  # (shares, groups, rows)
     s, z = scale.unsqueeze(-1), zero.unsqueeze(-1)
     delta = grid.decode(grid.encode(groups, s, z), s, z).sub_(groups)  # (shares, groups, rows, size)

@@ -1,0 +1,112 @@
+"""A cluster of two hosts with a network of their own between them, and what happens when the cable is pulled.
+
+The hosts are network namespaces of this machine: each has its own loopback, ports and address.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers import folder_digests, tiny_folder
+
+import lorq
+
+pytest.importorskip("ray", reason="a cluster needs Ray")
+pytestmark = pytest.mark.slow
+
+HOSTS = {"lorq-a": "10.213.0.1", "lorq-b": "10.213.0.2"}
+PORT = 6390
+RUN = {"samples": 4, "seq_len": 32}
+DRIVER = """
+import json, sys
+import lorq, torch
+torch.set_num_threads(1)
+source, out, address, run = sys.argv[1:]
+lorq.quantize(source, out, lorq.FLRQ(bits=3, group_size=32), **json.loads(run), cluster=address)
+"""
+
+
+def ip(*words):
+    return subprocess.run(["ip", *words], capture_output=True, text=True, check=True)
+
+
+def on(host, *command, **options):
+    """A process of this host. It finds out soon that another does not answer."""
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1", "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000",
+        "RAY_health_check_failure_threshold": "3", "RAY_worker_niceness": "0",
+    }  # fmt: skip
+    return subprocess.Popen(["ip", "netns", "exec", host, *map(str, command)], env=env, **options)
+
+
+@contextmanager
+def network():
+    """Two hosts and a cable; skips where this process may not make any."""
+    try:
+        for host in HOSTS:
+            ip("netns", "add", host)
+        ip("link", "add", "cable", "netns", "lorq-a", "type", "veth", "peer", "name", "cable", "netns", "lorq-b")
+        for host, address in HOSTS.items():
+            ip("-n", host, "address", "add", f"{address}/24", "dev", "cable")
+            for device in ("lo", "cable"):
+                ip("-n", host, "link", "set", device, "up")
+    except (OSError, subprocess.CalledProcessError) as error:
+        for host in HOSTS:
+            subprocess.run(["ip", "netns", "delete", host], capture_output=True)
+        pytest.skip(f"needs network namespaces: {getattr(error, 'stderr', '') or error}")
+    try:
+        yield
+    finally:
+        for host in HOSTS:
+            for process in ip("netns", "pids", host).stdout.split():
+                subprocess.run(["kill", "-9", process], capture_output=True)
+            ip("netns", "delete", host)
+
+
+@pytest.fixture
+def hosts(tmp_path_factory):
+    """A head on one host and a node on the other, with a CPU each."""
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--num-cpus", "1"]
+    place = Path("/tmp") / f"lorq-hosts-{os.getpid()}"  # sockets have short names
+    with network():
+        for host, address in HOSTS.items():
+            where = ["--address", f"{HOSTS['lorq-a']}:{PORT}"]
+            if host == "lorq-a":
+                where = ["--head", "--port", PORT, "--include-dashboard", "false", "--temp-dir", place]
+            started = on(
+                host, *ray, *where, "--node-ip-address", address,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )  # fmt: skip
+            out, _ = started.communicate(timeout=180)
+            assert started.returncode == 0, out
+        yield f"{HOSTS['lorq-a']}:{PORT}"
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    return tiny_folder(tmp_path_factory.mktemp("models") / "deep", "llama", num_hidden_layers=16, **sizes)
+
+
+def test_two_hosts_give_the_same_bytes_though_the_cable_is_pulled(hosts, source, text_file, tmp_path):
+    run = {"calibration": str(text_file)} | RUN
+    lorq.quantize(source, tmp_path / "here", lorq.FLRQ(bits=3, group_size=32), **run)
+    for name in ("whole", "cut"):
+        out = tmp_path / name
+        with (tmp_path / f"{name}.log").open("w") as log:
+            driver = on("lorq-a", sys.executable, "-c", DRIVER, source, out, hosts, json.dumps(run), stderr=log)
+        deadline = time.monotonic() + 300
+        while len(list(out.glob("lorq-*.safetensors"))) < 4 and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if name == "cut":
+            assert driver.poll() is None, "it was done before the cable was pulled"
+            ip("-n", "lorq-a", "link", "set", "cable", "down")
+        assert driver.wait(timeout=400) == 0, (tmp_path / f"{name}.log").read_text()[-2000:]
+        assert folder_digests(out) == folder_digests(tmp_path / "here"), name
