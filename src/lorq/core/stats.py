@@ -242,8 +242,7 @@ class StatsAccumulator:
         if not self.tokens:
             raise ValueError("statistics need at least one token, got 0; was the layer ever run?")
         weight = self.weight or 1.0  # no token with a weight is as good as inputs of zeros
-        upper = self.gram.triu() / weight
-        gram = upper + upper.triu(1).T
+        gram = _mirrored(self.gram, weight)
         if not float(gram.detach().diagonal().max()) < _LARGEST:
             raise FloatingPointError(
                 f"mean squares of inputs must be below {_LARGEST:.0e} to be calculated with, got "
@@ -268,6 +267,24 @@ class StatsAccumulator:
             raise ValueError(f"a correction needs the originals of inputs, got none with {self.tokens} tokens")
         factor = cholesky(damp(self.finish().hessian, _CORRECTION_DAMPING))
         return _CORRECTION * torch.cholesky_solve(self.drift.T / (self.weight or 1.0), factor).T
+
+
+def _mirrored(upper: Float[Tensor, "n n"], over: float) -> Float[Tensor, "n n"]:
+    """The symmetric matrix of an upper triangle over a number, strip by strip; what is below the diagonal is not read.
+
+    Example:
+        >>> _mirrored(torch.tensor([[2.0, 4.0], [9.0, 6.0]]), 2.0)
+        tensor([[1., 2.],
+                [2., 3.]])
+    """
+    whole = torch.empty_like(upper)
+    for start in range(0, len(upper), WIDE_STRIP):
+        strip, behind = slice(start, start + WIDE_STRIP), slice(start + WIDE_STRIP, None)
+        own = upper[strip, strip].triu() / over
+        whole[strip, strip] = own + own.triu(1).T
+        torch.div(upper[strip, behind], over, out=whole[strip, behind])
+        whole[behind, strip] = whole[strip, behind].T
+    return whole
 
 
 def _checked(weights: Float[Tensor, "*batch"]) -> Float[Tensor, "tokens"]:

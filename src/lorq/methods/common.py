@@ -205,8 +205,8 @@ def missed(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> f
 def _measured(weight: Float[Tensor, "out in"]) -> Tensor | slice:
     """The rows on which a layer's errors are measured: all, or of more than twice ``_ROWS`` so many, drawn at random.
 
-    All rows of a layer of 4096 x 4096 take longer than its rounding by `gptq`. What some tell differs from what all tell
-    by 4 to 6 hundredths of it (docs/log.md).
+    All rows of a layer of 4096 x 4096 take longer than its rounding by `gptq`. What some tell differs by 4 to 6
+    hundredths from what all tell (docs/log.md).
     """
     out = weight.shape[0]
     if out <= 2 * _ROWS:
