@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorq.core.faults import value_faults
 from lorq.core.weight import LayerFormat, QuantizedWeight
 
 # vLLM's names of the parts of what it has as one.
@@ -67,7 +68,7 @@ class Collected:
         """A part's weight, whole; a dense tensor where it is not quantized.
 
         Raises:
-            ValueError: if a tensor was not loaded.
+            ValueError: if a tensor was not loaded, has another shape, or holds what no weight can.
         """
         name, format = list(self.formats.items())[place]
         tensors = self._loaded[place]
@@ -81,7 +82,10 @@ class Collected:
         wrong = [n for n, (shape, dtype) in layout.items() if n not in tensors or tensors[n].shape != shape]
         if wrong:
             raise ValueError(f"{name} must have {wrong[0]} of shape {layout[wrong[0]][0]}; download the folder again")
-        return format.read({local: tensors[local] for local in layout}, (out, in_))
+        own = {local: tensors[local] for local in layout}
+        if fault := next(value_faults(own), None):
+            raise ValueError(f"{name}.{fault}; the folder is damaged, download it again")
+        return format.read(own, (out, in_))
 
     def forget(self) -> None:
         self._loaded = [{} for _ in self.formats]
