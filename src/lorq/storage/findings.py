@@ -8,7 +8,7 @@ from pathlib import Path
 from lorq.progress import CHECKSUMS, VERIFY, Progress, no_progress
 from lorq.storage.atomic import sha256_of
 from lorq.storage.companions import WEIGHTS
-from lorq.storage.json_files import read_json, some_of
+from lorq.storage.json_files import DAMAGED, read_json, some_of
 from lorq.storage.safetensors_file import Header, read_header
 
 
@@ -46,7 +46,9 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def add(self, where: str, what: str) -> None:
-        """Tell of a fault, once; the place that its error names before the rule is told already."""
+        """Tell of a fault, once. The place that its error names before the rule is told already, the remedy once for
+        all (`lorq.verifying.refuse_faults`)."""
+        what = what.removesuffix(DAMAGED)
         for told in (self.place / where, self.place):
             what = what.removeprefix(f"{told}: ").removeprefix(f"{told} ")
         if (fault := Fault(where, what)) not in self.faults:

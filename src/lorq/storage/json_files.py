@@ -10,11 +10,13 @@ MAX_JSON_BYTES = 1 << 30
 # Values in values; lorq's own have 5, models' configs few more, and Python's own functions end at some hundreds.
 _DEEPEST = 50
 _KINDS = {str: "a text", int: "a whole number of 64 bits", float: "a number", dict: "an object", list: "a list"}
+# How an error of `damaged` ends.
+DAMAGED = "; the file is damaged, download or write it again"
 
 
 def damaged(path: Path | str, what: str) -> ValueError:
     """The error for a file that breaks a rule; ``what`` names the rule and the value."""
-    return ValueError(f"{path}: {what}; the file is damaged, download or write it again")
+    return ValueError(f"{path}: {what}{DAMAGED}")
 
 
 def inconsistent(path: Path | str, what: str) -> ValueError:
