@@ -212,6 +212,9 @@ def test_exports_and_adapters_tell_the_tensor(made, tmp_path):
     changed, fault = lorq.verify(own).faults
     assert changed.where == "lorq_adapter.safetensors" and "must have the sha256" in changed.what
     assert fault.where == name and "must be finite" in fault.what
+    edit(own / "lorq_adapter.json", lambda config: config.update(sha256={"a": [1]}))
+    assert "sha256 must be that of lorq_adapter.safetensors, got" in str(lorq.verify(own).faults[0])
+    edit(own / "lorq_adapter.json", lambda config: config.pop("sha256"))
     (own / "lorq_adapter.safetensors").unlink()
     (gone,) = lorq.verify(own).faults
     assert gone.what == "must be there, it is missing"

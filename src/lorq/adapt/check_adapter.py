@@ -26,9 +26,9 @@ def check_adapter(place: Path, found: Findings) -> None:
             raise ValueError(f"ranks must be whole numbers from 1 by layer, got {ranks!r:.80}")
         if not isinstance(base, str):
             raise ValueError(f"base must be the sha256 of the codes that it is for, got {base!r:.80}")
-        checksum = config.get("sha256")
-        if not isinstance(checksum, str | None):
-            raise ValueError(f"sha256 must be that of {ADAPTER_TENSORS}, got {checksum!r:.80}")
+        if not isinstance(told := config.get("sha256"), str | None):
+            raise ValueError(f"sha256 must be that of {ADAPTER_TENSORS}, got {told!r:.80}")
+        checksum = told
     found.unsealed.append(ADAPTER_CONFIG)
     found.compare(ADAPTER_TENSORS, checksum)
     if not (place / ADAPTER_TENSORS).is_file():
