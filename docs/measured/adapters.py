@@ -64,7 +64,7 @@ def main() -> None:
     if asked.rate:
         examples, learning = read_dataset(model, "python-docs-even", chosen), add_adapter(model, asked.seed)
         losses = descend(model, examples, [{"params": learning, "lr": asked.rate}], chosen, None)
-        told |= {"trained": sum(p.numel() for p in learning), "loss_last": sum(losses[-8:]) / 8}
+        told |= {"trained": sum(p.numel() for p in learning), "loss_last": sum(losses[-8:]) / len(losses[-8:])}
     model.eval()
     reference = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     quality = evaluate_model(model, held_out, reference=reference)

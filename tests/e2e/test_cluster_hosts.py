@@ -5,12 +5,11 @@ The hosts are network namespaces of this machine: each has its own loopback, por
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from helpers import folder_digests, tiny_folder
@@ -20,7 +19,8 @@ import lorq
 pytest.importorskip("ray", reason="a cluster needs Ray")
 pytestmark = pytest.mark.slow
 
-HOSTS = {"lorq-a": "10.213.0.1", "lorq-b": "10.213.0.2"}
+HEAD, OTHER = f"lorq-a-{os.getpid()}", f"lorq-b-{os.getpid()}"
+HOSTS = {HEAD: "10.213.0.1", OTHER: "10.213.0.2"}
 PORT = 6390
 RUN = {"samples": 4, "seq_len": 32}
 DRIVER = """
@@ -51,7 +51,7 @@ def network():
     try:
         for host in HOSTS:
             ip("netns", "add", host)
-        ip("link", "add", "cable", "netns", "lorq-a", "type", "veth", "peer", "name", "cable", "netns", "lorq-b")
+        ip("link", "add", "cable", "netns", HEAD, "type", "veth", "peer", "name", "cable", "netns", OTHER)
         for host, address in HOSTS.items():
             ip("-n", host, "address", "add", f"{address}/24", "dev", "cable")
             for device in ("lo", "cable"):
@@ -70,14 +70,13 @@ def network():
 
 
 @pytest.fixture
-def hosts(tmp_path_factory):
+def hosts():
     """A head on one host and a node on the other, with a CPU each."""
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats", "--num-cpus", "1"]
-    place = Path("/tmp") / f"lorq-hosts-{os.getpid()}"  # sockets have short names
-    with network():
+    with network(), TemporaryDirectory(prefix="lorq-", dir="/tmp") as place:  # sockets have short names
         for host, address in HOSTS.items():
-            where = ["--address", f"{HOSTS['lorq-a']}:{PORT}"]
-            if host == "lorq-a":
+            where = ["--address", f"{HOSTS[HEAD]}:{PORT}"]
+            if host == HEAD:
                 where = ["--head", "--port", PORT, "--include-dashboard", "false", "--temp-dir", place]
             started = on(
                 host, *ray, *where, "--node-ip-address", address,
@@ -85,8 +84,7 @@ def hosts(tmp_path_factory):
             )  # fmt: skip
             out, _ = started.communicate(timeout=180)
             assert started.returncode == 0, out
-        yield f"{HOSTS['lorq-a']}:{PORT}"
-    shutil.rmtree(place, ignore_errors=True)
+        yield f"{HOSTS[HEAD]}:{PORT}"
 
 
 @pytest.fixture(scope="module")
@@ -101,12 +99,12 @@ def test_two_hosts_give_the_same_bytes_though_the_cable_is_pulled(hosts, source,
     for name in ("whole", "cut"):
         out = tmp_path / name
         with (tmp_path / f"{name}.log").open("w") as log:
-            driver = on("lorq-a", sys.executable, "-c", DRIVER, source, out, hosts, json.dumps(run), stderr=log)
+            driver = on(HEAD, sys.executable, "-c", DRIVER, source, out, hosts, json.dumps(run), stderr=log)
         deadline = time.monotonic() + 300
         while len(list(out.glob("lorq-*.safetensors"))) < 4 and driver.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         if name == "cut":
             assert driver.poll() is None, "it was done before the cable was pulled"
-            ip("-n", "lorq-a", "link", "set", "cable", "down")
+            ip("-n", HEAD, "link", "set", "cable", "down")
         assert driver.wait(timeout=400) == 0, (tmp_path / f"{name}.log").read_text()[-2000:]
         assert folder_digests(out) == folder_digests(tmp_path / "here"), name

@@ -129,6 +129,11 @@ def test_processes_end_with_the_one_that_began_them(tmp_path):
     assert not child.exists()
 
 
+def test_processes_that_solve_have_the_fast_kernels():
+    code = "import sys, lorq.pipeline.tasks; print('lorq.kernels.cpu_rounding' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
+
+
 def test_a_script_without_a_guard_is_told_so_once(folder_of, run, tmp_path):
     places = f"{str(folder_of('llama'))!r}, {str(tmp_path / 'out')!r}"
     script = f"import lorq\nlorq.quantize({places}, lorq.Nearest(group_size=32), device='cpu,cpu')\n"

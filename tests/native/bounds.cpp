@@ -9,6 +9,7 @@
 #include "gguf.hpp"
 #include "kernels.hpp"
 #include "rotation.hpp"
+#include "rounding.hpp"
 #include "trellis_product.hpp"
 
 using namespace lorq;
@@ -152,7 +153,35 @@ static void check_trellis(int bits, int window, int64_t out, int64_t in, int64_t
     ++checked;
 }
 
+// Integers in groups under a diagonal factor of 2: nothing is passed on, and what a column missed is known.
+static void check_rounding(int bits, int64_t rows, int64_t count, int64_t group, int64_t trials, bool given, int threads) {
+    const auto columns = filled<float>(size_t(count * rows), small), shares = filled<float>(size_t(trials), [] { return 0.9f; });
+    std::vector<float> upper(size_t(count * count)), hessian(size_t(count * count), 0.25f);
+    for (int64_t i = 0; i < count; ++i) upper[size_t(i * count + i)] = 2.0f, hessian[size_t(i * count + i)] = 1.0f;
+    const int64_t groups = (count + group - 1) / group;
+    std::vector<float> scale(size_t(groups * rows), 0.5f), zero(size_t(groups * rows), 1.0f), errors(size_t(count * rows));
+    std::vector<uint8_t> codes(size_t(count * rows));
+    IntegerBlock b{columns.data(), upper.data(), trials ? hessian.data() : nullptr, shares.data(), scale.data(), zero.data(),
+                   codes.data(), errors.data(), count, rows, group, trials, bits, bits == 3, bits == 8, given};
+    encode_integers(b, threads);
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t r = 0; r < rows; ++r) {
+            const size_t at = size_t(i * rows + r), own = size_t(i / group * rows + r);
+            const float missed = (columns[at] - (float(codes[at]) - zero[own]) * scale[own]) / 2.0f;
+            if (codes[at] >> bits || std::fabs(missed - errors[at]) > 1e-6f) std::fprintf(stderr, "rounding\n"), std::exit(1);
+        }
+    ++checked;
+}
+
 int main() {
+    for (int bits : {1, 3, 8})
+        for (int64_t rows : {1, 7, 8, 19})
+            for (int64_t trials : {0, 1, 7, 10})
+                for (int threads : {1, 3}) {
+                    for (const auto& [count, group] : {std::pair<int64_t, int64_t>{12, 4}, {128, 128}, {96, 96}})
+                        check_rounding(bits, rows, count, group, trials, false, threads);
+                    check_rounding(bits, rows, 12, 256, 0, true, threads);
+                }
     for (int bits = 1; bits <= 6; ++bits)
         for (int window : {bits + 4, 12, 16})
             for (const auto& [out, in, length] : {std::array<int64_t, 3>{16, 32, 16}, {37, 77, 48}, {64, 530, 32}, {5, 3, 16}})

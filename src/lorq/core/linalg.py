@@ -1,5 +1,7 @@
 """Small linear algebra on Hessians: shrinkage, damping, Cholesky factors."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -45,10 +47,15 @@ def cholesky(hessian: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     Raises:
         ValueError: if the matrix is not positive definite.
     """
+    return _cholesky(hessian, lambda failed: failed)
+
+
+def _cholesky(hessian: Float[Tensor, "n n"], column: Callable[[int], int]) -> Float[Tensor, "n n"]:
+    """`cholesky` of columns in some order; ``column`` tells which of the Hessian's one is."""
     factor, info = torch.linalg.cholesky_ex(hessian)
     if int(info):
         raise ValueError(
-            f"the Hessian must be positive definite, got a failure at column {int(info) - 1} of "
+            f"the Hessian must be positive definite, got a failure at column {column(int(info) - 1)} of "
             f"{hessian.shape[0]}; raise the damping, or calibrate on more tokens"
         )
     return factor
@@ -79,7 +86,8 @@ def inverse_factor(hessian: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     Raises:
         ValueError: if the matrix is not positive definite.
     """
-    return invert_upper(cholesky(hessian.flip(0, 1)).flip(0, 1))
+    last = len(hessian) - 1
+    return invert_upper(_cholesky(hessian.flip(0, 1), lambda failed: last - failed).flip(0, 1))
 
 
 def invert_upper(upper: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

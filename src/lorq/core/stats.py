@@ -242,8 +242,8 @@ class StatsAccumulator:
         if not self.tokens:
             raise ValueError("statistics need at least one token, got 0; was the layer ever run?")
         weight = self.weight or 1.0  # no token with a weight is as good as inputs of zeros
-        gram = _mirrored(self.gram, weight)
-        if not float(gram.detach().diagonal().max()) < _LARGEST:
+        gram = _mirrored(self.gram.detach(), weight)
+        if not float(gram.diagonal().max()) < _LARGEST:
             raise FloatingPointError(
                 f"mean squares of inputs must be below {_LARGEST:.0e} to be calculated with, got "
                 f"{float(gram.diagonal().max()):.1e}; weigh the tokens alike with --token-weights equal"

@@ -16,11 +16,13 @@ def encode(
     """`encode_integers` of the rounding on the CPU; the reference where there is no library."""
     asked = columns, upper, hessian, scale, zero, bits, symmetric, group_size, shares, saturate
     module = cpu.library()[0]
-    if module is None or columns.dtype != torch.float32:
+    if module is None or any(t.dtype != torch.float32 for t in asked[:5]):  # type: ignore[union-attr]
         return encode_integers_reference(*asked)
+    columns = columns.contiguous()
     count, rows = columns.shape
-    known, trials = len(scale) > 0, torch.tensor(shares)
-    found = [t.clone() if known else columns.new_empty(-(-count // group_size), rows) for t in (scale, zero)]
+    known, trials = len(scale) > 0, torch.tensor(shares, dtype=torch.float32, device="cpu")
+    groups = -(-count // group_size)
+    found = [t.contiguous().clone() if known else columns.new_empty(groups, rows) for t in (scale, zero)]
     codes, errors = torch.empty_like(columns, dtype=torch.uint8), torch.empty_like(columns)
     given = [t.contiguous() for t in (columns, upper, hessian, trials)]
     addresses = [t.data_ptr() if t.numel() else 0 for t in (*given, *found, codes, errors)]

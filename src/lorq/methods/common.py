@@ -198,7 +198,7 @@ def assemble(
 
 
 def missed(delta: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> float:
-    """``tr(D H D^T)`` of the rows that `_measured` chooses: which of some results is best."""
+    """``tr(D H D^T)`` of the rows that `_measured` chooses: which of some results is kept."""
     return float(output_energy(delta[_measured(delta)], hessian))
 
 

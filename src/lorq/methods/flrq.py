@@ -155,7 +155,8 @@ class FLRQ:
 
         Source:
             Algorithm 2. The paper scores a pair before each update, the code after; here every pair competes,
-            the first one too. The error comes from the Hessian instead of stored tokens.
+            the first one too. The error comes from the Hessian instead of stored tokens, of tall layers on 1024 of
+            their rows.
         """
         stats = needed(stats)
         basis = self._basis(weight.shape[1])

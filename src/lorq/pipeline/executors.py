@@ -73,6 +73,8 @@ class Devices(Executor):
         with self._lock:
             self._waiting[lane] -= 1
             broken = isinstance(sent.exception(), BrokenProcessPool)
+            for process in processes if broken else ():
+                process.join(1)  # or its exit status is not there yet
             unguarded = broken and any(process.exitcode == UNGUARDED for process in processes)
             tries = 0 if self._given_up or unguarded else tries
             if tries and broken and self._pools[lane] is pool:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -97,7 +98,9 @@ def quantize(
     progress = progress or no_progress
     chosen, solver = _asked(method, options)
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        os._exit(UNGUARDED)  # in a process of `Devices`, which imports the script that began it
+        # A process of `Devices`, or of somebody else's, which imports the script that began it.
+        print("this process would begin its script again: begin under if __name__ == '__main__':", file=sys.stderr)
+        os._exit(UNGUARDED)
     if executor is not None and (chosen.cluster or "," in chosen.device):
         raise ValueError(
             f"layers are solved by an executor or where device and cluster say, got an executor, device "

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+import lorq.kernels  # noqa: F401  processes that solve import nothing else: without it they round by the references
 from lorq.core.checks import all_finite
 from lorq.core.problem import BlockOutput, Problem
 from lorq.core.rounding import nearest

@@ -80,8 +80,11 @@ def _read_line(line: bytes, where: str, first: bool) -> dict[str, Any]:
             f"{where}: this lorq reads journal version {JOURNAL_VERSION}, got {version!r}; "
             "go on with the lorq that wrote it"
         )
-    if entry.pop(CHECK, None) != (check := _check(entry)):
-        raise damaged(where, f"{CHECK} must be that of what the line says, {check[:12]}")
+    if (told := entry.pop(CHECK, None)) != (check := _check(entry)):
+        raise ValueError(
+            f"{where}: {CHECK} must be that of what the line says, {check[:12]}, got {_short(told)}; the journal is "
+            "damaged, delete the folder and begin again"
+        )
     return entry
 
 
