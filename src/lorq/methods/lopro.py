@@ -194,7 +194,7 @@ class LoPRo:
     def _solve_in(
         self, basis: Basis, hessian: PreparedHessian, weight: Tensor, stats: InputStats, generator: torch.Generator
     ) -> QuantizedWeight:
-        """Codes and factors of one weight in a basis, in turns. The best pair is kept; of tall layers 1024 rows tell."""
+        """Codes and factors of a weight in a basis, in turns. The best pair is kept; 1024 rows of tall layers tell."""
         target = basis.rotate(weight)
         metric = self._metric(basis, hessian, stats)
         codes_part, low_rank_part = torch.zeros_like(target), torch.zeros_like(target)

@@ -504,7 +504,7 @@ def test_a_changed_digit_in_the_journal_is_seen(tmp_path: Path) -> None:
     assert text.count('"error": 0.1') == 1
     journal.write_text(text.replace('"error": 0.1', '"error": 0.2'))
     with pytest.raises(
-        ValueError, match=r"line 3: sha256_of_line must be that of what the line says, .*; the file is d"
+        ValueError, match=r"line 3: sha256_of_line must be that of what the line says, .*, got .*; the journal is d"
     ):
         resume(tmp_path / "out")
 
