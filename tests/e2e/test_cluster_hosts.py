@@ -1,4 +1,4 @@
-"""A cluster of two hosts with a network of their own between them, and what happens when the cable is pulled.
+"""A cluster of two hosts with a network of their own between them.
 
 The hosts are network namespaces of this machine: each has its own loopback, ports and address.
 """
@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
@@ -37,11 +36,8 @@ def ip(*words):
 
 
 def on(host, *command, **options):
-    """A process of this host. It finds out soon that another does not answer."""
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1", "RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000",
-        "RAY_health_check_failure_threshold": "3", "RAY_worker_niceness": "0",
-    }  # fmt: skip
+    """A process of this host."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
     return subprocess.Popen(["ip", "netns", "exec", host, *map(str, command)], env=env, **options)
 
 
@@ -93,18 +89,10 @@ def source(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("models") / "deep", "llama", num_hidden_layers=16, **sizes)
 
 
-def test_two_hosts_give_the_same_bytes_though_the_cable_is_pulled(hosts, source, text_file, tmp_path):
-    run = {"calibration": str(text_file)} | RUN
+def test_two_hosts_give_the_same_bytes(hosts, source, text_file, tmp_path):
+    run, out = {"calibration": str(text_file)} | RUN, tmp_path / "there"
     lorq.quantize(source, tmp_path / "here", lorq.FLRQ(bits=3, group_size=32), **run)
-    for name in ("whole", "cut"):
-        out = tmp_path / name
-        with (tmp_path / f"{name}.log").open("w") as log:
-            driver = on(HEAD, sys.executable, "-c", DRIVER, source, out, hosts, json.dumps(run), stderr=log)
-        deadline = time.monotonic() + 300
-        while len(list(out.glob("lorq-*.safetensors"))) < 4 and driver.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        if name == "cut":
-            assert driver.poll() is None, "it was done before the cable was pulled"
-            ip("-n", HEAD, "link", "set", "cable", "down")
-        assert driver.wait(timeout=400) == 0, (tmp_path / f"{name}.log").read_text()[-2000:]
-        assert folder_digests(out) == folder_digests(tmp_path / "here"), name
+    with (tmp_path / "log").open("w") as log:
+        driver = on(HEAD, sys.executable, "-c", DRIVER, source, out, hosts, json.dumps(run), stderr=log)
+    assert driver.wait(timeout=600) == 0, (tmp_path / "log").read_text()[-2000:]
+    assert folder_digests(out) == folder_digests(tmp_path / "here")

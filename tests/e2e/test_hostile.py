@@ -312,3 +312,10 @@ def test_where_a_tuning_was_is_read_as_it_was_written_or_refused(tmp_path):
     path.write_bytes(content[:-4])
     with pytest.raises(ValueError, match=r"truncated.*delete it, what it keeps is then made again"):
         read_kept(path)
+
+
+def test_a_long_value_is_not_told_whole(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": "x" * 5000}))
+    with pytest.raises(ValueError, match="quantization_config must be an object, got 'xxx") as told:
+        read_quantization(tmp_path)
+    assert len(str(told.value)) < 300 + len(str(tmp_path))

@@ -189,7 +189,7 @@ def read_quantization(folder: Path) -> dict[str, Any] | None:
         for key in QUANTIZATION_KEYS:
             told = own.get(key)
             if told is not None and not isinstance(told, dict):
-                raise damaged(file, f"{where}{key} must be an object, got {told!r}")
+                raise damaged(file, f"{where}{key} must be an object, got {told!r:.80}")
             if found and told and found != told:
                 raise inconsistent(file, f"{where}{key} must be as what is told before it, it differs")
             if told is not None and not isinstance(told.get("quant_method", ""), str):
